@@ -1,0 +1,1 @@
+"""JSONL in, token batches out; public corpora and the demo corpus."""

@@ -1,0 +1,568 @@
+"""JSONL -> token batches, tokenized once.
+
+Two record forms, plain or gzip, one or several files (the forms MiniMind reads):
+
+    {"text": "..."}                                          pretraining
+    {"conversations": [{"role": "user", "content": "..."},   fine-tuning
+                       {"role": "assistant", "content": "..."}]}
+
+``messages`` is read like ``conversations``, and ``instruction``/``input``/``output`` as one turn.
+
+Tokens are written once to ``dataset/cache/<key>/``, where the key covers the content of the files,
+the tokenizer, the chat template and the length, and memory-mapped from then on: a warm start reads
+no JSON. Pretraining serves packed blocks; fine-tuning serves length-grouped batches, padded on the
+right to their longest sample (under causal attention no real token sees the padding, so no
+attention mask is needed). Loss falls on the assistant's tokens and its end token only.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+CACHE_DIR = Path(__file__).resolve().parent / "cache"
+CACHE_VERSION = 1  # raise it when the stored layout or the tokenization changes
+ROLES = ("system", "user", "assistant")
+IGNORE_INDEX = -100
+ENCODE_CHUNK = 2_000  # records that one call of the Rust tokenizer encodes in parallel
+GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
+# Stands where a message's content goes while the chat template is rendered; private-use
+# characters, so that no chat template can contain it.
+CONTENT_SLOT = "\ue000\ue001\ue000"
+
+
+class DataError(ValueError):
+    """Input data that cannot be used; the message names the file and the line."""
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ``("file:line", record)`` for each non-empty line of a plain or gzip JSONL file.
+
+    Raises:
+        DataError: the file is missing, empty, cut off, not UTF-8, or a line is no JSON object.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    records = 0
+    number = 0
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                yield f"{path}:{number}", parse_record(line, f"{path}:{number}")
+                records += 1
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}:{number + 1}: the gzip stream is broken or cut off ({error}); "
+            "download or compress it again"
+        ) from error
+    if not records:
+        raise DataError(f"{path}: holds no record; expected one JSON object a line")
+
+
+def parse_record(line: bytes, where: str) -> dict:
+    """One JSONL line as a dict; ``where`` ("file:line") opens every error message."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason}); convert the file") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON ({error}); mend or remove the line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def record_text(record: dict, where: str) -> str:
+    """The text of a pretraining record."""
+    if "text" not in record:
+        hint = " (a conversation: is this a fine-tuning file?)" if "conversations" in record else ""
+        raise DataError(f'{where}: no field "text"{hint}; pretraining reads {{"text": ...}}')
+    text = record["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f'{where}: "text" must be a non-empty string')
+    return text
+
+
+def record_messages(record: dict, where: str) -> list[dict[str, str]]:
+    """A fine-tuning record as messages: an optional system turn, then user and assistant in turn.
+
+    Raises:
+        DataError: an unknown role, an empty or non-string content, turns out of order, or no
+            assistant turn at the end.
+    """
+    if "conversations" in record or "messages" in record:
+        messages = record.get("conversations", record.get("messages"))
+    elif "instruction" in record and "output" in record:
+        given = [record["instruction"], record.get("input", "")]
+        if not all(isinstance(part, str) for part in given):
+            raise DataError(f'{where}: "instruction" and "input" must be strings')
+        messages = [
+            {"role": "user", "content": "\n".join(part for part in given if part.strip())},
+            {"role": "assistant", "content": record["output"]},
+        ]
+    else:
+        hint = " (a pretraining file?)" if "text" in record else ""
+        raise DataError(
+            f'{where}: no field "conversations"{hint}; fine-tuning reads "conversations", '
+            '"messages" or "instruction"/"output"'
+        )
+    return check_messages(messages, where)
+
+
+def check_messages(messages: object, where: str) -> list[dict[str, str]]:
+    """Validates the turns of one conversation and strips the white space around contents."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: the conversation must be a non-empty list of messages")
+    clean = []
+    for turn, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: message {turn} must be an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise DataError(f"{where}: message {turn} has role {role!r}; known: {', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f'{where}: message {turn} ({role}) needs a non-empty string "content"')
+        clean.append({"role": role, "content": content.strip()})
+    roles = [message["role"] for message in clean]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or turns != expected:
+        raise DataError(
+            f"{where}: roles are {', '.join(roles)}; expected an optional system message, then "
+            "user and assistant in turn, the assistant last"
+        )
+    return clean
+
+
+# ---------------------------------------------------------------- tokenizing
+
+
+def encode_batch(backend: Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
+    """Token ids of many texts, encoded in parallel by the Rust tokenizer.
+
+    Args:
+        special: whether strings such as ``<|im_end|>`` in a text become control tokens. Only the
+            chat template's own text may; a corpus or a user's message that contains such a
+            string keeps it as ordinary characters.
+    """
+    backend.encode_special_tokens = not special
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    backend.encode_special_tokens = False
+    return [encoding.ids for encoding in encodings]
+
+
+def render_template(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], generation_prompt: bool
+) -> list[str]:
+    """The chat template's text around the contents: ``len(messages) + 1`` pieces."""
+    slots = [{"role": message["role"], "content": CONTENT_SLOT} for message in messages]
+    rendered = tokenizer.apply_chat_template(
+        slots, tokenize=False, add_generation_prompt=generation_prompt
+    )
+    pieces = rendered.split(CONTENT_SLOT)
+    if len(pieces) != len(messages) + 1:
+        raise DataError("the chat template drops or repeats a message's content; use another one")
+    return pieces
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: list[list[dict[str, str]]],
+    generation_prompt: bool = False,
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids, and for each whether loss falls on it, of many conversations.
+
+    The template's text and the contents are encoded apart, so special-token strings in a content
+    stay ordinary text. Loss falls on an assistant's content and on the end token that follows.
+
+    Args:
+        generation_prompt: append the template's opening of an assistant turn (for inference).
+    """
+    pieces_by_roles: dict[tuple[str, ...], list[list[int]]] = {}
+    for messages in conversations:
+        roles = tuple(message["role"] for message in messages)
+        if roles not in pieces_by_roles:
+            pieces = render_template(tokenizer, messages, generation_prompt)
+            pieces_by_roles[roles] = encode_batch(tokenizer.backend_tokenizer, pieces, special=True)
+    contents = [message["content"].strip() for messages in conversations for message in messages]
+    encoded = iter(encode_batch(tokenizer.backend_tokenizer, contents, special=False))
+    samples = []
+    for messages in conversations:
+        roles = tuple(message["role"] for message in messages)
+        pieces = pieces_by_roles[roles]
+        ids, labeled = list(pieces[0]), [False] * len(pieces[0])
+        for role, piece in zip(roles, pieces[1:], strict=True):
+            content = next(encoded)
+            is_answer = role == "assistant"
+            if is_answer and piece[:1] != [tokenizer.eos_token_id]:
+                raise DataError(
+                    f"the chat template must close an assistant turn with {tokenizer.eos_token}"
+                )
+            ids += content + piece
+            labeled += [is_answer] * len(content)
+            labeled += [is_answer and position == 0 for position in range(len(piece))]
+        samples.append((ids, labeled))
+    return samples
+
+
+def chunks(items: Iterable, size: int) -> Iterator[list]:
+    """Consecutive lists of ``size`` items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+# ---------------------------------------------------------------- token cache
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hex SHA-256 of vocabulary, merges, special tokens and chat template."""
+    content = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
+    """The smallest unsigned integer that holds every token id."""
+    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Tokens of a data set, memory-mapped: sample i is ``tokens[starts[i]:starts[i + 1]]``."""
+
+    tokens: np.ndarray  # (number of tokens,) uint16 or uint32
+    starts: np.ndarray  # (samples + 1,) int64
+    labeled: np.ndarray  # (number of tokens,) bool; empty for pretraining
+    info: dict  # files with hashes, and counts of what was kept, truncated and dropped
+
+
+def load_tokens(
+    kind: str,
+    paths: list[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_len: int,
+    cache_dir: Path = CACHE_DIR,
+) -> TokenStore:
+    """The tokens of ``paths``, from the cache or tokenized now.
+
+    Args:
+        kind: ``"pretrain"`` (documents end with the pad/end-of-text token) or ``"sft"``.
+        max_seq_len: longest conversation in tokens; longer ones are cut and counted, and those
+            that lose every label are dropped and counted.
+
+    Raises:
+        DataError: see :func:`read_jsonl`, :func:`record_text` and :func:`record_messages`.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check --data_path and --eval_data_path")
+    files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
+    key = {
+        "version": CACHE_VERSION,
+        "kind": kind,
+        "files": [file["sha256"] for file in files],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "max_seq_len": max_seq_len if kind == "sft" else None,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_dir / f"{kind}-{digest}"
+    if not folder.is_dir():
+        build_store(folder, kind, paths, tokenizer, max_seq_len)
+    info = json.loads((folder / "info.json").read_text())
+    return TokenStore(
+        tokens=np.memmap(folder / "tokens.bin", dtype=token_dtype(tokenizer), mode="r"),
+        starts=np.load(folder / "starts.npy", mmap_mode="r"),
+        labeled=np.load(folder / "labeled.npy", mmap_mode="r"),
+        info={"files": files, "tokenizer_sha256": key["tokenizer"], **info},
+    )
+
+
+def build_store(
+    folder: Path,
+    kind: str,
+    paths: list[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_len: int,
+) -> None:
+    """Tokenizes ``paths`` into ``folder``: written aside, then moved into place in one step.
+
+    Two processes may build the same store at once; the first to finish puts its copy in place
+    and the other's, which is identical, is discarded.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        write_store(aside, kind, paths, tokenizer, max_seq_len)
+        try:
+            os.rename(aside, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_store(
+    folder: Path,
+    kind: str,
+    paths: list[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_len: int,
+) -> None:
+    """Writes ``tokens.bin``, ``starts.npy``, ``labeled.npy`` and ``info.json`` to ``folder``."""
+    dtype = token_dtype(tokenizer)
+    lengths: list[int] = []
+    labeled: list[np.ndarray] = []
+    counts = {"records": 0, "truncated": 0, "dropped_without_labels": 0}
+    encode = encode_documents if kind == "pretrain" else encode_samples
+    bar = tqdm(desc="tokenizing", unit=" records", disable=None, file=sys.stderr)
+    with (folder / "tokens.bin").open("wb") as out, bar:
+        records = (item for path in paths for item in read_jsonl(path))
+        for chunk in chunks(records, ENCODE_CHUNK):
+            for ids, mask in encode(tokenizer, chunk, max_seq_len, counts):
+                np.asarray(ids, dtype=dtype).tofile(out)
+                lengths.append(len(ids))
+                labeled.append(np.asarray(mask, dtype=bool))
+            counts["records"] += len(chunk)
+            bar.update(len(chunk))
+    if not lengths:
+        raise DataError(
+            f"{paths[0]}: no sample keeps an assistant token within {max_seq_len} tokens; "
+            "raise --max_seq_len"
+        )
+    flat = np.concatenate(labeled)
+    np.save(folder / "labeled.npy", flat)
+    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    counts |= {"samples": len(lengths), "tokens": sum(lengths), "labeled_tokens": int(flat.sum())}
+    (folder / "info.json").write_text(json.dumps(counts))
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[str, dict]], _: int, __: dict
+) -> list[tuple[list[int], list[bool]]]:
+    """Documents, each closed by the end-of-text token; no mask, since every token is a target."""
+    texts = [record_text(record, where) for where, record in chunk]
+    encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
+    return [(ids + [tokenizer.pad_token_id], []) for ids in encoded]
+
+
+def encode_samples(
+    tokenizer: PreTrainedTokenizerFast,
+    chunk: list[tuple[str, dict]],
+    max_seq_len: int,
+    counts: dict[str, int],
+) -> list[tuple[list[int], list[bool]]]:
+    """Conversations cut at ``max_seq_len`` tokens; adds what was cut and dropped to ``counts``."""
+    conversations = [record_messages(record, where) for where, record in chunk]
+    kept = []
+    for ids, mask in encode_conversations(tokenizer, conversations):
+        counts["truncated"] += len(ids) > max_seq_len
+        # The first token is never predicted, so a label there would train nothing.
+        if any(mask[1:max_seq_len]):
+            kept.append((ids[:max_seq_len], mask[:max_seq_len]))
+        else:
+            counts["dropped_without_labels"] += 1
+    return kept
+
+
+# ---------------------------------------------------------------- samples and batches
+
+
+class PackedDataset(Dataset):
+    """Pretraining blocks of ``max_seq_len`` tokens from one stream of documents.
+
+    Every token but the first of a block is a target. A last, shorter block is served too.
+    """
+
+    def __init__(self, store: TokenStore, max_seq_len: int):
+        self.store = store
+        self.max_seq_len = max_seq_len
+        total = len(store.tokens)
+        tail = total % max_seq_len
+        self.lengths = np.full(total // max_seq_len, max_seq_len)
+        if tail > 1:  # a block of one token has no target
+            self.lengths = np.append(self.lengths, tail)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and labels of block ``index``, each (length,) int64."""
+        start = index * self.max_seq_len
+        ids = self.store.tokens[start : start + self.lengths[index]].astype(np.int64)
+        return ids, ids
+
+
+class ConversationDataset(Dataset):
+    """Fine-tuning samples: one conversation each, with labels on the assistant's tokens."""
+
+    def __init__(self, store: TokenStore):
+        self.store = store
+        self.lengths = np.diff(store.starts)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and labels (``IGNORE_INDEX`` off the assistant), each (length,) int64."""
+        span = slice(self.store.starts[index], self.store.starts[index + 1])
+        ids = self.store.tokens[span].astype(np.int64)
+        return ids, np.where(self.store.labeled[span], ids, IGNORE_INDEX)
+
+
+def load_dataset(
+    kind: str,
+    paths: list[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_len: int,
+    cache_dir: Path = CACHE_DIR,
+) -> PackedDataset | ConversationDataset:
+    """The data set of a stage: ``kind`` is ``"pretrain"`` or ``"sft"``."""
+    store = load_tokens(kind, paths, tokenizer, max_seq_len, cache_dir)
+    return PackedDataset(store, max_seq_len) if kind == "pretrain" else ConversationDataset(store)
+
+
+def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Samples as ``input_ids`` and ``labels``, (batch, longest) int64, padded on the right.
+
+    ``num_tokens``, a scalar, counts the tokens that are not padding.
+    """
+    longest = max(len(ids) for ids, _ in samples)
+    input_ids = np.full((len(samples), longest), pad_id, dtype=np.int64)
+    labels = np.full((len(samples), longest), IGNORE_INDEX, dtype=np.int64)
+    for row, (ids, targets) in enumerate(samples):
+        input_ids[row, : len(ids)] = ids
+        labels[row, : len(ids)] = targets
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "num_tokens": torch.tensor(sum(len(ids) for ids, _ in samples)),
+    }
+
+
+class StepCollator:
+    """One optimizer step of one process, from indices to a list of micro-batches.
+
+    A negative index ``~i`` is sample i without labels: a filler that keeps processes in step when
+    a last batch runs short.
+    """
+
+    def __init__(self, dataset: PackedDataset | ConversationDataset, pad_id: int):
+        self.dataset = dataset
+        self.pad_id = pad_id
+
+    def __call__(self, step: list[list[int]]) -> list[dict[str, torch.Tensor]]:
+        return [collate([self.fetch(i) for i in micro], self.pad_id) for micro in step]
+
+    def fetch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample ``index``; for a filler, its tokens with nothing to learn."""
+        if index >= 0:
+            return self.dataset[index]
+        ids, labels = self.dataset[~index]
+        return ids, np.full_like(labels, IGNORE_INDEX)
+
+
+class StepSampler(Sampler):
+    """Plans the whole run: one item is one optimizer step of one process.
+
+    An item is a list of micro-batches, each a list of sample indices. Samples are shuffled by
+    ``(seed, epoch)``, grouped by length when lengths differ, and cut into global batches of
+    ``batch_size * accumulation_steps * world_size``. Which samples form a global batch does not
+    depend on how many processes share it, so one process and two train on the same batches; and
+    since the plan is a pure function of its arguments, a resumed run continues with the very
+    batch that it would have seen.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 42,
+        first_step: int = 0,
+        max_steps: int | None = None,
+    ):
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.global_batch = batch_size * accumulation_steps * world_size
+        self.steps_per_epoch = -(-len(lengths) // self.global_batch)
+        self.first_step = first_step
+        self.max_steps = max_steps
+
+    def __len__(self) -> int:
+        return self.max_steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        step = self.first_step
+        while step < self.max_steps:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            for batch in self.epoch_batches(epoch)[position : position + self.max_steps - step]:
+                yield self.share(batch)
+                step += 1
+
+    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        """The global batches of an epoch, each sorted by length, in random order."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.lengths))
+        if self.lengths.min() == self.lengths.max():
+            return np.split(order, range(self.global_batch, len(order), self.global_batch))
+        batches = []
+        for start in range(0, len(order), GROUP_BATCHES * self.global_batch):
+            group = order[start : start + GROUP_BATCHES * self.global_batch]
+            group = group[np.argsort(self.lengths[group], kind="stable")]
+            batches += np.split(group, range(self.global_batch, len(group), self.global_batch))
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def share(self, batch: np.ndarray) -> list[list[int]]:
+        """This process's micro-batches of a global batch, the same number on every process."""
+        mine = batch[self.rank :: self.world_size].tolist()
+        largest_share = -(-len(batch) // self.world_size)
+        micro_batches = list(chunks(mine, self.batch_size))
+        while len(micro_batches) < -(-largest_share // self.batch_size):
+            micro_batches.append([~int(batch[0])])
+        return micro_batches
+
+
+def describe_sample(
+    tokenizer: PreTrainedTokenizerFast, dataset: PackedDataset | ConversationDataset, index: int
+) -> str:
+    """Sample ``index`` as a table of position, token, and the label that this position predicts."""
+    ids, labels = dataset[index]
+    targets = np.append(labels[1:], IGNORE_INDEX)
+    lines = [f"sample {index}: {len(ids)} tokens", f"{'pos':>5}  {'token':<24} predicts"]
+    for position, (token, target) in enumerate(zip(ids, targets, strict=True)):
+        shown = "-" if target == IGNORE_INDEX else repr(tokenizer.decode([int(target)]))
+        lines.append(f"{position:>5}  {tokenizer.decode([int(token)])!r:<24} {shown}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The language model and the LoRA adapter, both written by hand."""

@@ -1,0 +1,500 @@
+"""LoRA written by hand (Hu et al. 2021, arXiv 2106.09685), saved in PEFT's format.
+
+An adapted linear computes ``W x + scaling * B A x`` with W frozen, B = 0 at the start, and scaling
+``alpha / r`` or, rank-stabilized, ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732).
+
+    apply_lora(model, LoraSettings(rank=8, alpha=32, targets="all-linear"))   # put in and freeze
+    ...train...
+    save_lora(model, settings, folder, base="out/pretrain", fingerprint=weights_fingerprint(base))
+
+    model = load_model("out/pretrain")
+    load_lora(model, folder)       # logits are now the adapted model's
+    merge_lora(model)              # the same logits from plain weights; unmerge_lora undoes it
+
+``square`` is the placement of MiniMind's scripts, by accident of a shape test: under grouped-query
+attention only q_proj and o_proj are square, so keys, values and the MLP get nothing.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from model.model_minimind import (
+    MiniMindForCausalLM,
+    RMSNorm,
+    read_pth,
+    save_tensors,
+    weights_fingerprint,
+    write_text,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+ROWS_KEY = "token_adapter.trainable_tokens_delta"  # PEFT's name; it holds rows, not differences
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+TARGET_NAMES = ("square", "attention", "mlp", "all-linear")
+INITS = ("kaiming", "gaussian")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be applied, merged or loaded; the message names the cause."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What is adapted, and how.
+
+    Attributes:
+        rank: r; 0 adapts no linear (with ``train_tokens`` or ``modules_to_save`` alone).
+        alpha: numerator of the scaling.
+        targets: one of ``TARGET_NAMES``, or module names joined by commas.
+        init: A is ``kaiming`` U(+-1/sqrt(in)) as in PEFT, or ``gaussian`` N(0, .02) as in MiniMind.
+        train_tokens: ids of tokens whose embedding rows train too (at both ends of a tied model).
+        modules_to_save: parts trained whole: ``embeddings``, ``norms``, or module names.
+    """
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    init: str = "kaiming"
+    use_rslora: bool = False
+    train_tokens: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+
+    def scaling(self, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) (rsLoRA, eq. 4)."""
+        return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+class LoRALinear(nn.Module):
+    """A frozen bias-free linear and its low-rank update.
+
+    ``weight`` (out, in) keeps its name, so the base's parameters are called as before; ``lora_A``
+    is (r, in), ``lora_B`` (out, r).
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, scaling: float, dropout: float, init: str):
+        super().__init__()
+        out_features, in_features = linear.weight.shape
+        self.weight = linear.weight
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(out_features, rank, dtype=torch.float32))
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+        self.unmerged_weight: torch.Tensor | None = None
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        out = F.linear(x, self.weight)
+        if self.unmerged_weight is not None:
+            return out
+        return out + F.linear(F.linear(self.dropout(x), self.lora_A) * self.scaling, self.lora_B)
+
+    def delta(self) -> torch.Tensor:
+        """The update to ``weight``, (out, in), float32."""
+        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+
+
+class TokenRowsEmbedding(nn.Module):
+    """An embedding of which only the rows of chosen tokens train."""
+
+    def __init__(self, weight: nn.Parameter, token_ids: tuple[int, ...]):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("token_ids", torch.tensor(token_ids, device=weight.device), False)
+        self.rows = nn.Parameter(weight.detach()[self.token_ids].float().clone())
+
+    def effective_weight(self) -> torch.Tensor:
+        """(V, D): the frozen matrix with the trained rows in place."""
+        return self.weight.index_copy(0, self.token_ids, self.rows.to(self.weight.dtype))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input_ids, self.effective_weight())
+
+
+class TokenRowsHead(TokenRowsEmbedding):
+    """The output end of the same tied rows: hidden states to logits."""
+
+    def __init__(self, embedding: TokenRowsEmbedding):
+        super().__init__(embedding.weight, tuple(embedding.token_ids.tolist()))
+        self.rows = embedding.rows
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.effective_weight())
+
+
+# ---------------------------------------------------------------- choosing and putting in
+
+
+def find_targets(model: MiniMindForCausalLM, targets: str) -> list[str]:
+    """Names of the linears that ``targets`` selects, in model order.
+
+    Raises:
+        AdapterError: a name matches no linear of the model.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    in_blocks = {n: m for n, m in linears.items() if n != HEAD}
+    if targets == "all-linear":
+        return list(in_blocks)
+    if targets == "square":
+        return [n for n, m in in_blocks.items() if m.in_features == m.out_features]
+    groups = {"attention": ATTENTION, "mlp": MLP}
+    wanted = groups.get(targets) or tuple(part.strip() for part in targets.split(","))
+    for part in wanted:
+        if not any(matches(name, part) for name in linears):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise AdapterError(
+                f"--lora_targets: no linear is called {part!r}; use {', '.join(TARGET_NAMES)} or "
+                f"names among {', '.join(known)}"
+            )
+    return [name for name in linears if any(matches(name, part) for part in wanted)]
+
+
+def matches(name: str, part: str) -> bool:
+    """Whether module ``name`` is ``part`` or ends with it at a dot, as PEFT matches names."""
+    return name == part or name.endswith("." + part)
+
+
+def find_saved_modules(model: MiniMindForCausalLM, parts: tuple[str, ...]) -> list[str]:
+    """Names of the modules trained whole: ``embeddings``, ``norms``, or by name."""
+    found: list[str] = []
+    for part in parts:
+        if part == "embeddings":
+            names = [EMBEDDING]
+        elif part == "norms":
+            names = [n for n, m in model.named_modules() if isinstance(m, RMSNorm)]
+        else:
+            names = [n for n, _ in model.named_modules() if matches(n, part)]
+        if not names:
+            raise AdapterError(f"--modules_to_save: the model has no module {part!r}")
+        found += names
+    if HEAD in found and EMBEDDING not in found:
+        found.append(EMBEDDING)  # tied: the head is the embedding
+    return [name for name in dict.fromkeys(found) if name != HEAD]
+
+
+def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
+    """Freezes ``model`` and puts the adapter in; returns the names of the adapted linears.
+
+    Nothing is changed when an argument is refused.
+
+    Raises:
+        AdapterError: an unknown target, a rank above a matrix's own, tokens together with the
+            whole embedding, or nothing to train.
+    """
+    targets = find_targets(model, settings.targets) if settings.rank else []
+    saved = find_saved_modules(model, settings.modules_to_save)
+    for name in targets:
+        check_rank(name, model.get_submodule(name), settings.rank)
+    if settings.init not in INITS:
+        raise AdapterError(f"--lora_init {settings.init!r}: known are {', '.join(INITS)}")
+    if settings.train_tokens and EMBEDDING in saved:
+        raise AdapterError("--train_tokens: the whole embedding trains already; drop one of both")
+    if not (targets or saved or settings.train_tokens):
+        raise AdapterError("nothing to train: --lora_rank 0 needs --train_tokens or more modules")
+    model.requires_grad_(False)
+    for name in targets:
+        scaling = settings.scaling(settings.rank)
+        linear = model.get_submodule(name)
+        adapted = LoRALinear(linear, settings.rank, scaling, settings.dropout, settings.init)
+        model.set_submodule(name, adapted)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    if settings.train_tokens:
+        put_in_rows(model, settings.train_tokens)
+    return targets
+
+
+def check_rank(name: str, linear: nn.Linear, rank: int) -> None:
+    """Refuses a rank that a matrix cannot have."""
+    largest = min(linear.weight.shape)
+    if not 1 <= rank <= largest:
+        raise AdapterError(
+            f"--lora_rank {rank}: {name} is {tuple(linear.weight.shape)}, so its rank is 1 to "
+            f"{largest}"
+        )
+
+
+def put_in_rows(model: MiniMindForCausalLM, token_ids: tuple[int, ...]) -> None:
+    """Replaces embedding and tied head by modules that train the rows of ``token_ids``."""
+    vocab_size = model.config.vocab_size
+    if len(set(token_ids)) != len(token_ids) or not all(0 <= i < vocab_size for i in token_ids):
+        raise AdapterError(f"--train_tokens: ids must differ and lie in 0..{vocab_size - 1}")
+    embedding = TokenRowsEmbedding(model.model.embed_tokens.weight, token_ids)
+    model.model.embed_tokens = embedding
+    model.lm_head = TokenRowsHead(embedding)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The adapted linears of ``model``, with names."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+# ---------------------------------------------------------------- merging
+
+
+def merge_lora(model: MiniMindForCausalLM) -> None:
+    """Adds every update to its weight, in float32 and cast once; :func:`unmerge_lora` undoes it.
+
+    The weights before are kept, so that undoing gives back the very bits.
+
+    Raises:
+        AdapterError: merged already, or an update of a tied head, which would change the
+            embedding too.
+    """
+    layers = dict(lora_layers(model))
+    if HEAD in layers and layers[HEAD].weight is model.model.embed_tokens.weight:
+        raise AdapterError(
+            f"{HEAD} is tied to the embedding: merging its update would change the input end too; "
+            "use the adapter unmerged"
+        )
+    if any(layer.unmerged_weight is not None for layer in layers.values()):
+        raise AdapterError("the adapter is merged already")
+    for layer in layers.values():
+        layer.unmerged_weight = layer.weight.detach().clone()
+        merged = layer.weight.detach().float() + layer.delta()
+        layer.weight.data.copy_(merged.to(layer.weight.dtype))
+
+
+def unmerge_lora(model: MiniMindForCausalLM) -> None:
+    """Puts the bits of the weights before :func:`merge_lora` back."""
+    for name, layer in lora_layers(model):
+        if layer.unmerged_weight is None:
+            raise AdapterError(f"{name} is not merged")
+        layer.weight.data.copy_(layer.unmerged_weight)
+        layer.unmerged_weight = None
+
+
+def merged_model(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
+    """A plain model with the logits of the adapted one, ready to be saved; ``model`` is unchanged.
+
+    Raises:
+        AdapterError: see :func:`merge_lora`.
+    """
+    merge_lora(model)
+    plain = MiniMindForCausalLM(model.config)
+    tensors = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    if isinstance(model.model.embed_tokens, TokenRowsEmbedding):
+        effective = model.model.embed_tokens.effective_weight().detach()
+        tensors |= {f"{EMBEDDING}.weight": effective, f"{HEAD}.weight": effective}
+    plain.load_state_dict(tensors)
+    unmerge_lora(model)
+    return plain
+
+
+# ---------------------------------------------------------------- files
+
+
+def adapter_tensors(model: MiniMindForCausalLM) -> dict[str, torch.Tensor]:
+    """The trained tensors under PEFT's names, float32."""
+    tensors = {}
+    for name, layer in lora_layers(model):
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{name}.lora_B.weight"] = layer.lora_B
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, TokenRowsEmbedding):
+        tensors[f"{EMBEDDING}.{ROWS_KEY}"] = embedding.rows
+    elif embedding.weight.requires_grad:
+        tensors[f"{EMBEDDING}.weight"] = embedding.weight
+        tensors[f"{HEAD}.weight"] = embedding.weight.clone()  # PEFT keeps both ends apart
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and module.weight.requires_grad:
+            tensors[f"{name}.weight"] = module.weight
+    return {
+        PEFT_PREFIX + name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def save_lora(
+    model: MiniMindForCausalLM,
+    settings: LoraSettings,
+    folder: Path,
+    base: str,
+    fingerprint: str,
+) -> None:
+    """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does.
+
+    Args:
+        base: folder or hub id of the base, for ``base_model_name_or_path``.
+        fingerprint: :func:`weights_fingerprint` of the base before the adapter was put in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = [name for name, _ in lora_layers(model)]
+    saved = find_saved_modules(model, settings.modules_to_save)
+    if EMBEDDING in saved:
+        saved.append(HEAD)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": max(settings.rank, 1),  # PEFT refuses 0; without targets it is not used
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.use_rslora,
+        "init_lora_weights": True if settings.init == "kaiming" else settings.init,
+        "target_modules": layers,
+        "modules_to_save": saved or None,
+        "trainable_token_indices": (
+            {"embed_tokens": list(settings.train_tokens)} if settings.train_tokens else None
+        ),
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+    metadata = {"format": "pt", "base_fingerprint": fingerprint}
+    save_tensors(adapter_tensors(model), folder / ADAPTER_WEIGHTS, metadata)
+    write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """``adapter_config.json``, refused when it asks for what this module does not compute."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise AdapterError(f"{path}: missing; an adapter folder holds {ADAPTER_CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: broken JSON ({error})") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA is read")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int | float):
+            raise AdapterError(f"{path}: {name} is missing or no number")
+    neutral = {"bias": "none"}
+    unread = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias")
+    for name in unread:
+        if config.get(name, neutral.get(name)) not in (neutral.get(name), None, False, {}):
+            raise AdapterError(f"{path}: {name} = {config[name]!r} is not supported here")
+    return config
+
+
+def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
+    """Puts a saved adapter (ours or PEFT's) on its base, strictly; returns its settings.
+
+    Raises:
+        AdapterError: a file is missing or broken, tensors do not fit, or the base's weights are
+            not those that the adapter was trained on.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    tensors, metadata = read_adapter_tensors(folder / ADAPTER_WEIGHTS)
+    trained_on = metadata.get("base_fingerprint")
+    if trained_on is not None and trained_on != weights_fingerprint(model):
+        raise AdapterError(
+            f"{folder}: was trained on another base than the one loaded; its base was "
+            f"{config.get('base_model_name_or_path')}"
+        )
+    rows = config.get("trainable_token_indices") or []
+    rows = rows.get("embed_tokens", rows.get(EMBEDDING, [])) if isinstance(rows, dict) else rows
+    settings = LoraSettings(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=",".join(layers_of(tensors, ".lora_A.weight")),
+        use_rslora=bool(config.get("use_rslora")),
+        train_tokens=tuple(rows),
+        modules_to_save=tuple(whole_modules(tensors)),
+    )
+    if not settings.targets:
+        settings = LoraSettings(
+            rank=0, train_tokens=settings.train_tokens, modules_to_save=settings.modules_to_save
+        )
+    apply_lora(model, settings)
+    fill_adapter(model, tensors, folder)
+    return settings
+
+
+def read_adapter_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors without PEFT's prefix, and the file's metadata."""
+    if not path.is_file():
+        raise AdapterError(f"{path}: missing; the run may not have finished")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: corrupt ({error})") from error
+    foreign = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
+    if foreign:
+        raise AdapterError(f"{path}: {foreign[0]} is not named as PEFT names tensors")
+    return {name.removeprefix(PEFT_PREFIX): t for name, t in tensors.items()}, metadata
+
+
+def layers_of(tensors: dict[str, torch.Tensor], ending: str) -> list[str]:
+    """Modules that have a tensor with this ending."""
+    return [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
+
+
+def whole_modules(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Modules saved whole in an adapter file."""
+    plain = [name for name in tensors if ".lora_" not in name and not name.endswith(ROWS_KEY)]
+    return [name.removesuffix(".weight") for name in plain]
+
+
+def fill_adapter(model: MiniMindForCausalLM, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Copies an adapter file's tensors into the modules that were put in for them."""
+    wanted = {
+        name.removeprefix(PEFT_PREFIX): tensor.shape
+        for name, tensor in adapter_tensors(model).items()
+    }
+    head = tensors.get(f"{HEAD}.weight")
+    embedding = tensors.get(f"{EMBEDDING}.weight")
+    if head is not None and (embedding is None or not torch.equal(head, embedding)):
+        raise AdapterError(f"{path}: {HEAD} differs from the embedding, but this model ties them")
+    for name, tensor in tensors.items():
+        if name not in wanted or wanted[name] != tensor.shape:
+            raise AdapterError(
+                f"{path}: {name} is {tuple(tensor.shape)}, the model has "
+                f"{tuple(wanted[name]) if name in wanted else 'no place for it'}"
+            )
+    missing = sorted(wanted.keys() - tensors.keys() - {f"{HEAD}.weight"})
+    if missing:
+        raise AdapterError(f"{path}: lacks {missing[0]}")
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            layer.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
+            layer.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
+        if f"{EMBEDDING}.{ROWS_KEY}" in tensors:
+            model.model.embed_tokens.rows.copy_(tensors[f"{EMBEDDING}.{ROWS_KEY}"])
+        for name in whole_modules(tensors):
+            model.get_submodule(name).weight.copy_(tensors[f"{name}.weight"])
+
+
+def load_minimind_lora(model: MiniMindForCausalLM, path: str | Path) -> LoraSettings:
+    """Puts a classic MiniMind adapter ``.pth`` on ``model``: square targets, scaling 1.
+
+    Raises:
+        AdapterError: tensors are missing, unknown, or of the wrong shape.
+        CheckpointError: the file is missing or holds more than tensors.
+    """
+    path = Path(path)
+    tensors = {
+        name.removeprefix("module.")
+        .replace(".lora.A.", ".lora_A.")
+        .replace(".lora.B.", ".lora_B."): tensor.float()
+        for name, tensor in read_pth(path).items()
+    }
+    layers = layers_of(tensors, ".lora_A.weight")
+    if not layers:
+        raise AdapterError(f"{path}: holds no tensor named ...lora.A.weight; no MiniMind adapter")
+    rank = tensors[f"{layers[0]}.lora_A.weight"].shape[0]
+    settings = LoraSettings(rank=rank, alpha=rank, targets=",".join(layers), init="gaussian")
+    apply_lora(model, settings)
+    fill_adapter(model, tensors, path)
+    return settings

@@ -1,0 +1,1 @@
+"""One script per training stage, and the loop that they share."""

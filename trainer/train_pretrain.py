@@ -1,0 +1,71 @@
+"""Pretrains the language model from random weights on plain text.
+
+    python trainer/train_pretrain.py                        # the demo corpus
+    python trainer/train_pretrain.py --run_name pretrain_s \
+        --hidden_size 256 --num_hidden_layers 6 --num_attention_heads 4 --intermediate_size 704 \
+        --data_path dataset/data/simplewiki.jsonl.gz dataset/data/tinystories.jsonl.gz \
+        --eval_data_path dataset/data/simplewiki_valid.jsonl.gz
+    torchrun --nproc_per_node 2 trainer/train_pretrain.py   # two GPUs
+
+Documents are packed into blocks of --max_seq_len tokens, each document closed by <|endoftext|>.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.model_minimind import save_model
+from trainer.trainer_utils import (
+    Job,
+    add_model_flags,
+    check_args,
+    fill_data_paths,
+    is_complete,
+    load_data,
+    load_start,
+    make_accelerator,
+    make_parser,
+    open_run_folder,
+    run_script,
+    show_sample,
+    train,
+)
+
+
+def main() -> int:
+    # Settings: every parameter trains, from random weights by default.
+    parser = make_parser(__doc__, run_name="pretrain")
+    add_model_flags(parser, from_weight="none")
+    parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
+    args = parser.parse_args()
+    check_args(args)
+    if is_complete(args):
+        print(f"{args.run_name}: complete, nothing to do")
+        return 0
+
+    # Model and data.
+    accelerator = make_accelerator(args)
+    model, tokenizer_dir = load_start(args)
+    fill_data_paths(args, "pretrain")
+    train_set, eval_set = load_data(args, "pretrain", tokenizer_dir, accelerator)
+    if args.show_sample:
+        return show_sample(tokenizer_dir, train_set)
+
+    # The loop.
+    return train(
+        Job(
+            args=args,
+            accelerator=accelerator,
+            model=model,
+            train_set=train_set,
+            eval_set=eval_set,
+            run=open_run_folder(args, accelerator),
+            save=lambda trained, folder: save_model(trained, tokenizer_dir, folder),
+            facts={"stage": "pretrain"},
+        )
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,96 @@
+"""Trains the tokenizer: a byte-level BPE with MiniMind's special tokens and chat template.
+
+    python trainer/train_tokenizer.py --data_path pretrain.jsonl.gz sft.jsonl.gz \
+        --output_dir model
+
+Reads ``{"text"}`` and conversation records alike, so that words that occur only in fine-tuning
+data (medical terms, say) get tokens of their own. Writes ``tokenizer.json`` and
+``tokenizer_config.json``; `AutoTokenizer.from_pretrained(output_dir)` loads them.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.lm_dataset import DataError, read_jsonl, record_messages, record_text
+
+PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1 and 2
+# ChatML. Contents are trimmed so that white space never merges with the template's own; the
+# generation tags let transformers compute the assistant mask, and print nothing.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the two files")
+    parser.add_argument("--vocab_size", type=int, default=6400, help="tokens (default: 6400)")
+    args = parser.parse_args(argv)
+    if args.vocab_size < 256 + 3:
+        parser.error(f"--vocab_size {args.vocab_size}: 256 bytes and 3 special tokens need 259")
+    return args
+
+
+def corpus_texts(paths: list[Path]) -> Iterator[str]:
+    """The text of every record: a document, or each message's content."""
+    for path in paths:
+        for where, record in read_jsonl(path):
+            if "text" in record:
+                yield record_text(record, where)
+            else:
+                yield from (message["content"] for message in record_messages(record, where))
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``vocab_size`` tokens, special tokens first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=32768,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        tokenizer = train_tokenizer(corpus_texts(args.data_path), args.vocab_size)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    tokenizer.save_pretrained(args.output_dir, save_jinja_files=False)
+    print(f"{len(tokenizer)} tokens written to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,876 @@
+"""The one training loop, and what the three training scripts share.
+
+Pretraining, full fine-tuning and LoRA differ in their data, their start and which parameters
+train; everything from here on (batches, schedule, loss, clipping, precision, evaluation, saving)
+is the same code for all three, so a comparison between them is controlled by construction.
+
+A run leaves ``<save_dir>/<run_name>/``:
+
+    config.json, model.safetensors, tokenizer   or adapter_config.json, adapter_model.safetensors
+    run.json        settings, data and base fingerprints, versions, status, cost, final losses
+    metrics.jsonl   a line per log interval and per evaluation
+    resume/         full state to continue from with --from_resume
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataset.lm_dataset import (
+    ConversationDataset,
+    DataError,
+    PackedDataset,
+    StepCollator,
+    StepSampler,
+    collate,
+    describe_sample,
+    load_dataset,
+)
+from model.model_lora import AdapterError
+from model.model_minimind import (
+    TOKENIZER_DIR,
+    CheckpointError,
+    MiniMindForCausalLM,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    minimind_config,
+    write_text,
+)
+
+REPO_DIR = Path(__file__).resolve().parents[1]
+OUT_DIR = REPO_DIR / "out"
+SHAPE_FLAGS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "qk_norm",
+)
+# Below this many planned FLOPs a run ends before compiling its blocks has paid for itself.
+COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
+
+
+class SettingsError(ValueError):
+    """A flag whose value cannot work; the message names the flag and what to do."""
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Runs a script's ``main`` and exits: a user's error is one line and exit code 2."""
+    try:
+        code = main()
+    except (SettingsError, DataError, CheckpointError, AdapterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> argparse.ArgumentParser:
+    """A parser with the flags that all stages share; stages set other defaults and add theirs."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("run").add_argument
+    add("--save_dir", type=Path, default=OUT_DIR, help="where run folders go (default: out/)")
+    add(name_flag, dest="run_name", default=run_name, help=f"run folder (default: {run_name})")
+    add("--from_resume", action="store_true", help="continue this run from its resume/ state")
+    add("--overwrite", action="store_true", help="delete the run folder first if it exists")
+    add("--seed", type=int, default=42, help="order of data, initial weights, dropout (default 42)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of matrix products; weights and optimizer stay float32. auto: bfloat16 where the "
+        "processor computes it, else float32",
+    )
+    add(
+        "--use_compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the transformer block; auto: when the run is long enough to earn it back",
+    )
+    add("--num_workers", type=int, default=0, help="data loading processes (default 0)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (default: the demo corpus)")
+    add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
+    add("--max_seq_len", type=int, default=340, help="tokens a sample or block (default 340)")
+    add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=float, default=1.0, help="passes over the data (default %(default)s)")
+    add("--max_steps", type=int, help="stop after so many optimizer steps, whatever --epochs says")
+    add("--batch_size", type=int, default=32, help="samples a process and micro-batch (32)")
+    add("--accumulation_steps", type=int, default=1, help="micro-batches an optimizer step (1)")
+    add("--learning_rate", type=float, default=5e-4, help="peak (default %(default)s)")
+    add("--lr_schedule", choices=("cosine", "linear", "constant"), default="cosine", help="cosine")
+    add("--warmup_ratio", type=float, default=0.0, help="share of steps warming up (%(default)s)")
+    add("--min_lr_ratio", type=float, default=0.1, help="last rate / peak (default 0.1)")
+    add("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices (%(default)s)")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none (1.0)")
+    add = parser.add_argument_group("logging and saving, in optimizer steps").add_argument
+    add("--log_interval", type=int, default=10, help="a line of metrics.jsonl (default 10)")
+    add("--eval_interval", type=int, default=0, help="validation; 0: at the end only (0)")
+    add("--save_interval", type=int, default=500, help="resume state; 0: at the end only (500)")
+    add("--report_to", default="none", help="none, or a tracker of accelerate: tensorboard, wandb")
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser, from_weight: str) -> None:
+    """Where the weights come from, and the shape for a run from random weights."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--from_weight",
+        default=from_weight,
+        help="folder, hub id or MiniMind .pth to start from, or none for random weights "
+        f"(default: {from_weight})",
+    )
+    add("--tokenizer_path", type=Path, help="tokenizer folder (default: the weights' own)")
+    shape = "; with --from_weight a folder it must agree"
+    add("--hidden_size", type=int, help=f"default 512{shape}")
+    add("--num_hidden_layers", type=int, help=f"default 8{shape}")
+    add("--num_attention_heads", type=int, help=f"default 8{shape}")
+    add("--num_key_value_heads", type=int, help=f"default 2{shape}")
+    add("--intermediate_size", type=int, help=f"default 1408{shape}")
+    add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses values that cannot work, before anything is loaded.
+
+    Raises:
+        SettingsError: names the flag.
+    """
+    positive = ("epochs", "batch_size", "accumulation_steps", "learning_rate")
+    positive += tuple(flag for flag in SHAPE_FLAGS if flag != "qk_norm")
+    for flag in positive:
+        value = vars(args)[flag]
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SettingsError(f"--{flag} {value}: must be a positive number")
+    not_negative = ("weight_decay", "grad_clip", "num_workers", "eval_interval", "save_interval")
+    for flag in not_negative:
+        value = vars(args)[flag]
+        if not (math.isfinite(value) and value >= 0):
+            raise SettingsError(f"--{flag} {value}: must be 0 or more")
+    for flag in ("warmup_ratio", "min_lr_ratio"):
+        if not 0 <= vars(args)[flag] <= 1:
+            raise SettingsError(f"--{flag} {vars(args)[flag]}: must lie between 0 and 1")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise SettingsError(f"--max_steps {args.max_steps}: must be 1 or more")
+    if args.log_interval < 1:
+        raise SettingsError(f"--log_interval {args.log_interval}: must be 1 or more")
+    if args.max_seq_len < 2:
+        raise SettingsError(f"--max_seq_len {args.max_seq_len}: must be 2 or more")
+    if not args.run_name or Path(args.run_name).name != args.run_name:
+        raise SettingsError(f"--run_name {args.run_name!r}: must be a plain folder name")
+    if args.eval_interval and args.data_path and not args.eval_data_path:
+        raise SettingsError("--eval_interval needs --eval_data_path beside --data_path")
+    if args.from_resume and args.overwrite:
+        raise SettingsError("--from_resume and --overwrite contradict each other; give one")
+
+
+# ---------------------------------------------------------------- start
+
+
+def choose_device(name: str) -> str:
+    """The device to train on; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(device for device, found in there.items() if found)
+    if not there[name]:
+        raise SettingsError(f"--device {name}: this machine has none; use --device cpu")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> str:
+    """The type of matrix products; ``auto`` takes bfloat16 where the processor computes it."""
+    if device == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu":
+        has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    else:
+        has_bfloat16 = False
+    if name == "auto":
+        return "bfloat16" if has_bfloat16 else "float32"
+    if name == "float16" and device != "cuda":
+        raise SettingsError(f"--dtype float16: needs CUDA, not {device}; use bfloat16 or float32")
+    return name
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Sets the seed and the device, and resolves ``auto`` in ``args`` to what is used."""
+    args.device = choose_device(args.device)
+    args.dtype = choose_dtype(args.dtype, args.device)
+    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]
+    trackers = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(
+        cpu=args.device == "cpu",
+        mixed_precision=precision,
+        log_with=trackers,
+        project_dir=args.save_dir / args.run_name if trackers else None,
+    )
+    set_seed(args.seed)
+    return accelerator
+
+
+def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
+    """The model to train, in float32, and the folder of its tokenizer."""
+    shape = {flag: vars(args)[flag] for flag in SHAPE_FLAGS if vars(args)[flag] is not None}
+    if args.from_weight == "none":
+        folder = args.tokenizer_path or TOKENIZER_DIR
+        try:
+            config = minimind_config(vocab_size=len(load_tokenizer(folder)), **shape)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        return MiniMindForCausalLM(config), folder
+    path = resolve_weights(args.from_weight)
+    model = load_model(path, **{k: v for k, v in shape.items() if k == "num_attention_heads"})
+    found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
+    for flag, value in shape.items():
+        if found[flag] != value:
+            raise SettingsError(f"--{flag} {value}: {path} has {found[flag]}; drop the flag")
+    folder = args.tokenizer_path or (path if path.is_dir() else TOKENIZER_DIR)
+    vocabulary = len(load_tokenizer(folder))
+    if vocabulary != model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {vocabulary} tokens, {path} {model.config.vocab_size}; "
+            "set --tokenizer_path to the tokenizer that the weights were trained with"
+        )
+    return model, folder
+
+
+def resolve_weights(from_weight: str) -> Path:
+    """A local folder or file as given, or a hub id fetched through huggingface_hub."""
+    path = Path(from_weight)
+    is_local = path.exists() or path.is_absolute() or from_weight.startswith((".", "out/"))
+    if is_local or path.suffix == ".pth" or from_weight.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(from_weight, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"--from_weight {from_weight}: neither a local path nor to be had from the hub "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def fill_data_paths(args: argparse.Namespace, kind: str) -> None:
+    """Points a run without ``--data_path`` to the demo corpus, made when it is missing."""
+    if args.data_path is None:
+        from dataset.demo import DEMO_FILES, ensure_demo_corpus
+
+        files = ensure_demo_corpus()
+        args.data_path = [files[kind]]
+        args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
+        print(f"no --data_path: using the demo corpus, {DEMO_FILES[kind]}")
+
+
+def load_data(
+    args: argparse.Namespace, kind: str, tokenizer_dir: Path, accelerator: Accelerator
+) -> tuple[PackedDataset | ConversationDataset, PackedDataset | ConversationDataset | None]:
+    """Training and validation data of a stage; the main process tokenizes, the others wait."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    store_kind = "pretrain" if kind == "pretrain" else "sft"
+    with accelerator.main_process_first():
+        train = load_dataset(store_kind, args.data_path, tokenizer, args.max_seq_len)
+        valid = None
+        if args.eval_data_path:
+            valid = load_dataset(store_kind, args.eval_data_path, tokenizer, args.max_seq_len)
+    return train, valid
+
+
+def show_sample(tokenizer_dir: Path, dataset: PackedDataset | ConversationDataset) -> int:
+    """Prints the first sample's tokens beside what each position predicts."""
+    print(describe_sample(load_tokenizer(tokenizer_dir), dataset, 0))
+    return 0
+
+
+def compile_blocks(model: MiniMindForCausalLM, mode: str, flops: float, device: str) -> bool:
+    """Compiles the transformer block, once for all layers, if ``mode`` or the run's size says so.
+
+    ``auto`` leaves short runs alone, and a CPU without a C++ compiler; it depends on the settings
+    only, never on a clock, so a resumed run computes what the first part computed.
+    """
+    wanted = mode == "on" or (
+        mode == "auto"
+        and flops >= COMPILE_FLOPS.get(device, math.inf)
+        and (device != "cpu" or any(map(shutil.which, ("g++", "clang++"))))
+    )
+    if wanted:
+        for layer in model.model.layers:
+            layer.compile()
+    return wanted
+
+
+# ---------------------------------------------------------------- schedule, groups, cost
+
+
+def learning_rate_at(
+    step: int, steps: int, peak: float, schedule: str, warmup_ratio: float, min_ratio: float
+) -> float:
+    """The rate of optimizer step ``step`` (0 to ``steps`` - 1).
+
+    Linear warm-up to ``peak``, then constant, or down to ``min_ratio * peak`` in a line or half a
+    cosine (Loshchilov & Hutter 2016, arXiv 1608.03983, eq. 5).
+    """
+    warmup = round(steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return peak * (min_ratio + (1 - min_ratio) * remaining)
+
+
+def parameter_groups(model: nn.Module, args: argparse.Namespace, b_ratio: float = 1.0) -> list:
+    """Trainable parameters as AdamW groups; ``lr_ratio`` multiplies the scheduled rate.
+
+    Weight decay falls on matrices outside the embedding. ``b_ratio`` is LoRA+'s lr_B / lr_A
+    (Hayou et al. 2024, arXiv 2402.12354).
+    """
+    decayed, plain, fast = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("lora_B") and b_ratio != 1.0:
+            fast.append(parameter)
+        elif parameter.ndim == 2 and not name.startswith(("model.embed_tokens", "lm_head")):
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": args.weight_decay, "lr_ratio": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_ratio": 1.0},
+        {"params": fast, "weight_decay": args.weight_decay, "lr_ratio": b_ratio},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def flops_per_token(model: MiniMindForCausalLM, sequence_length: float) -> float:
+    """Model FLOPs of training on one token, forward and backward.
+
+    2 N forward, 2 N for the gradients of activations and 2 N_trainable for those of weights
+    (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and 6 L D T for causal attention.
+    """
+    total, trainable = count_parameters(model)
+    config = model.config
+    attention = 6 * config.num_hidden_layers * config.hidden_size * sequence_length
+    return 4 * total + 2 * trainable + attention
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory held so far: allocated on the GPU, or resident on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---------------------------------------------------------------- run folder
+
+
+def printable_path(path: Path) -> str:
+    """A path as a record shows it: relative to the repository or the user's folder, or its name."""
+    absolute = Path(os.path.abspath(path))
+    for root in (REPO_DIR, Path.cwd()):
+        if absolute.is_relative_to(root):
+            return str(absolute.relative_to(root))
+    return absolute.name
+
+
+def printable_settings(args: argparse.Namespace) -> dict:
+    """Every setting, with paths shortened by :func:`printable_path`."""
+
+    def printable(value: object) -> object:
+        if isinstance(value, Path):
+            return printable_path(value)
+        return [printable(item) for item in value] if isinstance(value, list | tuple) else value
+
+    settings = {name: printable(value) for name, value in sorted(vars(args).items())}
+    if settings["from_weight"] != "none" and Path(settings["from_weight"]).exists():
+        settings["from_weight"] = printable_path(Path(settings["from_weight"]))
+    return settings
+
+
+def git_state() -> dict:
+    """The commit of this code and whether files differ from it; empty outside a checkout."""
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(REPO_DIR), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
+        return {}
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def describe_machine(device: str) -> dict:
+    """Processor, cores and versions that a run's numbers depend on."""
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if device == "cpu" and cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
+    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "safetensors")
+    return {
+        "device": device,
+        "processor": processor,
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+@dataclass
+class RunFolder:
+    """``run.json``, ``metrics.jsonl`` and ``resume/`` of one run; only the main process writes."""
+
+    path: Path
+    is_main: bool
+    record: dict = field(default_factory=dict)
+
+    def write(self, **changes: object) -> None:
+        """Updates ``run.json``."""
+        self.record |= changes
+        if self.is_main:
+            write_text(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
+
+    def log(self, row: dict) -> None:
+        """Appends a line to ``metrics.jsonl``."""
+        if self.is_main:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def drop_rows_after(self, step: int) -> None:
+        """Removes lines that a resumed run is about to write again."""
+        path = self.path / "metrics.jsonl"
+        if self.is_main and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            # A line cut short by a kill lies after the last saved state and is dropped with them.
+            whole = [line for line in lines if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_text(path, "".join(line + "\n" for line in kept))
+
+    def resume_state(self) -> Path | None:
+        """The newest whole state; a kill between two renames leaves it under its old name."""
+        states = [self.path / "resume", self.path / "resume.old"]
+        return next((state for state in states if state.is_dir()), None)
+
+
+def is_complete(args: argparse.Namespace) -> bool:
+    """Whether ``--from_resume`` finds a run that has nothing left to do."""
+    path = args.save_dir / args.run_name / "run.json"
+    if not (args.from_resume and path.is_file()):
+        return False
+    return json.loads(path.read_text(encoding="utf-8")).get("status") == "completed"
+
+
+def open_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
+    """The run's folder, made now or continued.
+
+    Raises:
+        SettingsError: the folder exists and neither ``--from_resume`` nor ``--overwrite`` is
+            given, or there is no state to resume from.
+    """
+    run = RunFolder(args.save_dir / args.run_name, accelerator.is_main_process)
+    exists = run.path.is_dir() and any(run.path.iterdir())
+    accelerator.wait_for_everyone()  # every process has looked before one of them makes it
+    if args.from_resume:
+        if run.resume_state() is None:
+            raise SettingsError(f"--from_resume: {run.path} holds no resume/ state; start it anew")
+        record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+        check_same_run(record, args)
+        run.record = record
+        return run
+    if exists and not args.overwrite:
+        raise SettingsError(
+            f"{run.path} exists: continue it with --from_resume, replace it with --overwrite, or "
+            "choose another name"
+        )
+    if run.is_main:
+        shutil.rmtree(run.path, ignore_errors=True)
+        run.path.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def check_same_run(record: dict, args: argparse.Namespace) -> None:
+    """Refuses to continue a run with settings that would make it another run."""
+    free = {"from_resume", "overwrite", "save_dir", "device", "num_workers", "report_to"}
+    free |= {"log_interval", "save_interval", "eval_interval", "show_sample"}
+    before, now = record["settings"], printable_settings(args)
+    for name in sorted(now.keys() - free):
+        if before.get(name) != now[name]:
+            raise SettingsError(
+                f"--from_resume: --{name} was {before.get(name)} and is {now[name]} now; give the "
+                "same, or start another run"
+            )
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with the resume state as JSON, whose floats are exact."""
+
+    step: int = 0
+    tokens: int = 0
+    labeled_tokens: int = 0
+    seconds: float = 0.0
+    window_loss: float = 0.0  # summed since the last log line
+    window_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage hands to the loop."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: MiniMindForCausalLM  # with the right parameters frozen, before wrapping
+    train_set: PackedDataset | ConversationDataset
+    eval_set: PackedDataset | ConversationDataset | None
+    run: RunFolder
+    save: Callable[[MiniMindForCausalLM, Path], None]  # writes the final weights
+    facts: dict  # what else run.json should tell: base, adapter...
+    b_ratio: float = 1.0
+
+
+def plan_steps(job: Job) -> StepSampler:
+    """This process's batches of the whole run."""
+    args, accelerator = job.args, job.accelerator
+    sampler = StepSampler(
+        job.train_set.lengths,
+        args.batch_size,
+        args.accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        args.seed,
+    )
+    sampler.max_steps = args.max_steps or math.ceil(args.epochs * sampler.steps_per_epoch)
+    return sampler
+
+
+def train(job: Job) -> int:
+    """Trains, evaluates, saves; returns the exit code.
+
+    The loss of an optimizer step is the mean over all its labeled tokens: those of every
+    micro-batch on every process, so that neither accumulation nor the number of processes changes
+    what a batch means.
+    """
+    args, accelerator, run = job.args, job.accelerator, job.run
+    sampler = plan_steps(job)
+    steps = sampler.max_steps
+    lengths = job.train_set.lengths
+    tokens_planned = int(lengths.sum()) * steps / sampler.steps_per_epoch
+    per_token = flops_per_token(job.model, float(lengths.mean()))
+    compiled = compile_blocks(job.model, args.use_compile, tokens_planned * per_token, args.device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(job.model, args, job.b_ratio), lr=args.learning_rate, fused=True
+    )
+    model, optimizer = accelerator.prepare(job.model, optimizer)
+    if args.report_to != "none":
+        accelerator.init_trackers("minimind-lora-study", config=printable_settings(args))
+    progress = restore(job) if args.from_resume else Progress()
+    describe_run(job, steps, sampler.steps_per_epoch, compiled)
+    sampler.first_step = progress.step
+    loader = DataLoader(
+        PlannedSteps(),
+        batch_size=None,
+        sampler=sampler,
+        collate_fn=StepCollator(job.train_set, job.model.config.pad_token_id),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=args.device == "cuda",
+    )
+    stop = stop_on_signals()
+    bar = tqdm(
+        total=steps,
+        initial=progress.step,
+        desc=args.run_name,
+        unit="step",
+        disable=None if accelerator.is_main_process else True,
+        file=sys.stderr,
+    )
+    started = time.perf_counter()
+    before, tokens_before = progress.seconds, progress.tokens
+    model.train()
+    for micro_batches in loader:
+        rate = learning_rate_at(
+            progress.step,
+            steps,
+            args.learning_rate,
+            args.lr_schedule,
+            args.warmup_ratio,
+            args.min_lr_ratio,
+        )
+        loss, norm, tokens, labeled = train_step(job, model, optimizer, micro_batches, rate)
+        progress.step += 1
+        progress.tokens += tokens
+        progress.labeled_tokens += labeled
+        progress.window_loss += loss
+        progress.window_steps += 1
+        progress.seconds = before + time.perf_counter() - started
+        bar.update()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return end_run(job, progress, "diverged", f"loss {loss}, gradient norm {norm}")
+        last = progress.step == steps
+        if progress.step % args.log_interval == 0 or last:
+            speed = (progress.tokens - tokens_before) / (progress.seconds - before)
+            log_step(job, progress, norm, rate, speed, steps, bar)
+        if job.eval_set is not None and (
+            last or (args.eval_interval and progress.step % args.eval_interval == 0)
+        ):
+            row = {"step": progress.step, "eval_loss": evaluate(job, model)}
+            run.log(row)
+            accelerator.log({"eval_loss": row["eval_loss"]}, step=progress.step)
+            run.write(eval_loss=row["eval_loss"])
+            bar.set_postfix(eval_loss=f"{row['eval_loss']:.3f}", refresh=False)
+        interrupted = bool(stop) and not last
+        if interrupted or last or (args.save_interval and progress.step % args.save_interval == 0):
+            save_state(job, progress)
+        if interrupted:
+            bar.close()
+            return end_run(job, progress, "interrupted", "continue it with --from_resume")
+    bar.close()
+    if accelerator.is_main_process:
+        job.save(accelerator.unwrap_model(model), run.path)
+    accelerator.end_training()
+    run.write(
+        flops=per_token * progress.tokens,
+        tokens_per_second=round((progress.tokens - tokens_before) / (progress.seconds - before), 1),
+        peak_memory_bytes=peak_memory_bytes(args.device),
+    )
+    return end_run(job, progress, "completed", f"saved to {run.path}")
+
+
+class PlannedSteps(torch.utils.data.Dataset):
+    """Hands the sampler's plan of a step to the collator, which fetches its samples."""
+
+    def __getitem__(self, step: list[list[int]]) -> list[list[int]]:
+        return step
+
+
+def train_step(
+    job: Job,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict[str, torch.Tensor]],
+    rate: float,
+) -> tuple[float, float, int, int]:
+    """One optimizer step; returns loss (nats a labeled token), gradient norm, and token counts."""
+    accelerator = job.accelerator
+    # Counted after the shift: the first token of a sample is never a target.
+    counts = torch.tensor(
+        [
+            sum(int(batch["num_tokens"]) for batch in micro_batches),
+            sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches),
+        ],
+        device=accelerator.device,
+    )
+    tokens, labeled = accelerator.reduce(counts, "sum").tolist()
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_ratio"]
+    total = torch.zeros((), device=accelerator.device)
+    for position, batch in enumerate(micro_batches):
+        is_last = position == len(micro_batches) - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            loss = model(
+                input_ids=batch["input_ids"].to(accelerator.device, non_blocking=True),
+                labels=batch["labels"].to(accelerator.device, non_blocking=True),
+                num_items_in_batch=labeled,
+            ).loss
+            # DDP averages gradients over processes; the loss is a sum over them.
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    limit = job.args.grad_clip or math.inf
+    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+    optimizer.step()
+    optimizer.zero_grad()
+    return accelerator.reduce(total, "sum").item(), float(norm), tokens, labeled
+
+
+@torch.no_grad()
+def evaluate(job: Job, model: nn.Module) -> float:
+    """Mean NLL over the labeled tokens of the validation set, in nats a token."""
+    accelerator, dataset = job.accelerator, job.eval_set
+    size = job.args.batch_size
+    order = dataset.lengths.argsort(kind="stable").tolist()
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    totals = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+        batch = collate([dataset[i] for i in indices], job.model.config.pad_token_id)
+        labels = batch["labels"]
+        loss = model(
+            input_ids=batch["input_ids"].to(accelerator.device),
+            labels=labels.to(accelerator.device),
+            num_items_in_batch=1,
+        ).loss
+        totals += torch.tensor([float(loss), int((labels[:, 1:] != -100).sum())])
+    model.train()
+    summed = accelerator.reduce(totals.float().to(accelerator.device), "sum")
+    return (summed[0] / summed[1]).item()
+
+
+def log_step(
+    job: Job,
+    progress: Progress,
+    norm: float,
+    rate: float,
+    tokens_per_second: float,
+    steps: int,
+    bar: tqdm,
+) -> None:
+    """Writes a line of metrics, the loss averaged since the last one, and shows it in the bar."""
+    loss = progress.window_loss / progress.window_steps
+    progress.window_loss, progress.window_steps = 0.0, 0
+    row = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "tokens_per_second": round(tokens_per_second, 1),
+    }
+    job.run.log(row)
+    job.run.record["train_loss"] = loss
+    job.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=progress.step)
+    bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens_per_second:,.0f}", refresh=False)
+    if bar.disable and job.accelerator.is_main_process:
+        print(f"step {progress.step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
+
+
+def describe_run(job: Job, steps: int, steps_per_epoch: int, compiled: bool) -> None:
+    """Writes everything known before the first step to ``run.json`` and says it in a line."""
+    args = job.args
+    total, trainable = count_parameters(job.model)
+    job.run.write(
+        status="running",
+        settings=printable_settings(args),
+        **job.facts,
+        parameters=total,
+        trainable_parameters=trainable,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        processes=job.accelerator.num_processes,
+        compiled=compiled,
+        train_data=job.train_set.store.info,
+        eval_data=job.eval_set.store.info if job.eval_set is not None else None,
+        git=git_state(),
+        machine=describe_machine(args.device),
+    )
+    if job.accelerator.is_main_process:
+        print(
+            f"{args.run_name}: {trainable:,} of {total:,} parameters train for {steps} steps on "
+            f"{args.device} in {args.dtype}{', compiled' if compiled else ''}"
+        )
+        info = job.train_set.store.info
+        if info["truncated"] or info["dropped_without_labels"]:
+            print(
+                f"{info['truncated']} samples are cut at {args.max_seq_len} tokens, "
+                f"{info['dropped_without_labels']} dropped since no label is left"
+            )
+        if job.eval_set is None:
+            print("no --eval_data_path: no validation loss")
+
+
+def end_run(job: Job, progress: Progress, status: str, message: str) -> int:
+    """Writes the last ``run.json``, says how the run ended, and returns the exit code."""
+    job.run.write(
+        status=status,
+        step=progress.step,
+        tokens=progress.tokens,
+        labeled_tokens=progress.labeled_tokens,
+        train_seconds=round(progress.seconds, 2),
+    )
+    if job.accelerator.is_main_process:
+        loss = job.run.record.get("eval_loss")
+        shown = f", validation loss {loss:.4f}" if loss is not None else ""
+        print(f"{job.args.run_name}: {status} at step {progress.step}{shown}; {message}")
+    return {"completed": 0, "interrupted": 130, "diverged": 3}[status]
+
+
+def stop_on_signals() -> list[int]:
+    """A list that SIGTERM or Ctrl-C appends to; the loop saves and stops after its step.
+
+    A second Ctrl-C stops at once.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return received
+
+
+# ---------------------------------------------------------------- resume
+
+
+def save_state(job: Job, progress: Progress) -> None:
+    """Writes the resume state aside and moves it into place; the previous one survives a kill."""
+    accelerator, folder = job.accelerator, job.run.path
+    aside, place, old = folder / "resume.tmp", folder / "resume", folder / "resume.old"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_text(aside / "progress.json", json.dumps(vars(progress)))
+        if place.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            place.rename(old)
+        aside.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def restore(job: Job) -> Progress:
+    """Loads the resume state into the prepared model and optimizer."""
+    state = job.run.resume_state()
+    progress = Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+    job.accelerator.load_state(str(state))
+    job.run.drop_rows_after(progress.step)
+    if job.accelerator.is_main_process:
+        print(f"{job.args.run_name}: resumed from {state} at step {progress.step}")
+    return progress
