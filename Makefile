@@ -21,3 +21,28 @@ test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest
+
+# ---------------------------------------------------------------- the demo
+# A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.
+SHAPE := --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 352
+DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_minimind demo_lora_all
+PROMPTS := dataset/data/demo/sft_demo_valid.jsonl
+
+# Each run continues where an interrupted one stopped, and a finished one is left alone.
+resume = $(if $(wildcard out/$(1)/resume),--from_resume,$(if $(wildcard out/$(1)),--overwrite))
+
+demo: install
+	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain $(call resume,demo_pretrain) \
+		$(SHAPE) --epochs 3
+	$(RUN) trainer/train_full_sft.py --run_name demo_full_sft $(call resume,demo_full_sft) \
+		--from_weight out/demo_pretrain --learning_rate 1e-3 --epochs 3
+	$(RUN) trainer/train_lora.py --lora_name demo_lora_minimind $(call resume,demo_lora_minimind) \
+		--from_weight out/demo_pretrain --epochs 3 --lora_targets square --lora_rank 8 \
+		--lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
+	$(RUN) trainer/train_lora.py --lora_name demo_lora_all $(call resume,demo_lora_all) \
+		--from_weight out/demo_pretrain --epochs 3 --learning_rate 3e-3
+	$(RUN) eval_llm.py $(addprefix --model out/,$(DEMO_RUNS)) --prompts $(PROMPTS) --limit 100 \
+		--nll_data $(PROMPTS) --decoding greedy t0.85p0.85 --max_new_tokens 64
+
+clean-demo:
+	rm -rf $(addprefix out/,$(DEMO_RUNS)) $(addprefix evaluation/model_outputs/,$(DEMO_RUNS))

@@ -86,10 +86,15 @@ def parse_record(line: bytes, where: str) -> dict:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error.reason}); convert the file") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: broken JSON ({error}); mend or remove the line") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    if b"\\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: holds half a surrogate pair; mend the line") from error
     return record
 
 
@@ -452,7 +457,7 @@ def load_dataset(
 def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:
     """Samples as ``input_ids`` and ``labels``, (batch, longest) int64, padded on the right.
 
-    ``num_tokens``, a scalar, counts the tokens that are not padding.
+    ``num_tokens``, a scalar, counts the tokens that are not padding, fillers left out.
     """
     longest = max(len(ids) for ids, _ in samples)
     input_ids = np.full((len(samples), longest), pad_id, dtype=np.int64)
@@ -463,7 +468,9 @@ def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[s
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
-        "num_tokens": torch.tensor(sum(len(ids) for ids, _ in samples)),
+        "num_tokens": torch.tensor(
+            sum(len(ids) for ids, targets in samples if (targets != IGNORE_INDEX).any())
+        ),
     }
 
 

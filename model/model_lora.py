@@ -44,6 +44,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 TARGET_NAMES = ("square", "attention", "mlp", "all-linear")
 INITS = ("kaiming", "gaussian")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+TRAINABLE_PARTS = ("square", "attention", "mlp", "embeddings", "norms", "frozen-embeddings")
 
 
 class AdapterError(ValueError):
@@ -201,6 +202,9 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     saved = find_saved_modules(model, settings.modules_to_save)
     for name in targets:
         check_rank(name, model.get_submodule(name), settings.rank)
+    vocab_size, tokens = model.config.vocab_size, settings.train_tokens
+    if len(set(tokens)) != len(tokens) or not all(0 <= token < vocab_size for token in tokens):
+        raise AdapterError(f"--train_tokens: ids must differ and lie in 0..{vocab_size - 1}")
     if settings.init not in INITS:
         raise AdapterError(f"--lora_init {settings.init!r}: known are {', '.join(INITS)}")
     if settings.train_tokens and EMBEDDING in saved:
@@ -232,12 +236,37 @@ def check_rank(name: str, linear: nn.Linear, rank: int) -> None:
 
 def put_in_rows(model: MiniMindForCausalLM, token_ids: tuple[int, ...]) -> None:
     """Replaces embedding and tied head by modules that train the rows of ``token_ids``."""
-    vocab_size = model.config.vocab_size
-    if len(set(token_ids)) != len(token_ids) or not all(0 <= i < vocab_size for i in token_ids):
-        raise AdapterError(f"--train_tokens: ids must differ and lie in 0..{vocab_size - 1}")
     embedding = TokenRowsEmbedding(model.model.embed_tokens.weight, token_ids)
     model.model.embed_tokens = embedding
     model.lm_head = TokenRowsHead(embedding)
+
+
+def select_trainable(model: MiniMindForCausalLM, spec: str) -> None:
+    """Freezes all but the named parts: the dense counterparts of the adapter's placements.
+
+    Args:
+        spec: ``all``, or some of ``TRAINABLE_PARTS`` joined by commas; ``frozen-embeddings`` is
+            everything but the tied embedding.
+
+    Raises:
+        AdapterError: an unknown part.
+    """
+    parts = [part.strip() for part in spec.split(",")]
+    for part in parts:
+        if part != "all" and part not in TRAINABLE_PARTS:
+            raise AdapterError(f"--trainable {part!r}: known are all, {', '.join(TRAINABLE_PARTS)}")
+    model.requires_grad_("all" in parts)
+    for part in parts:
+        if part == "frozen-embeddings":
+            names = find_saved_modules(model, ("norms",)) + find_targets(model, "all-linear")
+        elif part in ("embeddings", "norms"):
+            names = find_saved_modules(model, (part,))
+        elif part != "all":
+            names = find_targets(model, part)
+        else:
+            names = []
+        for name in names:
+            model.get_submodule(name).requires_grad_(True)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

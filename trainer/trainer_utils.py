@@ -31,7 +31,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -184,8 +185,16 @@ def check_args(args: argparse.Namespace) -> None:
         raise SettingsError(f"--log_interval {args.log_interval}: must be 1 or more")
     if args.max_seq_len < 2:
         raise SettingsError(f"--max_seq_len {args.max_seq_len}: must be 2 or more")
-    if not args.run_name or Path(args.run_name).name != args.run_name:
+    if args.run_name in ("", "..") or Path(args.run_name).name != args.run_name:
         raise SettingsError(f"--run_name {args.run_name!r}: must be a plain folder name")
+    if not 0 <= args.seed < 2**32:
+        raise SettingsError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
+    trackers = ["none", *map(str, get_available_trackers())]
+    if args.report_to not in trackers:
+        raise SettingsError(
+            f"--report_to {args.report_to}: no tracker installed here; use {', '.join(trackers)}, "
+            "or install it with pip"
+        )
     if args.eval_interval and args.data_path and not args.eval_data_path:
         raise SettingsError("--eval_interval needs --eval_data_path beside --data_path")
     if args.from_resume and args.overwrite:
@@ -235,6 +244,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=precision,
         log_with=trackers,
         project_dir=args.save_dir / args.run_name if trackers else None,
+        # No buffer changes; and evaluation, where a process may have no batch, must not wait.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     set_seed(args.seed)
     return accelerator
@@ -617,6 +628,8 @@ def train(job: Job) -> int:
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         pin_memory=args.device == "cuda",
+        # The loader draws a number when it starts; not from the state that a resumed run restored.
+        generator=torch.Generator(),
     )
     stop = stop_on_signals()
     bar = tqdm(
@@ -647,7 +660,9 @@ def train(job: Job) -> int:
         progress.window_steps += 1
         progress.seconds = before + time.perf_counter() - started
         bar.update()
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        # A float16 step whose scaled gradients overflow is skipped, and the next scaled less.
+        skipped = accelerator.optimizer_step_was_skipped
+        if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
             return end_run(job, progress, "diverged", f"loss {loss}, gradient norm {norm}")
         last = progress.step == steps
         if progress.step % args.log_interval == 0 or last:
@@ -661,7 +676,7 @@ def train(job: Job) -> int:
             accelerator.log({"eval_loss": row["eval_loss"]}, step=progress.step)
             run.write(eval_loss=row["eval_loss"])
             bar.set_postfix(eval_loss=f"{row['eval_loss']:.3f}", refresh=False)
-        interrupted = bool(stop) and not last
+        interrupted = any_process(accelerator, bool(stop)) and not last
         if interrupted or last or (args.save_interval and progress.step % args.save_interval == 0):
             save_state(job, progress)
         if interrupted:
@@ -671,9 +686,11 @@ def train(job: Job) -> int:
     if accelerator.is_main_process:
         job.save(accelerator.unwrap_model(model), run.path)
     accelerator.end_training()
+    if progress.tokens > tokens_before:  # a run that had only its end left keeps its speed
+        speed = (progress.tokens - tokens_before) / (progress.seconds - before)
+        run.write(tokens_per_second=round(speed, 1))
     run.write(
         flops=per_token * progress.tokens,
-        tokens_per_second=round((progress.tokens - tokens_before) / (progress.seconds - before), 1),
         peak_memory_bytes=peak_memory_bytes(args.device),
     )
     return end_run(job, progress, "completed", f"saved to {run.path}")
@@ -843,6 +860,13 @@ def stop_on_signals() -> list[int]:
     return received
 
 
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether ``flag`` holds on some process: a signal may reach them at different steps."""
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item() > 0
+
+
 # ---------------------------------------------------------------- resume
 
 
@@ -853,7 +877,8 @@ def save_state(job: Job, progress: Progress) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    # torch's format keeps the tie of head and embedding, which safetensors would drop and report.
+    accelerator.save_state(str(aside), safe_serialization=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_text(aside / "progress.json", json.dumps(vars(progress)))
@@ -866,7 +891,22 @@ def save_state(job: Job, progress: Progress) -> None:
 
 
 def restore(job: Job) -> Progress:
-    """Loads the resume state into the prepared model and optimizer."""
+    """Loads the resume state into the prepared model and optimizer.
+
+    Raises:
+        SettingsError: the data, the base or the number of processes is not what it was.
+    """
+    now = {
+        "processes": job.accelerator.num_processes,
+        "train_data": job.train_set.store.info,
+        "base_fingerprint": job.facts.get("base_fingerprint"),
+    }
+    for name, value in now.items():
+        if job.run.record.get(name) != value:
+            raise SettingsError(
+                f"--from_resume: {name} in {job.run.path / 'run.json'} is not what it is now; "
+                "restore what changed, or start another run"
+            )
     state = job.run.resume_state()
     progress = Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
     job.accelerator.load_state(str(state))

@@ -1,0 +1,1 @@
+"""Prompts, measures and analyses: what the trained checkpoints are compared by."""

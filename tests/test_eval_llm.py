@@ -1,0 +1,503 @@
+"""Probing and chatting, with tiny random models."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_llm
+from dataset.lm_dataset import DataError, encode_conversations
+from eval_llm import (
+    encode_prompts,
+    find_checkpoint,
+    generate,
+    generation_config,
+    load_checkpoint,
+    main,
+    make_sample,
+    reference_samples,
+    response_nll,
+    summarize,
+)
+from evaluation.metrics import wilson_interval
+from evaluation.outputs import (
+    as_jsonl,
+    as_markdown,
+    fenced,
+    inline,
+    read_translations,
+    shown,
+)
+from evaluation.prompts import Prompt
+from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
+from model.model_minimind import (
+    TOKENIZER_DIR,
+    CheckpointError,
+    MiniMindForCausalLM,
+    load_tokenizer,
+    minimind_config,
+    save_model,
+    weights_fingerprint,
+)
+
+EOS = 2
+PROMPTS = """# Test
+## Facts
+### facts-01
+> What is the capital of France?
+- check: {"contains": ["Paris"]}
+- reference: "It is Paris."
+### facts-02
+> 你好
+- translation: Hello
+## Chat
+### chat-01
+> A much longer message, so that the prompts of a batch differ in their length. Hi!
+- check: {"excludes": ["certainly not in there"]}
+"""
+
+
+def tiny_model(seed: int = 0, vocab_size: int = 6400) -> MiniMindForCausalLM:
+    """A random model; scaled up, so that its outputs vary and greedy choices are clear."""
+    torch.manual_seed(seed)
+    config = minimind_config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+    )
+    model = MiniMindForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    return model
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with the checkpoints `one` and `two` and the prompts above."""
+    folder = tmp_path_factory.mktemp("home")
+    for seed, name in enumerate(["one", "two"]):
+        save_model(tiny_model(seed), TOKENIZER_DIR, folder / name)
+    (folder / "prompts.md").write_text(PROMPTS)
+    return folder
+
+
+def probe(home: Path, output_dir: Path, *flags: str, model: str = "one") -> Path:
+    """Runs the script on one checkpoint; returns the folder it wrote."""
+    common = ["--prompts", str(home / "prompts.md"), "--max_new_tokens", "8", "--device", "cpu"]
+    main(["--model", str(home / model), "--output_dir", str(output_dir), *common, *flags])
+    return output_dir / model
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path: Path, samples: list[dict]) -> None:
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path):
+    first = probe(home, tmp_path / "a", "--seeds", "0", "1")
+    torch.rand(7)  # what else was drawn in between must not matter
+    again = probe(home, tmp_path / "b", "--seeds", "0", "1")
+    names = ["results.json", "samples.jsonl", "samples.md"]
+    assert sorted(path.name for path in first.iterdir()) == names
+    for name in names:
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+    samples = lines_of(first / "samples.jsonl")
+    ids = ["facts-01", "facts-02", "chat-01"]
+    runs = [("greedy", None), ("t1.0", 0), ("t1.0", 1), ("t0.85p0.85", 0), ("t0.85p0.85", 1)]
+    assert [(s["decoding"], s["seed"], s["id"]) for s in samples] == [
+        (decoding, seed, prompt_id) for decoding, seed in runs for prompt_id in ids
+    ]
+    assert samples[1]["prompt"] == "你好" and samples[1]["prompt_translation"] == "Hello"
+    assert samples[3]["output"] != samples[6]["output"]  # another seed, another sample
+    assert samples[0]["check_strict"] is False and samples[1]["check_strict"] is None
+    assert samples[2]["check_strict"] is True
+    assert samples[0]["content_recall"] == 0 and samples[2]["content_recall"] is None
+
+    results = json.loads((first / "results.json").read_text())
+    assert results["nll"] is None
+    assert results["provenance"]["checkpoint"] == "one"
+    assert results["provenance"]["generation"]["seeds"] == [0, 1]
+    assert results["decodings"]["t1.0"]["samples"] == 6
+    strict = results["decodings"]["greedy"]["check_strict"]
+    assert (strict["k"], strict["n"]) == (1, 2)
+    low, high = wilson_interval(1, 2)
+    assert (strict["low"], strict["high"]) == (round(low, 6), round(high, 6))
+    assert results["decodings"]["greedy"]["sections"]["Facts"]["check_strict"]["n"] == 1
+    assert results["decodings"]["references"]["check_strict"]["rate"] == 1
+    page = (first / "samples.md").read_text()
+    assert page.count("\n### ") == 3 and page.count("\n**") == 15 and "Translation: Hello" in page
+
+
+def test_prompt_hash_is_of_what_the_model_sees(home, tmp_path):
+    one = lines_of(probe(home, tmp_path, "--decoding", "greedy") / "samples.jsonl")
+    two = lines_of(probe(home, tmp_path, "--decoding", "greedy", model="two") / "samples.jsonl")
+    assert [s["prompt_sha256"] for s in one] == [s["prompt_sha256"] for s in two]
+    assert len({s["prompt_sha256"] for s in one}) == 3
+    assert [s["output"] for s in one] != [s["output"] for s in two]
+    rendered = "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+    assert one[1]["prompt_sha256"] == eval_llm.hashlib.sha256(rendered.encode()).hexdigest()
+
+
+def test_translation_is_kept_until_the_output_changes(home, tmp_path, capsys):
+    path = probe(home, tmp_path, "--decoding", "greedy") / "samples.jsonl"
+    untouched = path.read_bytes()
+    samples = lines_of(path)
+    samples[0]["output_translation"] = "It says\nnothing."
+    samples[1]["output_translation"] = "Of an older output."
+    samples[1]["output"] = "older"
+    write_lines(path, samples)
+    probe(home, tmp_path, "--decoding", "greedy")
+    made = lines_of(path)
+    assert [s["output_translation"] for s in made] == ["It says\nnothing.", None, None]
+    assert "Translation: It says nothing." in (path.parent / "samples.md").read_text()
+    assert "outputs changed: 1" in capsys.readouterr().out
+    made[0]["output_translation"] = None
+    assert as_jsonl(made).encode() == untouched
+
+
+def test_a_broken_samples_file_is_named_and_left_alone(home, tmp_path, capsys):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(SystemExit) as stop:
+        probe(home, tmp_path)
+    assert stop.value.code == 2
+    assert f"{folder / 'samples.jsonl'}:1: not a sample" in capsys.readouterr().err
+    assert (folder / "samples.jsonl").read_text() == '{"prompt": "x"}\n'
+    with pytest.raises(DataError, match="samples.jsonl:1"):
+        read_translations(folder / "samples.jsonl")
+
+
+HOSTILE = "</pre>\n````\n# Heading\n<script>alert(1)</script>\x1b[31m\x9b\u202e|[x](javascript:0)"
+
+
+def test_hostile_text_is_inert(home):
+    tokenizer = load_tokenizer()
+    prompt = Prompt("<b>", "<i>|*x*", [{"role": "user", "content": HOSTILE}], translation=HOSTILE)
+    ids = tokenizer.encode(HOSTILE, add_special_tokens=False)
+    sample = make_sample(tokenizer, prompt, ids, ids, "greedy", None)
+    assert sample["output"] == HOSTILE
+    summary = summarize([sample])
+    sample["output_translation"] = HOSTILE
+    page = as_markdown("na|me", [sample], {"nll": None, "decodings": {"greedy": summary}})
+    line = as_jsonl([sample])
+    assert not set("\x1b\x9b\u202e") & set(page + line)
+    assert json.loads(line)["output"] == HOSTILE  # escaped, and nothing lost
+    outside, inside = [], []
+    where, fence = outside, ""
+    for row in page.splitlines():
+        if where is outside and row.startswith("```"):
+            where, fence = inside, row.removesuffix("text")
+        elif where is inside and row == fence:
+            where = outside
+        else:
+            where.append(row)
+    assert where is outside and inside.count("# Heading") == 2
+    text = "\n".join(outside)
+    assert "<" not in text and "\n# Heading" not in text and "\\[x\\]" in text
+
+
+def test_escapes():
+    assert shown("a\x1bb\tc\nd\u202e") == "a\\u001bb\tc\nd\\u202e"
+    assert shown("你好 café") == "你好 café"
+    assert inline("a\n *b* <c> `d` | [e]_f_") == "a \\*b\\* &lt;c&gt; \\`d\\` \\| \\[e\\]\\_f\\_"
+    assert fenced("x") == "```text\nx\n```"
+    assert fenced("````") == "`````text\n````\n`````"
+
+
+# ------------------------------------------------------------------------------------ generation
+
+
+def test_greedy_in_a_batch_is_greedy_alone():
+    model, tokenizer = tiny_model(), load_tokenizer()
+    tokenizer.padding_side = "left"
+    encoded = [[1, 50, 60], [1, 90, 91, 92, 93, 94, 95, 96], [1, 70]]
+    config = generation_config(tokenizer, "greedy", 12)
+    with eval_llm.tqdm(disable=True) as progress:
+        together = generate(model, tokenizer, encoded, config, 3, progress)
+        alone = generate(model, tokenizer, encoded, config, 1, progress)
+    assert together == alone
+    assert len({tuple(ids) for ids in alone}) == 3 and all(len(set(ids)) > 6 for ids in alone)
+    for prompt, answer in zip(encoded, alone, strict=True):  # and by hand, without a cache
+        ids = list(prompt)
+        for token in answer:
+            assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
+            ids.append(token)
+
+
+def test_stop_and_blank():
+    tokenizer = load_tokenizer()
+    prompt = Prompt("a", "A", [{"role": "user", "content": "a"}], reference="b")
+
+    def sample(ids: list[int]) -> dict:
+        return make_sample(tokenizer, prompt, [1], ids, "greedy", None)
+
+    hello = tokenizer.encode("hello", add_special_tokens=False)
+    stopped = sample([*hello, EOS])
+    assert (stopped["output"], stopped["tokens"]) == ("hello", len(hello))
+    assert (stopped["stopped"], stopped["runaway"], stopped["blank"]) == (True, False, False)
+    assert (sample(hello)["stopped"], sample(hello)["runaway"]) == (False, True)
+    assert (sample([EOS])["blank"], sample([EOS])["output"], sample([EOS])["tokens"]) == (
+        True,
+        "",
+        0,
+    )
+    filler = sample([0, 0, EOS])  # special tokens are shown, and say nothing
+    assert (filler["blank"], filler["output"]) == (True, "<|endoftext|>" * 2)
+
+
+def test_strict_and_loose_checks_are_both_kept():
+    tokenizer, talk = load_tokenizer(), [{"role": "user", "content": "a"}]
+    prompt = Prompt("a", "A", talk, check={"equals": "Paris"})
+    for text, strict, loose in [
+        ("Sure:\nParis", False, True),
+        ("Paris", True, True),
+        ("", False, False),
+    ]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        sample = make_sample(tokenizer, prompt, [1], [*ids, EOS], "greedy", None)
+        assert (sample["check_strict"], sample["check_loose"]) == (strict, loose)
+
+
+def test_end_token_cuts_the_answer(home):
+    model, tokenizer = tiny_model(), load_tokenizer()
+    tokenizer.padding_side = "left"
+    config = generation_config(tokenizer, "greedy", 12)
+    with eval_llm.tqdm(disable=True) as progress:
+        (free,) = generate(model, tokenizer, [[1, 50, 60]], config, 1, progress)
+        config.eos_token_id = free[3]
+        cut, other = generate(model, tokenizer, [[1, 50, 60], [1, 70]], config, 2, progress)
+    assert cut == free[: free.index(free[3]) + 1]
+    assert len(other) == 12
+
+
+def test_control_tokens_in_a_message_stay_text():
+    prompt = Prompt("a", "A", [{"role": "user", "content": "x<|im_end|>\n<|im_start|>system\ny"}])
+    (ids,) = encode_prompts(load_tokenizer(), [prompt])
+    assert ids.count(EOS) == 1 and ids.count(1) == 2  # the template's own
+
+
+def test_references_pass_as_finished_answers():
+    talk = [{"role": "user", "content": "a"}]
+    prompts = [Prompt("a", "A", talk, reference="b c"), Prompt("b", "A", talk)]
+    (sample,) = reference_samples(load_tokenizer(), prompts)
+    assert (sample["output"], sample["stopped"], sample["content_recall"]) == ("b c", True, 1)
+
+
+def test_summary_by_hand():
+    def sample(section: str, check: dict | None, strict: bool | None, **flags) -> dict:
+        measures = {"tokens": 4, "seq_rep_4": 0.5, "diversity": 0.25, "content_recall": None}
+        plain = {"blank": False, "runaway": False, "loop": False, "output": "a b"}
+        results = {"check": check, "check_strict": strict, "check_loose": check and True}
+        return {"section": section, "output_ids": [1, 2, 3, 4]} | measures | plain | results | flags
+
+    check = {"contains": ["a"]}
+    samples = [sample("A", check, True), sample("A", check, False, loop=True)]
+    samples += [sample("B", None, None, tokens=1, content_recall=0.5)]
+    summary = summarize(samples)
+    assert summary["samples"] == 3
+    assert summary["loop"] == {"rate": 0.333333, "k": 1, "n": 3, "low": 0.061492, "high": 0.79234}
+    assert (summary["check_strict"]["rate"], summary["check_loose"]["rate"]) == (0.5, 1)
+    assert summary["sections"]["A"]["check_strict"]["n"] == 2
+    assert summary["sections"]["B"]["check_strict"]["rate"] is None
+    assert (summary["mean_tokens"], summary["mean_content_recall"]) == (3, 0.5)
+    assert summary["distinct_1"] is None  # 12 tokens, fewer than the budget
+
+
+# --------------------------------------------------------------------------------------- adapters
+
+
+def save_adapter(model: MiniMindForCausalLM, folder: Path, base: str) -> None:
+    """Puts a random adapter on `model` and saves it."""
+    fingerprint = weights_fingerprint(model)
+    settings = LoraSettings(rank=2, alpha=4, targets="all-linear")
+    apply_lora(model, settings)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B)
+    save_lora(model, settings, folder, base=base, fingerprint=fingerprint)
+
+
+def test_an_adapter_is_probed_on_the_base_that_it_names(home, tmp_path, monkeypatch, capsys):
+    adapted = tiny_model(0)
+    save_adapter(adapted, home / "adapter", base="one")  # relative to where the user stands
+    monkeypatch.chdir(home)
+    args = Namespace(tokenizer_path=None, device="cpu", dtype="float32")
+    loaded, _ = load_checkpoint(find_checkpoint(Path("adapter")), args)
+    ids = torch.tensor([[1, 50, 60]])
+    assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+
+    flags = ["--prompts", "prompts.md", "--max_new_tokens", "8", "--decoding", "greedy"]
+    main(["--model", "one", "--model", "adapter", "--output_dir", str(tmp_path), *flags])
+    base, own = (lines_of(tmp_path / name / "samples.jsonl") for name in ("one", "adapter"))
+    assert all(a["output"] != b["output"] for a, b in zip(base, own, strict=True))
+    origin = json.loads((tmp_path / "adapter" / "results.json").read_text())["provenance"]
+    assert (origin["checkpoint"], origin["base"]) == ("adapter", "one")
+    table = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in table[1:]] == [
+        ["-", "references"],
+        ["one", "greedy"],
+        ["adapter", "greedy"],
+    ]
+
+
+def test_an_adapter_on_another_base_is_refused(home, tmp_path, capsys):
+    save_adapter(tiny_model(0), tmp_path / "misled", base=str(home / "two"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(tmp_path / "misled"), "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert "was trained on another base" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- NLL
+
+
+def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
+    pairs = [
+        ("Hi", "Hello, you."),
+        ("A longer question?", "No"),
+        ("x", "Some words more than that"),
+    ]
+    talks = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in pairs
+    ]
+    path = tmp_path / "nll.jsonl"
+    write_lines(path, [{"conversations": talk} for talk in talks])
+    model, tokenizer = tiny_model(), load_tokenizer()
+    losses = []
+    for ids, labeled in encode_conversations(tokenizer, talks):
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-log_p[i - 1, ids[i]].item() for i in range(len(ids)) if labeled[i]]
+    for batch_size in (1, 3):
+        result = response_nll(model, tokenizer, path, 64, batch_size, tmp_path / "cache")
+        assert result["response_tokens"] == len(losses)
+        assert result["nats_per_token"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert result["conversations"] == 3
+
+
+# --------------------------------------------------------------------------------- bad input, chat
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "{home}/none"], "none: no such file or folder"),
+        (["--model", "{home}/one", "--model", "{home}/one"], "two are called 'one'"),
+        (["--model", "{home}/one", "--prompts", "{home}/none.md"], "none.md: no such file"),
+        (["--model", "{home}/one", "--nll_data", "{home}/none.jsonl"], "none.jsonl: no such file"),
+        (["--model", "{home}/one", "--batch_size", "0"], "--batch_size 0"),
+        (["--model", "{home}/one", "--limit", "0"], "--limit 0"),
+        (["--model", "{home}/one", "--seeds", "1", "1"], "--seeds [1, 1]"),
+        (["--model", "{home}/one", "--decoding", "greedy", "greedy"], "--decoding"),
+        (["--model", "{home}/one", "--device", "tpu9"], "--device tpu9"),
+        (["--model", "{home}/one", "--device", "xpu"], "--device xpu: not on this machine"),
+        (["--model", "{home}/one", "--output_dir", "{home}/prompts.md"], "is a file"),
+        (["--model", "{home}/one", "--model", "{home}/two", "--interactive"], "one --model"),
+        (["--model", "{home}/one", "--limit", "1", "--interactive"], "no --prompts"),
+        (["--model", "{home}/one", "--max_new_tokens", "32768"], "'facts-01' has"),
+        (["--model", "{home}/baseless"], "the base model"),
+        (["--model", "{home}/nameless"], "names no base model"),
+        (["--model", "{home}/broken"], "broken JSON"),
+        (["--model", "{home}/nan"], "the run diverged"),
+        (["--model", "{home}/small"], "100 tokens, but the tokenizer has 6400"),
+        (["--model", "{home}/one", "--tokenizer_path", "{home}"], "tokenizer.json: missing"),
+        (["--model", "{home}/one", "--prompts", "{home}/latin1.md"], "latin1.md: not UTF-8"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(home, tmp_path, capsys, flags, message):
+    nameless = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    baseless = nameless | {"base_model_name_or_path": "x"}
+    for name, config in {
+        "baseless": json.dumps(baseless),
+        "nameless": json.dumps(nameless),
+        "broken": "{",
+    }.items():
+        (home / name).mkdir(exist_ok=True)
+        (home / name / "adapter_config.json").write_text(config)
+    (home / "latin1.md").write_bytes("## é".encode("latin1"))
+    if "{home}/nan" in flags:
+        model = tiny_model()
+        model.model.norm.weight.data[3] = float("nan")
+        save_model(model, TOKENIZER_DIR, home / "nan")
+    if "{home}/small" in flags:
+        save_model(tiny_model(vocab_size=100), TOKENIZER_DIR, home / "small")
+    defaults = ["--prompts", str(home / "prompts.md"), "--output_dir", str(tmp_path / "out")]
+    if "--interactive" in flags:
+        defaults = []
+    given = [flag.format(home=home) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        main([*defaults, *given])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert "error: " in error.splitlines()[-1] and message in error.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_from_another_folder(home, tmp_path):
+    script = Path(eval_llm.__file__)
+    command = [sys.executable, str(script), "--model", "nowhere"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        "error: --model nowhere: no such file or folder; train it or mend the path\n"
+    )
+
+
+@pytest.mark.parametrize("ending", ["", EOFError, KeyboardInterrupt])
+def test_chat_remembers_and_ends_cleanly(home, monkeypatch, capsys, ending):
+    typed = iter(["Hi", " again ", ending])
+    seen = []
+
+    def fake_input(_: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def spy(tokenizer, conversations, **options):
+        seen.append([(m["role"], m["content"]) for m in conversations[0]])
+        return encode_conversations(tokenizer, conversations, **options)
+
+    monkeypatch.setattr("builtins.input", fake_input)
+    monkeypatch.setattr(eval_llm, "encode_conversations", spy)
+    flags = ["--interactive", "--device", "cpu", "--max_new_tokens", "5", "--decoding", "greedy"]
+    main(["--model", str(home / "one"), *flags])
+    assert seen[0] == [("user", "Hi")]
+    assert [role for role, _ in seen[1]] == ["user", "assistant", "user"]
+    assert seen[1][2] == ("user", "again")
+    answer = seen[1][1][1]
+    assert answer and shown(answer) in capsys.readouterr().out
+
+
+def test_checkpoint_names(home, tmp_path):
+    (tmp_path / "lora_r8.v2").mkdir()
+    (tmp_path / "full_sft_512.pth").touch()
+    assert find_checkpoint(tmp_path / "lora_r8.v2").name == "lora_r8.v2"
+    assert find_checkpoint(tmp_path / "full_sft_512.pth").name == "full_sft_512"
+    with pytest.raises(CheckpointError, match="no such file"):
+        find_checkpoint(tmp_path / "none")
+
+
+def test_loading_is_for_generation(home):
+    checkpoint = find_checkpoint(home / "one")
+    args = Namespace(tokenizer_path=None, device="cpu", dtype="bfloat16")
+    model, tokenizer = load_checkpoint(checkpoint, args)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert tokenizer.padding_side == "left"
+    assert checkpoint.base is None

@@ -1,0 +1,423 @@
+"""The adapter against PEFT and against values worked out by hand."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from model.model_lora import (
+    AdapterError,
+    LoRALinear,
+    LoraSettings,
+    apply_lora,
+    find_targets,
+    load_lora,
+    load_minimind_lora,
+    lora_layers,
+    merge_lora,
+    merged_model,
+    save_lora,
+    select_trainable,
+    unmerge_lora,
+)
+from model.model_minimind import (
+    TOKENIZER_DIR,
+    MiniMindForCausalLM,
+    count_parameters,
+    load_model,
+    minimind_config,
+    save_model,
+    weights_fingerprint,
+)
+from tests.test_model import make_model
+
+IDS = torch.tensor([[5, 1, 300, 2, 17, 1, 4000, 99]])
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A saved base; 64 wide, k and v 32, MLP 96."""
+    save_model(make_model(noise=0.1), TOKENIZER_DIR, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def randomize(model: MiniMindForCausalLM, seed: int = 1) -> None:
+    """Moves every trainable parameter away from its start, as training would."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+SETTINGS = {
+    "all-linear": LoraSettings(rank=4, alpha=12),
+    "square": LoraSettings(rank=8, alpha=8, targets="square", init="gaussian"),
+    "names": LoraSettings(rank=2, alpha=8, targets="q_proj,up_proj", use_rslora=True),
+    "tokens": LoraSettings(rank=4, targets="mlp", train_tokens=(1, 2)),
+    "tokens-alone": LoraSettings(rank=0, train_tokens=(300,)),
+    "whole": LoraSettings(rank=4, targets="attention", modules_to_save=("embeddings", "norms")),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def trained(request: pytest.FixtureRequest, base: Path) -> tuple[MiniMindForCausalLM, Path]:
+    """A base with an adapter that has moved, and the folder it is saved in."""
+    model = load_model(base)
+    settings = SETTINGS[request.param]
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, settings)
+    randomize(model)
+    save_lora(model, settings, base.parent / "adapter", str(base), fingerprint)
+    return model, base.parent / "adapter"
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_forward_is_w_plus_scaled_ba_by_hand() -> None:
+    linear = torch.nn.Linear(2, 2, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    layer = LoRALinear(linear, rank=1, scaling=0.5, dropout=0.0, init="kaiming")
+    layer.lora_A.data = torch.tensor([[10.0, -1.0]])
+    layer.lora_B.data = torch.tensor([[2.0], [-4.0]])
+    # W x = (5, 11); A x = 8; half of B A x = (8, -16).
+    assert layer(torch.tensor([1.0, 2.0])).tolist() == [13.0, -5.0]
+    assert layer.delta().tolist() == [[10.0, -1.0], [-20.0, 2.0]]
+
+
+@pytest.mark.parametrize(("use_rslora", "expected"), [(False, 2.0), (True, 8.0)])
+def test_scaling(use_rslora: bool, expected: float) -> None:
+    settings = LoraSettings(rank=16, alpha=32, use_rslora=use_rslora)
+    assert settings.scaling(16) == expected
+
+
+@pytest.mark.parametrize(
+    ("init", "spread"), [("kaiming", 1 / math.sqrt(3 * 64)), ("gaussian", 0.02)]
+)
+def test_inits(init: str, spread: float) -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(64, 48, bias=False), 40, 1.0, 0.0, init)
+    assert not layer.lora_B.any()
+    assert layer.lora_A.std().item() == pytest.approx(spread, rel=0.05)
+    if init == "kaiming":  # U(-1/8, 1/8)
+        assert 0.12 < layer.lora_A.abs().max().item() <= 1 / 8
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_step_zero_equals_the_base(base: Path, name: str) -> None:
+    model, adapted = load_model(base), load_model(base)
+    apply_lora(adapted, SETTINGS[name])
+    assert torch.equal(logits(adapted), logits(model))
+
+
+def test_loading_an_adapter_changes_the_logits(trained: tuple, base: Path) -> None:
+    assert (logits(trained[0]) - logits(load_model(base))).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------- targets and counts
+
+
+def test_targets_by_name() -> None:
+    model = make_model()
+    short = {n.split("layers.")[1] for n in find_targets(model, "square")}
+    assert short == {f"{i}.self_attn.{p}_proj" for i in range(3) for p in "qo"}
+    assert len(find_targets(model, "attention")) == 12
+    assert len(find_targets(model, "mlp")) == 9
+    assert len(find_targets(model, "all-linear")) == 21
+    assert find_targets(model, "down_proj, lm_head")[-1] == "lm_head"
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "expected"),
+    [
+        ("square", 8, 131_072),
+        ("square", 16, 262_144),
+        ("attention", 8, 212_992),
+        ("mlp", 8, 368_640),
+        ("all-linear", 8, 581_632),
+    ],
+)
+def test_trainable_parameters_of_minimind2_small(targets: str, rank: int, expected: int) -> None:
+    model = MiniMindForCausalLM(minimind_config())
+    apply_lora(model, LoraSettings(rank=rank, targets=targets))
+    assert count_parameters(model)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("all", 6400 * 64 + 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 128) + 64),
+        ("square", 3 * 2 * 64 * 64),
+        ("attention,mlp", 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)),
+        ("embeddings", 6400 * 64),
+        ("norms", 7 * 64),
+        ("frozen-embeddings", 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 128) + 64),
+    ],
+)
+def test_dense_parts(spec: str, expected: int) -> None:
+    model = make_model()
+    select_trainable(model, spec)
+    assert count_parameters(model)[1] == expected
+
+
+def test_trained_rows_are_the_chosen_tokens_alone(base: Path) -> None:
+    model, before = load_model(base), load_model(base).model.embed_tokens.weight
+    apply_lora(model, LoraSettings(rank=0, train_tokens=(1, 2)))
+    assert count_parameters(model)[1] == 2 * 64
+    randomize(model)
+    after = model.model.embed_tokens.effective_weight()
+    changed = (after != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [1, 2]
+    assert model.lm_head.rows is model.model.embed_tokens.rows
+
+
+def test_gradient_reaches_rows_from_both_ends(base: Path) -> None:
+    model, dense = load_model(base), load_model(base)
+    apply_lora(model, LoraSettings(rank=0, train_tokens=(1, 2)))
+    for either in (model, dense):
+        either(IDS, labels=IDS).loss.backward()
+    expected = dense.model.embed_tokens.weight.grad[[1, 2]]
+    assert torch.allclose(model.model.embed_tokens.rows.grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_training_steps_leave_the_base_bit_unchanged(base: Path, name: str) -> None:
+    model, before = load_model(base), load_model(base).state_dict()
+    settings = SETTINGS[name]
+    apply_lora(model, settings)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.1)
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = ("embed_tokens", "lm_head", "norm") if settings.modules_to_save else ()
+    for tensor_name, tensor in model.state_dict().items():
+        if tensor_name in before and not any(part in tensor_name for part in whole):
+            assert torch.equal(tensor, before[tensor_name]), tensor_name
+
+
+# ---------------------------------------------------------------- files and PEFT
+
+
+def test_saved_adapter_loads_to_the_same_logits(trained: tuple, base: Path) -> None:
+    model, folder = trained
+    again = load_model(base)
+    load_lora(again, folder)
+    assert torch.equal(logits(again), logits(model))
+    assert count_parameters(again) == count_parameters(model)
+
+
+def test_peft_loads_our_adapter(trained: tuple, base: Path) -> None:
+    model, folder = trained
+    reference = AutoModelForCausalLM.from_pretrained(base)
+    if not list(lora_layers(model)):
+        pytest.skip("PEFT has no adapter without a target module")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # missing or unexpected keys would warn
+        warnings.filterwarnings("default", message=".*tie_word_embeddings.*")
+        reference = PeftModel.from_pretrained(reference, folder)
+    assert torch.allclose(logits(model), logits(reference), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]},
+        {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "use_rslora": True},
+        {
+            "r": 3,
+            "target_modules": ["v_proj"],
+            "trainable_token_indices": {"embed_tokens": [1, 7]},
+        },
+        {"r": 3, "target_modules": ["v_proj"], "modules_to_save": ["norm", "input_layernorm"]},
+        {
+            "r": 3,
+            "target_modules": ["v_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ],
+    ids=["names", "all-linear-rslora", "tokens", "norms", "embeddings"],
+)
+def test_we_load_pefts_adapter(base: Path, options: dict) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(base)
+    reference = get_peft_model(reference, LoraConfig(task_type="CAUSAL_LM", **options))
+    randomize(reference)
+    reference.save_pretrained(base.parent / "peft")
+    model = load_model(base)
+    load_lora(model, base.parent / "peft")
+    assert (logits(model) - logits(load_model(base))).abs().max() > 0.05
+    assert torch.allclose(logits(model), logits(reference), rtol=0, atol=1e-5)
+
+
+def test_minimind_adapter_pth_loads(base: Path) -> None:
+    torch.manual_seed(3)
+    a, b = 0.1 * torch.randn(8, 64), 0.1 * torch.randn(64, 8)
+    name = "model.layers.1.self_attn.o_proj"
+    tensors = {f"{name}.lora.A.weight": a.half(), f"{name}.lora.B.weight": b.half()}
+    torch.save(tensors, base.parent / "lora_medical_64.pth")
+    model, dense = load_model(base), load_model(base)
+    settings = load_minimind_lora(model, base.parent / "lora_medical_64.pth")
+    assert settings.scaling(settings.rank) == 1.0
+    dense.get_submodule(name).weight.data += b.half().float() @ a.half().float()
+    assert torch.allclose(logits(model), logits(dense), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_merged_equals_unmerged_and_unmerging_restores_the_bits(trained: tuple) -> None:
+    model, _ = trained
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    unmerged = logits(model)
+    merge_lora(model)
+    assert torch.allclose(logits(model), unmerged, rtol=0, atol=1e-5)
+    if list(lora_layers(model)):
+        with pytest.raises(AdapterError, match="merged already"):
+            merge_lora(model)
+    unmerge_lora(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.equal(logits(model), unmerged)
+
+
+def test_merged_model_saves_as_a_plain_checkpoint(trained: tuple, tmp_path: Path) -> None:
+    model, _ = trained
+    unmerged = logits(model)
+    save_model(merged_model(model), TOKENIZER_DIR, tmp_path / "merged")
+    assert torch.equal(logits(model), unmerged)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(reference), unmerged, rtol=0, atol=1e-5)
+
+
+def test_merge_casts_once() -> None:
+    linear = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    layer = LoRALinear(linear, 2, 0.3, 0.0, "kaiming")
+    layer.lora_B.data.normal_()
+    expected = (linear.weight.detach().float() + layer.delta()).bfloat16()
+    model = make_model()
+    model.model.layers[0].self_attn.q_proj = layer
+    merge_lora(model)
+    assert torch.equal(layer.weight, expected)
+
+
+def test_merging_into_a_tied_head_is_refused(base: Path) -> None:
+    model = load_model(base)
+    apply_lora(model, LoraSettings(rank=2, targets="lm_head,q_proj"))
+    randomize(model)
+    before = weights_fingerprint(model)
+    with pytest.raises(AdapterError, match="lm_head is tied to the embedding"):
+        merge_lora(model)
+    assert weights_fingerprint(model) == before
+    loss = model(IDS, labels=IDS).loss  # the adapter on the head counts in the loss too
+    expected = torch.nn.functional.cross_entropy(logits(model)[0, :-1], IDS[0, 1:])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_compile_works_with_the_adapter_in_place(base: Path) -> None:
+    plain, compiled = load_model(base), load_model(base)
+    for model in (plain, compiled):
+        torch.manual_seed(0)
+        apply_lora(model, LoraSettings(rank=4))
+        randomize(model)
+    report = torch._dynamo.explain(compiled.model.layers[0])(
+        torch.randn(1, 8, 64), (torch.ones(1, 1, 8, 16), torch.zeros(1, 1, 8, 16))
+    )
+    assert report.graph_break_count == 0
+    for layer in compiled.model.layers:
+        layer.compile()
+    for model in (plain, compiled):
+        model(IDS, labels=IDS).loss.backward()
+    for (name, ours), (_, fast) in zip(lora_layers(plain), lora_layers(compiled), strict=True):
+        assert torch.allclose(ours.lora_A.grad, fast.lora_A.grad, atol=1e-5), name
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (LoraSettings(targets="qproj"), "no linear is called 'qproj'; use square"),
+        (LoraSettings(rank=33), r"--lora_rank 33: .*k_proj is \(32, 64\), so its rank is 1 to 32"),
+        (LoraSettings(init="zeros"), "--lora_init 'zeros'"),
+        (LoraSettings(modules_to_save=("heads",)), "no module 'heads'"),
+        (LoraSettings(rank=0), "nothing to train"),
+        (LoraSettings(train_tokens=(6400,)), "0..6399"),
+        (LoraSettings(train_tokens=(1,), modules_to_save=("embeddings",)), "drop one of both"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: LoraSettings, message: str) -> None:
+    model = make_model()
+    with pytest.raises(AdapterError, match=message):
+        apply_lora(model, settings)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not list(lora_layers(model))
+
+
+def test_wrong_base_is_refused(trained: tuple) -> None:
+    with pytest.raises(AdapterError, match="was trained on another base"):
+        load_lora(make_model(seed=9), trained[1])
+
+
+def test_fingerprint_is_in_the_adapters_metadata(trained: tuple, base: Path) -> None:
+    with safe_open(trained[1] / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata()["base_fingerprint"] == weights_fingerprint(load_model(base))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"use_dora": True}, "use_dora = True"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"r": None}, "r is missing"),
+        ({"r": 3}, "lora_A.weight is .*the model has"),
+    ],
+)
+def test_adapter_configs_that_are_not_computed_are_refused(
+    base: Path, change: dict, message: str
+) -> None:
+    model, folder = load_model(base), base.parent / "adapter"
+    settings = SETTINGS["all-linear"]
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, settings)
+    save_lora(model, settings, folder, str(base), fingerprint)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=message):
+        load_lora(load_model(base), folder)
+
+
+def test_missing_and_unknown_adapter_tensors_are_named(base: Path) -> None:
+    model, folder = load_model(base), base.parent / "adapter"
+    settings = SETTINGS["square"]
+    apply_lora(model, settings)
+    save_lora(model, settings, folder, str(base), weights_fingerprint(load_model(base)))
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, path)
+    with pytest.raises(AdapterError, match="lacks model.layers.0.self_attn.q_proj.lora_B"):
+        load_lora(load_model(base), folder)
+    save_file({"base_model.model.lm_tail.weight": torch.ones(1)} | tensors, path)
+    with pytest.raises(AdapterError, match="no module 'lm_tail'"):
+        load_lora(load_model(base), folder)
+    path.write_bytes(b"no tensors here")
+    with pytest.raises(AdapterError, match="adapter_model.safetensors: corrupt"):
+        load_lora(load_model(base), folder)
