@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -239,13 +239,17 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     args.dtype = choose_dtype(args.dtype, args.device)
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]
     trackers = None if args.report_to == "none" else args.report_to
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if trackers and trackers not in installed:
+        raise SettingsError(
+            f"--report_to {trackers}: no tracker of that name is installed; here: "
+            f"{', '.join(['none', *installed])}"
+        )
     accelerator = Accelerator(
         cpu=args.device == "cpu",
         mixed_precision=precision,
         log_with=trackers,
         project_dir=args.save_dir / args.run_name if trackers else None,
-        # No buffer changes; and evaluation, where a process may have no batch, must not wait.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     set_seed(args.seed)
     return accelerator
@@ -750,6 +754,8 @@ def evaluate(job: Job, model: nn.Module) -> float:
     order = dataset.lengths.argsort(kind="stable").tolist()
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     totals = torch.zeros(2, dtype=torch.float64)
+    # Out of DDP, whose forward waits for the other processes: here one may have no batch left.
+    model = accelerator.unwrap_model(model)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         batch = collate([dataset[i] for i in indices], job.model.config.pad_token_id)
