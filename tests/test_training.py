@@ -1,0 +1,816 @@
+"""The three training scripts, run on tiny models: results, resume, processes, refusals."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+
+from dataset.lm_dataset import load_dataset
+from model.model_lora import LoraSettings, apply_lora
+from model.model_minimind import (
+    TOKENIZER_DIR,
+    MiniMindForCausalLM,
+    load_model,
+    load_tokenizer,
+    minimind_config,
+    save_model,
+    weights_fingerprint,
+)
+from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
+from trainer.trainer_utils import (
+    SettingsError,
+    choose_dtype,
+    flops_per_token,
+    learning_rate_at,
+    parameter_groups,
+    run_script,
+)
+
+REPO_DIR = Path(__file__).resolve().parents[1]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+}
+SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
+CPU = "--device cpu --dtype float32 --log_interval 1"
+WEIGHTS = {"pretrain": "model.safetensors", "full_sft": "model.safetensors"}
+WEIGHTS["lora"] = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small corpora; ``pretrain/`` and ``cache/`` are added to it."""
+    folder = tmp_path_factory.mktemp("training")
+
+    def write(name: str, records: list[dict]) -> None:
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def sums(numbers: range) -> list[dict]:
+        return [
+            {"instruction": f"What is {i} plus {i}?", "output": f"It is {2 * i}, of course."}
+            for i in numbers
+        ]
+
+    write("text.jsonl", [{"text": f"The cat saw {i} birds and {i % 7} mice."} for i in range(90)])
+    write("sft.jsonl", sums(range(21)))  # batches of 8, 8 and 5
+    write("sft17.jsonl", sums(range(17)))  # batches of 8, 8 and 1
+    write("valid.jsonl", sums(range(50, 55)))
+    return folder
+
+
+def call(stage: str, flags: str, home: Path) -> int:
+    """``main()`` of a stage as a fresh process would run it; returns its exit code."""
+    torch.manual_seed(time.time_ns())  # nothing may depend on what ran before
+    AcceleratorState._reset_state(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a tiny model gains nothing from more, and waits for busy cores
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    load = functools.partial(load_dataset, cache_dir=home / "cache")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"train_{stage}.py", *flags.split()])
+            patch.setattr(trainer_utils, "load_dataset", load)
+            return STAGES[stage].main()
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def base(home: Path) -> Path:
+    """A pretrained model."""
+    flags = f"{SHAPE_FLAGS} {CPU} --data_path {home}/text.jsonl --eval_data_path {home}/text.jsonl"
+    flags += f" --save_dir {home} --max_seq_len 32 --batch_size 8 --epochs 3 --learning_rate 1e-2"
+    assert call("pretrain", flags, home) == 0
+    return home / "pretrain"
+
+
+def sft_flags(home: Path, out: Path, data: str = "sft.jsonl") -> str:
+    """Three optimizer steps an epoch, two epochs."""
+    return (
+        f"{CPU} --from_weight {home}/pretrain --save_dir {out} --data_path {home}/{data} "
+        f"--eval_data_path {home}/valid.jsonl --batch_size 8 --learning_rate 3e-3"
+    )
+
+
+def rows_of(run: Path) -> list[dict]:
+    """The lines of ``metrics.jsonl`` without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("tokens_per_second", None)
+    return rows
+
+
+def losses_of(run: Path) -> list[float]:
+    """Training losses, then validation losses."""
+    rows = rows_of(run)
+    return [row[name] for name in ("loss", "eval_loss") for row in rows if name in row]
+
+
+def record_of(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def bytes_of(weights: Path) -> dict[str, bytes]:
+    """Every tensor's bits; the order of a safetensors file's header may differ."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_folder_is_complete(base: Path, home: Path, tmp_path: Path, stage: str) -> None:
+    if stage != "pretrain":
+        flags = sft_flags(home, tmp_path) + " --epochs 10 --eval_interval 10"
+        assert call(stage, flags, home) == 0
+    run = base if stage == "pretrain" else tmp_path / stage
+    files = {"run.json", "metrics.jsonl", "resume"}
+    if stage == "lora":
+        files |= {"adapter_config.json", "adapter_model.safetensors"}
+    else:
+        files |= {"config.json", "generation_config.json", "model.safetensors"}
+        files |= {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in run.iterdir()} == files
+
+    record, rows = record_of(run), rows_of(run)
+    assert (record["status"], record["stage"]) == ("completed", stage)
+    data = home / ("text.jsonl" if stage == "pretrain" else "sft.jsonl")
+    assert record["train_data"]["files"] == [{"name": data.name, "sha256": sha256(data)}]
+    assert record["settings"]["learning_rate"] == (1e-2 if stage == "pretrain" else 3e-3)
+    assert (record["settings"]["device"], record["settings"]["dtype"]) == ("cpu", "float32")
+    assert record["machine"]["versions"]["torch"] == torch.__version__
+    assert {"commit", "dirty"} == record["git"].keys() or record["git"] == {}
+    for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "flops"):
+        assert record[name] > 0, name
+    linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    base_size = 6400 * 32 + linears + 5 * 32
+    # r = 8 for each linear of the two layers: 8 * (in + out).
+    adapter = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert record["trainable_parameters"] == (adapter if stage == "lora" else base_size)
+    assert record["parameters"] == base_size + (adapter if stage == "lora" else 0)
+    if stage != "pretrain":
+        assert record["base_fingerprint"] == weights_fingerprint(load_model(base))
+
+    train_rows = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
+    assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
+    epochs = 3 if stage == "pretrain" else 10
+    assert record["steps"] == epochs * record["steps_per_epoch"]
+    samples = trained_samples(data, stage)
+    assert record["steps_per_epoch"] == -(-len(samples) // 8)
+    assert record["tokens"] == train_rows[-1]["tokens"] == epochs * sum(n for n, _ in samples)
+    assert record["labeled_tokens"] == epochs * sum(labeled for _, labeled in samples)
+    evaluated = [row["step"] for row in rows if "eval_loss" in row]
+    assert evaluated == ([record["steps"]] if stage == "pretrain" else [10, 20, 30])
+    assert record["eval_loss"] == rows[-1]["eval_loss"]
+    assert record["train_loss"] == train_rows[-1]["loss"]
+    assert 8.5 < losses_of(base)[0] < 9  # ln 6400 = 8.76: the first guess is no better than chance
+    assert train_rows[-1]["loss"] < 0.8 * train_rows[0]["loss"]
+
+
+def trained_samples(data: Path, stage: str) -> list[tuple[int, int]]:
+    """Tokens and targets of every block or conversation, by transformers' own functions."""
+    tokenizer = load_tokenizer()
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    if stage == "pretrain":
+        total = sum(len(tokenizer(record["text"])["input_ids"]) + 1 for record in records)
+        lengths = [32] * (total // 32) + ([total % 32] if total % 32 > 1 else [])
+        return [(length, length - 1) for length in lengths]
+    samples = []
+    for record in records:
+        messages = [{"role": "user", "content": record["instruction"]}]
+        messages += [{"role": "assistant", "content": record["output"]}]
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        samples.append((len(encoded["input_ids"]), sum(encoded["assistant_masks"])))
+    return samples
+
+
+def test_first_loss_is_the_bases_mean_over_labeled_tokens(
+    base: Path, home: Path, tmp_path: Path
+) -> None:
+    flags = sft_flags(home, tmp_path) + " --batch_size 21 --max_steps 1"
+    assert call("full_sft", flags, home) == 0
+    model = load_model(base).eval()
+    dataset = load_dataset(
+        "sft", [home / "sft.jsonl"], load_tokenizer(), 340, cache_dir=home / "cache"
+    )
+    total, count = 0.0, 0
+    for ids, labels in dataset:
+        logits = model(torch.from_numpy(ids)[None]).logits[0, :-1]
+        targets = torch.from_numpy(labels)[1:]
+        total += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += int((targets != -100).sum())
+    assert rows_of(tmp_path / "full_sft")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["norms", "embeddings", "square,mlp", "frozen-embeddings"])
+def test_trainable_parts_alone_change(
+    base: Path, home: Path, tmp_path: Path, trainable: str
+) -> None:
+    flags = sft_flags(home, tmp_path) + f" --trainable {trainable} --weight_decay 0.1 --max_steps 2"
+    assert call("full_sft", flags, home) == 0
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "full_sft/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {
+        "norms": ("norm.weight",),
+        "embeddings": ("embed_tokens.weight",),
+        "square,mlp": ("q_proj.weight", "o_proj.weight", "gate_proj.weight", "up_proj.weight")
+        + ("down_proj.weight",),
+        "frozen-embeddings": ("norm.weight", "proj.weight"),
+    }
+    assert changed == {name for name in before if name.endswith(kinds[trainable])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_leaves_the_base_alone(
+    base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    before, trained = sha256(base / "model.safetensors"), []
+    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_: trained.append(model))
+    flags = sft_flags(home, tmp_path) + f" --weight_decay 0.1 --max_steps 3 --dtype {dtype}"
+    assert call("lora", flags, home) == 0
+    weights = trained[0].state_dict()
+    for name, tensor in load_file(base / "model.safetensors").items():
+        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
+    assert any(weights[name].any() for name in weights if name.endswith("lora_B"))
+    assert sha256(base / "model.safetensors") == before
+
+
+def test_residual_stream_has_one_type_in_full_and_lora_training(
+    base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, both add block outputs up in float32: a comparison of methods, not of types."""
+    seen = []
+    forward = trainer_utils.MiniMindForCausalLM.forward
+
+    def watched(self: MiniMindForCausalLM, *args: object, **kwargs: object) -> object:
+        if not self.model.norm._forward_pre_hooks:
+            self.model.norm.register_forward_pre_hook(
+                lambda _, inputs: seen.append(inputs[0].dtype)
+            )
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_utils.MiniMindForCausalLM, "forward", watched)
+    for stage in ("full_sft", "lora"):
+        flags = sft_flags(home, tmp_path) + " --max_steps 1 --dtype bfloat16"
+        assert call(stage, flags, home) == 0
+    assert set(seen) == {torch.float32}
+
+
+# ---------------------------------------------------------------- resume
+
+
+class Killed(BaseException):
+    """Stands for a process that ends without a chance to save."""
+
+
+def at_step(step: int, action: Callable[[], None]) -> contextlib.AbstractContextManager:
+    """While open, the optimizer step ``step`` (counted from 1 within a call) runs ``action``."""
+    train_step, taken = trainer_utils.train_step, []
+
+    def watched(*args: object) -> tuple[float, float, int, int]:
+        taken.append(1)
+        if len(taken) == step:
+            action()
+        return train_step(*args)
+
+    @contextlib.contextmanager
+    def patched() -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer_utils, "train_step", watched)
+            yield
+
+    return patched()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill() -> None:
+    raise Killed
+
+
+RESUMED = [
+    ("full_sft", "--accumulation_steps 2 --batch_size 2 --weight_decay 0.1", "float32"),
+    ("full_sft", "--accumulation_steps 2 --batch_size 4", "bfloat16"),
+    ("lora", "--lora_dropout 0.2 --loraplus_lr_ratio 4", "float32"),
+    ("lora", "--lora_dropout 0.2 --train_tokens <|im_end|> --modules_to_save norms", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("stage", "extra", "dtype"), RESUMED)
+@pytest.mark.parametrize("way", ["SIGTERM", "kill"])
+def test_resumed_run_equals_an_uninterrupted_one(
+    base: Path, home: Path, tmp_path: Path, stage: str, extra: str, dtype: str, way: str
+) -> None:
+    flags = "--log_interval 2 --eval_interval 2 --save_interval 2 --warmup_ratio 0.2 --epochs 2.5"
+    for name in ("whole", "parts"):
+        out = tmp_path / name
+        flags_of_run = f"{sft_flags(home, out)} {extra} --dtype {dtype} {flags}"
+        if name == "whole":
+            assert call(stage, flags_of_run, home) == 0
+            continue
+        if way == "SIGTERM":
+            with at_step(5, terminate):
+                assert call(stage, flags_of_run, home) == 130
+            assert record_of(out / stage)["status"] == "interrupted"
+            assert record_of(out / stage)["step"] == 5
+        else:
+            # Dies in step 5 with the state of step 4 between its two names, and, as if it had come
+            # further, with rows that the state knows nothing of, the last one cut short.
+            with at_step(5, kill), pytest.raises(Killed):
+                call(stage, flags_of_run, home)
+            (out / stage / "resume").rename(out / stage / "resume.old")
+            with (out / stage / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')
+        assert call(stage, flags_of_run + " --from_resume", home) == 0
+    whole, parts = (tmp_path / name / stage for name in ("whole", "parts"))
+    assert bytes_of(whole / WEIGHTS[stage]) == bytes_of(parts / WEIGHTS[stage])
+    assert rows_of(whole) == rows_of(parts)
+    assert not (parts / "resume.old").exists()
+    for name in ("status", "steps", "tokens", "labeled_tokens", "train_loss", "eval_loss", "flops"):
+        assert record_of(whole)[name] == record_of(parts)[name], name
+    # Once more has nothing to do, and does nothing.
+    before = {path: sha256(path) for path in parts.rglob("*") if path.is_file()}
+    assert call(stage, flags_of_run + " --from_resume", home) == 0
+    assert {path: sha256(path) for path in parts.rglob("*") if path.is_file()} == before
+
+
+def test_run_that_died_before_its_last_save_is_finished(
+    base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = sft_flags(home, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_full_sft, "save_model", lambda *_: kill())
+        call("full_sft", flags, home)
+    assert call("full_sft", flags + " --from_resume", home) == 0
+    again = tmp_path / "again"
+    assert call("full_sft", sft_flags(home, again), home) == 0
+    run, same = tmp_path / "full_sft", again / "full_sft"
+    assert record_of(run)["status"] == "completed"
+    assert sha256(run / "model.safetensors") == sha256(same / "model.safetensors")
+    assert rows_of(run) == rows_of(same)
+
+
+@pytest.mark.parametrize("changed", ["sft.jsonl", "base"])
+def test_resume_refuses_other_data_or_another_base_under_the_same_name(
+    base: Path, home: Path, tmp_path: Path, changed: str
+) -> None:
+    own = tmp_path / "home"
+    shutil.copytree(home, own, ignore=shutil.ignore_patterns("cache", "resume"))
+    flags = sft_flags(own, tmp_path)
+    with at_step(2, terminate):
+        assert call("full_sft", flags, home) == 130
+    if changed == "base":
+        model = load_model(base)
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1
+        save_model(model, TOKENIZER_DIR, own / "pretrain")
+    else:
+        lines = (own / changed).read_text().splitlines(keepends=True)
+        (own / changed).write_text("".join(reversed(lines)))
+    name = {"sft.jsonl": "train_data", "base": "base_fingerprint"}[changed]
+    with pytest.raises(SettingsError, match=f"--from_resume: {name} in .* is not what it is now"):
+        call("full_sft", flags + " --from_resume", home)
+
+
+def test_skipped_float16_step_is_no_divergence(
+    base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler's way of finding its scale: gradients overflow, and the step is left out."""
+    train_step = trainer_utils.train_step
+
+    def overflowing(*args: object) -> tuple[float, float, int, int]:
+        loss, _, *counts = train_step(*args)
+        return loss, math.inf, *counts
+
+    monkeypatch.setattr(trainer_utils, "train_step", overflowing)
+    flags = sft_flags(home, tmp_path) + " --overwrite --max_steps 1"
+    assert call("full_sft", flags, home) == 3
+    monkeypatch.setattr(trainer_utils.Accelerator, "optimizer_step_was_skipped", True)
+    assert call("full_sft", flags, home) == 0
+
+
+def test_divergence_is_told(base: Path, home: Path, tmp_path: Path) -> None:
+    flags = sft_flags(home, tmp_path) + " --learning_rate 1e30 --grad_clip 0"
+    assert call("full_sft", flags, home) == 3
+    assert record_of(tmp_path / "full_sft")["status"] == "diverged"
+    assert not (tmp_path / "full_sft/model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- batches and processes
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code alone, so that its cache is not the repository's."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("dataset", "model", "trainer"):
+        ignored = shutil.ignore_patterns("data", "cache", "__pycache__")
+        shutil.copytree(REPO_DIR / name, folder / name, ignore=ignored)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["full_sft", "lora"])
+def test_accumulation_does_not_change_a_batch(
+    base: Path, home: Path, tmp_path: Path, stage: str
+) -> None:
+    assert call(stage, sft_flags(home, tmp_path / "8"), home) == 0
+    flags = sft_flags(home, tmp_path / "2x4") + " --batch_size 2 --accumulation_steps 4"
+    assert call(stage, flags, home) == 0
+    compare_runs(tmp_path / "8" / stage, tmp_path / "2x4" / stage, WEIGHTS[stage])
+
+
+def compare_runs(one: Path, other: Path, weights: str) -> None:
+    """The same losses, gradients, counts and, but for rounding, weights."""
+    assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-5)
+    norms = [[row["grad_norm"] for row in rows_of(run) if "loss" in row] for run in (one, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    for name in ("step", "tokens", "learning_rate"):
+        assert [row.get(name) for row in rows_of(one)] == [row.get(name) for row in rows_of(other)]
+    for name in ("tokens", "labeled_tokens", "steps", "steps_per_epoch", "flops"):
+        assert record_of(one)[name] == record_of(other)[name], name
+    tensors, others = load_file(one / weights), load_file(other / weights)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        # Adam divides by the gradient's size, so rounding of tiny gradients shows in full.
+        torch.testing.assert_close(tensor, others[name], rtol=0, atol=2e-4, msg=name)
+
+
+def launch_two(script: Path, flags: str) -> tuple[int, str]:
+    """Runs a script on two processes of this machine; its exit code and standard error."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--standalone", str(script), *flags.split()]
+    with subprocess.Popen(launch, env=ONE_THREAD, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, errors = process.communicate(timeout=90)
+        finally:
+            process.terminate()  # after a timeout: torchrun then ends its processes too
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "split", "extra"),
+    [
+        # 5 in the last batch: 3 and 2 at two a micro-batch; 1 in the last batch: 1 and none.
+        ("full_sft", "sft.jsonl", "--batch_size 2 --accumulation_steps 2", "--weight_decay 0.1"),
+        ("lora", "sft17.jsonl", "--batch_size 4", "--train_tokens <|im_end|> --lora_rank 4"),
+    ],
+)
+def test_two_processes_equal_one(
+    base: Path,
+    home: Path,
+    tmp_path: Path,
+    checkout: Path,
+    stage: str,
+    data: str,
+    split: str,
+    extra: str,
+) -> None:
+    flags = f"{sft_flags(home, tmp_path / 'one', data)} {extra} --eval_data_path {home}/one.jsonl"
+    # One validation sample: the second process has none.
+    (home / "one.jsonl").write_text((home / "valid.jsonl").read_text().splitlines()[0] + "\n")
+    assert call(stage, flags, home) == 0
+    flags = f"{flags} {split} --save_dir {tmp_path}/two"
+    code, errors = launch_two(checkout / f"trainer/train_{stage}.py", flags)
+    assert code == 0, errors
+    assert record_of(tmp_path / "two" / stage)["processes"] == 2
+    compare_runs(tmp_path / "one" / stage, tmp_path / "two" / stage, WEIGHTS[stage])
+
+
+# The second process alone gets the signal, in its second step.
+SIGNAL_TO_ONE = """
+import os, signal, sys
+sys.path.insert(0, {checkout!r})
+from trainer import train_full_sft, trainer_utils
+train_step, taken = trainer_utils.train_step, []
+def watched(*args):
+    taken.append(1)
+    if len(taken) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(*args)
+trainer_utils.train_step = watched
+trainer_utils.run_script(train_full_sft.main)
+"""
+
+
+def test_two_processes_stop_together(
+    base: Path, home: Path, tmp_path: Path, checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "script.py").write_text(SIGNAL_TO_ONE.format(checkout=str(checkout)))
+    _, errors = launch_two(tmp_path / "script.py", sft_flags(home, tmp_path))
+    assert "exitcode  : 130" in errors
+    run = tmp_path / "full_sft"
+    assert (record_of(run)["status"], record_of(run)["step"]) == ("interrupted", 2)
+    assert json.loads((run / "resume/progress.json").read_text())["step"] == 2
+    # One process would share the batches otherwise.
+    capfd.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda: call("full_sft", sft_flags(home, tmp_path) + " --from_resume", home))
+    assert "--from_resume: processes in" in capfd.readouterr().err
+
+
+def test_script_runs_from_anywhere_and_survives_sigterm(
+    base: Path, home: Path, tmp_path: Path, checkout: Path
+) -> None:
+    """Paths are relative to where the user stands; the resumed run equals an in-process one."""
+    flags = sft_flags(home, tmp_path / "whole") + " --epochs 40"
+    script = checkout / "trainer/train_full_sft.py"
+    os.symlink(home, tmp_path / "home")
+    given = flags.replace(str(home), "home").replace(str(tmp_path / "whole"), "parts")
+    process = subprocess.Popen(
+        [sys.executable, str(script), *given.split()],
+        cwd=tmp_path,
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "parts/full_sft/metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    step = record_of(metrics.parent)["step"]
+    assert 1 <= step < 120
+    assert f"interrupted at step {step}" in out.splitlines()[-1]
+    assert "Traceback" not in errors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert call("full_sft", given + " --from_resume", home) == 0
+    assert call("full_sft", flags, home) == 0
+    whole = tmp_path / "whole/full_sft"
+    assert rows_of(whole) == rows_of(metrics.parent)
+    assert sha256(whole / "model.safetensors") == sha256(metrics.parent / "model.safetensors")
+
+
+# ---------------------------------------------------------------- schedule, groups, cost
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        # 10 steps, 2 of warm-up, peak 8, floor 2: the way down takes steps 2 to 9.
+        ("cosine", 0, 4.0),
+        ("cosine", 1, 8.0),
+        ("cosine", 2, 8.0),
+        ("cosine", 9, 2.0),
+        ("cosine", 4, 2 + 6 * (1 + 0.6234898018587336) / 2),  # cos(2 pi / 7)
+        ("linear", 1, 8.0),
+        ("linear", 2, 8.0),
+        ("linear", 4, 2 + 6 * 5 / 7),
+        ("linear", 9, 2.0),
+        ("constant", 0, 4.0),
+        ("constant", 2, 8.0),
+        ("constant", 9, 8.0),
+    ],
+)
+def test_learning_rate(schedule: str, step: int, expected: float) -> None:
+    assert learning_rate_at(step, 10, 8.0, schedule, 0.2, 0.25) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (5, 0.55), (10, 0.1)])
+def test_cosine_without_warmup(step: int, expected: float) -> None:
+    assert learning_rate_at(step, 11, 1.0, "cosine", 0.0, 0.1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_single_step_takes_the_peak(schedule: str, warmup: float) -> None:
+    assert learning_rate_at(0, 1, 3.0, schedule, warmup, 0.1) == 3.0
+
+
+def tiny_model() -> MiniMindForCausalLM:
+    return MiniMindForCausalLM(minimind_config(**SHAPE))
+
+
+def test_flops_by_hand() -> None:
+    model = tiny_model()
+    linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    size = 6400 * 32 + linears + 5 * 32
+    attention = 6 * 2 * 32 * 100
+    assert flops_per_token(model, 100.0) == 6 * size + attention
+    apply_lora(model, LoraSettings(rank=2, targets="square"))
+    adapter = 2 * 2 * 2 * (32 + 32)
+    assert flops_per_token(model, 100.0) == 4 * (size + adapter) + 2 * adapter + attention
+
+
+def names_by_group(model: nn.Module, groups: list[dict]) -> list[set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+
+
+def test_weight_decay_falls_on_matrices_outside_the_embedding() -> None:
+    model = tiny_model()
+    groups = parameter_groups(model, Namespace(weight_decay=0.3))
+    decayed, plain = names_by_group(model, groups)
+    assert len(decayed) == 14 and all(name.endswith("_proj.weight") for name in decayed)
+    assert len(plain) == 6 and "model.embed_tokens.weight" in plain
+    assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.3, 1), (0.0, 1)]
+
+
+def test_loraplus_raises_the_rate_of_b_alone() -> None:
+    model = tiny_model()
+    settings = LoraSettings(rank=2, train_tokens=(1, 2), modules_to_save=("norms",))
+    apply_lora(model, settings)
+    groups = parameter_groups(model, Namespace(weight_decay=0.3), b_ratio=16.0)
+    decayed, plain, fast = names_by_group(model, groups)
+    assert len(decayed) == len(fast) == 14
+    assert all(name.endswith("lora_A") for name in decayed)
+    assert all(name.endswith("lora_B") for name in fast)
+    assert len(plain) == 6 and "model.embed_tokens.rows" in plain
+    assert [group["lr_ratio"] for group in groups] == [1.0, 1.0, 16.0]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.3]
+    assert len(parameter_groups(model, Namespace(weight_decay=0.3))) == 2
+
+
+@pytest.mark.parametrize("ratio", [1, 16])
+def test_first_step_moves_b_by_its_own_rate(
+    base: Path, home: Path, tmp_path: Path, ratio: int
+) -> None:
+    """Adam's first step is the rate itself, whatever the gradient; A has none while B is 0."""
+    flags = sft_flags(home, tmp_path) + f" --loraplus_lr_ratio {ratio} --max_steps 1"
+    assert call("lora", flags, home) == 0
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    largest = max(t.abs().max().item() for name, t in tensors.items() if ".lora_B." in name)
+    assert largest == pytest.approx(ratio * 3e-3, rel=1e-3)
+
+
+def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert choose_dtype("auto", "cpu") == dtype
+    assert choose_dtype("float16", "cuda") == "float16"
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="session")
+def shelf(base: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Things that cannot be used, and ``out/`` with a finished, a stateless and a stopped run."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
+    (shelf / "broken.jsonl").write_text("".join(lines[:2]) + '{"conversations": [\n')
+    for name in ("corrupt", "deeper"):
+        shutil.copytree(base, shelf / name, ignore=shutil.ignore_patterns("resume"))
+    weights = (base / "model.safetensors").read_bytes()
+    (shelf / "corrupt/model.safetensors").write_bytes(weights[: len(weights) // 2])
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (shelf / "deeper/config.json").write_text(json.dumps(config))
+    for stage in ("full_sft", "lora"):
+        flags = sft_flags(home, shelf / "out")
+        with at_step(2, terminate):
+            assert call(stage, flags, home) == 130
+    shutil.copytree(base, shelf / "out/stateless", ignore=shutil.ignore_patterns("resume"))
+    record = record_of(shelf / "out/stateless") | {"status": "running"}
+    (shelf / "out/stateless/run.json").write_text(json.dumps(record))
+    return shelf
+
+
+ALL = ("pretrain", "full_sft", "lora")
+TUNING = ("full_sft", "lora")
+REFUSED = [
+    # Values that cannot work.
+    (ALL, "--learning_rate nan", "--learning_rate nan: must be a positive number"),
+    (ALL, "--learning_rate 0", "--learning_rate 0.0: must be a positive number"),
+    (ALL, "--batch_size -4", "--batch_size -4: must be a positive number"),
+    (ALL, "--epochs inf", "--epochs inf: must be a positive number"),
+    (ALL, "--accumulation_steps 0", "--accumulation_steps 0: must be"),
+    (ALL, "--weight_decay -0.1", "--weight_decay -0.1: must be 0 or more"),
+    (ALL, "--grad_clip nan", "--grad_clip nan: must be 0 or more"),
+    (ALL, "--warmup_ratio 1.5", "--warmup_ratio 1.5: must lie between 0 and 1"),
+    (ALL, "--min_lr_ratio nan", "--min_lr_ratio nan: must lie between 0 and 1"),
+    (ALL, "--max_steps 0", "--max_steps 0: must be 1 or more"),
+    (ALL, "--log_interval 0", "--log_interval 0: must be 1 or more"),
+    (ALL, "--max_seq_len 1", "--max_seq_len 1: must be 2 or more"),
+    (ALL, "--seed -1", "--seed -1: must lie between 0 and 4294967295"),
+    (ALL, "--report_to pigeon", "--report_to pigeon: "),
+    (("pretrain", "full_sft"), "--run_name a/b", "--run_name 'a/b': must be a plain folder name"),
+    (("lora",), "--lora_name ..", "must be a plain folder name"),
+    (ALL, "--from_resume --overwrite", "contradict each other"),
+    (ALL, "--dtype float16", "--dtype float16: needs CUDA, not cpu"),
+    (ALL, "--hidden_size 0", "--hidden_size 0: must be"),
+    (("pretrain",), "--hidden_size 33", "must be an even whole number"),
+    (("pretrain",), "--num_key_value_heads 3", "must be a multiple of num_key_value_heads 3"),
+    # What trains.
+    (("full_sft",), "--trainable norms,nose", "--trainable 'nose': known are all, "),
+    (("lora",), "--lora_targets q_proj,x_proj", "--lora_targets: no linear is called 'x_proj'"),
+    (("lora",), "--lora_rank 17", "k_proj is (16, 32), so its rank is 1 to 16"),
+    (("lora",), "--lora_rank -1", "--lora_rank -1: must be 0 or more"),
+    (("lora",), "--lora_rank 0", "nothing to train"),
+    (("lora",), "--lora_dropout 1", "--lora_dropout 1.0: must lie in [0, 1)"),
+    (("lora",), "--lora_alpha nan", "--lora_alpha nan: must be a positive number"),
+    (("lora",), "--loraplus_lr_ratio 0", "--loraplus_lr_ratio 0.0: must be a positive number"),
+    (("lora",), "--modules_to_save nose", "--modules_to_save: the model has no module 'nose'"),
+    (("lora",), "--train_tokens <|nose|>", "--train_tokens <|nose|>: not a token of"),
+    (("lora",), "--train_tokens a a", "--train_tokens: ids must differ"),
+    (("lora",), "--train_tokens a --modules_to_save embeddings", "--train_tokens: the whole"),
+    (("lora",), "--from_weight none", "--from_weight none: an adapter of random weights"),
+    # Checkpoints.
+    (TUNING, "--from_weight {shelf}/none", "/none: no such folder; train it first"),
+    (TUNING, "--from_weight {shelf}/none.pth", "/none.pth: no such file"),
+    (TUNING, "--from_weight {home}/text.jsonl", "text.jsonl: no such folder"),
+    (TUNING, "--from_weight {home}", "config.json: missing"),
+    (TUNING, "--from_weight {shelf}/corrupt", "model.safetensors: corrupt ("),
+    (TUNING, "--from_weight {shelf}/deeper", "weights do not fit: missing model.layers.2."),
+    (TUNING, "--hidden_size 64", "--hidden_size 64: "),
+    (TUNING, "--num_hidden_layers 3", "has 2; drop the flag"),
+    (TUNING, "--qk_norm", "--qk_norm True: "),
+    (ALL, "--tokenizer_path {home}", "tokenizer.json: missing"),
+    # Runs.
+    (TUNING, "--save_dir {shelf}/out", " exists: continue it with --from_resume"),
+    (TUNING, "--save_dir {shelf}/none --from_resume", "holds no resume/ state; start it anew"),
+    (
+        ("pretrain",),
+        "--save_dir {shelf}/out --run_name stateless --from_resume",
+        "no resume/ state",
+    ),
+    (
+        TUNING,
+        "--save_dir {shelf}/out --from_resume --learning_rate 1e-3",
+        "--from_resume: --learning_rate was 0.003 and is 0.001 now",
+    ),
+    (("lora",), "--save_dir {shelf}/out --from_resume --lora_rank 4", "--lora_rank was 8 and is 4"),
+    # Data.
+    (TUNING, "--data_path {shelf}/broken.jsonl", "broken.jsonl:3: broken JSON"),
+    (TUNING, "--eval_data_path {shelf}/broken.jsonl", "broken.jsonl:3: broken JSON"),
+    (TUNING, "--data_path {home}/text.jsonl", 'text.jsonl:1: no field "conversations"'),
+    (("pretrain",), "--data_path {home}/sft.jsonl", 'sft.jsonl:1: no field "text"'),
+    (ALL, "--data_path {home}/none.jsonl", "none.jsonl: no such file"),
+    (TUNING, "--max_seq_len 3", "no sample keeps an assistant token within 3 tokens"),
+    # argparse's own: what a stage does not have, and what is no number.
+    (("pretrain", "full_sft"), "--lora_rank 8", "unrecognized arguments: --lora_rank 8"),
+    (("pretrain", "lora"), "--trainable norms", "unrecognized arguments: --trainable norms"),
+    (ALL, "--batch 4", "unrecognized arguments: --batch 4"),
+    (ALL, "--batch_size four", "argument --batch_size: invalid int value: 'four'"),
+    (ALL, "--lr_schedule sine", "argument --lr_schedule: invalid choice: 'sine'"),
+]
+if not torch.cuda.is_available():
+    REFUSED.append((ALL, "--device cuda", "--device cuda: this machine has none"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "reason"),
+    [(stage, flags, reason) for stages, flags, reason in REFUSED for stage in stages],
+)
+def test_what_cannot_work_is_one_error(
+    base: Path,
+    home: Path,
+    shelf: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    stage: str,
+    flags: str,
+    reason: str,
+) -> None:
+    flags = flags.format(home=home, shelf=shelf)
+    if stage == "pretrain":
+        common = f"{SHAPE_FLAGS} {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path}"
+    else:
+        common = sft_flags(home, tmp_path)
+    before = {folder: sorted(folder.rglob("*")) for folder in (tmp_path, shelf)}
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: call(stage, f"{common} {flags}", home))
+    assert caught.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert reason in lines[-1]
+    if "argument" in reason:
+        assert lines[0].startswith("usage: ") and "error: " in lines[-1]
+    else:
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+    # No run folder, no file of one.
+    assert {folder: sorted(folder.rglob("*")) for folder in (tmp_path, shelf)} == before
