@@ -3,8 +3,8 @@ Probes saved checkpoints with prompts, or chats with one.
 
     python eval_llm.py --model out/full_sft
     python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora_r8
-    python eval_llm.py --model out/lora_r8 --prompts dataset/data/sft_dolly_valid.jsonl.gz \
-        --limit 500 --nll_data dataset/data/sft_dolly_valid.jsonl.gz --output_dir out/probes
+    python eval_llm.py --model out/lora_r8 --prompts dataset/data/dolly_valid.jsonl.gz \
+        --limit 500 --nll_data dataset/data/dolly_valid.jsonl.gz --output_dir out/probes
     python eval_llm.py --model out/full_sft --interactive
 
 A model is a folder that a training script wrote (one with adapter_config.json is an adapter, and
@@ -23,7 +23,6 @@ several seeds, compare per prompt instead. The row "references" measures the ref
 
 import argparse
 import hashlib
-import json
 import platform
 import sys
 from collections import defaultdict
@@ -75,6 +74,7 @@ from model.model_minimind import (
     MiniMindForCausalLM,
     load_model,
     load_tokenizer,
+    read_json,
 )
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -213,25 +213,14 @@ def find_checkpoint(path: Path) -> Checkpoint:
     named = read_adapter_config(path).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"{config}: names no base model (base_model_name_or_path)")
-    for base in (Path(named), REPOSITORY / named):  # the fingerprint tells if it is the right one
+    for base in (
+        Path(named),
+        REPOSITORY / named,
+        path.parent / named,
+    ):  # the fingerprint tells if it is the right one
         if base.exists():
             return Checkpoint(name, path, base)
     raise CheckpointError(f"{config}: the base model {named} is not there; put it back")
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: it is broken.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: broken JSON ({error}); write it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
 
 
 def load_checkpoint(

@@ -29,6 +29,7 @@ from torch import nn
 from model.model_minimind import (
     MiniMindForCausalLM,
     RMSNorm,
+    read_json,
     read_pth,
     save_tensors,
     weights_fingerprint,
@@ -61,7 +62,7 @@ class LoraSettings:
         targets: one of ``TARGET_NAMES``, or module names joined by commas.
         init: A is ``kaiming`` U(+-1/sqrt(in)) as in PEFT, or ``gaussian`` N(0, .02) as in MiniMind.
         train_tokens: ids of tokens whose embedding rows train too (at both ends of a tied model).
-        modules_to_save: parts trained whole: ``embeddings``, ``norms``, or module names.
+        modules_to_save: parts trained whole: ``embeddings``, ``norms``, or names of such modules.
     """
 
     rank: int = 8
@@ -105,6 +106,10 @@ class LoRALinear(nn.Module):
         if self.unmerged_weight is not None:
             return out
         return out + F.linear(F.linear(self.dropout(x), self.lora_A) * self.scaling, self.lora_B)
+
+    def effective_weight(self) -> torch.Tensor:
+        """(out, in): what the input is multiplied by, without dropout."""
+        return self.weight + self.scaling * (self.lora_B @ self.lora_A)
 
     def delta(self) -> torch.Tensor:
         """The update to ``weight``, (out, in), float32."""
@@ -180,13 +185,21 @@ def find_saved_modules(model: MiniMindForCausalLM, parts: tuple[str, ...]) -> li
         elif part == "norms":
             names = [n for n, m in model.named_modules() if isinstance(m, RMSNorm)]
         else:
-            names = [n for n, _ in model.named_modules() if matches(n, part)]
+            names = [n for n, m in model.named_modules() if matches(n, part) and is_whole(n, m)]
         if not names:
-            raise AdapterError(f"--modules_to_save: the model has no module {part!r}")
+            raise AdapterError(
+                f"--modules_to_save: {part!r} names no embedding or norm; linears are adapted or, "
+                "in full fine-tuning, trained with --trainable"
+            )
         found += names
     if HEAD in found and EMBEDDING not in found:
         found.append(EMBEDDING)  # tied: the head is the embedding
     return [name for name in dict.fromkeys(found) if name != HEAD]
+
+
+def is_whole(name: str, module: nn.Module) -> bool:
+    """Whether a module may be trained and saved whole beside the adapter."""
+    return isinstance(module, RMSNorm) or name in (EMBEDDING, HEAD)
 
 
 def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
@@ -205,6 +218,14 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     vocab_size, tokens = model.config.vocab_size, settings.train_tokens
     if len(set(tokens)) != len(tokens) or not all(0 <= token < vocab_size for token in tokens):
         raise AdapterError(f"--train_tokens: ids must differ and lie in 0..{vocab_size - 1}")
+    at_ends = tokens or EMBEDDING in saved
+    if at_ends and not model.config.tie_word_embeddings:
+        raise AdapterError(
+            "--train_tokens and --modules_to_save embeddings need a model that ties its head to "
+            "the embedding; this one does not"
+        )
+    if settings.dropout and HEAD in targets:
+        raise AdapterError(f"--lora_dropout: not on {HEAD}; leave it out of --lora_targets")
     if settings.init not in INITS:
         raise AdapterError(f"--lora_init {settings.init!r}: known are {', '.join(INITS)}")
     if settings.train_tokens and EMBEDDING in saved:
@@ -396,17 +417,20 @@ def read_adapter_config(folder: Path) -> dict:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise AdapterError(f"{path}: missing; an adapter folder holds {ADAPTER_CONFIG}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: broken JSON ({error})") from error
+    config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA is read")
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), int | float):
             raise AdapterError(f"{path}: {name} is missing or no number")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise AdapterError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base; convert "
+            "the adapter with PEFT (path_initial_model_for_weight_conversion) first"
+        )
     neutral = {"bias": "none"}
     unread = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias")
+    unread += ("alora_invocation_tokens", "layer_replication", "target_parameters")
     for name in unread:
         if config.get(name, neutral.get(name)) not in (neutral.get(name), None, False, {}):
             raise AdapterError(f"{path}: {name} = {config[name]!r} is not supported here")

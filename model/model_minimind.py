@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -173,6 +174,7 @@ class Attention(nn.Module):
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         visible: torch.Tensor | None,
+        is_causal: bool,
         cache: Cache | None,
     ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D); adds this layer's keys and values to ``cache``."""
@@ -190,7 +192,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=visible,
-            is_causal=visible is None and new > 1,
+            is_causal=is_causal,
             enable_gqa=self.grouped,
         )
         return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1))
@@ -224,9 +226,10 @@ class Block(nn.Module):
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         visible: torch.Tensor | None = None,
+        is_causal: bool = True,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, visible, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, visible, is_causal, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -260,9 +263,19 @@ class MiniMindModel(nn.Module):
         rope = rope_tables(
             position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"]
         )
+        # Decided here, outside the block: a compiled block keeps one graph for every length.
+        is_causal = visible is None and new > 1
         for layer in self.layers:
-            x = layer(x, rope, visible, cache)
+            x = layer(x, rope, visible, is_causal, cache)
         return self.norm(x)
+
+
+class LMHead(nn.Linear):
+    """Hidden states to logits; adapted heads offer the same :meth:`effective_weight`."""
+
+    def effective_weight(self) -> torch.Tensor:
+        """(V, D)."""
+        return self.weight
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
@@ -277,7 +290,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LlamaConfig | Qwen3Config):
         super().__init__(config)
         self.model = MiniMindModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # N(0, initializer_range), norms at 1, head tied to the embedding
 
     def forward(
@@ -317,9 +330,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
     def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy in nats, float32, of (N, D) states and (N,) targets."""
-        if torch.is_grad_enabled() and type(self.lm_head) is nn.Linear:
-            return LinearCrossEntropy.apply(hidden, self.lm_head.weight, targets)
-        # Evaluation needs no gradients, and an adapted head is no plain matrix.
+        if torch.is_grad_enabled():
+            return LinearCrossEntropy.apply(hidden, self.lm_head.effective_weight(), targets)
         total = hidden.new_zeros((), dtype=torch.float32)
         for states, ids in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             total = total + F.cross_entropy(self.lm_head(states).float(), ids, reduction="sum")
@@ -382,8 +394,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hex SHA-256 of names, shapes and float32 values: what an adapter's base is known by."""
-    digest = hashlib.sha256()
+    """Hex SHA-256 of shape, names and float32 values: what an adapter's base is known by."""
+    config = model.config
+    facts = [config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps]
+    facts += [config.rope_parameters["rope_theta"], config.model_type]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
@@ -406,10 +421,12 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
     save_tensors(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config = model.config.to_dict() | {"dtype": "float32"}
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = GenerationConfig(**{name: config[name] for name in ids})
     write_text(folder / "generation_config.json", generation.to_json_string())
-    for name in TOKENIZER_FILES:
-        write_text(folder / name, (tokenizer_dir / name).read_text(encoding="utf-8"))
+    for name in (*TOKENIZER_FILES, "chat_template.jinja"):
+        if (tokenizer_dir / name).is_file():
+            write_text(folder / name, (tokenizer_dir / name).read_text(encoding="utf-8"))
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -442,21 +459,36 @@ def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it is broken, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise CheckpointError(f"{path}: broken JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
+
+
 def read_config(folder: Path) -> LlamaConfig | Qwen3Config:
     """The config of a saved folder, refused unless this file computes what it describes."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; a checkpoint folder holds config.json")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: broken JSON ({error})") from error
+    content = read_json(path)
     kinds = {"llama": LlamaConfig, "qwen3": Qwen3Config}
     if content.get("model_type") not in kinds:
         raise CheckpointError(
             f"{path}: model_type {content.get('model_type')!r}; this model reads llama and qwen3"
         )
-    config = kinds[content["model_type"]].from_dict(content)
+    try:
+        config = kinds[content["model_type"]].from_dict(content)
+    except (StrictDataclassError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
     unsupported = {
         "rope_type": config.rope_parameters.get("rope_type") != "default",
         "attention_bias": config.attention_bias,
@@ -510,7 +542,7 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or "empty").splitlines()[0]
         raise CheckpointError(f"{path}: not a plain file of tensors ({reason})") from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise CheckpointError(f"{path}: expected a state dict, names to tensors")

@@ -355,7 +355,9 @@ def test_compile_works_with_the_adapter_in_place(base: Path) -> None:
         (LoraSettings(targets="qproj"), "no linear is called 'qproj'; use square"),
         (LoraSettings(rank=33), r"--lora_rank 33: .*k_proj is \(32, 64\), so its rank is 1 to 32"),
         (LoraSettings(init="zeros"), "--lora_init 'zeros'"),
-        (LoraSettings(modules_to_save=("heads",)), "no module 'heads'"),
+        (LoraSettings(modules_to_save=("heads",)), "'heads' names no embedding or norm"),
+        (LoraSettings(modules_to_save=("q_proj",)), "'q_proj' names no embedding or norm"),
+        (LoraSettings(targets="lm_head", dropout=0.1), "--lora_dropout: not on lm_head"),
         (LoraSettings(rank=0), "nothing to train"),
         (LoraSettings(train_tokens=(6400,)), "0..6399"),
         (LoraSettings(train_tokens=(1,), modules_to_save=("embeddings",)), "drop one of both"),
@@ -367,6 +369,17 @@ def test_settings_that_cannot_work_are_refused(settings: LoraSettings, message: 
         apply_lora(model, settings)
     assert all(p.requires_grad for p in model.parameters())
     assert not list(lora_layers(model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LoraSettings(train_tokens=(1,)), LoraSettings(modules_to_save=("embeddings",))],
+)
+def test_rows_and_embeddings_of_an_untied_model_are_refused(settings: LoraSettings) -> None:
+    config = minimind_config(hidden_size=64, num_hidden_layers=1, intermediate_size=96)
+    config.tie_word_embeddings = False
+    with pytest.raises(AdapterError, match="ties its head"):
+        apply_lora(MiniMindForCausalLM(config), settings)
 
 
 def test_wrong_base_is_refused(trained: tuple) -> None:
@@ -385,6 +398,7 @@ def test_fingerprint_is_in_the_adapters_metadata(trained: tuple, base: Path) -> 
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"use_dora": True}, "use_dora = True"),
         ({"bias": "all"}, "bias = 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"r": None}, "r is missing"),
         ({"r": 3}, "lora_A.weight is .*the model has"),
@@ -416,7 +430,7 @@ def test_missing_and_unknown_adapter_tensors_are_named(base: Path) -> None:
     with pytest.raises(AdapterError, match="lacks model.layers.0.self_attn.q_proj.lora_B"):
         load_lora(load_model(base), folder)
     save_file({"base_model.model.lm_tail.weight": torch.ones(1)} | tensors, path)
-    with pytest.raises(AdapterError, match="no module 'lm_tail'"):
+    with pytest.raises(AdapterError, match="'lm_tail' names no embedding"):
         load_lora(load_model(base), folder)
     path.write_bytes(b"no tensors here")
     with pytest.raises(AdapterError, match="adapter_model.safetensors: corrupt"):

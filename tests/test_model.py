@@ -199,6 +199,23 @@ def test_compiled_block_equals_plain() -> None:
     assert torch.allclose(first.weight.grad, second.weight.grad, atol=1e-6)
 
 
+def test_compiled_block_keeps_two_graphs_whatever_the_length() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = make_model()
+    for layer in model.model.layers:
+        layer.compile(backend=count, fullgraph=True)
+    with torch.no_grad():
+        for length in (16, 11, 30, 8, 23):
+            model(torch.randint(3, 6400, (2, length)))
+    assert len(graphs) == 2  # the first length's, and one for all others
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -214,6 +231,9 @@ def test_saved_folder_loads_bit_for_bit(tmp_path: Path) -> None:
     with torch.no_grad():
         again.model.norm.weight[0] += 1
     assert weights_fingerprint(again) != weights_fingerprint(model)
+    other_heads = make_model(num_attention_heads=2, num_key_value_heads=1)
+    other_heads.load_state_dict(model.state_dict())
+    assert weights_fingerprint(other_heads) != weights_fingerprint(model)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
 
 

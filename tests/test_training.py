@@ -734,7 +734,7 @@ REFUSED = [
     (("lora",), "--lora_dropout 1", "--lora_dropout 1.0: must lie in [0, 1)"),
     (("lora",), "--lora_alpha nan", "--lora_alpha nan: must be a positive number"),
     (("lora",), "--loraplus_lr_ratio 0", "--loraplus_lr_ratio 0.0: must be a positive number"),
-    (("lora",), "--modules_to_save nose", "--modules_to_save: the model has no module 'nose'"),
+    (("lora",), "--modules_to_save nose", "--modules_to_save: 'nose' names no embedding or norm"),
     (("lora",), "--train_tokens <|nose|>", "--train_tokens <|nose|>: not a token of"),
     (("lora",), "--train_tokens a a", "--train_tokens: ids must differ"),
     (("lora",), "--train_tokens a --modules_to_save embeddings", "--train_tokens: the whole"),

@@ -23,12 +23,11 @@ from trainer.trainer_utils import (
     add_model_flags,
     check_args,
     fill_data_paths,
-    is_complete,
+    find_run_folder,
     load_data,
     load_start,
     make_accelerator,
     make_parser,
-    open_run_folder,
     run_script,
     show_sample,
     train,
@@ -47,16 +46,17 @@ def main() -> int:
     parser.set_defaults(epochs=2.0, learning_rate=5e-4)
     args = parser.parse_args()
     check_args(args)
-    if is_complete(args):
+    accelerator = make_accelerator(args)
+    fill_data_paths(args, "sft")
+    run = find_run_folder(args, accelerator)
+    if run.is_complete:
         print(f"{args.run_name}: complete, nothing to do")
         return 0
 
     # Model and data.
-    accelerator = make_accelerator(args)
     model, tokenizer_dir = load_start(args)
     facts = {"stage": "full_sft", "base_fingerprint": weights_fingerprint(model)}
     select_trainable(model, args.trainable)
-    fill_data_paths(args, "sft")
     train_set, eval_set = load_data(args, "sft", tokenizer_dir, accelerator)
     if args.show_sample:
         return show_sample(tokenizer_dir, train_set)
@@ -69,7 +69,7 @@ def main() -> int:
             model=model,
             train_set=train_set,
             eval_set=eval_set,
-            run=open_run_folder(args, accelerator),
+            run=run,
             save=lambda trained, folder: save_model(trained, tokenizer_dir, folder),
             facts=facts,
         )

@@ -28,15 +28,14 @@ from trainer.trainer_utils import (
     Job,
     SettingsError,
     add_model_flags,
+    base_reference,
     check_args,
     fill_data_paths,
-    is_complete,
+    find_run_folder,
     load_data,
     load_start,
     make_accelerator,
     make_parser,
-    open_run_folder,
-    printable_path,
     run_script,
     show_sample,
     train,
@@ -72,7 +71,8 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="parts trained whole and saved with the adapter: embeddings, norms, or module names",
+        help="parts trained whole and saved with the adapter: embeddings, norms, or such a "
+        "module's name",
     )
 
 
@@ -132,24 +132,25 @@ def main() -> int:
     args = parser.parse_args()
     check_args(args)
     check_lora_args(args)
-    if is_complete(args):
+    accelerator = make_accelerator(args)
+    fill_data_paths(args, "sft")
+    run = find_run_folder(args, accelerator)
+    if run.is_complete:
         print(f"{args.run_name}: complete, nothing to do")
         return 0
 
     # Model and data.
-    accelerator = make_accelerator(args)
     model, tokenizer_dir = load_start(args)
     settings = lora_settings(args, tokenizer_dir)
     fingerprint = weights_fingerprint(model)
     adapted = apply_lora(model, settings)
     freeze_in_half(model, args.dtype)
-    fill_data_paths(args, "sft")
     train_set, eval_set = load_data(args, "sft", tokenizer_dir, accelerator)
     if args.show_sample:
         return show_sample(tokenizer_dir, train_set)
 
     # The loop.
-    base = printable_path(Path(args.from_weight))
+    base = base_reference(args.from_weight)
     return train(
         Job(
             args=args,
@@ -157,7 +158,7 @@ def main() -> int:
             model=model,
             train_set=train_set,
             eval_set=eval_set,
-            run=open_run_folder(args, accelerator),
+            run=run,
             save=lambda trained, folder: save_lora(trained, settings, folder, base, fingerprint),
             facts={"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted},
             b_ratio=args.loraplus_lr_ratio,

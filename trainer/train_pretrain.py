@@ -21,12 +21,11 @@ from trainer.trainer_utils import (
     add_model_flags,
     check_args,
     fill_data_paths,
-    is_complete,
+    find_run_folder,
     load_data,
     load_start,
     make_accelerator,
     make_parser,
-    open_run_folder,
     run_script,
     show_sample,
     train,
@@ -40,14 +39,15 @@ def main() -> int:
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
     args = parser.parse_args()
     check_args(args)
-    if is_complete(args):
+    accelerator = make_accelerator(args)
+    fill_data_paths(args, "pretrain")
+    run = find_run_folder(args, accelerator)
+    if run.is_complete:
         print(f"{args.run_name}: complete, nothing to do")
         return 0
 
     # Model and data.
-    accelerator = make_accelerator(args)
     model, tokenizer_dir = load_start(args)
-    fill_data_paths(args, "pretrain")
     train_set, eval_set = load_data(args, "pretrain", tokenizer_dir, accelerator)
     if args.show_sample:
         return show_sample(tokenizer_dir, train_set)
@@ -60,7 +60,7 @@ def main() -> int:
             model=model,
             train_set=train_set,
             eval_set=eval_set,
-            run=open_run_folder(args, accelerator),
+            run=run,
             save=lambda trained, folder: save_model(trained, tokenizer_dir, folder),
             facts={"stage": "pretrain"},
         )

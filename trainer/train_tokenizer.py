@@ -9,6 +9,7 @@ data (medical terms, say) get tokens of their own. Writes ``tokenizer.json`` and
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DataError, read_jsonl, record_messages, record_text
+from model.model_minimind import write_text
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1 and 2
 # ChatML. Contents are trimmed so that white space never merges with the template's own; the
@@ -45,6 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.vocab_size < 256 + 3:
         parser.error(f"--vocab_size {args.vocab_size}: 256 bytes and 3 special tokens need 259")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir}: is a file; name a folder")
     return args
 
 
@@ -81,6 +85,15 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the two files, under the class name that every version of transformers knows."""
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
@@ -88,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    tokenizer.save_pretrained(args.output_dir, save_jinja_files=False)
+    save_tokenizer(tokenizer, args.output_dir)
     print(f"{len(tokenizer)} tokens written to {args.output_dir}")
 
 

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.lm_dataset import (
+    IGNORE_INDEX,
     ConversationDataset,
     DataError,
     PackedDataset,
@@ -56,6 +58,7 @@ from model.model_minimind import (
     load_model,
     load_tokenizer,
     minimind_config,
+    read_json,
     write_text,
 )
 
@@ -73,6 +76,9 @@ SHAPE_FLAGS = (
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 
 
+EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
+
+
 class SettingsError(ValueError):
     """A flag whose value cannot work; the message names the flag and what to do."""
 
@@ -81,7 +87,7 @@ def run_script(main: Callable[[], int]) -> None:
     """Runs a script's ``main`` and exits: a user's error is one line and exit code 2."""
     try:
         code = main()
-    except (SettingsError, DataError, CheckpointError, AdapterError) as error:
+    except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
@@ -111,7 +117,9 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> argpa
     )
     add(
         "--use_compile",
+        nargs="?",
         choices=("auto", "on", "off"),
+        const="on",
         default="auto",
         help="compile the transformer block; auto: when the run is long enough to earn it back",
     )
@@ -239,19 +247,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     args.dtype = choose_dtype(args.dtype, args.device)
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]
     trackers = None if args.report_to == "none" else args.report_to
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if trackers and trackers not in installed:
-        raise SettingsError(
-            f"--report_to {trackers}: no tracker of that name is installed; here: "
-            f"{', '.join(['none', *installed])}"
-        )
     accelerator = Accelerator(
         cpu=args.device == "cpu",
         mixed_precision=precision,
         log_with=trackers,
         project_dir=args.save_dir / args.run_name if trackers else None,
     )
-    set_seed(args.seed)
+    set_seed(args.seed)  # the same on every process, for the same initial weights
     return accelerator
 
 
@@ -288,11 +290,13 @@ def resolve_weights(from_weight: str) -> Path:
     if is_local or path.suffix == ".pth" or from_weight.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(from_weight, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(
+            snapshot_download(from_weight, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"--from_weight {from_weight}: neither a local path nor to be had from the hub "
             f"({type(error).__name__})"
@@ -315,12 +319,11 @@ def load_data(
 ) -> tuple[PackedDataset | ConversationDataset, PackedDataset | ConversationDataset | None]:
     """Training and validation data of a stage; the main process tokenizes, the others wait."""
     tokenizer = load_tokenizer(tokenizer_dir)
-    store_kind = "pretrain" if kind == "pretrain" else "sft"
     with accelerator.main_process_first():
-        train = load_dataset(store_kind, args.data_path, tokenizer, args.max_seq_len)
+        train = load_dataset(kind, args.data_path, tokenizer, args.max_seq_len)
         valid = None
         if args.eval_data_path:
-            valid = load_dataset(store_kind, args.eval_data_path, tokenizer, args.max_seq_len)
+            valid = load_dataset(kind, args.eval_data_path, tokenizer, args.max_seq_len)
     return train, valid
 
 
@@ -333,14 +336,14 @@ def show_sample(tokenizer_dir: Path, dataset: PackedDataset | ConversationDatase
 def compile_blocks(model: MiniMindForCausalLM, mode: str, flops: float, device: str) -> bool:
     """Compiles the transformer block, once for all layers, if ``mode`` or the run's size says so.
 
-    ``auto`` leaves short runs alone, and a CPU without a C++ compiler; it depends on the settings
+    ``auto`` leaves short runs alone, and machines without a compiler; it depends on the settings
     only, never on a clock, so a resumed run computes what the first part computed.
     """
-    wanted = mode == "on" or (
-        mode == "auto"
-        and flops >= COMPILE_FLOPS.get(device, math.inf)
-        and (device != "cpu" or any(map(shutil.which, ("g++", "clang++"))))
-    )
+    # Generated code is C++ on the CPU and C launchers on CUDA; both include Python.h.
+    has_header = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
+    has_compiler = any(map(shutil.which, ("g++", "clang++") if device == "cpu" else ("gcc", "cc")))
+    earns = flops >= COMPILE_FLOPS.get(device, math.inf)
+    wanted = mode == "on" or (mode == "auto" and earns and has_compiler and has_header)
     if wanted:
         for layer in model.model.layers:
             layer.compile()
@@ -424,8 +427,18 @@ def printable_path(path: Path) -> str:
     return absolute.name
 
 
+def base_reference(from_weight: str) -> str:
+    """How an adapter names its base: a hub id, or a path that can be found again from here."""
+    path = Path(from_weight)
+    if not path.exists():
+        return from_weight
+    absolute = path.absolute()
+    inside = absolute.is_relative_to(REPO_DIR)
+    return str(absolute.relative_to(REPO_DIR) if inside else absolute)
+
+
 def printable_settings(args: argparse.Namespace) -> dict:
-    """Every setting, with paths shortened by :func:`printable_path`."""
+    """Every setting as JSON values, with paths shortened by :func:`printable_path`."""
 
     def printable(value: object) -> object:
         if isinstance(value, Path):
@@ -448,7 +461,7 @@ def git_state() -> dict:
 
     if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
         return {}
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
 
 
 def describe_machine(device: str) -> dict:
@@ -500,54 +513,53 @@ class RunFolder:
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             write_text(path, "".join(line + "\n" for line in kept))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether a run that is to be continued has nothing left to do."""
+        return self.record.get("status") == "completed"
+
     def resume_state(self) -> Path | None:
         """The newest whole state; a kill between two renames leaves it under its old name."""
         states = [self.path / "resume", self.path / "resume.old"]
         return next((state for state in states if state.is_dir()), None)
 
 
-def is_complete(args: argparse.Namespace) -> bool:
-    """Whether ``--from_resume`` finds a run that has nothing left to do."""
-    path = args.save_dir / args.run_name / "run.json"
-    if not (args.from_resume and path.is_file()):
-        return False
-    return json.loads(path.read_text(encoding="utf-8")).get("status") == "completed"
-
-
-def open_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
-    """The run's folder, made now or continued.
+def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
+    """The run's folder, to be made or to be continued; nothing is written yet.
 
     Raises:
         SettingsError: the folder exists and neither ``--from_resume`` nor ``--overwrite`` is
-            given, or there is no state to resume from.
+            given, there is no state to resume from, or settings are not what they were.
     """
     run = RunFolder(args.save_dir / args.run_name, accelerator.is_main_process)
-    exists = run.path.is_dir() and any(run.path.iterdir())
-    accelerator.wait_for_everyone()  # every process has looked before one of them makes it
     if args.from_resume:
-        if run.resume_state() is None:
+        if run.resume_state() is None or not (run.path / "run.json").is_file():
             raise SettingsError(f"--from_resume: {run.path} holds no resume/ state; start it anew")
-        record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
-        check_same_run(record, args)
-        run.record = record
-        return run
-    if exists and not args.overwrite:
+        run.record = read_json(run.path / "run.json")
+        check_same_run(run.record, args)
+    elif run.path.exists() and not args.overwrite:
         raise SettingsError(
             f"{run.path} exists: continue it with --from_resume, replace it with --overwrite, or "
             "choose another name"
         )
-    if run.is_main:
-        shutil.rmtree(run.path, ignore_errors=True)
-        run.path.mkdir(parents=True)
-    accelerator.wait_for_everyone()
     return run
+
+
+def make_run_folder(job: "Job") -> None:
+    """Makes the folder of a new run, in place of one that ``--overwrite`` gives up."""
+    job.accelerator.wait_for_everyone()  # every process has looked before one of them makes it
+    if job.run.is_main and not job.args.from_resume:
+        if job.run.path.exists():
+            shutil.rmtree(job.run.path)
+        job.run.path.mkdir(parents=True)
+    job.accelerator.wait_for_everyone()
 
 
 def check_same_run(record: dict, args: argparse.Namespace) -> None:
     """Refuses to continue a run with settings that would make it another run."""
     free = {"from_resume", "overwrite", "save_dir", "device", "num_workers", "report_to"}
     free |= {"log_interval", "save_interval", "eval_interval", "show_sample"}
-    before, now = record["settings"], printable_settings(args)
+    before, now = record.get("settings", {}), printable_settings(args)
     for name in sorted(now.keys() - free):
         if before.get(name) != now[name]:
             raise SettingsError(
@@ -567,8 +579,21 @@ class Progress:
     tokens: int = 0
     labeled_tokens: int = 0
     seconds: float = 0.0
-    window_loss: float = 0.0  # summed since the last log line
+    window_loss: float = 0.0  # this and the next three: summed since the last log line
     window_steps: int = 0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+
+    def add(self, loss: float, tokens: int, labeled: int, seconds: float) -> None:
+        """Counts one optimizer step."""
+        self.step += 1
+        self.tokens += tokens
+        self.labeled_tokens += labeled
+        self.seconds += seconds
+        self.window_loss += loss
+        self.window_steps += 1
+        self.window_tokens += tokens
+        self.window_seconds += seconds
 
 
 @dataclass(frozen=True)
@@ -586,67 +611,51 @@ class Job:
     b_ratio: float = 1.0
 
 
-def plan_steps(job: Job) -> StepSampler:
-    """This process's batches of the whole run."""
-    args, accelerator = job.args, job.accelerator
-    sampler = StepSampler(
-        job.train_set.lengths,
-        args.batch_size,
-        args.accumulation_steps,
-        accelerator.num_processes,
-        accelerator.process_index,
-        args.seed,
-    )
-    sampler.max_steps = args.max_steps or math.ceil(args.epochs * sampler.steps_per_epoch)
-    return sampler
-
-
 def train(job: Job) -> int:
-    """Trains, evaluates, saves; returns the exit code.
+    """Trains, evaluates and saves; returns the exit code.
 
-    The loss of an optimizer step is the mean over all its labeled tokens: those of every
-    micro-batch on every process, so that neither accumulation nor the number of processes changes
-    what a batch means.
+    Whatever ends the run, ``run.json`` says how.
+    """
+    make_run_folder(job)
+    progress = Progress()
+    try:
+        return run_loop(job, progress)
+    except torch.OutOfMemoryError as error:
+        end_run(job, progress, "oom", "out of memory")
+        raise SettingsError(
+            f"out of memory at step {progress.step + 1}: halve --batch_size and double "
+            "--accumulation_steps (the same training), or shorten --max_seq_len"
+        ) from error
+    except (SettingsError, DataError, CheckpointError):
+        raise
+    except BaseException as error:
+        end_run(job, progress, "failed", f"{type(error).__name__}: {error}")
+        raise
+
+
+def run_loop(job: Job, progress: Progress) -> int:
+    """The loop: one iteration is one optimizer step.
+
+    The loss of a step is the mean over all its labeled tokens: those of every micro-batch on every
+    process, so that neither accumulation nor the number of processes changes what a batch means.
     """
     args, accelerator, run = job.args, job.accelerator, job.run
-    sampler = plan_steps(job)
-    steps = sampler.max_steps
-    lengths = job.train_set.lengths
-    tokens_planned = int(lengths.sum()) * steps / sampler.steps_per_epoch
-    per_token = flops_per_token(job.model, float(lengths.mean()))
-    compiled = compile_blocks(job.model, args.use_compile, tokens_planned * per_token, args.device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(job.model, args, job.b_ratio), lr=args.learning_rate, fused=True
-    )
-    model, optimizer = accelerator.prepare(job.model, optimizer)
-    if args.report_to != "none":
-        accelerator.init_trackers("minimind-lora-study", config=printable_settings(args))
-    progress = restore(job) if args.from_resume else Progress()
-    describe_run(job, steps, sampler.steps_per_epoch, compiled)
-    sampler.first_step = progress.step
-    loader = DataLoader(
-        PlannedSteps(),
-        batch_size=None,
-        sampler=sampler,
-        collate_fn=StepCollator(job.train_set, job.model.config.pad_token_id),
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=args.device == "cuda",
-        # The loader draws a number when it starts; not from the state that a resumed run restored.
-        generator=torch.Generator(),
-    )
+    lengths = job.train_set.lengths.astype(float)
+    # A token's attention costs its sample's length, and long samples have more tokens.
+    per_token = flops_per_token(job.model, float((lengths**2).sum() / lengths.sum()))
+    steps_per_epoch = -(-len(lengths) // global_batch_size(job))
+    steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
+    flops = per_token * lengths.sum() * steps / steps_per_epoch
+    compiled = compile_blocks(job.model, args.use_compile, float(flops), args.device)
+    model, optimizer = prepare(job)
+    if args.from_resume:
+        restore(job, progress)
+    describe_run(job, steps, steps_per_epoch, compiled)
+    loader = make_loader(job, progress.step, steps)
     stop = stop_on_signals()
-    bar = tqdm(
-        total=steps,
-        initial=progress.step,
-        desc=args.run_name,
-        unit="step",
-        disable=None if accelerator.is_main_process else True,
-        file=sys.stderr,
-    )
-    started = time.perf_counter()
-    before, tokens_before = progress.seconds, progress.tokens
+    bar = make_bar(job, progress.step, steps)
     model.train()
+    clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
     for micro_batches in loader:
         rate = learning_rate_at(
             progress.step,
@@ -657,47 +666,97 @@ def train(job: Job) -> int:
             args.min_lr_ratio,
         )
         loss, norm, tokens, labeled = train_step(job, model, optimizer, micro_batches, rate)
-        progress.step += 1
-        progress.tokens += tokens
-        progress.labeled_tokens += labeled
-        progress.window_loss += loss
-        progress.window_steps += 1
-        progress.seconds = before + time.perf_counter() - started
+        progress.add(loss, tokens, labeled, time.perf_counter() - clock)
         bar.update()
         # A float16 step whose scaled gradients overflow is skipped, and the next scaled less.
         skipped = accelerator.optimizer_step_was_skipped
         if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+            bar.close()
             return end_run(job, progress, "diverged", f"loss {loss}, gradient norm {norm}")
         last = progress.step == steps
-        if progress.step % args.log_interval == 0 or last:
-            speed = (progress.tokens - tokens_before) / (progress.seconds - before)
-            log_step(job, progress, norm, rate, speed, steps, bar)
-        if job.eval_set is not None and (
-            last or (args.eval_interval and progress.step % args.eval_interval == 0)
-        ):
-            row = {"step": progress.step, "eval_loss": evaluate(job, model)}
-            run.log(row)
-            accelerator.log({"eval_loss": row["eval_loss"]}, step=progress.step)
-            run.write(eval_loss=row["eval_loss"])
-            bar.set_postfix(eval_loss=f"{row['eval_loss']:.3f}", refresh=False)
+        if due(progress.step, args.log_interval) or last:
+            log_step(job, progress, norm, rate, steps, bar)
+        if job.eval_set is not None and (due(progress.step, args.eval_interval) or last):
+            log_evaluation(job, model, progress.step, bar)
         interrupted = any_process(accelerator, bool(stop)) and not last
-        if interrupted or last or (args.save_interval and progress.step % args.save_interval == 0):
+        if interrupted or due(progress.step, args.save_interval) or last:
             save_state(job, progress)
         if interrupted:
             bar.close()
             return end_run(job, progress, "interrupted", "continue it with --from_resume")
+        clock = time.perf_counter()
     bar.close()
     if accelerator.is_main_process:
         job.save(accelerator.unwrap_model(model), run.path)
-    accelerator.end_training()
-    if progress.tokens > tokens_before:  # a run that had only its end left keeps its speed
-        speed = (progress.tokens - tokens_before) / (progress.seconds - before)
-        run.write(tokens_per_second=round(speed, 1))
-    run.write(
-        flops=per_token * progress.tokens,
-        peak_memory_bytes=peak_memory_bytes(args.device),
-    )
+    run.write(flops=per_token * progress.tokens)
     return end_run(job, progress, "completed", f"saved to {run.path}")
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every ``interval`` steps happens now; 0 is never."""
+    return interval > 0 and step % interval == 0
+
+
+def global_batch_size(job: Job) -> int:
+    """Samples of one optimizer step, over all processes."""
+    return job.args.batch_size * job.args.accumulation_steps * job.accelerator.num_processes
+
+
+def prepare(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer on the device, wrapped for precision and processes; trackers started."""
+    args, accelerator = job.args, job.accelerator
+    groups = parameter_groups(job.model, args, job.b_ratio)
+    # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
+    fused = args.dtype != "float16"
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused)
+    if args.report_to != "none":
+        settings = {name: str(value) for name, value in printable_settings(args).items()}
+        accelerator.init_trackers("minimind-lora-study", config=settings)
+    set_seed(args.seed, device_specific=True)  # dropout differs between processes
+    return accelerator.prepare(job.model, optimizer)
+
+
+def make_loader(job: Job, first_step: int, steps: int) -> DataLoader:
+    """One loader for the whole run, whose workers live as long: an item is a step's batches."""
+    args, accelerator = job.args, job.accelerator
+    sampler = StepSampler(
+        job.train_set.lengths,
+        args.batch_size,
+        args.accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        args.seed,
+        first_step,
+        steps,
+    )
+    return DataLoader(
+        PlannedSteps(),
+        batch_size=None,
+        sampler=sampler,
+        collate_fn=StepCollator(job.train_set, padding_id(job)),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=args.device == "cuda",
+        # The loader draws a number when it starts; not from the state that a resumed run restored.
+        generator=torch.Generator(),
+    )
+
+
+def padding_id(job: Job) -> int:
+    """What batches are padded with; under causal attention no real token sees it."""
+    return job.model.config.pad_token_id or 0
+
+
+def make_bar(job: Job, first_step: int, steps: int) -> tqdm:
+    """The progress bar of the main process; none where output is no terminal."""
+    return tqdm(
+        total=steps,
+        initial=first_step,
+        desc=job.args.run_name,
+        unit="step",
+        disable=None if job.accelerator.is_main_process else True,
+        file=sys.stderr,
+    )
 
 
 class PlannedSteps(torch.utils.data.Dataset):
@@ -720,7 +779,7 @@ def train_step(
     counts = torch.tensor(
         [
             sum(int(batch["num_tokens"]) for batch in micro_batches),
-            sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches),
+            sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in micro_batches),
         ],
         device=accelerator.device,
     )
@@ -758,14 +817,14 @@ def evaluate(job: Job, model: nn.Module) -> float:
     model = accelerator.unwrap_model(model)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
-        batch = collate([dataset[i] for i in indices], job.model.config.pad_token_id)
+        batch = collate([dataset[i] for i in indices], padding_id(job))
         labels = batch["labels"]
         loss = model(
             input_ids=batch["input_ids"].to(accelerator.device),
             labels=labels.to(accelerator.device),
             num_items_in_batch=1,
         ).loss
-        totals += torch.tensor([float(loss), int((labels[:, 1:] != -100).sum())])
+        totals += torch.tensor([float(loss), int((labels[:, 1:] != IGNORE_INDEX).sum())])
     model.train()
     summed = accelerator.reduce(totals.float().to(accelerator.device), "sum")
     return (summed[0] / summed[1]).item()
@@ -776,13 +835,14 @@ def log_step(
     progress: Progress,
     norm: float,
     rate: float,
-    tokens_per_second: float,
     steps: int,
     bar: tqdm,
 ) -> None:
-    """Writes a line of metrics, the loss averaged since the last one, and shows it in the bar."""
+    """Writes a line of metrics, loss and speed since the last one, and shows it in the bar."""
     loss = progress.window_loss / progress.window_steps
+    tokens_per_second = progress.window_tokens / progress.window_seconds
     progress.window_loss, progress.window_steps = 0.0, 0
+    progress.window_tokens, progress.window_seconds = 0, 0.0
     row = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -797,6 +857,15 @@ def log_step(
     bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens_per_second:,.0f}", refresh=False)
     if bar.disable and job.accelerator.is_main_process:
         print(f"step {progress.step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
+
+
+def log_evaluation(job: Job, model: nn.Module, step: int, bar: tqdm) -> None:
+    """Writes the validation loss as a line of metrics and shows it in the bar."""
+    loss = evaluate(job, model)
+    job.run.log({"step": step, "eval_loss": loss})
+    job.run.write(eval_loss=loss)
+    job.accelerator.log({"eval_loss": loss}, step=step)
+    bar.set_postfix(eval_loss=f"{loss:.3f}", refresh=False)
 
 
 def describe_run(job: Job, steps: int, steps_per_epoch: int, compiled: bool) -> None:
@@ -841,12 +910,15 @@ def end_run(job: Job, progress: Progress, status: str, message: str) -> int:
         tokens=progress.tokens,
         labeled_tokens=progress.labeled_tokens,
         train_seconds=round(progress.seconds, 2),
+        tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        peak_memory_bytes=peak_memory_bytes(job.args.device),
     )
+    job.accelerator.end_training()
     if job.accelerator.is_main_process:
         loss = job.run.record.get("eval_loss")
         shown = f", validation loss {loss:.4f}" if loss is not None else ""
         print(f"{job.args.run_name}: {status} at step {progress.step}{shown}; {message}")
-    return {"completed": 0, "interrupted": 130, "diverged": 3}[status]
+    return EXIT_CODES[status]
 
 
 def stop_on_signals() -> list[int]:
@@ -896,8 +968,8 @@ def save_state(job: Job, progress: Progress) -> None:
     accelerator.wait_for_everyone()
 
 
-def restore(job: Job) -> Progress:
-    """Loads the resume state into the prepared model and optimizer.
+def restore(job: Job, progress: Progress) -> None:
+    """Loads the resume state into the prepared model and optimizer, and into ``progress``.
 
     Raises:
         SettingsError: the data, the base or the number of processes is not what it was.
@@ -914,9 +986,8 @@ def restore(job: Job) -> Progress:
                 "restore what changed, or start another run"
             )
     state = job.run.resume_state()
-    progress = Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+    vars(progress).update(read_json(state / "progress.json"))
     job.accelerator.load_state(str(state))
     job.run.drop_rows_after(progress.step)
     if job.accelerator.is_main_process:
         print(f"{job.args.run_name}: resumed from {state} at step {progress.step}")
-    return progress
