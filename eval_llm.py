@@ -67,7 +67,7 @@ from evaluation.outputs import (
     write_outputs,
 )
 from evaluation.prompts import Prompt, read_prompts
-from model.model_lora import ADAPTER_CONFIG, AdapterError, load_lora, read_adapter_config
+from model.model_lora import ADAPTER_CONFIG, AdapterError, find_base, load_lora
 from model.model_minimind import (
     TOKENIZER_DIR,
     CheckpointError,
@@ -210,17 +210,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"--model {path}: no such file or folder; train it or mend the path")
     if not config.is_file():
         return Checkpoint(name, path, base=None)
-    named = read_adapter_config(path).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise CheckpointError(f"{config}: names no base model (base_model_name_or_path)")
-    for base in (
-        Path(named),
-        REPOSITORY / named,
-        path.parent / named,
-    ):  # the fingerprint tells if it is the right one
-        if base.exists():
-            return Checkpoint(name, path, base)
-    raise CheckpointError(f"{config}: the base model {named} is not there; put it back")
+    return Checkpoint(name, path, find_base(path))
 
 
 def load_checkpoint(

@@ -36,6 +36,7 @@ from model.model_minimind import (
     write_text,
 )
 
+REPO_DIR = Path(__file__).resolve().parents[1]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -435,6 +436,23 @@ def read_adapter_config(folder: Path) -> dict:
         if config.get(name, neutral.get(name)) not in (neutral.get(name), None, False, {}):
             raise AdapterError(f"{path}: {name} = {config[name]!r} is not supported here")
     return config
+
+
+def find_base(folder: Path) -> Path:
+    """The base that an adapter's config names: a path from here, the repository, or its own folder.
+
+    The fingerprint then tells whether it is the right one.
+
+    Raises:
+        AdapterError: the config names none, or none is there.
+    """
+    named = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise AdapterError(f"{folder / ADAPTER_CONFIG}: names no base_model_name_or_path")
+    for base in (Path(named), REPO_DIR / named, folder.parent / named):
+        if base.exists():
+            return base
+    raise AdapterError(f"{folder / ADAPTER_CONFIG}: the base {named} is not there; put it back")
 
 
 def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:

@@ -37,6 +37,7 @@ from model.model_minimind import (
     weights_fingerprint,
 )
 from tests.test_model import make_model
+from trainer import merge_lora as merge_lora_script
 
 IDS = torch.tensor([[5, 1, 300, 2, 17, 1, 4000, 99]])
 
@@ -435,3 +436,26 @@ def test_missing_and_unknown_adapter_tensors_are_named(base: Path) -> None:
     path.write_bytes(b"no tensors here")
     with pytest.raises(AdapterError, match="adapter_model.safetensors: corrupt"):
         load_lora(load_model(base), folder)
+
+
+def test_merge_script_writes_a_plain_checkpoint_from_either_form(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, settings = load_model(base), LoraSettings(rank=8, alpha=8, targets="q_proj")
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, settings)
+    randomize(model)
+    save_lora(model, settings, base.parent / "adapter", str(base), fingerprint)
+    pth = {
+        f"{name}.lora.{part}.weight": getattr(layer, f"lora_{part}").detach()
+        for name, layer in lora_layers(model)
+        for part in "AB"
+    }
+    torch.save(pth, base.parent / "lora.pth")
+    for adapter, extra in (("adapter", []), ("lora.pth", ["--base", str(base)])):
+        out = base.parent / f"merged_{adapter}"
+        words = ["--adapter", str(base.parent / adapter), "--output_dir", str(out), *extra]
+        monkeypatch.setattr("sys.argv", ["merge_lora.py", *words])
+        assert merge_lora_script.main() == 0
+        reference = AutoModelForCausalLM.from_pretrained(out)
+        assert torch.allclose(logits(reference), logits(model), rtol=0, atol=1e-5)
