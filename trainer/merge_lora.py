@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.model_lora import AdapterError, find_base, load_lora, load_minimind_lora, merged_model
 from model.model_minimind import TOKENIZER_DIR, load_model, save_model
-from trainer.trainer_utils import SettingsError, run_script
+from trainer.arguments import SettingsError
+from trainer.trainer_utils import run_script
 
 
 def parse_args() -> argparse.Namespace:

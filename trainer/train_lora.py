@@ -23,19 +23,20 @@ import torch
 
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
 from model.model_minimind import load_tokenizer, weights_fingerprint
-from trainer.trainer_utils import (
+from trainer.arguments import (
     OUT_DIR,
-    Job,
     SettingsError,
     add_model_flags,
-    base_reference,
     check_args,
+    make_parser,
+)
+from trainer.run_folder import base_reference, find_run_folder
+from trainer.trainer_utils import (
+    Job,
     fill_data_paths,
-    find_run_folder,
     load_data,
     load_start,
     make_accelerator,
-    make_parser,
     run_script,
     show_sample,
     train,

@@ -16,16 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.model_minimind import save_model
+from trainer.arguments import add_model_flags, check_args, make_parser
+from trainer.run_folder import find_run_folder
 from trainer.trainer_utils import (
     Job,
-    add_model_flags,
-    check_args,
     fill_data_paths,
-    find_run_folder,
     load_data,
     load_start,
     make_accelerator,
-    make_parser,
     run_script,
     show_sample,
     train,

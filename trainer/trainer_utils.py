@@ -16,23 +16,17 @@ import argparse
 import contextlib
 import json
 import math
-import os
-import platform
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -61,26 +55,20 @@ from model.model_minimind import (
     read_json,
     write_text,
 )
-
-REPO_DIR = Path(__file__).resolve().parents[1]
-OUT_DIR = REPO_DIR / "out"
-SHAPE_FLAGS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "qk_norm",
+from trainer.arguments import SHAPE_FLAGS, SettingsError
+from trainer.run_folder import (
+    RunFolder,
+    describe_machine,
+    git_state,
+    peak_memory_bytes,
+    printable_settings,
 )
+
 # Below this many planned FLOPs a run ends before compiling its blocks has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 
 
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
-
-
-class SettingsError(ValueError):
-    """A flag whose value cannot work; the message names the flag and what to do."""
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -91,122 +79,6 @@ def run_script(main: Callable[[], int]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
-
-
-# ---------------------------------------------------------------- flags
-
-
-def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> argparse.ArgumentParser:
-    """A parser with the flags that all stages share; stages set other defaults and add theirs."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument_group("run").add_argument
-    add("--save_dir", type=Path, default=OUT_DIR, help="where run folders go (default: out/)")
-    add(name_flag, dest="run_name", default=run_name, help=f"run folder (default: {run_name})")
-    add("--from_resume", action="store_true", help="continue this run from its resume/ state")
-    add("--overwrite", action="store_true", help="delete the run folder first if it exists")
-    add("--seed", type=int, default=42, help="order of data, initial weights, dropout (default 42)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of matrix products; weights and optimizer stay float32. auto: bfloat16 where the "
-        "processor computes it, else float32",
-    )
-    add(
-        "--use_compile",
-        nargs="?",
-        choices=("auto", "on", "off"),
-        const="on",
-        default="auto",
-        help="compile the transformer block; auto: when the run is long enough to earn it back",
-    )
-    add("--num_workers", type=int, default=0, help="data loading processes (default 0)")
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (default: the demo corpus)")
-    add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
-    add("--max_seq_len", type=int, default=340, help="tokens a sample or block (default 340)")
-    add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=float, default=1.0, help="passes over the data (default %(default)s)")
-    add("--max_steps", type=int, help="stop after so many optimizer steps, whatever --epochs says")
-    add("--batch_size", type=int, default=32, help="samples a process and micro-batch (32)")
-    add("--accumulation_steps", type=int, default=1, help="micro-batches an optimizer step (1)")
-    add("--learning_rate", type=float, default=5e-4, help="peak (default %(default)s)")
-    add("--lr_schedule", choices=("cosine", "linear", "constant"), default="cosine", help="cosine")
-    add("--warmup_ratio", type=float, default=0.0, help="share of steps warming up (%(default)s)")
-    add("--min_lr_ratio", type=float, default=0.1, help="last rate / peak (default 0.1)")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices (%(default)s)")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none (1.0)")
-    add = parser.add_argument_group("logging and saving, in optimizer steps").add_argument
-    add("--log_interval", type=int, default=10, help="a line of metrics.jsonl (default 10)")
-    add("--eval_interval", type=int, default=0, help="validation; 0: at the end only (0)")
-    add("--save_interval", type=int, default=500, help="resume state; 0: at the end only (500)")
-    add("--report_to", default="none", help="none, or a tracker of accelerate: tensorboard, wandb")
-    return parser
-
-
-def add_model_flags(parser: argparse.ArgumentParser, from_weight: str) -> None:
-    """Where the weights come from, and the shape for a run from random weights."""
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--from_weight",
-        default=from_weight,
-        help="folder, hub id or MiniMind .pth to start from, or none for random weights "
-        f"(default: {from_weight})",
-    )
-    add("--tokenizer_path", type=Path, help="tokenizer folder (default: the weights' own)")
-    shape = "; with --from_weight a folder it must agree"
-    add("--hidden_size", type=int, help=f"default 512{shape}")
-    add("--num_hidden_layers", type=int, help=f"default 8{shape}")
-    add("--num_attention_heads", type=int, help=f"default 8{shape}")
-    add("--num_key_value_heads", type=int, help=f"default 2{shape}")
-    add("--intermediate_size", type=int, help=f"default 1408{shape}")
-    add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuses values that cannot work, before anything is loaded.
-
-    Raises:
-        SettingsError: names the flag.
-    """
-    positive = ("epochs", "batch_size", "accumulation_steps", "learning_rate")
-    positive += tuple(flag for flag in SHAPE_FLAGS if flag != "qk_norm")
-    for flag in positive:
-        value = vars(args)[flag]
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise SettingsError(f"--{flag} {value}: must be a positive number")
-    not_negative = ("weight_decay", "grad_clip", "num_workers", "eval_interval", "save_interval")
-    for flag in not_negative:
-        value = vars(args)[flag]
-        if not (math.isfinite(value) and value >= 0):
-            raise SettingsError(f"--{flag} {value}: must be 0 or more")
-    for flag in ("warmup_ratio", "min_lr_ratio"):
-        if not 0 <= vars(args)[flag] <= 1:
-            raise SettingsError(f"--{flag} {vars(args)[flag]}: must lie between 0 and 1")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise SettingsError(f"--max_steps {args.max_steps}: must be 1 or more")
-    if args.log_interval < 1:
-        raise SettingsError(f"--log_interval {args.log_interval}: must be 1 or more")
-    if args.max_seq_len < 2:
-        raise SettingsError(f"--max_seq_len {args.max_seq_len}: must be 2 or more")
-    if args.run_name in ("", "..") or Path(args.run_name).name != args.run_name:
-        raise SettingsError(f"--run_name {args.run_name!r}: must be a plain folder name")
-    if not 0 <= args.seed < 2**32:
-        raise SettingsError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
-    trackers = ["none", *map(str, get_available_trackers())]
-    if args.report_to not in trackers:
-        raise SettingsError(
-            f"--report_to {args.report_to}: no tracker installed here; use {', '.join(trackers)}, "
-            "or install it with pip"
-        )
-    if args.eval_interval and args.data_path and not args.eval_data_path:
-        raise SettingsError("--eval_interval needs --eval_data_path beside --data_path")
-    if args.from_resume and args.overwrite:
-        raise SettingsError("--from_resume and --overwrite contradict each other; give one")
 
 
 # ---------------------------------------------------------------- start
@@ -405,167 +277,6 @@ def flops_per_token(model: MiniMindForCausalLM, sequence_length: float) -> float
     config = model.config
     attention = 6 * config.num_hidden_layers * config.hidden_size * sequence_length
     return 4 * total + 2 * trainable + attention
-
-
-def peak_memory_bytes(device: str) -> int:
-    """The most memory held so far: allocated on the GPU, or resident on the CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# ---------------------------------------------------------------- run folder
-
-
-def printable_path(path: Path) -> str:
-    """A path as a record shows it: relative to the repository or the user's folder, or its name."""
-    absolute = Path(os.path.abspath(path))
-    for root in (REPO_DIR, Path.cwd()):
-        if absolute.is_relative_to(root):
-            return str(absolute.relative_to(root))
-    return absolute.name
-
-
-def base_reference(from_weight: str) -> str:
-    """How an adapter names its base: a hub id, or a path that can be found again from here."""
-    path = Path(from_weight)
-    if not path.exists():
-        return from_weight
-    absolute = path.absolute()
-    inside = absolute.is_relative_to(REPO_DIR)
-    return str(absolute.relative_to(REPO_DIR) if inside else absolute)
-
-
-def printable_settings(args: argparse.Namespace) -> dict:
-    """Every setting as JSON values, with paths shortened by :func:`printable_path`."""
-
-    def printable(value: object) -> object:
-        if isinstance(value, Path):
-            return printable_path(value)
-        return [printable(item) for item in value] if isinstance(value, list | tuple) else value
-
-    settings = {name: printable(value) for name, value in sorted(vars(args).items())}
-    if settings["from_weight"] != "none" and Path(settings["from_weight"]).exists():
-        settings["from_weight"] = printable_path(Path(settings["from_weight"]))
-    return settings
-
-
-def git_state() -> dict:
-    """The commit of this code and whether files differ from it; empty outside a checkout."""
-
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(REPO_DIR), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
-        return {}
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
-
-
-def describe_machine(device: str) -> dict:
-    """Processor, cores and versions that a run's numbers depend on."""
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device == "cpu" and cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
-    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "safetensors")
-    return {
-        "device": device,
-        "processor": processor,
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-@dataclass
-class RunFolder:
-    """``run.json``, ``metrics.jsonl`` and ``resume/`` of one run; only the main process writes."""
-
-    path: Path
-    is_main: bool
-    record: dict = field(default_factory=dict)
-
-    def write(self, **changes: object) -> None:
-        """Updates ``run.json``."""
-        self.record |= changes
-        if self.is_main:
-            write_text(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
-
-    def log(self, row: dict) -> None:
-        """Appends a line to ``metrics.jsonl``."""
-        if self.is_main:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def drop_rows_after(self, step: int) -> None:
-        """Removes lines that a resumed run is about to write again."""
-        path = self.path / "metrics.jsonl"
-        if self.is_main and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            # A line cut short by a kill lies after the last saved state and is dropped with them.
-            whole = [line for line in lines if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            write_text(path, "".join(line + "\n" for line in kept))
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether a run that is to be continued has nothing left to do."""
-        return self.record.get("status") == "completed"
-
-    def resume_state(self) -> Path | None:
-        """The newest whole state; a kill between two renames leaves it under its old name."""
-        states = [self.path / "resume", self.path / "resume.old"]
-        return next((state for state in states if state.is_dir()), None)
-
-
-def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
-    """The run's folder, to be made or to be continued; nothing is written yet.
-
-    Raises:
-        SettingsError: the folder exists and neither ``--from_resume`` nor ``--overwrite`` is
-            given, there is no state to resume from, or settings are not what they were.
-    """
-    run = RunFolder(args.save_dir / args.run_name, accelerator.is_main_process)
-    if args.from_resume:
-        if run.resume_state() is None or not (run.path / "run.json").is_file():
-            raise SettingsError(f"--from_resume: {run.path} holds no resume/ state; start it anew")
-        run.record = read_json(run.path / "run.json")
-        check_same_run(run.record, args)
-    elif run.path.exists() and not args.overwrite:
-        raise SettingsError(
-            f"{run.path} exists: continue it with --from_resume, replace it with --overwrite, or "
-            "choose another name"
-        )
-    return run
-
-
-def make_run_folder(job: "Job") -> None:
-    """Makes the folder of a new run, in place of one that ``--overwrite`` gives up."""
-    job.accelerator.wait_for_everyone()  # every process has looked before one of them makes it
-    if job.run.is_main and not job.args.from_resume:
-        if job.run.path.exists():
-            shutil.rmtree(job.run.path)
-        job.run.path.mkdir(parents=True)
-    job.accelerator.wait_for_everyone()
-
-
-def check_same_run(record: dict, args: argparse.Namespace) -> None:
-    """Refuses to continue a run with settings that would make it another run."""
-    free = {"from_resume", "overwrite", "save_dir", "device", "num_workers", "report_to"}
-    free |= {"log_interval", "save_interval", "eval_interval", "show_sample"}
-    before, now = record.get("settings", {}), printable_settings(args)
-    for name in sorted(now.keys() - free):
-        if before.get(name) != now[name]:
-            raise SettingsError(
-                f"--from_resume: --{name} was {before.get(name)} and is {now[name]} now; give the "
-                "same, or start another run"
-            )
 
 
 # ---------------------------------------------------------------- the loop
@@ -943,6 +654,16 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item() > 0
+
+
+def make_run_folder(job: Job) -> None:
+    """Makes the folder of a new run, in place of one that ``--overwrite`` gives up."""
+    job.accelerator.wait_for_everyone()  # every process has looked before one of them makes it
+    if job.run.is_main and not job.args.from_resume:
+        if job.run.path.exists():
+            shutil.rmtree(job.run.path)
+        job.run.path.mkdir(parents=True)
+    job.accelerator.wait_for_everyone()
 
 
 # ---------------------------------------------------------------- resume

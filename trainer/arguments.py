@@ -1,0 +1,134 @@
+"""Flags that the three training scripts share, and what refuses values that cannot work."""
+
+import argparse
+import math
+from pathlib import Path
+
+from accelerate.tracking import get_available_trackers
+
+OUT_DIR = Path(__file__).resolve().parents[1] / "out"
+SHAPE_FLAGS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "qk_norm",
+)
+
+
+class SettingsError(ValueError):
+    """A flag whose value cannot work; the message names the flag and what to do."""
+
+
+def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> argparse.ArgumentParser:
+    """A parser with the flags that all stages share; stages set other defaults and add theirs."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("run").add_argument
+    add("--save_dir", type=Path, default=OUT_DIR, help="where run folders go (default: out/)")
+    add(name_flag, dest="run_name", default=run_name, help=f"run folder (default: {run_name})")
+    add("--from_resume", action="store_true", help="continue this run from its resume/ state")
+    add("--overwrite", action="store_true", help="delete the run folder first if it exists")
+    add("--seed", type=int, default=42, help="order of data, initial weights, dropout (default 42)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of matrix products; weights and optimizer stay float32. auto: bfloat16 where the "
+        "processor computes it, else float32",
+    )
+    add(
+        "--use_compile",
+        nargs="?",
+        choices=("auto", "on", "off"),
+        const="on",
+        default="auto",
+        help="compile the transformer block; auto: when the run is long enough to earn it back",
+    )
+    add("--num_workers", type=int, default=0, help="data loading processes (default 0)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (default: the demo corpus)")
+    add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
+    add("--max_seq_len", type=int, default=340, help="tokens a sample or block (default 340)")
+    add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=float, default=1.0, help="passes over the data (default %(default)s)")
+    add("--max_steps", type=int, help="stop after so many optimizer steps, whatever --epochs says")
+    add("--batch_size", type=int, default=32, help="samples a process and micro-batch (32)")
+    add("--accumulation_steps", type=int, default=1, help="micro-batches an optimizer step (1)")
+    add("--learning_rate", type=float, default=5e-4, help="peak (default %(default)s)")
+    add("--lr_schedule", choices=("cosine", "linear", "constant"), default="cosine", help="cosine")
+    add("--warmup_ratio", type=float, default=0.0, help="share of steps warming up (%(default)s)")
+    add("--min_lr_ratio", type=float, default=0.1, help="last rate / peak (default 0.1)")
+    add("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices (%(default)s)")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none (1.0)")
+    add = parser.add_argument_group("logging and saving, in optimizer steps").add_argument
+    add("--log_interval", type=int, default=10, help="a line of metrics.jsonl (default 10)")
+    add("--eval_interval", type=int, default=0, help="validation; 0: at the end only (0)")
+    add("--save_interval", type=int, default=500, help="resume state; 0: at the end only (500)")
+    add("--report_to", default="none", help="none, or a tracker of accelerate: tensorboard, wandb")
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser, from_weight: str) -> None:
+    """Where the weights come from, and the shape for a run from random weights."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--from_weight",
+        default=from_weight,
+        help="folder, hub id or MiniMind .pth to start from, or none for random weights "
+        f"(default: {from_weight})",
+    )
+    add("--tokenizer_path", type=Path, help="tokenizer folder (default: the weights' own)")
+    shape = "; with --from_weight a folder it must agree"
+    add("--hidden_size", type=int, help=f"default 512{shape}")
+    add("--num_hidden_layers", type=int, help=f"default 8{shape}")
+    add("--num_attention_heads", type=int, help=f"default 8{shape}")
+    add("--num_key_value_heads", type=int, help=f"default 2{shape}")
+    add("--intermediate_size", type=int, help=f"default 1408{shape}")
+    add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses values that cannot work, before anything is loaded.
+
+    Raises:
+        SettingsError: names the flag.
+    """
+    positive = ("epochs", "batch_size", "accumulation_steps", "learning_rate")
+    positive += tuple(flag for flag in SHAPE_FLAGS if flag != "qk_norm")
+    for flag in positive:
+        value = vars(args)[flag]
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SettingsError(f"--{flag} {value}: must be a positive number")
+    not_negative = ("weight_decay", "grad_clip", "num_workers", "eval_interval", "save_interval")
+    for flag in not_negative:
+        value = vars(args)[flag]
+        if not (math.isfinite(value) and value >= 0):
+            raise SettingsError(f"--{flag} {value}: must be 0 or more")
+    for flag in ("warmup_ratio", "min_lr_ratio"):
+        if not 0 <= vars(args)[flag] <= 1:
+            raise SettingsError(f"--{flag} {vars(args)[flag]}: must lie between 0 and 1")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise SettingsError(f"--max_steps {args.max_steps}: must be 1 or more")
+    if args.log_interval < 1:
+        raise SettingsError(f"--log_interval {args.log_interval}: must be 1 or more")
+    if args.max_seq_len < 2:
+        raise SettingsError(f"--max_seq_len {args.max_seq_len}: must be 2 or more")
+    if args.run_name in ("", "..") or Path(args.run_name).name != args.run_name:
+        raise SettingsError(f"--run_name {args.run_name!r}: must be a plain folder name")
+    if not 0 <= args.seed < 2**32:
+        raise SettingsError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
+    trackers = ["none", *map(str, get_available_trackers())]
+    if args.report_to not in trackers:
+        raise SettingsError(
+            f"--report_to {args.report_to}: no tracker installed here; use {', '.join(trackers)}, "
+            "or install it with pip"
+        )
+    if args.eval_interval and args.data_path and not args.eval_data_path:
+        raise SettingsError("--eval_interval needs --eval_data_path beside --data_path")
+    if args.from_resume and args.overwrite:
+        raise SettingsError("--from_resume and --overwrite contradict each other; give one")
