@@ -33,14 +33,14 @@ resume = $(if $(wildcard out/$(1)/resume),--from_resume,$(if $(wildcard out/$(1)
 
 demo: install
 	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain $(call resume,demo_pretrain) \
-		$(SHAPE) --epochs 3
+		$(SHAPE) --batch_size 16 --max_seq_len 256 --epochs 2
 	$(RUN) trainer/train_full_sft.py --run_name demo_full_sft $(call resume,demo_full_sft) \
-		--from_weight out/demo_pretrain --learning_rate 1e-3 --epochs 3
+		--from_weight out/demo_pretrain --learning_rate 1e-3 --batch_size 16
 	$(RUN) trainer/train_lora.py --lora_name demo_lora_minimind $(call resume,demo_lora_minimind) \
-		--from_weight out/demo_pretrain --epochs 3 --lora_targets square --lora_rank 8 \
+		--from_weight out/demo_pretrain --batch_size 16 --lora_targets square --lora_rank 8 \
 		--lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
 	$(RUN) trainer/train_lora.py --lora_name demo_lora_all $(call resume,demo_lora_all) \
-		--from_weight out/demo_pretrain --epochs 3 --learning_rate 3e-3
+		--from_weight out/demo_pretrain --batch_size 16 --learning_rate 3e-3
 	$(RUN) eval_llm.py $(addprefix --model out/,$(DEMO_RUNS)) --prompts $(PROMPTS) --limit 100 \
 		--nll_data $(PROMPTS) --decoding greedy t0.85p0.85 --max_new_tokens 64
 

@@ -66,8 +66,6 @@ from trainer.run_folder import (
 
 # Below this many planned FLOPs a run ends before compiling its blocks has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
-
-
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
 
 
