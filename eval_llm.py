@@ -110,7 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--prompts", type=Path, default=PROMPTS_FILE, help="prompts, .md or JSONL (default: ours)"
     )
     what.add_argument("--limit", type=int, help="only the first so many prompts")
-    what.add_argument("--nll_data", type=Path, help="conversations to measure response NLL on")
+    what.add_argument(
+        "--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on"
+    )
     what.add_argument(
         "--max_seq_len", type=int, default=512, help="tokens of an NLL conversation (default: 512)"
     )
@@ -423,13 +425,13 @@ def summarize(samples: list[dict]) -> dict:
 def response_nll(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    path: Path,
+    paths: list[Path],
     max_seq_len: int,
     batch_size: int,
     cache_dir: Path = CACHE_DIR,
 ) -> dict:
-    """Mean negative log-likelihood of the response tokens in `path`, in nats per token."""
-    dataset = load_dataset("sft", [path], tokenizer, max_seq_len, cache_dir)
+    """Mean negative log-likelihood of the response tokens in `paths`, in nats per token."""
+    dataset = load_dataset("sft", paths, tokenizer, max_seq_len, cache_dir)
     by_length = sorted(range(len(dataset)), key=lambda i: int(dataset.lengths[i]))
     total, tokens = 0.0, 0
     for start in tqdm(range(0, len(dataset), batch_size), desc="NLL", leave=False, disable=None):
@@ -439,8 +441,7 @@ def response_nll(
         tokens += int((labels[:, 1:] != IGNORE_INDEX).sum())
         total += model(input_ids, labels=labels, num_items_in_batch=1).loss.item()  # their sum
     return {
-        "data": path.name,
-        "data_sha256": file_sha256(path),
+        "data": [{"name": path.name, "sha256": file_sha256(path)} for path in paths],
         "conversations": len(dataset),
         "max_seq_len": max_seq_len,
         "response_tokens": tokens,
@@ -537,8 +538,9 @@ def run_probes(args: argparse.Namespace) -> None:
     folders = [args.output_dir / checkpoint.name for checkpoint in checkpoints]
     translations = [read_translations(folder / "samples.jsonl") for folder in folders]
     prompts = read_prompts(args.prompts, args.limit)
-    if args.nll_data and not args.nll_data.is_file():
-        raise DataError(f"--nll_data {args.nll_data}: no such file")
+    for path in args.nll_data or []:
+        if not path.is_file():
+            raise DataError(f"--nll_data {path}: no such file")
     rows = []
     for checkpoint, folder, known in zip(checkpoints, folders, translations, strict=True):
         samples, results = probe_checkpoint(checkpoint, prompts, args)

@@ -384,7 +384,7 @@ def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
         log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         losses += [-log_p[i - 1, ids[i]].item() for i in range(len(ids)) if labeled[i]]
     for batch_size in (1, 3):
-        result = response_nll(model, tokenizer, path, 64, batch_size, tmp_path / "cache")
+        result = response_nll(model, tokenizer, [path], 64, batch_size, tmp_path / "cache")
         assert result["response_tokens"] == len(losses)
         assert result["nats_per_token"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     assert result["conversations"] == 3
