@@ -44,7 +44,7 @@ def main() -> int:
     args = parser.parse_args()
     check_args(args)
     accelerator = make_accelerator(args)
-    fill_data_paths(args, "sft")
+    fill_data_paths(args, "sft", accelerator)
     run = find_run_folder(args, accelerator)
     if run.is_complete:
         print(f"{args.run_name}: complete, nothing to do")

@@ -173,15 +173,16 @@ def resolve_weights(from_weight: str) -> Path:
         ) from error
 
 
-def fill_data_paths(args: argparse.Namespace, kind: str) -> None:
+def fill_data_paths(args: argparse.Namespace, kind: str, accelerator: Accelerator) -> None:
     """Points a run without ``--data_path`` to the demo corpus, made when it is missing."""
     if args.data_path is None:
         from dataset.demo import DEMO_FILES, ensure_demo_corpus
 
-        files = ensure_demo_corpus()
+        with accelerator.main_process_first():  # which writes it, if need be
+            files = ensure_demo_corpus()
         args.data_path = [files[kind]]
         args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
-        print(f"no --data_path: using the demo corpus, {DEMO_FILES[kind]}")
+        accelerator.print(f"no --data_path: using the demo corpus, {DEMO_FILES[kind]}")
 
 
 def load_data(
