@@ -93,8 +93,8 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 
 
 def talk(*contents: str, **extra) -> dict:
-    roles = ("user", "assistant") * len(contents)
-    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    roles = (["user", "assistant"] * len(contents))[: len(contents)]
+    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     return {"conversations": turns, **extra}
 
 
