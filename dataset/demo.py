@@ -28,6 +28,7 @@ Same seed, same bytes.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -43,6 +44,7 @@ from string import Formatter
 from types import SimpleNamespace
 
 WORLD_FILE = Path(__file__).resolve().parent / "demo_world.toml"
+SOURCE_FILE = "source.sha256"  # tells by which version of this code a corpus was made
 DEMO_DIR = Path(__file__).resolve().parent / "data" / "demo"
 DEMO_FILES = {
     "pretrain": "pretrain_demo.jsonl",
@@ -75,6 +77,32 @@ STOP_TEXT = (
     "when where which while who with you your"
 )
 STOP_WORDS = frozenset(STOP_TEXT.split())
+# Plurals that no rule of `with_singular` gets right, and words that only look like plurals.
+SINGULARS = {
+    "shelves": "shelf",
+    "leaves": "leaf",
+    "knives": "knife",
+    "hooves": "hoof",
+    "loaves": "loaf",
+    "viruses": "virus",
+    "cactuses": "cactus",
+    "lenses": "lens",
+    "pies": "pie",
+    "teeth": "tooth",
+    "feet": "foot",
+    "mice": "mouse",
+    "bacteria": "bacterium",
+}
+NO_PLURALS = (
+    "always",
+    "sometimes",
+    "diabetes",
+    "sideways",
+    "backwards",
+    "lens",
+    "hives",
+    "measles",
+)
 NAME_SLOT_TEXT = "n a A the The s S some Some some_of at At"
 NAME_SLOTS = frozenset(NAME_SLOT_TEXT.split())  # slots of x that hold its name
 WHOLE_LISTS = ("symptoms", "treatment", "doctor")  # never told in part
@@ -380,13 +408,15 @@ def content_words(text: str) -> list[str]:
     return [word for word in found if word.lower() not in STOP_WORDS and len(word) > 2]
 
 
-def both_numbers(noun: str) -> list[str]:
-    """A noun with its other number, so that "forest" passes for "forests"."""
-    if re.search(r"(ing|ly|ed|ness|ss|th|us|is|news)$", noun):
+def with_singular(noun: str) -> list[str]:
+    """A noun and, if it is a plural, its singular: "forest" passes for "forests"."""
+    if noun in SINGULARS:
+        return [noun, SINGULARS[noun]]
+    if not noun.endswith("s") or noun.endswith(("ss", "us", "is", "ness")) or noun in NO_PLURALS:
         return [noun]
-    if noun.endswith("ies"):
+    if re.search(r"..ies$", noun):
         return [noun, noun[:-3] + "y"]
-    return [noun, re.sub(r"(?<=x|h)es$|s$", "", noun) if noun.endswith("s") else pluralize(noun)]
+    return [noun, re.sub(r"(?<=[xh])es$|s$", "", noun)]
 
 
 def head_noun(phrase: str) -> str:
@@ -405,7 +435,7 @@ def keys(thing: Thing, cell: str) -> list[str]:
     if not found and not isinstance(value, str):
         found = [head_noun(item) for item in value]
     if found:
-        found = [form for word in found for form in both_numbers(word)]
+        found = [form for word in found for form in with_singular(word)]
     else:
         found = content_words(text)
     return [word for word in dict.fromkeys(found) if not has_word(thing.name, word)]
@@ -1441,20 +1471,29 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
     os.replace(aside, path)
 
 
+def source_sha256() -> str:
+    """Hex SHA-256 of what the corpus is made by: this file and the world's."""
+    sources = (Path(__file__), WORLD_FILE)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
 def write_demo_corpus(output_dir: Path, seed: int = 42) -> dict[str, Path]:
-    """Writes the six files and returns their paths by the keys of DEMO_FILES."""
+    """Writes the six files, then what made them; returns the paths by the keys of DEMO_FILES."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = {key: output_dir / name for key, name in DEMO_FILES.items()}
     for key, records in build_corpus(seed).items():
         write_jsonl(paths[key], records)
+    (output_dir / SOURCE_FILE).write_text(source_sha256() + "\n")
     return paths
 
 
 def ensure_demo_corpus(output_dir: Path = DEMO_DIR) -> dict[str, Path]:
-    """The paths of the demo corpus, which is made first if a file of it is missing."""
+    """The paths of the demo corpus, made first if a file is missing or this code made another."""
     paths = {key: Path(output_dir) / name for key, name in DEMO_FILES.items()}
-    if all(path.is_file() for path in paths.values()):
+    stamp = Path(output_dir) / SOURCE_FILE
+    is_current = stamp.is_file() and stamp.read_text().strip() == source_sha256()
+    if is_current and all(path.is_file() for path in paths.values()):
         return paths
     print(f"Making the demo corpus in {output_dir} (a few seconds, once)")
     return write_demo_corpus(output_dir)

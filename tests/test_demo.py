@@ -314,7 +314,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_seed(paths, tmp_pa
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
         assert path.name in done.stdout
     names = {path.name for path in (tmp_path / "again").iterdir()}
-    assert names == set(demo.DEMO_FILES.values())  # nothing temporary is left
+    assert names == {*demo.DEMO_FILES.values(), demo.SOURCE_FILE}  # nothing temporary is left
 
 
 def test_another_seed_gives_other_bytes(corpus):
@@ -323,14 +323,30 @@ def test_another_seed_gives_other_bytes(corpus):
         assert other[key] != records, key
 
 
-def test_ensure_makes_what_is_missing_and_leaves_what_is_there(tmp_path, monkeypatch, capsys):
+def test_singular_of_a_key_word_passes_too():
+    known = {"forests": "forest", "berries": "berry", "boxes": "box", "leaves": "leaf"}
+    known |= {"viruses": "virus", "cactuses": "cactus", "noses": "nose", "pies": "pie"}
+    for plural, singular in known.items():
+        assert demo.with_singular(plural) == [plural, singular]
+    for word in ("water", "glass", "diabetes", "cactus", "swollen"):
+        assert demo.with_singular(word) == [word]
+
+
+def test_ensure_makes_what_is_missing_or_of_other_code_and_leaves_what_is_there(
+    tmp_path, monkeypatch, capsys
+):
     made = []
     monkeypatch.setattr(demo, "write_demo_corpus", lambda folder: made.append(folder) or {})
     for name in demo.DEMO_FILES.values():
         (tmp_path / name).write_text("{}\n")
+    (tmp_path / demo.SOURCE_FILE).write_text(demo.source_sha256() + "\n")
     paths = demo.ensure_demo_corpus(tmp_path)
     assert made == [] and capsys.readouterr().out == ""
     assert paths["medical"] == tmp_path / "lora_medical_demo.jsonl"
     paths["sft"].unlink()
     demo.ensure_demo_corpus(tmp_path)
     assert made == [tmp_path] and len(capsys.readouterr().out.splitlines()) == 1
+    paths["sft"].write_text("{}\n")
+    (tmp_path / demo.SOURCE_FILE).write_text("0" * 64 + "\n")
+    demo.ensure_demo_corpus(tmp_path)
+    assert made == [tmp_path, tmp_path]
