@@ -72,16 +72,17 @@ def unit(size: int, *indices: int) -> Tensor:
 
 
 def test_spectrum_of_a_product_of_orthogonal_factors() -> None:
-    known = torch.tensor([8.0, 4.0, 1.0], dtype=torch.float64)
+    known = torch.tensor([9.0, 2.0, 1.0], dtype=torch.float64)
     delta = (orthonormal(30, 3, 0) * known) @ orthonormal(20, 3, 1).T
     u, s, vh = svd_of_update(delta)
-    assert s.tolist() == pytest.approx([8, 4, 1], abs=1e-12)  # three, not twenty
+    assert s.tolist() == pytest.approx([9, 2, 1], abs=1e-12)  # three, not twenty
     assert torch.allclose((u * s) @ vh, delta)
-    # Squared: 64 + 16 + 1 = 81, of which .9 is 72.9: two directions hold 80.
-    assert energy_rank(s, 0.9) == 2
-    assert stable_rank(s) == pytest.approx(81 / 64)
-    # p = 8/13, 4/13, 1/13.
-    entropy = math.log(13) - (8 * math.log(8) + 4 * math.log(4)) / 13
+    # Squared: 81 + 4 + 1 = 86, of which .9 is 77.4 and .95 is 81.7.
+    assert energy_rank(s, 0.9) == 1
+    assert energy_rank(s, 0.95) == 2
+    assert stable_rank(s) == pytest.approx(86 / 81)
+    # p = 9/12, 2/12, 1/12.
+    entropy = math.log(12) - (9 * math.log(9) + 2 * math.log(2)) / 12
     assert effective_rank(s) == pytest.approx(math.exp(entropy))
 
 
@@ -91,6 +92,14 @@ def test_equal_singular_values_have_every_rank_full(size: int) -> None:
     assert effective_rank(s) == pytest.approx(size)
     assert stable_rank(s) == pytest.approx(size)
     assert energy_rank(s, 0.9) == math.ceil(size * 9 / 10)
+
+
+def test_nine_of_ten_equal_values_hold_nine_tenths_whatever_the_rounding() -> None:
+    for value in (0.1, 0.3, 0.7, 1.1):
+        for size in (10, 20, 70, 130):
+            assert (
+                energy_rank(torch.full((size,), value, dtype=torch.float64), 0.9) == size * 9 // 10
+            )
 
 
 def test_low_rank_keeps_the_largest_singular_values() -> None:
