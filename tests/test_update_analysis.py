@@ -622,6 +622,12 @@ def test_wrong_bases_are_refused(base: Path, tuned: Path, tmp_path: Path) -> Non
         load_update(start, tmp_path / "copy")
 
 
+def test_an_adapter_of_the_tied_head_is_refused(base: Path) -> None:
+    path = adapter(base, LoraSettings(rank=2, targets="lm_head,q_proj"))
+    with pytest.raises(AdapterError, match="lm_head is tied to the embedding"):
+        load_update(load_base(base), path)
+
+
 def test_no_intruder_no_shrunk_checkpoint(base: Path, tmp_path: Path) -> None:
     model = load_model(base)
     model.model.layers[0].self_attn.q_proj.weight.data *= 1.1  # every direction stays
