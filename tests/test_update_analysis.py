@@ -138,13 +138,13 @@ def test_ranks_to_show() -> None:
 def built_by_hand() -> tuple[Tensor, Tensor]:
     """W0 (12, 8) with s = 8..1 on the first axes, and an update that makes one intruder.
 
-    The update moves the last right singular vector's left partner, of size 1, to axis 9 (index 8)
-    with size 20: W has left vectors e_8 (20), e_0 (8), e_1 (7)...
+    The update moves the last right singular vector's left partner, of size 1, to a new axis with
+    size 20, and lengthens the first: W has left vectors e_8 (20), e_0 (9), e_1 (7)...
     """
     w0 = torch.zeros(12, 8, dtype=torch.float64)
     w0[:8] = diagonal(8, 7, 6, 5, 4, 3, 2, 1)
     delta = torch.zeros_like(w0)
-    delta[8, 7], delta[7, 7] = 20, -1
+    delta[8, 7], delta[7, 7], delta[0, 0] = 20, -1, 1
     return w0, delta
 
 
@@ -154,9 +154,9 @@ def test_an_intruder_built_by_hand_is_counted() -> None:
     assert found["k"] == 3
     assert found["max_cos"] == pytest.approx([0, 1, 1], abs=1e-12)
     assert found["count"] == 1
-    rest = 64 + 49 + 36 + 25 + 16 + 9 + 4
+    rest = 81 + 49 + 36 + 25 + 16 + 9 + 4
     assert found["weight_share"] == pytest.approx(400 / (400 + rest))
-    assert found["update_share"] == pytest.approx(400 / 401)
+    assert found["update_share"] == pytest.approx(400 / 402)
     assert torch.allclose(intruder_directions(w0, delta).abs(), unit(12, 8))
 
 
@@ -219,7 +219,7 @@ def test_equal_norm_scales_the_larger_update_down() -> None:
     large = torch.zeros_like(delta)
     large[9, 7] = 1000
     found = intruders_at_equal_norm(w0, delta, large)
-    assert found == {"frobenius": pytest.approx(math.sqrt(401)), "tuned": 1, "other": 1}
+    assert found == {"frobenius": pytest.approx(math.sqrt(402)), "tuned": 1, "other": 1}
 
 
 # ---------------------------------------------------------------- subspaces
