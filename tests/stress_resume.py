@@ -55,7 +55,7 @@ SHAPE = (
 # Evaluations and saves come often, so that kills fall into them.
 COMMON = "--device cpu --log_interval 1 --eval_interval 4 --save_interval 3 --max_seq_len 64"
 EVAL_INTERVAL = 4
-WAIT_SECONDS = 120  # for a process that should end by itself
+WAIT_SECONDS = 600  # for a process that should end by itself, on a busy machine
 
 PHASES = ("start", "step", "evaluation", "writing a state", "swapping states", "last weights")
 
@@ -337,14 +337,14 @@ def compare_runs(whole: Path, parts: Path) -> Iterator[str]:
 
 
 def comparable(record: dict) -> dict:
-    """A record without clocks, memory, and what names the run or its continuations."""
+    """A record without clocks, memory, continuations, and settings that two parts may differ in."""
     apart = {"tokens_per_second", "train_seconds", "seconds", "window_seconds"}
     apart |= {"peak_memory_bytes", "resumed"}
     kept = {name: value for name, value in record.items() if name not in apart}
     if "settings" in kept:
-        named = {"run_name", "from_resume", "overwrite"}
+        free = {"save_dir", "run_name", "from_resume", "overwrite", "num_workers"}
         settings = kept["settings"].items()
-        kept["settings"] = {name: value for name, value in settings if name not in named}
+        kept["settings"] = {name: value for name, value in settings if name not in free}
     return kept
 
 
