@@ -1,12 +1,13 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
+# make stress kills training runs 80 times at random moments and compares what they end with
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test install clean-demo
+.PHONY: demo test stress install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -21,6 +22,10 @@ test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest
+
+# One thread a process, so that busy and idle machines add up in the same order.
+stress: install
+	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
 
 # ---------------------------------------------------------------- the demo
 # A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.

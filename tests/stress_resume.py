@@ -337,9 +337,9 @@ def compare_runs(whole: Path, parts: Path) -> Iterator[str]:
 
 
 def comparable(record: dict) -> dict:
-    """A record without clocks, memory, continuations, and settings that two parts may differ in."""
+    """A record without clocks, memory, commit, continuations, and settings free to differ."""
     apart = {"tokens_per_second", "train_seconds", "seconds", "window_seconds"}
-    apart |= {"peak_memory_bytes", "resumed"}
+    apart |= {"peak_memory_bytes", "resumed", "git"}
     kept = {name: value for name, value in record.items() if name not in apart}
     if "settings" in kept:
         free = {"save_dir", "run_name", "from_resume", "overwrite", "num_workers"}
@@ -432,7 +432,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the moments (1)")
     parser.add_argument("--output", type=Path, default=SUMMARY, help=f"JSON ({SUMMARY.name})")
     args = parser.parse_args()
-    begun = time.monotonic()
+    begun, code = time.monotonic(), git_state()
     with tempfile.TemporaryDirectory(prefix="stress") as folder:
         home = Path(folder)
         write_corpora(home)
@@ -454,7 +454,7 @@ def main() -> int:
         "seconds": round(time.monotonic() - begun),
         "cases": [asdict(outcome) for outcome in outcomes],
         "memory_bytes_by_step": memory,
-        "git": git_state(),
+        "git": code,
         "machine": describe_machine("cpu"),
     }
     args.output.write_text(json.dumps(summary, indent=2) + "\n")

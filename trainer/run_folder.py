@@ -238,7 +238,10 @@ def check_state(state: Path) -> None:
         CheckpointError: a file is missing or differs.
     """
     if not (state / MANIFEST).is_file():
-        raise CheckpointError(f"{state / MANIFEST}: missing, so the state cannot be checked")
+        raise CheckpointError(
+            f"{state / MANIFEST}: missing, so the state cannot be checked; restore {state.name}/ "
+            "from a copy, or start the run anew with --overwrite"
+        )
     for name, saved in read_json(state / MANIFEST).items():
         path = state / name
         if not path.is_file() or file_sha256(path) != saved:

@@ -363,7 +363,8 @@ def train(job: Job) -> int:
     except (SettingsError, DataError, CheckpointError):
         raise  # refused before the first step: the run is what it was
     except Diverged as error:
-        return end_run(job, progress, "diverged", f"{error}; {what_is_left(job.run)}")
+        advice = f"{what_is_left(job.run)}, or lower --learning_rate in another run"
+        return end_run(job, progress, "diverged", f"{error}; {advice}")
     except KeyboardInterrupt:
         return end_run(job, progress, "interrupted", f"at once; {what_is_left(job.run)}")
     except BaseException as error:
