@@ -99,6 +99,10 @@ CASES = {
     ),
 }
 
+MEMORY_CASE = Case(
+    "full_sft", "--dtype bfloat16 --batch_size 2 --log_interval 10 --eval_interval 50"
+)
+
 
 @dataclass
 class Outcome:
@@ -373,28 +377,25 @@ def same(one: object, other: object) -> bool:
 # ---------------------------------------------------------------- memory
 
 
-def measure_memory(case: Case, home: Path, steps: int) -> dict[int, int]:
+def measure_memory(home: Path, steps: int) -> dict[int, int]:
     """Resident bytes of a run's process after each sixth of its steps, by step.
 
     The run evaluates every 50 steps and saves its state every 100.
     """
-    run = home / f"memory_{case.stage}"
-    flags = flags_of(case, home, run)
-    flags += f"--max_steps {steps} --log_interval 10 --eval_interval 50 --save_interval 100".split()
-    log = run.with_suffix(".log")
-    processes = start(case, flags, log)
-    watched = psutil.Process(processes[0].pid)
+    run, log = home / "memory", home / "memory.log"
+    flags = flags_of(MEMORY_CASE, home, run) + f"--max_steps {steps} --save_interval 100".split()
+    (process,) = start(MEMORY_CASE, flags, log)
+    watched = psutil.Process(process.pid)
     resident: dict[int, int] = {}
-    while processes[0].is_alive():
+    while process.is_alive():
         step = last_step(log)
         mark = step - step % (steps // 6)
         if mark > 0 and mark not in resident:
             with contextlib.suppress(psutil.NoSuchProcess):  # it may just have ended
                 resident[mark] = watched.memory_info().rss
-        time.sleep(0.02)
-    codes = wait(processes)
-    if any(codes):
-        raise RuntimeError(f"{run} ended with {codes}:\n{log.read_text()}")
+        time.sleep(0.05)
+    if wait([process]) != [0]:
+        raise RuntimeError(f"{run} failed:\n{log.read_text()}")
     return resident
 
 
@@ -426,7 +427,7 @@ def print_table(outcomes: list[Outcome]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="all")
-    parser.add_argument("--kills", type=int, default=10, help="of each case (10)")
+    parser.add_argument("--kills", type=int, default=7, help="of each case (7)")
     parser.add_argument("--memory_steps", type=int, default=3000, help="0: no memory run (3000)")
     parser.add_argument("--minutes", type=float, default=12, help="begin no run after these (12)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (1)")
@@ -437,16 +438,14 @@ def main() -> int:
         home = Path(folder)
         write_corpora(home)
         run_to_end(CASES["pretrain, bfloat16"], home, home / "base")
-        memory = {}
-        if args.memory_steps:
-            for name in ("full_sft, bfloat16, accumulation", "lora, bfloat16, dropout"):
-                memory[name] = measure_memory(CASES[name], home, args.memory_steps)
-                print(f"memory, {name}: {memory[name]}", flush=True)
         until = begun + 60 * args.minutes
-        outcomes = [
-            try_case(name, CASES[name], home, args.kills, args.seed, until) for name in args.case
-        ]
+        outcomes = []
+        for name in args.case:
+            outcomes.append(try_case(name, CASES[name], home, args.kills, args.seed, until))
+            print(f"{name}: {outcomes[-1].survived} of {outcomes[-1].kills}", flush=True)
+        memory = measure_memory(home, args.memory_steps) if args.memory_steps else {}
     print_table(outcomes)
+    print(f"resident bytes by step: {memory}")
     summary = {
         "seed": args.seed,
         "kills": sum(outcome.kills for outcome in outcomes),
