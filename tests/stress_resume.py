@@ -457,7 +457,7 @@ def main() -> int:
         "machine": describe_machine("cpu"),
     }
     args.output.write_text(json.dumps(summary, indent=2) + "\n")
-    return 0 if all(outcome.survived == outcome.kills for outcome in outcomes) else 1
+    return 0 if all(outcome.exact_runs == outcome.runs for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":
