@@ -1,12 +1,13 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
+# make stress kills training runs at random moments, continues and compares them, minutes
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test install clean-demo
+.PHONY: demo test stress install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -22,6 +23,10 @@ test: install
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest
 
+# One thread a process: the models are too small for more.
+stress: install
+	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
+
 # ---------------------------------------------------------------- the demo
 # A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.
 SHAPE := --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 352
@@ -29,7 +34,9 @@ DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_minimind demo_lora_all
 PROMPTS := dataset/data/demo/sft_demo_valid.jsonl
 
 # Each run continues where an interrupted one stopped, and a finished one is left alone.
-resume = $(if $(wildcard out/$(1)/resume),--from_resume,$(if $(wildcard out/$(1)),--overwrite))
+# A kill between two renames leaves the state as resume.old.
+state = $(wildcard out/$(1)/resume out/$(1)/resume.old)
+resume = $(if $(call state,$(1)),--from_resume,$(if $(wildcard out/$(1)),--overwrite))
 
 demo: install
 	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain $(call resume,demo_pretrain) \
@@ -46,3 +53,4 @@ demo: install
 
 clean-demo:
 	rm -rf $(addprefix out/,$(DEMO_RUNS)) $(addprefix evaluation/model_outputs/,$(DEMO_RUNS))
+	rm -f $(DEMO_RUNS:%=out/.%.lock)

@@ -455,17 +455,44 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file aside and moves it into place."""
+    """Writes a safetensors file aside and moves it into place.
+
+    Raises:
+        OSError: the disk is full, for instance; what was at ``path`` is still there.
+    """
     aside = path.with_name(path.name + ".tmp")
-    save_file(tensors, aside, metadata=metadata)
-    os.replace(aside, path)
+    try:
+        save_file(tensors, aside, metadata=metadata)
+    except SafetensorError as error:  # in place of the OSError that caused it
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written ({error})") from error
+    move_into_place(aside, path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file aside and moves it into place."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
+    try:
+        aside.write_text(text, encoding="utf-8")
+    except OSError:  # half of it may have been written
+        aside.unlink(missing_ok=True)
+        raise
+    move_into_place(aside, path)
+
+
+def move_into_place(aside: Path, path: Path) -> None:
+    """Renames a written file, once its content is on the disk: else a crash may leave it empty."""
+    sync(aside)
     os.replace(aside, path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:

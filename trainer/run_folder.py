@@ -1,6 +1,8 @@
 """A run's folder: its record, its metrics, and what the record tells of code and machine."""
 
 import argparse
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -8,17 +10,21 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from accelerate import Accelerator
 
-from model.model_minimind import read_json, write_text
+from dataset.lm_dataset import file_sha256
+from model.model_minimind import CheckpointError, read_json, sync, write_text
 from trainer.arguments import SettingsError
 
 REPO_DIR = Path(__file__).resolve().parents[1]
+MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
 
 
 def printable_path(path: Path) -> str:
@@ -101,6 +107,47 @@ class RunFolder:
     path: Path
     is_main: bool
     record: dict = field(default_factory=dict)
+    lock_file: TextIO | None = None
+
+    def lock(self) -> None:
+        """Takes the run for this process, until it ends, however it ends.
+
+        The lock lies beside the folder, so that it outlives ``--overwrite``. It is a POSIX lock
+        (``lockf``): unlike one of ``flock`` it is not inherited by the data loader's processes,
+        which live some seconds longer than a killed run, and it works on NFS.
+
+        Raises:
+            SettingsError: another process has it.
+        """
+        if not self.is_main or self.lock_file is not None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock_file = (self.path.parent / f".{self.path.name}.lock").open("a")
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise SettingsError(
+                f"{self.path}: another process trains this run now; wait for it, or choose another "
+                "name"
+            ) from error
+
+    def create(self, overwrite: bool) -> None:
+        """Makes the folder, in place of the one that ``--overwrite`` gives up.
+
+        Raises:
+            SettingsError: since this run was started, another one made the folder.
+        """
+        self.lock()
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        try:
+            self.path.mkdir()
+        except FileExistsError as error:
+            raise SettingsError(
+                f"{self.path}: made by another process in the meantime; choose another name"
+            ) from error
 
     def write(self, **changes: object) -> None:
         """Updates ``run.json``."""
@@ -114,51 +161,145 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def drop_rows_after(self, step: int) -> None:
-        """Removes lines that a resumed run is about to write again."""
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after ``step``: a resumed run is about to log it again."""
         path = self.path / "metrics.jsonl"
-        if self.is_main and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            # A line cut short by a kill lies after the last saved state and is dropped with them.
-            whole = [line for line in lines if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            write_text(path, "".join(line + "\n" for line in kept))
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        # A line cut short by a kill lies after the last saved state and is dropped with those.
+        rows = [json.loads(line) for line in lines if line.endswith(b"}\n")]
+        kept = [row for row in rows if row["step"] <= step]
+        for name, column in (("train_loss", "loss"), ("eval_loss", "eval_loss")):
+            told = [row[column] for row in kept if column in row]
+            self.record.pop(name, None)
+            if told:
+                self.record[name] = told[-1]
+        if self.is_main:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     @property
     def is_complete(self) -> bool:
         """Whether a run that is to be continued has nothing left to do."""
         return self.record.get("status") == "completed"
 
+    # A state is written to resume.tmp/ and sealed there; then resume/ becomes resume.old/,
+    # resume.tmp/ becomes resume/, and resume.old/ is deleted. At any moment one of resume/ and
+    # resume.old/ is whole, on the disk as well as in memory.
+
+    @property
+    def state_aside(self) -> Path:
+        """Where the next state is written before it takes its place."""
+        return self.path / "resume.tmp"
+
     def resume_state(self) -> Path | None:
         """The newest whole state; a kill between two renames leaves it under its old name."""
         states = [self.path / "resume", self.path / "resume.old"]
         return next((state for state in states if state.is_dir()), None)
 
+    def keep_state(self) -> None:
+        """Seals the state written aside and moves it into place; the metrics so far are kept too.
+
+        Everything is on the disk before the first name changes, so that neither a kill nor a
+        loss of power leaves a state without its data, or without the rows that came before it.
+        """
+        aside, place, old = self.state_aside, self.path / "resume", self.path / "resume.old"
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        hashes = {str(path.relative_to(aside)): file_sha256(path) for path in files}
+        write_text(aside / MANIFEST, json.dumps(hashes, indent=2) + "\n")
+        metrics = [path for path in (self.path / "metrics.jsonl",) if path.is_file()]
+        for path in (*files, aside, *metrics, self.path):
+            sync(path)
+        if place.is_dir():
+            remove_folder(old)
+            place.rename(old)
+        aside.rename(place)
+        sync(self.path)
+        remove_folder(old)
+
+    def remove_leftovers(self) -> None:
+        """Deletes what a kill during a save left beside a whole state."""
+        if self.is_main:
+            remove_folder(self.state_aside)
+            if (self.path / "resume").is_dir():
+                remove_folder(self.path / "resume.old")
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder if it is there."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def check_state(state: Path) -> None:
+    """Refuses a resume state that is not, byte for byte, what was saved.
+
+    accelerate loads what it finds: without its file of random states it goes on in silence.
+
+    Raises:
+        CheckpointError: a file is missing or differs.
+    """
+    if not (state / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{state / MANIFEST}: missing, so the state cannot be checked; restore {state.name}/ "
+            "from a copy, or start the run anew with --overwrite"
+        )
+    for name, saved in read_json(state / MANIFEST).items():
+        path = state / name
+        if not path.is_file() or file_sha256(path) != saved:
+            raise CheckpointError(
+                f"{path}: damaged or missing; restore {state.name}/ from a copy, or start the run "
+                "anew with --overwrite"
+            )
+
 
 def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
-    """The run's folder, to be made or to be continued; nothing is written yet.
+    """The run's folder, to be made or to be continued; nothing is written yet but a lock.
 
     Raises:
         SettingsError: the folder exists and neither ``--from_resume`` nor ``--overwrite`` is
-            given, there is no state to resume from, or settings are not what they were.
+            given, it cannot be written to, another process trains in it, there is no state to
+            resume from, or settings are not what they were.
     """
     run = RunFolder(args.save_dir / args.run_name, accelerator.is_main_process)
+    check_writable(run.path)
+    has_state = run.resume_state() is not None and (run.path / "run.json").is_file()
     if args.from_resume:
-        if run.resume_state() is None or not (run.path / "run.json").is_file():
-            raise SettingsError(f"--from_resume: {run.path} holds no resume/ state; start it anew")
+        check_resumable(run.path, has_state)
+        run.lock()
         run.record = read_json(run.path / "run.json")
         check_same_run(run.record, args)
-    elif run.path.exists() and not args.overwrite:
-        raise SettingsError(
-            f"{run.path} exists: continue it with --from_resume, replace it with --overwrite, or "
-            "choose another name"
-        )
+    elif run.path.exists():
+        if not args.overwrite:
+            ways = "continue it with --from_resume, replace it" if has_state else "replace it"
+            raise SettingsError(
+                f"{run.path} exists: {ways} with --overwrite, or choose another name"
+            )
+        run.lock()
     return run
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a run folder that cannot be made or written, before anything long is begun."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise SettingsError(f"--save_dir: {there} is no folder; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingsError(f"--save_dir: {there} cannot be written to; choose another one")
+
+
+def check_resumable(folder: Path, has_state: bool) -> None:
+    """Refuses to continue a run that is not there or was killed before its first saved state."""
+    if not folder.exists():
+        raise SettingsError(f"--from_resume: {folder} does not exist; leave out --from_resume")
+    if not has_state:
+        raise SettingsError(
+            f"--from_resume: {folder} holds no resume/ state to continue from; start it anew with "
+            "--overwrite in place of --from_resume"
+        )
 
 
 def check_same_run(record: dict, args: argparse.Namespace) -> None:
     """Refuses to continue a run with settings that would make it another run."""
-    free = {"from_resume", "overwrite", "save_dir", "device", "num_workers", "report_to"}
+    free = {"from_resume", "overwrite", "save_dir", "num_workers", "report_to"}
     free |= {"log_interval", "save_interval", "eval_interval", "show_sample"}
     before, now = record.get("settings", {}), printable_settings(args)
     for name in sorted(now.keys() - free):
@@ -167,3 +308,15 @@ def check_same_run(record: dict, args: argparse.Namespace) -> None:
                 f"--from_resume: --{name} was {before.get(name)} and is {now[name]} now; give the "
                 "same, or start another run"
             )
+
+
+def differences(name: str, before: object, now: object) -> Iterator[str]:
+    """A line for each value that differs between two JSON values, with the way to it."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for position, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from differences(f"{name}[{position}]", old, new)
+    elif before != now:
+        yield f"{name} was {before} and is {now} now"

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -58,15 +59,26 @@ from model.model_minimind import (
 from trainer.arguments import SHAPE_FLAGS, SettingsError
 from trainer.run_folder import (
     RunFolder,
+    check_state,
     describe_machine,
+    differences,
     git_state,
     peak_memory_bytes,
     printable_settings,
+    remove_folder,
 )
 
 # Below this many planned FLOPs a run ends before compiling its blocks has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
+# torch tells these by a RuntimeError's text alone.
+CPU_IS_FULL = "DefaultCPUAllocator"
+DISK_IS_FULL = "inline_container.cc"  # its file writer: some write fell short
+WORKER_DIED = "DataLoader worker"
+
+
+class Diverged(ArithmeticError):
+    """The loss, its gradient or the weights are no longer finite; the message names the step."""
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -76,7 +88,20 @@ def run_script(main: Callable[[], int]) -> None:
     except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted before the first step", file=sys.stderr)
+        code = EXIT_CODES["interrupted"]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory before the first step: take a smaller model", file=sys.stderr)
+        code = EXIT_CODES["oom"]
     sys.exit(code)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory or the machine's ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_IS_FULL in str(error)
 
 
 # ---------------------------------------------------------------- start
@@ -324,32 +349,36 @@ class Job:
 def train(job: Job) -> int:
     """Trains, evaluates and saves; returns the exit code.
 
-    Whatever ends the run, ``run.json`` says how.
+    Whatever ends the run, ``run.json`` says how, and only a run that came to its end is said to be
+    completed.
+
+    Raises:
+        SettingsError: the run cannot be continued, memory ran out, or a data process died.
+        OSError: the disk is full or cannot be written to.
     """
     make_run_folder(job)
     progress = Progress()
     try:
         return run_loop(job, progress)
-    except torch.OutOfMemoryError as error:
-        end_run(job, progress, "oom", "out of memory")
-        raise SettingsError(
-            f"out of memory at step {progress.step + 1}: halve --batch_size and double "
-            "--accumulation_steps (the same training), or shorten --max_seq_len"
-        ) from error
     except (SettingsError, DataError, CheckpointError):
-        raise
+        raise  # refused before the first step: the run is what it was
+    except Diverged as error:
+        advice = f"{what_is_left(job.run)}, or lower --learning_rate in another run"
+        return end_run(job, progress, "diverged", f"{error}; {advice}")
+    except KeyboardInterrupt:
+        return end_run(job, progress, "interrupted", f"at once; {what_is_left(job.run)}")
     except BaseException as error:
-        end_run(job, progress, "failed", f"{type(error).__name__}: {error}")
-        raise
+        record_failure(job, progress, error)
+        explanation = explain(error, progress.step + 1, job.run)
+        if explanation is None:
+            raise
+        raise explanation from error
 
 
 def run_loop(job: Job, progress: Progress) -> int:
-    """The loop: one iteration is one optimizer step.
-
-    The loss of a step is the mean over all its labeled tokens: those of every micro-batch on every
-    process, so that neither accumulation nor the number of processes changes what a batch means.
-    """
+    """Prepares, takes all steps, and saves; the exit code of a run that ended in order."""
     args, accelerator, run = job.args, job.accelerator, job.run
+    stop = stop_on_signals(accelerator.num_processes)
     lengths = job.train_set.lengths.astype(float)
     # A token's attention costs its sample's length, and long samples have more tokens.
     per_token = flops_per_token(job.model, float((lengths**2).sum() / lengths.sum()))
@@ -359,14 +388,39 @@ def run_loop(job: Job, progress: Progress) -> int:
     compiled = compile_blocks(job.model, args.use_compile, float(flops), args.device)
     model, optimizer = prepare(job)
     if args.from_resume:
-        restore(job, progress)
-    describe_run(job, steps, steps_per_epoch, compiled)
-    loader = make_loader(job, progress.step, steps)
-    stop = stop_on_signals()
-    bar = make_bar(job, progress.step, steps)
+        restore(job, progress, compiled)
+    describe_run(job, progress.step, steps, steps_per_epoch, compiled)
+    with make_bar(job, progress.step, steps) as bar:
+        take_steps(job, progress, model, optimizer, steps, stop, bar)
+    if progress.step < steps:
+        return end_run(job, progress, "interrupted", what_is_left(run))
+    if accelerator.is_main_process:
+        job.save(accelerator.unwrap_model(model), run.path)
+    run.write(flops=per_token * progress.tokens)
+    return end_run(job, progress, "completed", f"saved to {run.path}")
+
+
+def take_steps(
+    job: Job,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    stop: list[int],
+    bar: tqdm,
+) -> None:
+    """The loop: one iteration is one optimizer step. Ends early, its state saved, on a signal.
+
+    The loss of a step is the mean over all its labeled tokens: those of every micro-batch on every
+    process, so that neither accumulation nor the number of processes changes what a batch means.
+
+    Raises:
+        Diverged: before anything of the step is saved.
+    """
+    args, accelerator = job.args, job.accelerator
     model.train()
     clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
-    for micro_batches in loader:
+    for micro_batches in make_loader(job, progress.step, steps):
         rate = learning_rate_at(
             progress.step,
             steps,
@@ -381,8 +435,7 @@ def run_loop(job: Job, progress: Progress) -> int:
         # A float16 step whose scaled gradients overflow is skipped, and the next scaled less.
         skipped = accelerator.optimizer_step_was_skipped
         if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
-            bar.close()
-            return end_run(job, progress, "diverged", f"loss {loss}, gradient norm {norm}")
+            raise Diverged(f"loss {loss}, gradient norm {norm} in step {progress.step}")
         last = progress.step == steps
         if due(progress.step, args.log_interval) or last:
             log_step(job, progress, norm, rate, steps, bar)
@@ -390,16 +443,22 @@ def run_loop(job: Job, progress: Progress) -> int:
             log_evaluation(job, model, progress.step, bar)
         interrupted = any_process(accelerator, bool(stop)) and not last
         if interrupted or due(progress.step, args.save_interval) or last:
+            check_weights(model, progress.step)
             save_state(job, progress)
         if interrupted:
-            bar.close()
-            return end_run(job, progress, "interrupted", "continue it with --from_resume")
+            return
         clock = time.perf_counter()
-    bar.close()
-    if accelerator.is_main_process:
-        job.save(accelerator.unwrap_model(model), run.path)
-    run.write(flops=per_token * progress.tokens)
-    return end_run(job, progress, "completed", f"saved to {run.path}")
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Refuses to save what the last update broke: its loss was taken before it.
+
+    Raises:
+        Diverged: a weight is infinite or NaN.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise Diverged(f"{name} is not finite after the update of step {step}")
 
 
 def due(step: int, interval: int) -> bool:
@@ -446,6 +505,7 @@ def make_loader(job: Job, first_step: int, steps: int) -> DataLoader:
         collate_fn=StepCollator(job.train_set, padding_id(job)),
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=ignore_signals,
         pin_memory=args.device == "cuda",
         # The loader draws a number when it starts; not from the state that a resumed run restored.
         generator=torch.Generator(),
@@ -570,18 +630,34 @@ def log_step(
 
 
 def log_evaluation(job: Job, model: nn.Module, step: int, bar: tqdm) -> None:
-    """Writes the validation loss as a line of metrics and shows it in the bar."""
+    """Writes the validation loss as a line of metrics and shows it in the bar.
+
+    Raises:
+        Diverged: it is infinite or NaN.
+    """
     loss = evaluate(job, model)
+    if not math.isfinite(loss):
+        raise Diverged(f"validation loss {loss} after step {step}")
     job.run.log({"step": step, "eval_loss": loss})
     job.run.write(eval_loss=loss)
     job.accelerator.log({"eval_loss": loss}, step=step)
     bar.set_postfix(eval_loss=f"{loss:.3f}", refresh=False)
 
 
-def describe_run(job: Job, steps: int, steps_per_epoch: int, compiled: bool) -> None:
-    """Writes everything known before the first step to ``run.json`` and says it in a line."""
+def describe_run(
+    job: Job, first_step: int, steps: int, steps_per_epoch: int, compiled: bool
+) -> None:
+    """Writes everything known before the first step to ``run.json`` and says it in a line.
+
+    Code and machine are those that the run began with; a list under ``resumed`` tells where each
+    continuation began, and on what.
+    """
     args = job.args
     total, trainable = count_parameters(job.model)
+    origin = code_and_machine(args.device)
+    if args.from_resume:
+        resumed = [*job.run.record.get("resumed", []), {"step": first_step, **origin}]
+        origin = {"resumed": resumed}
     job.run.write(
         status="running",
         settings=printable_settings(args),
@@ -594,8 +670,8 @@ def describe_run(job: Job, steps: int, steps_per_epoch: int, compiled: bool) -> 
         compiled=compiled,
         train_data=job.train_set.store.info,
         eval_data=job.eval_set.store.info if job.eval_set is not None else None,
-        git=git_state(),
-        machine=describe_machine(args.device),
+        reason=None,
+        **origin,
     )
     if job.accelerator.is_main_process:
         print(
@@ -612,16 +688,23 @@ def describe_run(job: Job, steps: int, steps_per_epoch: int, compiled: bool) -> 
             print("no --eval_data_path: no validation loss")
 
 
+def code_and_machine(device: str) -> dict:
+    """What a run's last bits depend on besides its settings and data."""
+    return {"git": git_state(), "machine": describe_machine(device)}
+
+
 def end_run(job: Job, progress: Progress, status: str, message: str) -> int:
     """Writes the last ``run.json``, says how the run ended, and returns the exit code."""
+    memory = max(job.run.record.get("peak_memory_bytes", 0), peak_memory_bytes(job.args.device))
     job.run.write(
         status=status,
+        reason=None if status == "completed" else message,
         step=progress.step,
         tokens=progress.tokens,
         labeled_tokens=progress.labeled_tokens,
         train_seconds=round(progress.seconds, 2),
         tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
-        peak_memory_bytes=peak_memory_bytes(job.args.device),
+        peak_memory_bytes=memory,
     )
     job.accelerator.end_training()
     if job.accelerator.is_main_process:
@@ -631,21 +714,65 @@ def end_run(job: Job, progress: Progress, status: str, message: str) -> int:
     return EXIT_CODES[status]
 
 
-def stop_on_signals() -> list[int]:
+def record_failure(job: Job, progress: Progress, error: BaseException) -> None:
+    """Ends a run that an error stopped, as far as the disk lets it."""
+    status = "oom" if is_out_of_memory(error) else "failed"
+    try:
+        end_run(job, progress, status, f"{type(error).__name__}: {error}")
+    except OSError as another:
+        print(f"run.json still says running: {another}", file=sys.stderr)
+
+
+def explain(error: BaseException, step: int, run: RunFolder) -> Exception | None:
+    """What an error that stopped a run means and what to do, where that is known."""
+    if is_out_of_memory(error):
+        return SettingsError(
+            f"out of memory at step {step}: halve --batch_size and double --accumulation_steps "
+            f"(the same training), or shorten --max_seq_len; {what_is_left(run)}"
+        )
+    if WORKER_DIED in str(error):
+        return SettingsError(
+            f"a data loading process died at step {step} ({error}); for want of memory, if nobody "
+            f"killed it: lower --num_workers; {what_is_left(run)}"
+        )
+    if isinstance(error, OSError):
+        return OSError(f"{error}; {what_is_left(run)}")
+    return None
+
+
+def what_is_left(run: RunFolder) -> str:
+    """What of a run that ended too soon can be continued."""
+    state = run.resume_state()
+    if state is None:
+        return "no state was saved: start it anew with --overwrite"
+    step = read_json(state / "progress.json")["step"]
+    return f"the state of step {step} is kept: continue from it with --from_resume"
+
+
+def stop_on_signals(processes: int) -> list[int]:
     """A list that SIGTERM or Ctrl-C appends to; the loop saves and stops after its step.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once; not with several processes, where the terminal and torchrun both
+    pass the first one on.
     """
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if received:
+        if number == signal.SIGINT and signal.SIGINT in received and processes == 1:
             raise KeyboardInterrupt
         received.append(number)
+        # Not print, whose buffer the signal may have found half-written.
+        os.write(sys.__stderr__.fileno(), b"\nstopping: the state is saved after this step\n")
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
     return received
+
+
+def ignore_signals(_: int) -> None:
+    """For a data process: a signal to the whole group is for the main process to act on."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
@@ -659,9 +786,7 @@ def make_run_folder(job: Job) -> None:
     """Makes the folder of a new run, in place of one that ``--overwrite`` gives up."""
     job.accelerator.wait_for_everyone()  # every process has looked before one of them makes it
     if job.run.is_main and not job.args.from_resume:
-        if job.run.path.exists():
-            shutil.rmtree(job.run.path)
-        job.run.path.mkdir(parents=True)
+        job.run.create(job.args.overwrite)
     job.accelerator.wait_for_everyone()
 
 
@@ -669,45 +794,64 @@ def make_run_folder(job: Job) -> None:
 
 
 def save_state(job: Job, progress: Progress) -> None:
-    """Writes the resume state aside and moves it into place; the previous one survives a kill."""
-    accelerator, folder = job.accelerator, job.run.path
-    aside, place, old = folder / "resume.tmp", folder / "resume", folder / "resume.old"
+    """Writes the resume state aside and moves it into place; the previous one survives a kill.
+
+    Raises:
+        OSError: it cannot be written; the previous state is still in place.
+    """
+    accelerator, run = job.accelerator, job.run
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_folder(run.state_aside)
     accelerator.wait_for_everyone()
-    # torch's format keeps the tie of head and embedding, which safetensors would drop and report.
-    accelerator.save_state(str(aside), safe_serialization=False)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text(aside / "progress.json", json.dumps(vars(progress)))
-        if place.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            place.rename(old)
-        aside.rename(place)
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        # torch's format keeps the tie of head and embedding, which safetensors drops and reports.
+        accelerator.save_state(str(run.state_aside), safe_serialization=False)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_text(run.state_aside / "progress.json", json.dumps(vars(progress)))
+            run.keep_state()
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and DISK_IS_FULL not in str(error):
+            raise
+        free = shutil.disk_usage(run.path).free
+        shutil.rmtree(run.state_aside, ignore_errors=True)  # room for run.json to tell of it
+        raise OSError(
+            f"{run.state_aside}: not written, with {free:,} bytes free on that disk ({error})"
+        ) from error
     accelerator.wait_for_everyone()
 
 
-def restore(job: Job, progress: Progress) -> None:
+def restore(job: Job, progress: Progress, compiled: bool) -> None:
     """Loads the resume state into the prepared model and optimizer, and into ``progress``.
 
     Raises:
-        SettingsError: the data, the base or the number of processes is not what it was.
+        SettingsError: the data, the base, the number of processes or whether the model is compiled
+            is not what it was.
+        CheckpointError: the state is damaged.
     """
+    run, record = job.run, job.run.record
     now = {
         "processes": job.accelerator.num_processes,
+        "compiled": compiled,
         "train_data": job.train_set.store.info,
+        "eval_data": job.eval_set.store.info if job.eval_set is not None else None,
         "base_fingerprint": job.facts.get("base_fingerprint"),
     }
     for name, value in now.items():
-        if job.run.record.get(name) != value:
+        difference = next(differences(name, record.get(name), value), None)
+        if difference is not None:
             raise SettingsError(
-                f"--from_resume: {name} in {job.run.path / 'run.json'} is not what it is now; "
-                "restore what changed, or start another run"
+                f"--from_resume: {difference}, by {run.path / 'run.json'}; restore what changed, "
+                "or start another run"
             )
-    state = job.run.resume_state()
+    state = run.resume_state()
+    check_state(state)
     vars(progress).update(read_json(state / "progress.json"))
     job.accelerator.load_state(str(state))
-    job.run.drop_rows_after(progress.step)
+    run.rewind(progress.step)
+    run.remove_leftovers()
     if job.accelerator.is_main_process:
         print(f"{job.args.run_name}: resumed from {state} at step {progress.step}")
+        before = {name: record.get(name) for name in ("git", "machine")}
+        for difference in differences("run.json", before, code_and_machine(job.args.device)):
+            print(f"note: {difference}; the last bits may differ from an uninterrupted run's")
