@@ -110,7 +110,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             "download or compress it again"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        raise unreadable(path, error) from error
     if not records:
         raise DataError(f"{path}: holds no record; expected one JSON object a line")
 
@@ -123,6 +123,11 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path}: no such file; check the flag that names it")
     if not path.is_file():
         raise DataError(f"{path}: no regular file; copy the data into one, since it is read twice")
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """What to say of a file that the system does not give."""
+    return DataError(f"{path}: cannot be read ({error.strerror}); check the file")
 
 
 def first_line(line: bytes, path: Path) -> bytes:
@@ -140,7 +145,7 @@ def parse_record(line: bytes, where: str) -> dict:
             f"{where}: holds NUL bytes; convert UTF-16 to UTF-8, get a damaged file anew"
         )
     try:
-        record = parse_json(line.decode("utf-8"))
+        record = parse_json(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1}); convert the file"
@@ -334,8 +339,11 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -417,7 +425,7 @@ def read_store(folder: Path, dtype: type) -> TokenStore:
         lengths = [len(store.tokens), store.starts[-1], len(store.starts) - 1, len(store.digests)]
         whole = lengths == [info["tokens"], info["tokens"], info["samples"], info["samples"]]
         whole = whole and len(store.labeled) in (0, info["tokens"])
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
         raise DataError(f"{folder}: a damaged token cache ({error}); delete the folder") from error
     if not whole:
         raise DataError(f"{folder}: a damaged token cache (files cut short); delete the folder")

@@ -41,7 +41,8 @@ def parse_json(text: str) -> object:
         return json.loads(text, object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"{error.msg} at {place}column {error.colno}") from error
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"{what} at {place}column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
