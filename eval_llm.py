@@ -46,6 +46,7 @@ from dataset.lm_dataset import (
     file_sha256,
     load_dataset,
 )
+from dataset.untrusted import error_line
 from evaluation.metrics import (
     check_answer,
     compression_ratio,
@@ -583,7 +584,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run_probes(args)
     except (DataError, CheckpointError, AdapterError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         sys.exit(2)
 
 

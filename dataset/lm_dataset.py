@@ -15,10 +15,12 @@ right to their longest sample (under causal attention no real token sees the pad
 attention mask is needed). Loss falls on the assistant's tokens and its end token only.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -30,17 +32,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from dataset.untrusted import parse_json
+
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
-CACHE_VERSION = 1  # raise it when the stored layout or the tokenization changes
+CACHE_VERSION = 2  # raise it when the stored layout or the tokenization changes
+MAX_LINE_BYTES = 2**26  # 64 MiB: a longer line is no record, and must not fill the memory
 ROLES = ("system", "user", "assistant")
+# Fields of other formats that change what a conversation means, and that the template cannot show.
+UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "weight", "history")
+# How a file starts that is no plain UTF-8 text, and what to do about it.
+FOREIGN_STARTS = {
+    b"\x1f\x8b": "is gzip; give it a name that ends in .gz",
+    b"PAR1": "is a parquet file; write it as JSONL first",
+    b"PK\x03\x04": "is a zip file; unpack it",
+    codecs.BOM_UTF16_LE: "is UTF-16; convert it to UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16; convert it to UTF-8",
+}
 IGNORE_INDEX = -100
 ENCODE_CHUNK = 2_000  # records that one call of the Rust tokenizer encodes in parallel
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
+# What a template may raise: it is code that comes with a tokenizer. transformers runs it in Jinja's
+# sandbox, which ends an attempt to leave it with a TemplateError.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
+TEMPLATE_ERRORS += (ValueError, MemoryError, RecursionError)
 # Stands where a message's content goes while the chat template is rendered; private-use
 # characters, so that no chat template can contain it.
 CONTENT_SLOT = "\ue000\ue001\ue000"
@@ -56,40 +76,86 @@ class DataError(ValueError):
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields ``("file:line", record)`` for each non-empty line of a plain or gzip JSONL file.
 
+    Lines end in LF or CRLF; a UTF-8 byte order mark at the start is skipped.
+
     Raises:
         DataError: the file is missing, empty, cut off, not UTF-8, or a line is no JSON object.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    check_file(path)
     records = 0
     number = 0
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                yield f"{path}:{number}", parse_record(line, f"{path}:{number}")
-                records += 1
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            # Line by line with a bound: a crafted gzip file could unpack into one endless line.
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                where = f"{path}:{number}"
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    raise DataError(
+                        f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; is it one record a line?"
+                    )
+                if number == 1:
+                    line = first_line(line, path)
+                if line.strip():
+                    yield where, parse_record(line, where)
+                    records += 1
+    except gzip.BadGzipFile as error:
+        raise DataError(
+            f"{path}:{number + 1}: not gzip or damaged ({error}); rename a plain file to .jsonl, "
+            "get a damaged one again"
+        ) from error
+    except (EOFError, zlib.error) as error:
         raise DataError(
             f"{path}:{number + 1}: the gzip stream is broken or cut off ({error}); "
             "download or compress it again"
         ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     if not records:
         raise DataError(f"{path}: holds no record; expected one JSON object a line")
 
 
+def check_file(path: Path) -> None:
+    """Refuses a path that is no file."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name the JSONL files in it")
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the flag that names it")
+    if not path.is_file():
+        raise DataError(f"{path}: no regular file; copy the data into one, since it is read twice")
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """What to say of a file that the system does not give."""
+    return DataError(f"{path}: cannot be read ({error.strerror}); check the file")
+
+
+def first_line(line: bytes, path: Path) -> bytes:
+    """A file's first line without a byte order mark; refused if it starts like another format."""
+    for start, reason in FOREIGN_STARTS.items():
+        if line.startswith(start):
+            raise DataError(f"{path}:1: {reason}")
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
 def parse_record(line: bytes, where: str) -> dict:
     """One JSONL line as a dict; ``where`` ("file:line") opens every error message."""
+    if b"\0" in line:
+        raise DataError(
+            f"{where}: holds NUL bytes; convert UTF-16 to UTF-8, get a damaged file anew"
+        )
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = parse_json(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason}); convert the file") from error
-    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1}); convert the file"
+        ) from error
+    except ValueError as error:
         raise DataError(f"{where}: broken JSON ({error}); mend or remove the line") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise DataError(
+            f"{where}: expected a JSON object, found {type(record).__name__}; write one a line"
+        )
     if b"\\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
         try:
             json.dumps(record, ensure_ascii=False).encode()
@@ -105,7 +171,7 @@ def record_text(record: dict, where: str) -> str:
         raise DataError(f'{where}: no field "text"{hint}; pretraining reads {{"text": ...}}')
     text = record["text"]
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f'{where}: "text" must be a non-empty string')
+        raise DataError(f'{where}: "text" must be a non-empty string; mend or remove the record')
     return text
 
 
@@ -113,19 +179,25 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     """A fine-tuning record as messages: an optional system turn, then user and assistant in turn.
 
     Raises:
-        DataError: an unknown role, an empty or non-string content, turns out of order, or no
-            assistant turn at the end.
+        DataError: an unknown role, an empty or non-string content, turns out of order, no
+            assistant turn at the end, or fields that say more than the messages do.
     """
-    if "conversations" in record or "messages" in record:
-        messages = record.get("conversations", record.get("messages"))
-    elif "instruction" in record and "output" in record:
-        given = [record["instruction"], record.get("input", "")]
-        if not all(isinstance(part, str) for part in given):
-            raise DataError(f'{where}: "instruction" and "input" must be strings')
+    forms = [name for name in ("conversations", "messages", "instruction") if name in record]
+    if len(forms) > 1:
+        raise DataError(f"{where}: holds {' and '.join(forms)}; keep one of them")
+    refuse_unread((*UNREAD_FIELDS, "system"), record, where)
+    if forms == ["instruction"] and "output" in record:
+        parts = [record["instruction"], record.get("input", ""), record["output"]]
+        if not all(isinstance(part, str) for part in parts):
+            raise DataError(
+                f'{where}: "instruction", "input" and "output" must be strings; mend the record'
+            )
         messages = [
-            {"role": "user", "content": "\n".join(part for part in given if part.strip())},
+            {"role": "user", "content": "\n".join(part for part in parts[:2] if part.strip())},
             {"role": "assistant", "content": record["output"]},
         ]
+    elif forms and forms != ["instruction"]:
+        messages = record[forms[0]]
     else:
         hint = " (a pretraining file?)" if "text" in record else ""
         raise DataError(
@@ -133,6 +205,13 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
             '"messages" or "instruction"/"output"'
         )
     return check_messages(messages, where)
+
+
+def refuse_unread(names: tuple[str, ...], fields: dict, where: str) -> None:
+    """Refuses non-empty fields that would be dropped although they change what is learned."""
+    for name in names:
+        if fields.get(name) not in (None, "", [], {}):
+            raise DataError(f'{where}: "{name}" is not read; convert or remove it')
 
 
 def check_messages(messages: object, where: str) -> list[dict[str, str]]:
@@ -143,21 +222,28 @@ def check_messages(messages: object, where: str) -> list[dict[str, str]]:
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise DataError(f"{where}: message {turn} must be an object with role and content")
+        refuse_unread(UNREAD_FIELDS, message, f"{where}: message {turn}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise DataError(f"{where}: message {turn} has role {role!r}; known: {', '.join(ROLES)}")
+            raise DataError(
+                f"{where}: message {turn} has role {reprlib.repr(role)}; known: {', '.join(ROLES)}"
+            )
         if not isinstance(content, str) or not content.strip():
             raise DataError(f'{where}: message {turn} ({role}) needs a non-empty string "content"')
         clean.append({"role": role, "content": content.strip()})
-    roles = [message["role"] for message in clean]
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or turns != expected:
-        raise DataError(
-            f"{where}: roles are {', '.join(roles)}; expected an optional system message, then "
-            "user and assistant in turn, the assistant last"
-        )
+    check_turns([message["role"] for message in clean], where)
     return clean
+
+
+def check_turns(roles: list[str], where: str) -> None:
+    """Refuses roles that are not an optional system, then user and assistant in turn."""
+    opening = roles[:1] == ["system"]
+    for turn, role in enumerate(roles[opening:], start=1 + opening):
+        expected = "user" if (turn - opening) % 2 else "assistant"
+        if role != expected:
+            raise DataError(f"{where}: message {turn} is the {role}'s, expected the {expected}'s")
+    if roles[-1] != "assistant":
+        raise DataError(f"{where}: ends with the {roles[-1]}'s message; the assistant must be last")
 
 
 # ---------------------------------------------------------------- tokenizing
@@ -182,12 +268,21 @@ def render_template(
 ) -> list[str]:
     """The chat template's text around the contents: ``len(messages) + 1`` pieces."""
     slots = [{"role": message["role"], "content": CONTENT_SLOT} for message in messages]
-    rendered = tokenizer.apply_chat_template(
-        slots, tokenize=False, add_generation_prompt=generation_prompt
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            slots, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except TEMPLATE_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{tokenizer.name_or_path}: the chat template fails ({reason}); use another tokenizer"
+        ) from error
     pieces = rendered.split(CONTENT_SLOT)
     if len(pieces) != len(messages) + 1:
-        raise DataError("the chat template drops or repeats a message's content; use another one")
+        raise DataError(
+            f"{tokenizer.name_or_path}: the chat template drops or repeats a message's content; "
+            "use another tokenizer"
+        )
     return pieces
 
 
@@ -222,7 +317,8 @@ def encode_conversations(
             is_answer = role == "assistant"
             if is_answer and piece[:1] != [tokenizer.eos_token_id]:
                 raise DataError(
-                    f"the chat template must close an assistant turn with {tokenizer.eos_token}"
+                    f"{tokenizer.name_or_path}: the chat template must close an assistant turn "
+                    f"with {tokenizer.eos_token}; use another tokenizer"
                 )
             ids += content + piece
             labeled += [is_answer] * len(content)
@@ -243,8 +339,11 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -265,7 +364,8 @@ class TokenStore:
     tokens: np.ndarray  # (number of tokens,) uint16 or uint32
     starts: np.ndarray  # (samples + 1,) int64
     labeled: np.ndarray  # (number of tokens,) bool; empty for pretraining
-    info: dict  # files with hashes, and counts of what was kept, truncated and dropped
+    info: dict  # files with hashes, and counts of what was kept, truncated, dropped and repeated
+    digests: np.ndarray  # (samples,) uint64: equal for samples of the same tokens
 
 
 def load_tokens(
@@ -286,8 +386,7 @@ def load_tokens(
         DataError: see :func:`read_jsonl`, :func:`record_text` and :func:`record_messages`.
     """
     for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; check --data_path and --eval_data_path")
+        check_file(path)
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
     key = {
         "version": CACHE_VERSION,
@@ -300,13 +399,37 @@ def load_tokens(
     folder = cache_dir / f"{kind}-{digest}"
     if not folder.is_dir():
         build_store(folder, kind, paths, tokenizer, max_seq_len)
-    info = json.loads((folder / "info.json").read_text())
-    return TokenStore(
-        tokens=np.memmap(folder / "tokens.bin", dtype=token_dtype(tokenizer), mode="r"),
-        starts=np.load(folder / "starts.npy", mmap_mode="r"),
-        labeled=np.load(folder / "labeled.npy", mmap_mode="r"),
-        info={"files": files, "tokenizer_sha256": key["tokenizer"], **info},
-    )
+    store = read_store(folder, token_dtype(tokenizer))
+    store.info.update(files=files, tokenizer_sha256=key["tokenizer"])
+    if kind == "pretrain":
+        tail = tail_length(len(store.tokens), max_seq_len)
+        store.info["dropped_tail_tokens"] = len(store.tokens) % max_seq_len - tail
+    return store
+
+
+def read_store(folder: Path, dtype: type) -> TokenStore:
+    """A store that :func:`write_store` wrote.
+
+    Raises:
+        DataError: files are missing, broken, or not as long as each other says.
+    """
+    try:
+        info = parse_json((folder / "info.json").read_text(encoding="utf-8"))
+        store = TokenStore(
+            tokens=np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),
+            starts=np.load(folder / "starts.npy", mmap_mode="r"),
+            labeled=np.load(folder / "labeled.npy", mmap_mode="r"),
+            info=info,
+            digests=np.load(folder / "digests.npy", mmap_mode="r"),
+        )
+        lengths = [len(store.tokens), store.starts[-1], len(store.starts) - 1, len(store.digests)]
+        whole = lengths == [info["tokens"], info["tokens"], info["samples"], info["samples"]]
+        whole = whole and len(store.labeled) in (0, info["tokens"])
+    except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{folder}: a damaged token cache ({error}); delete the folder") from error
+    if not whole:
+        raise DataError(f"{folder}: a damaged token cache (files cut short); delete the folder")
+    return store
 
 
 def build_store(
@@ -341,10 +464,11 @@ def write_store(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
 ) -> None:
-    """Writes ``tokens.bin``, ``starts.npy``, ``labeled.npy`` and ``info.json`` to ``folder``."""
+    """Writes the arrays of a :class:`TokenStore` and ``info.json`` to ``folder``."""
     dtype = token_dtype(tokenizer)
     lengths: list[int] = []
     labeled: list[np.ndarray] = []
+    digests = bytearray()
     counts = {"records": 0, "truncated": 0, "dropped_without_labels": 0}
     encode = encode_documents if kind == "pretrain" else encode_samples
     bar = tqdm(desc="tokenizing", unit=" records", disable=None, file=sys.stderr)
@@ -352,7 +476,9 @@ def write_store(
         records = (item for path in paths for item in read_jsonl(path))
         for chunk in chunks(records, ENCODE_CHUNK):
             for ids, mask in encode(tokenizer, chunk, max_seq_len, counts):
-                np.asarray(ids, dtype=dtype).tofile(out)
+                content = np.asarray(ids, dtype=dtype).tobytes()
+                out.write(content)
+                digests += hashlib.blake2b(content, digest_size=8).digest()
                 lengths.append(len(ids))
                 labeled.append(np.asarray(mask, dtype=bool))
             counts["records"] += len(chunk)
@@ -365,7 +491,10 @@ def write_store(
     flat = np.concatenate(labeled)
     np.save(folder / "labeled.npy", flat)
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    per_sample = np.frombuffer(bytes(digests), dtype=np.uint64)
+    np.save(folder / "digests.npy", per_sample)
     counts |= {"samples": len(lengths), "tokens": sum(lengths), "labeled_tokens": int(flat.sum())}
+    counts["duplicates"] = len(per_sample) - len(np.unique(per_sample))
     (folder / "info.json").write_text(json.dumps(counts))
 
 
@@ -397,7 +526,34 @@ def encode_samples(
     return kept
 
 
+def count_shared(store: TokenStore, other: TokenStore) -> int:
+    """How many samples of ``store`` are in ``other`` too, token for token."""
+    return int(np.isin(store.digests, other.digests).sum())
+
+
+def data_notes(info: dict) -> list[str]:
+    """What was cut, dropped or found twice, a sentence each; ``info`` is a store's."""
+    notes = {
+        "truncated": "cut at --max_seq_len tokens",
+        "dropped_without_labels": "dropped: --max_seq_len leaves no token of the assistant",
+        "duplicates": "the same as an earlier one, and stay in",
+        "also_in_training": "in the training data too: held out they are not",
+    }
+    names = ", ".join(file["name"] for file in info["files"])
+    return [
+        f"{names}: {info[key]:,} of {info['records']:,} records are {note}"
+        for key, note in notes.items()
+        if info.get(key)
+    ]
+
+
 # ---------------------------------------------------------------- samples and batches
+
+
+def tail_length(total: int, max_seq_len: int) -> int:
+    """Tokens of the last, shorter block; a single token has no target and is left out."""
+    tail = total % max_seq_len
+    return tail if tail > 1 else 0
 
 
 class PackedDataset(Dataset):
@@ -410,9 +566,9 @@ class PackedDataset(Dataset):
         self.store = store
         self.max_seq_len = max_seq_len
         total = len(store.tokens)
-        tail = total % max_seq_len
+        tail = tail_length(total, max_seq_len)
         self.lengths = np.full(total // max_seq_len, max_seq_len)
-        if tail > 1:  # a block of one token has no target
+        if tail:
             self.lengths = np.append(self.lengths, tail)
 
     def __len__(self) -> int:

@@ -38,6 +38,10 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.untrusted import error_line, parse_json, shown
+
 DATA_DIR = Path(__file__).resolve().parent / "data"
 STORY_END = "<|endoftext|>"
 
@@ -98,22 +102,24 @@ def read_json_lines(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path}, line {number}"
             try:
-                yield Row(where, json.loads(line))
-            except json.JSONDecodeError as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise PrepareError(
-                    f"{where}: broken JSON ({error.msg}); repair or remove the line"
+                    f"{where}: broken JSON ({error}); repair or remove the line"
                 ) from error
+            yield Row(where, record)
 
 
 def read_json_list(path: Path) -> Iterator[Row]:
     with readable(path) as file:
-        try:
-            records = json.load(file)
-        except json.JSONDecodeError as error:
-            raise PrepareError(
-                f"{path}, line {error.lineno}: broken JSON ({error.msg}); expected one JSON list"
-                " (name a file of JSON lines *.jsonl)"
-            ) from error
+        text = file.read()
+    try:
+        records = parse_json(text)
+    except ValueError as error:
+        raise PrepareError(
+            f"{path}: broken JSON ({error}); expected one JSON list"
+            " (name a file of JSON lines *.jsonl)"
+        ) from error
     if not isinstance(records, list):
         raise PrepareError(f"{path}: expected one JSON list of records; is it the right file?")
     for number, record in enumerate(records, start=1):
@@ -825,9 +831,9 @@ def main(argv: list[str] | None = None) -> int:
         files, origin = locate(corpus, args.source, args.revision)
         record = write_corpus(corpus, files, origin, args.output_dir, settings)
     except (PrepareError, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
-    print(report(record, args.output_dir))
+    print(shown(report(record, args.output_dir)))
     return 0
 
 

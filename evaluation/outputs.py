@@ -14,19 +14,10 @@ from html import escape
 from pathlib import Path
 
 from dataset.lm_dataset import DataError
+from dataset.untrusted import shown
 from model.model_minimind import write_text
 
 FLAGS = ("blank", "runaway", "loop")
-# Control, zero-width and direction characters: what could steer a terminal or hide text.
-UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
-
-
-def shown(text: str) -> str:
-    """`text` with control, zero-width and direction characters written as \\uXXXX."""
-    return UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def inline(text: str) -> str:

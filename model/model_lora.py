@@ -17,6 +17,7 @@ attention only q_proj and o_proj are square, so keys, values and the MLP get not
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from torch import nn
 from model.model_minimind import (
     MiniMindForCausalLM,
     RMSNorm,
+    check_numbers,
+    is_integer,
+    is_positive,
     read_json,
     read_pth,
     save_tensors,
@@ -271,12 +275,16 @@ def select_trainable(model: MiniMindForCausalLM, spec: str) -> None:
             everything but the tied embedding.
 
     Raises:
-        AdapterError: an unknown part.
+        AdapterError: an unknown part, or parts that contradict each other.
     """
     parts = [part.strip() for part in spec.split(",")]
     for part in parts:
         if part != "all" and part not in TRAINABLE_PARTS:
             raise AdapterError(f"--trainable {part!r}: known are all, {', '.join(TRAINABLE_PARTS)}")
+        if part == "all" and len(parts) > 1:
+            raise AdapterError(f"--trainable {spec}: all holds every part; name it alone")
+    if "frozen-embeddings" in parts and "embeddings" in parts:
+        raise AdapterError(f"--trainable {spec}: freezes and trains the embeddings; drop one")
     model.requires_grad_("all" in parts)
     for part in parts:
         if part == "frozen-embeddings":
@@ -420,21 +428,27 @@ def read_adapter_config(folder: Path) -> dict:
         raise AdapterError(f"{path}: missing; an adapter folder holds {ADAPTER_CONFIG}")
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA is read")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float):
-            raise AdapterError(f"{path}: {name} is missing or no number")
+        found = reprlib.repr(config.get("peft_type"))
+        raise AdapterError(f"{path}: peft_type {found}; only LORA is read")
+    if not is_integer(config.get("r")) or config["r"] < 1:
+        raise AdapterError(f"{path}: r is missing or no whole number above 0")
+    if not is_positive(config.get("lora_alpha")):
+        raise AdapterError(f"{path}: lora_alpha is missing or no number above 0")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise AdapterError(f"{path}: lora_dropout must lie in [0, 1)")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise AdapterError(
-            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base; convert "
-            "the adapter with PEFT (path_initial_model_for_weight_conversion) first"
+            f"{path}: init_lora_weights {reprlib.repr(config['init_lora_weights'])} changes the "
+            "base; convert the adapter with PEFT (path_initial_model_for_weight_conversion) first"
         )
     neutral = {"bias": "none"}
     unread = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias")
     unread += ("alora_invocation_tokens", "layer_replication", "target_parameters")
     for name in unread:
         if config.get(name, neutral.get(name)) not in (neutral.get(name), None, False, {}):
-            raise AdapterError(f"{path}: {name} = {config[name]!r} is not supported here")
+            found = reprlib.repr(config[name])
+            raise AdapterError(f"{path}: {name} = {found} is not supported here")
     return config
 
 
@@ -461,6 +475,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     Raises:
         AdapterError: a file is missing or broken, tensors do not fit, or the base's weights are
             not those that the adapter was trained on.
+        CheckpointError: a tensor holds anything but finite numbers.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -473,6 +488,8 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
         )
     rows = config.get("trainable_token_indices") or []
     rows = rows.get("embed_tokens", rows.get(EMBEDDING, [])) if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not all(map(is_integer, rows)):
+        raise AdapterError(f"{folder / ADAPTER_CONFIG}: trainable_token_indices are no list of ids")
     settings = LoraSettings(
         rank=config["r"],
         alpha=config["lora_alpha"],
@@ -486,9 +503,26 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
         settings = LoraSettings(
             rank=0, train_tokens=settings.train_tokens, modules_to_save=settings.modules_to_save
         )
-    apply_lora(model, settings)
-    fill_adapter(model, tensors, folder)
+    put_on(model, settings, tensors, folder)
     return settings
+
+
+def put_on(
+    model: MiniMindForCausalLM, settings: LoraSettings, tensors: dict[str, torch.Tensor], path: Path
+) -> None:
+    """Puts in an adapter with the tensors that ``path`` holds for it.
+
+    Raises:
+        AdapterError: tensors are missing, unknown or of another shape.
+        CheckpointError: a tensor holds anything but finite numbers.
+    """
+    for name, tensor in tensors.items():
+        check_numbers(name, tensor, path)
+    try:
+        apply_lora(model, settings)
+    except AdapterError as error:  # which names a flag, not the file that asks for it
+        raise AdapterError(f"{path}: does not fit this model: {error}") from error
+    fill_adapter(model, tensors, path)
 
 
 def read_adapter_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -562,10 +596,9 @@ def load_minimind_lora(model: MiniMindForCausalLM, path: str | Path) -> LoraSett
         for name, tensor in read_pth(path).items()
     }
     layers = layers_of(tensors, ".lora_A.weight")
-    if not layers:
-        raise AdapterError(f"{path}: holds no tensor named ...lora.A.weight; no MiniMind adapter")
+    if not layers or tensors[f"{layers[0]}.lora_A.weight"].ndim != 2:
+        raise AdapterError(f"{path}: holds no matrix named ...lora.A.weight; no MiniMind adapter")
     rank = tensors[f"{layers[0]}.lora_A.weight"].shape[0]
     settings = LoraSettings(rank=rank, alpha=rank, targets=",".join(layers), init="gaussian")
-    apply_lora(model, settings)
-    fill_adapter(model, tensors, path)
+    put_on(model, settings, tensors, path)
     return settings

@@ -12,6 +12,9 @@ import hashlib
 import json
 import os
 import pickle
+import reprlib
+import struct
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,9 +22,9 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
     LlamaConfig,
@@ -34,6 +37,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+HEAD_WEIGHT = "lm_head.weight"
+TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers puts the chat template
+# The values of config.json that the model reads.
+CONFIG_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+CONFIG_SIZES += ("num_attention_heads", "num_key_value_heads", "head_dim")
+CONFIG_SIZES += ("max_position_embeddings",)
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+CONFIG_VALUES = (*CONFIG_SIZES, "rms_norm_eps", "tie_word_embeddings")
+CONFIG_VALUES += ("bos_token_id", "eos_token_id", "pad_token_id")
+DEFAULT_ROPE_THETA = 1e4  # transformers' for both families, where a config names none
 WEIGHTS_FILE = "model.safetensors"
 IGNORE_INDEX = -100
 # Up to about this length a CPU trains faster through plain products than through the fused kernel,
@@ -41,6 +54,13 @@ IGNORE_INDEX = -100
 SHORT_LENGTH = 192
 # Labeled positions whose logits exist at once: LOSS_CHUNK * V floats, which stay in a CPU's cache.
 LOSS_CHUNK = 512
+# A study of small models: more than this is a slip or a hostile config, refused before it is
+# allocated (8 GB of float32).
+MAX_PARAMETERS = 2 * 10**9
+MAX_LAYERS = 512
+# What torch raises for a broken pickle; code in one ends in an UnpicklingError.
+PICKLE_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError)
+PICKLE_ERRORS += (TypeError, AttributeError, AssertionError, ArithmeticError, struct.error)
 
 
 class CheckpointError(ValueError):
@@ -62,20 +82,15 @@ def minimind_config(
     """The model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
 
     Raises:
-        ValueError: heads that do not divide the hidden size, or key/value heads the heads.
+        ValueError: heads that do not divide the hidden size, or what :func:`check_shape` refuses.
     """
-    if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
+    if hidden_size % num_attention_heads:
         raise ValueError(
-            f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads} must be an "
-            "even whole number"
-        )
-    if num_attention_heads % num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads {num_attention_heads} must be a multiple of "
-            f"num_key_value_heads {num_key_value_heads}"
+            f"hidden_size {hidden_size} must be a multiple of num_attention_heads "
+            f"{num_attention_heads}"
         )
     config_class = Qwen3Config if qk_norm else LlamaConfig
-    return config_class(
+    config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
@@ -92,6 +107,30 @@ def minimind_config(
         eos_token_id=2,
         architectures=["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
     )
+    check_shape(config)
+    return config
+
+
+def check_shape(config: LlamaConfig | Qwen3Config) -> None:
+    """Refuses a shape that cannot be built or is absurdly large, before anything is allocated.
+
+    Raises:
+        ValueError: names the values.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim {config.head_dim} (hidden_size / heads) must be even")
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}"
+        )
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers {config.num_hidden_layers}: at most {MAX_LAYERS}")
+    attention = 2 * config.hidden_size * config.head_dim * (heads + kv_heads)
+    block = attention + 3 * config.hidden_size * config.intermediate_size
+    total = config.vocab_size * config.hidden_size + config.num_hidden_layers * block
+    if total > MAX_PARAMETERS:
+        raise ValueError(f"this shape has {total:,} parameters, of {MAX_PARAMETERS:,} allowed here")
 
 
 class RMSNorm(nn.Module):
@@ -449,7 +488,7 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = GenerationConfig(**{name: config[name] for name in ids})
     write_text(folder / "generation_config.json", generation.to_json_string())
-    for name in (*TOKENIZER_FILES, "chat_template.jinja"):
+    for name in (*TOKENIZER_FILES, TEMPLATE_FILE):
         if (tokenizer_dir / name).is_file():
             write_text(folder / name, (tokenizer_dir / name).read_text(encoding="utf-8"))
 
@@ -498,17 +537,63 @@ def sync(path: Path) -> None:
 def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, padding on the right.
 
+    Built from its two files alone: neither code that a ``tokenizer_config.json`` names nor the hub
+    is asked for anything.
+
     Raises:
-        CheckpointError: a file is missing, or there is no chat template.
+        CheckpointError: a file is missing or broken, there is no chat template, or a special token
+            is not in the vocabulary.
     """
     folder = Path(path)
     for name in TOKENIZER_FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; name a tokenizer's folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
-    if not tokenizer.chat_template:
-        raise CheckpointError(f"{folder / TOKENIZER_FILES[1]}: holds no chat_template")
-    return tokenizer
+    backend = read_tokenizer_json(folder / TOKENIZER_FILES[0])
+    config_path = folder / TOKENIZER_FILES[1]
+    config = read_json(config_path)
+    vocabulary = backend.get_vocab()
+    tokens = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(name)
+        tokens[name] = token.get("content") if isinstance(token, dict) else token
+        if tokens[name] is None and name in ("bos_token", "unk_token"):
+            continue
+        if not isinstance(tokens[name], str) or tokens[name] not in vocabulary:
+            raise CheckpointError(
+                f"{config_path}: {name} {reprlib.repr(token)} is no token of the vocabulary"
+            )
+    template_file = folder / TEMPLATE_FILE
+    template = config.get("chat_template")
+    if template_file.is_file():
+        template = template_file.read_text(encoding="utf-8")
+    if not isinstance(template, str) or not template:
+        raise CheckpointError(f"{config_path}: holds no chat_template; use another tokenizer")
+    longest = config.get("model_max_length")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        name_or_path=str(folder),
+        **tokens,
+        chat_template=template,
+        model_max_length=longest if isinstance(longest, int) else None,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def read_tokenizer_json(path: Path) -> Tokenizer:
+    """The tokenizer proper, which neither cuts nor pads, with ids from 0 on without a gap."""
+    try:
+        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 ({error.reason})") from error
+    except Exception as error:  # tokenizers has no class of its own for errors
+        raise CheckpointError(f"{path}: no tokenizer ({error}); copy or train it again") from error
+    backend.no_truncation()  # or long texts would lose their ends in silence
+    backend.no_padding()
+    ids = sorted(backend.get_vocab().values())
+    if ids != list(range(len(ids))):
+        raise CheckpointError(f"{path}: token ids must run from 0 on without a gap")
+    return backend
 
 
 def read_json(path: Path) -> dict:
@@ -519,39 +604,89 @@ def read_json(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise CheckpointError(f"{path}: broken JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested without end
+        raise CheckpointError(f"{path}: broken JSON ({error}); mend or copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content
 
 
 def read_config(folder: Path) -> LlamaConfig | Qwen3Config:
-    """The config of a saved folder, refused unless this file computes what it describes."""
+    """The config of a saved folder, refused unless this file computes what it describes.
+
+    Only the values that the model reads are taken over, so nothing else in the file has an effect.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; a checkpoint folder holds config.json")
     content = read_json(path)
     kinds = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-    if content.get("model_type") not in kinds:
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(
-            f"{path}: model_type {content.get('model_type')!r}; this model reads llama and qwen3"
+            f"{path}: model_type {reprlib.repr(kind)}; this model reads llama and qwen3"
         )
-    try:
-        config = kinds[content["model_type"]].from_dict(content)
-    except (StrictDataclassError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+    values = {name: content[name] for name in CONFIG_VALUES if content.get(name) is not None}
+    check_config_values(values, path)
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters must be an object")
+    theta = rope.get("rope_theta", content.get("rope_theta", DEFAULT_ROPE_THETA))
     unsupported = {
-        "rope_type": config.rope_parameters.get("rope_type") != "default",
-        "attention_bias": config.attention_bias,
-        "mlp_bias": content.get("mlp_bias", False),
-        "hidden_act": config.hidden_act != "silu",
-        "sliding_window": content.get("use_sliding_window", False),
+        "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "rope_theta": not is_positive(theta),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
+        "rms_norm_eps": not is_positive(values.get("rms_norm_eps", 1e-6)),
+        "attention_bias": content.get("attention_bias"),
+        "attention_dropout": content.get("attention_dropout"),
+        "mlp_bias": content.get("mlp_bias"),
+        "hidden_act": content.get("hidden_act", "silu") != "silu",
+        "sliding_window": content.get("use_sliding_window"),
+        "quantization_config": content.get("quantization_config"),
     }
     for name, found in unsupported.items():
         if found:
             raise CheckpointError(f"{path}: {name} has a value that this model does not compute")
+    try:
+        config = kinds[kind](
+            **values,
+            rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
+            architectures=[kinds[kind].__name__.replace("Config", "ForCausalLM")],
+        )
+        check_shape(config)
+    except (StrictDataclassError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: {reason}; mend or copy it again") from error
     return config
+
+
+def check_config_values(values: dict, path: Path) -> None:
+    """Refuses sizes that are missing or no whole numbers, and token ids out of the vocabulary."""
+    for name in CONFIG_SIZES:
+        size = values.get(name, 1 if name in OPTIONAL_SIZES else None)
+        if not is_integer(size) or size < 1:
+            raise CheckpointError(
+                f"{path}: {name} is {reprlib.repr(size)}; must be a whole number above 0"
+            )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = values.get(name, 0)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if not is_integer(token) or not 0 <= token < values["vocab_size"]:
+                raise CheckpointError(
+                    f"{path}: {name} {reprlib.repr(token)} is no token of the vocabulary"
+                )
+    if not isinstance(values.get("tie_word_embeddings", False), bool):
+        raise CheckpointError(f"{path}: tie_word_embeddings must be true or false")
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is a whole number; Python counts True and False among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_positive(value: object) -> bool:
+    """Whether ``value`` is a number above 0 that float32 holds; NaN is not."""
+    return isinstance(value, int | float) and 0 < value < 1e38
 
 
 def load_model(path: str | Path, num_attention_heads: int = 8) -> MiniMindForCausalLM:
@@ -572,8 +707,14 @@ def load_model(path: str | Path, num_attention_heads: int = 8) -> MiniMindForCau
             raise CheckpointError(f"{path}: no such folder; train it first or mend the path")
         config = read_config(path)
         tensors = read_safetensors(path / WEIGHTS_FILE)
+    with torch.device("meta"):  # shapes without memory: a config that does not fit allocates none
+        expected = MiniMindForCausalLM(config)
+    tensors = fitting_tensors(expected, tensors, path)
     model = MiniMindForCausalLM(config)
-    load_strictly(model, tensors, path)
+    with torch.no_grad():
+        for name, parameter in model.state_dict().items():
+            if name in tensors:  # a tied head is not: it is the embedding
+                parameter.copy_(tensors[name])
     return model
 
 
@@ -590,14 +731,19 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def read_pth(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a classic MiniMind checkpoint; code inside a pickle is refused, not run."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file; train it first or mend the path")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: not a file of torch.save, or cut off; copy it again")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or "empty").splitlines()[0]
-        raise CheckpointError(f"{path}: not a plain file of tensors ({reason})") from error
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise CheckpointError(f"{path}: expected a state dict, names to tensors")
+    except PICKLE_ERRORS as error:  # whose text tells how to run the code all the same
+        raise CheckpointError(
+            f"{path}: not a plain file of tensors, or damaged ({type(error).__name__}); nothing in "
+            "it was run; save it again as a state dict"
+        ) from error
+    is_dict = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not is_dict or not all(map(torch.is_tensor, tensors.values())):
+        raise CheckpointError(f"{path}: expected a state dict, names to tensors; save it as one")
     # MiniMind stores its rotary tables with the weights; they are computed here.
     return {k: v for k, v in tensors.items() if not k.startswith("model.freqs_")}
 
@@ -612,53 +758,67 @@ def config_of_tensors(
         "model.layers.0.mlp.gate_proj.weight",
     ]
     for name in needed:
-        if name not in tensors:
-            raise CheckpointError(f"{path}: no tensor {name}; not a dense MiniMind checkpoint")
+        if name not in tensors or tensors[name].ndim != 2:
+            raise CheckpointError(f"{path}: no matrix {name}; not a dense MiniMind checkpoint")
     vocab_size, hidden_size = tensors[needed[0]].shape
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     head_dim = hidden_size // num_attention_heads
-    if hidden_size % num_attention_heads or tensors[needed[1]].shape[0] % head_dim:
+    if hidden_size % num_attention_heads or not head_dim or tensors[needed[1]].shape[0] % head_dim:
         raise CheckpointError(
             f"{path}: hidden size {hidden_size} does not fit {num_attention_heads} heads; "
             "set --num_attention_heads"
         )
-    return minimind_config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=len(layers),
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=tensors[needed[1]].shape[0] // head_dim,
-        intermediate_size=tensors[needed[2]].shape[0],
-        qk_norm="model.layers.0.self_attn.q_norm.weight" in tensors,
-    )
+    try:
+        return minimind_config(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=len(layers),
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=tensors[needed[1]].shape[0] // head_dim,
+            intermediate_size=tensors[needed[2]].shape[0],
+            qk_norm="model.layers.0.self_attn.q_norm.weight" in tensors,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; set --num_attention_heads") from error
 
 
-def load_strictly(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies ``tensors`` into ``model``; every name and shape must match.
+def fitting_tensors(
+    model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
+) -> dict[str, torch.Tensor]:
+    """``tensors`` without a tied head, if every name and shape is the model's.
 
     Raises:
-        CheckpointError: names the first tensors that are missing, unknown or of another shape,
-            or a tied head that differs from the embedding.
+        CheckpointError: names the first tensors that are missing, unknown, of another shape, or
+            hold anything but finite numbers; or a tied head that differs from the embedding.
     """
-    tensors = dict(tensors)
     tied = model.config.tie_word_embeddings
-    head = tensors.pop("lm_head.weight", None) if tied else None
-    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
-        raise CheckpointError(
-            f"{path}: lm_head.weight differs from the embedding that it is tied to; untie it in "
-            "config.json (tie_word_embeddings: false)"
-        )
-    expected = {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
-    problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unknown {name}" for name in sorted(tensors.keys() - expected.keys())]
+    expected = {k: v for k, v in model.state_dict().items() if not (tied and k == HEAD_WEIGHT)}
+    found = {k: v for k, v in tensors.items() if not (tied and k == HEAD_WEIGHT)}
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unknown {name}" for name in sorted(found.keys() - expected.keys())]
     problems += [
-        f"{name} is {tuple(tensors[name].shape)}, the config asks {tuple(tensor.shape)}"
+        f"{name} is {tuple(found[name].shape)}, the config asks {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
+        if name in found and found[name].shape != tensor.shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path}: weights do not fit: {'; '.join(problems[:3])}{more}")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
+    for name, tensor in found.items():
+        check_numbers(name, tensor, path)
+    if tied and HEAD_WEIGHT in tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors[HEAD_WEIGHT], embedding):
+            raise CheckpointError(
+                f"{path}: {HEAD_WEIGHT} differs from the embedding that it is tied to; untie it in "
+                "config.json (tie_word_embeddings: false)"
+            )
+    return found
+
+
+def check_numbers(name: str, tensor: torch.Tensor, path: Path) -> None:
+    """Refuses a tensor of another kind than floating point, or with a NaN or an infinity."""
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{path}: {name} is {tensor.dtype}; only floating point is read")
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{path}: {name} holds values that are no numbers: the run diverged")

@@ -103,68 +103,6 @@ def one_line(**record: object) -> bytes:
     return json.dumps(record).encode()
 
 
-def roles(*names: str) -> bytes:
-    return one_line(conversations=[{"role": name, "content": "x"} for name in names])
-
-
-BAD_LINES = {
-    "broken JSON": ("sft", b'{"conversations": [', "broken JSON"),
-    "no object": ("sft", b"[1]", "expected a JSON object, found list"),
-    "deep nesting": ("pretrain", b"[" * 100_000, "broken JSON"),
-    "not UTF-8": ("pretrain", b'{"text": "\xff"}', "not UTF-8"),
-    "half a surrogate pair": ("pretrain", b'{"text": "a \\ud83d b"}', "surrogate"),
-    "half a pair in a turn": (
-        "sft",
-        b'{"instruction": "hi", "output": "\\ude00"}',
-        "surrogate",
-    ),
-    "missing text": ("pretrain", one_line(body="x"), 'no field "text"'),
-    "text of wrong type": ("pretrain", one_line(text=3), '"text" must be a non-empty string'),
-    "empty text": ("pretrain", one_line(text=" \n"), '"text" must be a non-empty string'),
-    "SFT file to pretraining": ("pretrain", roles("user", "assistant"), "a fine-tuning file?"),
-    "pretraining file to SFT": ("sft", one_line(text="x"), "a pretraining file?"),
-    "missing field": ("sft", one_line(instruction="x"), 'no field "conversations"'),
-    "no list": ("sft", one_line(conversations="hi"), "non-empty list"),
-    "empty list": ("sft", one_line(messages=[]), "non-empty list"),
-    "no message": ("sft", one_line(messages=["hi"]), "message 1 must be an object"),
-    "input of wrong type": (
-        "sft",
-        one_line(instruction="x", input=None, output="y"),
-        '"instruction" and "input" must be strings',
-    ),
-    "content of wrong type": (
-        "sft",
-        one_line(messages=[{"role": "user", "content": 5}]),
-        'message 1 (user) needs a non-empty string "content"',
-    ),
-    "empty content": (
-        "sft",
-        one_line(messages=turns("x", " \t")),
-        'message 2 (assistant) needs a non-empty string "content"',
-    ),
-    "unknown role": ("sft", roles("user", "robot"), "message 2 has role 'robot'"),
-    "two users": ("sft", roles("user", "user", "assistant"), "roles are user, user, assistant"),
-    "no answer": ("sft", roles("system", "user"), "roles are system, user; expected"),
-    "system alone": ("sft", roles("system"), "roles are system; expected"),
-    "system in the middle": ("sft", roles("user", "assistant", "system", "user"), "roles are"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_LINES)
-def test_bad_line_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, case: str) -> None:
-    kind, line, reason = BAD_LINES[case]
-    good = one_line(text="fine") if kind == "pretrain" else roles("user", "assistant")
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(good + b"\n\n" + line + b"\n" + good + b"\n")
-    with pytest.raises(DataError) as caught:
-        load_tokens(kind, [path], tokenizer, 64, tmp_path / "cache")
-    message = str(caught.value)
-    assert message.startswith(f"{path}:3: ")
-    assert reason in message
-    assert "\n" not in message
-    assert not any((tmp_path / "cache").iterdir())  # nothing half-written stays
-
-
 def test_cut_off_gzip_is_named(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 10**9, 2000).tolist()
     whole = gzip.compress(b"".join(one_line(text=str(number)) + b"\n" for number in noise))
@@ -175,32 +113,6 @@ def test_cut_off_gzip_is_named(tmp_path: Path) -> None:
     assert 500 < line < 1500
     with pytest.raises(DataError, match=re.escape(f"{path}:{line}: the gzip stream is broken")):
         list(read_jsonl(path))
-
-
-def test_plain_text_called_gzip_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "plain.jsonl.gz"
-    path.write_bytes(one_line(text="x"))
-    with pytest.raises(DataError, match=re.escape(f"{path}:1: the gzip stream is broken")):
-        list(read_jsonl(path))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [(None, "no such file"), (b"", "holds no record"), (b"\n \n", "holds no record")],
-)
-@pytest.mark.parametrize("kind", ["pretrain", "sft"])
-def test_missing_or_empty_file_is_named(
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    kind: str,
-    content: bytes | None,
-    reason: str,
-) -> None:
-    path = tmp_path / "data.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(f"{path}: {reason}")):
-        load_tokens(kind, [path], tokenizer, 64, tmp_path / "cache")
 
 
 def test_text_keeps_its_white_space() -> None:
@@ -444,7 +356,11 @@ def test_packing_cuts_one_stream_of_documents(
 @pytest.mark.parametrize(("total", "lengths"), [(9, [4, 4]), (10, [4, 4, 2]), (8, [4, 4])])
 def test_tail_of_one_token_has_no_target_and_is_left_out(total: int, lengths: list[int]) -> None:
     store = lm_dataset.TokenStore(
-        np.arange(total, dtype=np.uint16), np.array([0, total]), np.zeros(0, bool), {}
+        tokens=np.arange(total, dtype=np.uint16),
+        starts=np.array([0, total]),
+        labeled=np.zeros(0, bool),
+        info={},
+        digests=np.zeros(1, np.uint64),
     )
     assert PackedDataset(store, 4).lengths.tolist() == lengths
 
@@ -453,7 +369,8 @@ def conversation_set() -> ConversationDataset:
     """Samples [10, 11, 12], [20, 21] and [30, 31, 32, 33], labels on all but each's first."""
     tokens = np.array([10, 11, 12, 20, 21, 30, 31, 32, 33], dtype=np.uint16)
     labeled = np.array([0, 1, 1, 0, 1, 0, 1, 1, 1], dtype=bool)
-    return ConversationDataset(lm_dataset.TokenStore(tokens, np.array([0, 3, 5, 9]), labeled, {}))
+    starts, digests = np.array([0, 3, 5, 9]), np.arange(3, dtype=np.uint64)
+    return ConversationDataset(lm_dataset.TokenStore(tokens, starts, labeled, {}, digests))
 
 
 def test_collate_pads_on_the_right_to_the_longest() -> None:

@@ -64,7 +64,7 @@ def refuse(capsys: pytest.CaptureFixture, out: Path, *argv: str) -> str:
     assert main([*argv, "--output_dir", str(out)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("prepare.py: ")
+    assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert not out.exists()
     return captured.err
@@ -524,7 +524,7 @@ GOOD_DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "
         ("dolly", "d.csv", "Q,A\n", "dolly is read from .jsonl, .jsonl.gz, .parquet files"),
         ("dolly", "d.jsonl.gz", "not gzip", "d.jsonl.gz: damaged gzip file"),
         ("dolly", "d.parquet", "not parquet", "d.parquet: not a whole parquet file"),
-        ("alpaca", "a.json", "[\n{]", "a.json, line 2: broken JSON"),
+        ("alpaca", "a.json", "[\n{]", "enclosed in double quotes at line 2, column 2)"),
         ("alpaca", "a.json", "{}", "a.json: expected one JSON list"),
         ("alpaca", "a.json", '[{"instruction": "Q"}]', "a.json, record 1: no field 'input'"),
         ("tinystories", "t.txt", "Just a book.\n", "t.txt: no <|endoftext|> in it"),

@@ -113,27 +113,6 @@ def test_training_learns_words_of_documents_and_conversations(
     assert trained.convert_ids_to_tokens(trained("the zebra")["input_ids"]) == ["the", "Ġzebra"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (["--data_path", "{tmp}/none.jsonl"], "none.jsonl: no such file"),
-        (["--data_path", "{tmp}/bad.jsonl"], "bad.jsonl:2: broken JSON"),
-        (["--data_path", "{tmp}/bad.jsonl", "--vocab_size", "258"], "258: 256 bytes and 3"),
-    ],
-)
-def test_bad_input_is_one_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], reason: str
-) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    flags = [flag.format(tmp=tmp_path) for flag in flags]
-    with pytest.raises(SystemExit) as caught:
-        train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "out")])
-    assert caught.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "error: " in last and reason in last
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_incomplete_folder_is_refused(tmp_path: Path, name: str) -> None:
     for file in {"tokenizer.json", "tokenizer_config.json"} - {name}:

@@ -236,7 +236,8 @@ def test_first_loss_is_the_bases_mean_over_labeled_tokens(
 def test_trainable_parts_alone_change(
     base: Path, home: Path, tmp_path: Path, trainable: str
 ) -> None:
-    flags = sft_flags(home, tmp_path) + f" --trainable {trainable} --weight_decay 0.1 --max_steps 2"
+    decay = " --weight_decay 0.1" if trainable not in ("norms", "embeddings") else ""
+    flags = sft_flags(home, tmp_path) + f" --trainable {trainable} --max_steps 2{decay}"
     assert call("full_sft", flags, home) == 0
     before = load_file(base / "model.safetensors")
     after = load_file(tmp_path / "full_sft/model.safetensors")
@@ -680,16 +681,8 @@ def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="session")
 def shelf(base: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Things that cannot be used, and ``out/`` with a finished, a stateless and a stopped run."""
+    """``out/`` with a finished, a stateless and a stopped run."""
     shelf = tmp_path_factory.mktemp("shelf")
-    lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
-    (shelf / "broken.jsonl").write_text("".join(lines[:2]) + '{"conversations": [\n')
-    for name in ("corrupt", "deeper"):
-        shutil.copytree(base, shelf / name, ignore=shutil.ignore_patterns("resume"))
-    weights = (base / "model.safetensors").read_bytes()
-    (shelf / "corrupt/model.safetensors").write_bytes(weights[: len(weights) // 2])
-    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 3}
-    (shelf / "deeper/config.json").write_text(json.dumps(config))
     for stage in ("full_sft", "lora"):
         flags = sft_flags(home, shelf / "out")
         with at_step(2, terminate):
@@ -700,57 +693,8 @@ def shelf(base: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return shelf
 
 
-ALL = ("pretrain", "full_sft", "lora")
 TUNING = ("full_sft", "lora")
-REFUSED = [
-    # Values that cannot work.
-    (ALL, "--learning_rate nan", "--learning_rate nan: must be a positive number"),
-    (ALL, "--learning_rate 0", "--learning_rate 0.0: must be a positive number"),
-    (ALL, "--batch_size -4", "--batch_size -4: must be a positive number"),
-    (ALL, "--epochs inf", "--epochs inf: must be a positive number"),
-    (ALL, "--accumulation_steps 0", "--accumulation_steps 0: must be"),
-    (ALL, "--weight_decay -0.1", "--weight_decay -0.1: must be 0 or more"),
-    (ALL, "--grad_clip nan", "--grad_clip nan: must be 0 or more"),
-    (ALL, "--warmup_ratio 1.5", "--warmup_ratio 1.5: must lie between 0 and 1"),
-    (ALL, "--min_lr_ratio nan", "--min_lr_ratio nan: must lie between 0 and 1"),
-    (ALL, "--max_steps 0", "--max_steps 0: must be 1 or more"),
-    (ALL, "--log_interval 0", "--log_interval 0: must be 1 or more"),
-    (ALL, "--max_seq_len 1", "--max_seq_len 1: must be 2 or more"),
-    (ALL, "--seed -1", "--seed -1: must lie between 0 and 4294967295"),
-    (ALL, "--report_to pigeon", "--report_to pigeon: "),
-    (("pretrain", "full_sft"), "--run_name a/b", "--run_name 'a/b': must be a plain folder name"),
-    (("lora",), "--lora_name ..", "must be a plain folder name"),
-    (ALL, "--from_resume --overwrite", "contradict each other"),
-    (ALL, "--dtype float16", "--dtype float16: needs CUDA, not cpu"),
-    (ALL, "--hidden_size 0", "--hidden_size 0: must be"),
-    (("pretrain",), "--hidden_size 33", "must be an even whole number"),
-    (("pretrain",), "--num_key_value_heads 3", "must be a multiple of num_key_value_heads 3"),
-    # What trains.
-    (("full_sft",), "--trainable norms,nose", "--trainable 'nose': known are all, "),
-    (("lora",), "--lora_targets q_proj,x_proj", "--lora_targets: no linear is called 'x_proj'"),
-    (("lora",), "--lora_rank 17", "k_proj is (16, 32), so its rank is 1 to 16"),
-    (("lora",), "--lora_rank -1", "--lora_rank -1: must be 0 or more"),
-    (("lora",), "--lora_rank 0", "nothing to train"),
-    (("lora",), "--lora_dropout 1", "--lora_dropout 1.0: must lie in [0, 1)"),
-    (("lora",), "--lora_alpha nan", "--lora_alpha nan: must be a positive number"),
-    (("lora",), "--loraplus_lr_ratio 0", "--loraplus_lr_ratio 0.0: must be a positive number"),
-    (("lora",), "--modules_to_save nose", "--modules_to_save: 'nose' names no embedding or norm"),
-    (("lora",), "--train_tokens <|nose|>", "--train_tokens <|nose|>: not a token of"),
-    (("lora",), "--train_tokens a a", "--train_tokens: ids must differ"),
-    (("lora",), "--train_tokens a --modules_to_save embeddings", "--train_tokens: the whole"),
-    (("lora",), "--from_weight none", "--from_weight none: an adapter of random weights"),
-    # Checkpoints.
-    (TUNING, "--from_weight {shelf}/none", "/none: no such folder; train it first"),
-    (TUNING, "--from_weight {shelf}/none.pth", "/none.pth: no such file"),
-    (TUNING, "--from_weight {home}/text.jsonl", "text.jsonl: no such folder"),
-    (TUNING, "--from_weight {home}", "config.json: missing"),
-    (TUNING, "--from_weight {shelf}/corrupt", "model.safetensors: corrupt ("),
-    (TUNING, "--from_weight {shelf}/deeper", "weights do not fit: missing model.layers.2."),
-    (TUNING, "--hidden_size 64", "--hidden_size 64: "),
-    (TUNING, "--num_hidden_layers 3", "has 2; drop the flag"),
-    (TUNING, "--qk_norm", "--qk_norm True: "),
-    (ALL, "--tokenizer_path {home}", "tokenizer.json: missing"),
-    # Runs.
+REFUSED = [  # what is refused without a run before it stands in test_bad_input.py
     (TUNING, "--save_dir {shelf}/out", " exists: continue it with --from_resume"),
     (TUNING, "--save_dir {shelf}/none --from_resume", " does not exist; leave out --from_resume"),
     (
@@ -764,22 +708,7 @@ REFUSED = [
         "--from_resume: --learning_rate was 0.003 and is 0.001 now",
     ),
     (("lora",), "--save_dir {shelf}/out --from_resume --lora_rank 4", "--lora_rank was 8 and is 4"),
-    # Data.
-    (TUNING, "--data_path {shelf}/broken.jsonl", "broken.jsonl:3: broken JSON"),
-    (TUNING, "--eval_data_path {shelf}/broken.jsonl", "broken.jsonl:3: broken JSON"),
-    (TUNING, "--data_path {home}/text.jsonl", 'text.jsonl:1: no field "conversations"'),
-    (("pretrain",), "--data_path {home}/sft.jsonl", 'sft.jsonl:1: no field "text"'),
-    (ALL, "--data_path {home}/none.jsonl", "none.jsonl: no such file"),
-    (TUNING, "--max_seq_len 3", "no sample keeps an assistant token within 3 tokens"),
-    # argparse's own: what a stage does not have, and what is no number.
-    (("pretrain", "full_sft"), "--lora_rank 8", "unrecognized arguments: --lora_rank 8"),
-    (("pretrain", "lora"), "--trainable norms", "unrecognized arguments: --trainable norms"),
-    (ALL, "--batch 4", "unrecognized arguments: --batch 4"),
-    (ALL, "--batch_size four", "argument --batch_size: invalid int value: 'four'"),
-    (ALL, "--lr_schedule sine", "argument --lr_schedule: invalid choice: 'sine'"),
 ]
-if not torch.cuda.is_available():
-    REFUSED.append((ALL, "--device cuda", "--device cuda: this machine has none"))
 
 
 @pytest.mark.parametrize(
@@ -807,10 +736,7 @@ def test_what_cannot_work_is_one_error(
         run_script(lambda: call(stage, f"{common} {flags}", home))
     assert caught.value.code == 2
     lines = capfd.readouterr().err.splitlines()
-    assert reason in lines[-1]
-    if "argument" in reason:
-        assert lines[0].startswith("usage: ") and "error: " in lines[-1]
-    else:
-        assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert reason in lines[0]
     # No run folder, no file of one.
     assert {folder: sorted(folder.rglob("*")) for folder in (tmp_path, shelf)} == before

@@ -2,11 +2,14 @@
 
 import argparse
 import math
+import reprlib
 from pathlib import Path
+from typing import NoReturn
 
 from accelerate.tracking import get_available_trackers
 
 OUT_DIR = Path(__file__).resolve().parents[1] / "out"
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, endings included
 SHAPE_FLAGS = (
     "hidden_size",
     "num_hidden_layers",
@@ -21,11 +24,27 @@ class SettingsError(ValueError):
     """A flag whose value cannot work; the message names the flag and what to do."""
 
 
-def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are; it takes no abbreviations.
+
+    Raises:
+        SettingsError: for what argparse itself refuses.
+    """
+
+    def __init__(self, doc: str):
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; --help explains the flags")
+
+
+def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parser:
     """A parser with the flags that all stages share; stages set other defaults and add theirs."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(doc)
     add = parser.add_argument_group("run").add_argument
     add("--save_dir", type=Path, default=OUT_DIR, help="where run folders go (default: out/)")
     add(name_flag, dest="run_name", default=run_name, help=f"run folder (default: {run_name})")
@@ -56,7 +75,7 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> argpa
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=float, default=1.0, help="passes over the data (default %(default)s)")
-    add("--max_steps", type=int, help="stop after so many optimizer steps, whatever --epochs says")
+    add("--max_steps", type=int, help="optimizer steps, in place of --epochs")
     add("--batch_size", type=int, default=32, help="samples a process and micro-batch (32)")
     add("--accumulation_steps", type=int, default=1, help="micro-batches an optimizer step (1)")
     add("--learning_rate", type=float, default=5e-4, help="peak (default %(default)s)")
@@ -73,7 +92,7 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> argpa
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser, from_weight: str) -> None:
+def add_model_flags(parser: Parser, from_weight: str) -> None:
     """Where the weights come from, and the shape for a run from random weights."""
     add = parser.add_argument_group("model").add_argument
     add(
@@ -92,8 +111,17 @@ def add_model_flags(parser: argparse.ArgumentParser, from_weight: str) -> None:
     add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuses values that cannot work, before anything is loaded.
+def refuse_ignored(
+    args: argparse.Namespace, parser: Parser, flags: tuple[str, ...], reason: str
+) -> None:
+    """Refuses flags that were given another value than their default, but would not be read."""
+    for flag in flags:
+        if vars(args)[flag] != parser.get_default(flag):
+            raise SettingsError(f"--{flag} {vars(args)[flag]}: {reason}; drop one of both")
+
+
+def check_args(args: argparse.Namespace, parser: Parser) -> None:
+    """Refuses values that cannot work and flags that would be ignored, before anything is loaded.
 
     Raises:
         SettingsError: names the flag.
@@ -118,8 +146,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise SettingsError(f"--log_interval {args.log_interval}: must be 1 or more")
     if args.max_seq_len < 2:
         raise SettingsError(f"--max_seq_len {args.max_seq_len}: must be 2 or more")
-    if args.run_name in ("", "..") or Path(args.run_name).name != args.run_name:
-        raise SettingsError(f"--run_name {args.run_name!r}: must be a plain folder name")
+    if args.max_steps is not None:
+        refuse_ignored(args, parser, ("epochs",), "--max_steps says when to stop")
+    if args.lr_schedule == "constant":
+        refuse_ignored(args, parser, ("min_lr_ratio",), "--lr_schedule constant has no last rate")
+    check_run_name(args.run_name)
+    if args.save_dir.exists() and not args.save_dir.is_dir():
+        raise SettingsError(f"--save_dir {args.save_dir}: is a file; name a folder")
     if not 0 <= args.seed < 2**32:
         raise SettingsError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
     trackers = ["none", *map(str, get_available_trackers())]
@@ -132,3 +165,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise SettingsError("--eval_interval needs --eval_data_path beside --data_path")
     if args.from_resume and args.overwrite:
         raise SettingsError("--from_resume and --overwrite contradict each other; give one")
+
+
+def check_run_name(name: str) -> None:
+    """Refuses what is no plain folder name that a terminal and every system can show."""
+    is_plain = name not in ("", "..") and Path(name).name == name and "\\" not in name
+    if not (is_plain and name.isprintable() and len(name.encode()) <= LONGEST_NAME):
+        raise SettingsError(
+            f"--run_name or --lora_name {reprlib.repr(name)}: must be a plain folder name of at "
+            f"most {LONGEST_NAME} bytes"
+        )

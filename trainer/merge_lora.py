@@ -15,16 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.untrusted import shown
 from model.model_lora import AdapterError, find_base, load_lora, load_minimind_lora, merged_model
 from model.model_minimind import TOKENIZER_DIR, load_model, save_model
-from trainer.arguments import SettingsError
+from trainer.arguments import Parser, SettingsError
 from trainer.trainer_utils import run_script
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder, or a MiniMind adapter .pth")
     add("--base", type=Path, help="its base (default: the one that the adapter's config names)")
@@ -37,6 +36,8 @@ def main() -> int:
     args = parse_args()
     if args.output_dir.exists():
         raise SettingsError(f"--output_dir {args.output_dir}: exists; name another folder")
+    if args.num_attention_heads < 1:
+        raise SettingsError(f"--num_attention_heads {args.num_attention_heads}: must be 1 or more")
     is_minimind = args.adapter.suffix == ".pth"
     if is_minimind and args.base is None:
         raise AdapterError(f"{args.adapter}: a MiniMind adapter names no base; give --base")
@@ -45,7 +46,7 @@ def main() -> int:
     load = load_minimind_lora if is_minimind else load_lora
     load(model, args.adapter)
     save_model(merged_model(model), base if base.is_dir() else TOKENIZER_DIR, args.output_dir)
-    print(f"{args.adapter} merged into {base}: {args.output_dir}")
+    print(shown(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0
 
 

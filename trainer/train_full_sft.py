@@ -42,7 +42,7 @@ def main() -> int:
     )
     parser.set_defaults(epochs=2.0, learning_rate=5e-4)
     args = parser.parse_args()
-    check_args(args)
+    check_args(args, parser)
     accelerator = make_accelerator(args)
     fill_data_paths(args, "sft", accelerator)
     run = find_run_folder(args, accelerator)

@@ -25,10 +25,12 @@ from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save
 from model.model_minimind import load_tokenizer, weights_fingerprint
 from trainer.arguments import (
     OUT_DIR,
+    Parser,
     SettingsError,
     add_model_flags,
     check_args,
     make_parser,
+    refuse_ignored,
 )
 from trainer.run_folder import base_reference, find_run_folder
 from trainer.trainer_utils import (
@@ -42,8 +44,12 @@ from trainer.trainer_utils import (
     train,
 )
 
+# Flags that say how matrices are adapted.
+OF_MATRICES = ("lora_alpha", "lora_dropout", "lora_targets", "lora_init", "use_rslora")
+OF_MATRICES += ("loraplus_lr_ratio",)
 
-def add_lora_flags(parser: argparse.ArgumentParser) -> None:
+
+def add_lora_flags(parser: Parser) -> None:
     """What is adapted, and how."""
     add = parser.add_argument_group("adapter").add_argument
     add("--lora_rank", type=int, default=8, help="r (default 8)")
@@ -99,8 +105,8 @@ def lora_settings(args: argparse.Namespace, tokenizer_dir: Path) -> LoraSettings
     )
 
 
-def check_lora_args(args: argparse.Namespace) -> None:
-    """Refuses adapter flags that cannot work, before anything is loaded."""
+def check_lora_args(args: argparse.Namespace, parser: Parser) -> None:
+    """Refuses adapter flags that cannot work or would be ignored, before anything is loaded."""
     if args.from_weight == "none":
         raise SettingsError("--from_weight none: an adapter of random weights means nothing")
     if args.lora_rank < 0:
@@ -110,6 +116,8 @@ def check_lora_args(args: argparse.Namespace) -> None:
     for flag in ("lora_alpha", "loraplus_lr_ratio"):
         if not 0 < vars(args)[flag] < float("inf"):
             raise SettingsError(f"--{flag} {vars(args)[flag]}: must be a positive number")
+    if args.lora_rank == 0:
+        refuse_ignored(args, parser, OF_MATRICES, "--lora_rank 0 adapts no matrix")
 
 
 def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
@@ -131,8 +139,8 @@ def main() -> int:
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
     args = parser.parse_args()
-    check_args(args)
-    check_lora_args(args)
+    check_args(args, parser)
+    check_lora_args(args, parser)
     accelerator = make_accelerator(args)
     fill_data_paths(args, "sft", accelerator)
     run = find_run_folder(args, accelerator)

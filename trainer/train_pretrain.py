@@ -36,7 +36,7 @@ def main() -> int:
     add_model_flags(parser, from_weight="none")
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
     args = parser.parse_args()
-    check_args(args)
+    check_args(args, parser)
     accelerator = make_accelerator(args)
     fill_data_paths(args, "pretrain", accelerator)
     run = find_run_folder(args, accelerator)

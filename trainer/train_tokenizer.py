@@ -19,9 +19,13 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.lm_dataset import DataError, read_jsonl, record_messages, record_text
+from dataset.lm_dataset import read_jsonl, record_messages, record_text
+from dataset.untrusted import shown
 from model.model_minimind import write_text
+from trainer.arguments import Parser, SettingsError
+from trainer.trainer_utils import run_script
 
+MAX_VOCAB = 2**20
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1 and 2
 # ChatML. Contents are trimmed so that white space never merges with the template's own; the
 # generation tags let transformers compute the assistant mask, and print nothing.
@@ -38,17 +42,18 @@ CHAT_TEMPLATE = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--vocab_size", type=int, default=6400, help="tokens (default: 6400)")
     args = parser.parse_args(argv)
-    if args.vocab_size < 256 + 3:
-        parser.error(f"--vocab_size {args.vocab_size}: 256 bytes and 3 special tokens need 259")
+    if not 256 + 3 <= args.vocab_size <= MAX_VOCAB:
+        raise SettingsError(
+            f"--vocab_size {args.vocab_size}: must be 259 (256 bytes and 3 special tokens) to "
+            f"{MAX_VOCAB}"
+        )
     if args.output_dir.exists() and not args.output_dir.is_dir():
-        parser.error(f"--output_dir {args.output_dir}: is a file; name a folder")
+        raise SettingsError(f"--output_dir {args.output_dir}: is a file; name a folder")
     return args
 
 
@@ -70,6 +75,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, BOS, EOS],
+        show_progress=sys.stdout.isatty(),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -94,16 +100,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        tokenizer = train_tokenizer(corpus_texts(args.data_path), args.vocab_size)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tokenizer = train_tokenizer(corpus_texts(args.data_path), args.vocab_size)
     save_tokenizer(tokenizer, args.output_dir)
-    print(f"{len(tokenizer)} tokens written to {args.output_dir}")
+    print(shown(f"{len(tokenizer)} tokens written to {args.output_dir}"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -41,9 +41,12 @@ from dataset.lm_dataset import (
     StepCollator,
     StepSampler,
     collate,
+    count_shared,
+    data_notes,
     describe_sample,
     load_dataset,
 )
+from dataset.untrusted import error_line, shown
 from model.model_lora import AdapterError
 from model.model_minimind import (
     TOKENIZER_DIR,
@@ -86,7 +89,7 @@ def run_script(main: Callable[[], int]) -> None:
     try:
         code = main()
     except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted before the first step", file=sys.stderr)
@@ -140,6 +143,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Sets the seed and the device, and resolves ``auto`` in ``args`` to what is used."""
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
+    if args.use_compile == "on" and not can_compile(args.device):
+        raise SettingsError(
+            "--use_compile on: no compiler (g++ or clang++ on a CPU, gcc or cc on a GPU) or no "
+            "Python.h here; install both, or use --use_compile off"
+        )
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]
     trackers = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
@@ -161,6 +169,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
             config = minimind_config(vocab_size=len(load_tokenizer(folder)), **shape)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        check_length(args.max_seq_len, config.max_position_embeddings)
         return MiniMindForCausalLM(config), folder
     path = resolve_weights(args.from_weight)
     model = load_model(path, **{k: v for k, v in shape.items() if k == "num_attention_heads"})
@@ -175,7 +184,14 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
             f"{folder}: the tokenizer has {vocabulary} tokens, {path} {model.config.vocab_size}; "
             "set --tokenizer_path to the tokenizer that the weights were trained with"
         )
+    check_length(args.max_seq_len, model.config.max_position_embeddings)
     return model, folder
+
+
+def check_length(max_seq_len: int, positions: int) -> None:
+    """Refuses samples longer than the positions that a model is made for."""
+    if max_seq_len > positions:
+        raise SettingsError(f"--max_seq_len {max_seq_len}: the model has {positions} positions")
 
 
 def resolve_weights(from_weight: str) -> Path:
@@ -220,6 +236,7 @@ def load_data(
         valid = None
         if args.eval_data_path:
             valid = load_dataset(kind, args.eval_data_path, tokenizer, args.max_seq_len)
+            valid.store.info["also_in_training"] = count_shared(valid.store, train.store)
     return train, valid
 
 
@@ -229,17 +246,22 @@ def show_sample(tokenizer_dir: Path, dataset: PackedDataset | ConversationDatase
     return 0
 
 
+def can_compile(device: str) -> bool:
+    """Whether generated code can be built here: C++ on the CPU, C launchers on CUDA."""
+    has_header = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
+    return has_header and any(
+        map(shutil.which, ("g++", "clang++") if device == "cpu" else ("gcc", "cc"))
+    )
+
+
 def compile_blocks(model: MiniMindForCausalLM, mode: str, flops: float, device: str) -> bool:
     """Compiles the transformer block, once for all layers, if ``mode`` or the run's size says so.
 
     ``auto`` leaves short runs alone, and machines without a compiler; it depends on the settings
     only, never on a clock, so a resumed run computes what the first part computed.
     """
-    # Generated code is C++ on the CPU and C launchers on CUDA; both include Python.h.
-    has_header = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
-    has_compiler = any(map(shutil.which, ("g++", "clang++") if device == "cpu" else ("gcc", "cc")))
     earns = flops >= COMPILE_FLOPS.get(device, math.inf)
-    wanted = mode == "on" or (mode == "auto" and earns and has_compiler and has_header)
+    wanted = mode == "on" or (mode == "auto" and earns and can_compile(device))
     if wanted:
         for layer in model.model.layers:
             layer.compile()
@@ -289,6 +311,16 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace, b_ratio: float 
         {"params": fast, "weight_decay": args.weight_decay, "lr_ratio": b_ratio},
     ]
     return [group for group in groups if group["params"]]
+
+
+def check_weight_decay(model: nn.Module, args: argparse.Namespace) -> None:
+    """Refuses a weight decay that no trainable parameter would get."""
+    decays = any(group["weight_decay"] for group in parameter_groups(model, args))
+    if args.weight_decay and not decays:
+        raise SettingsError(
+            f"--weight_decay {args.weight_decay}: acts on matrices outside the embedding, of which "
+            "none trains; drop it"
+        )
 
 
 def flops_per_token(model: MiniMindForCausalLM, sequence_length: float) -> float:
@@ -356,6 +388,7 @@ def train(job: Job) -> int:
         SettingsError: the run cannot be continued, memory ran out, or a data process died.
         OSError: the disk is full or cannot be written to.
     """
+    check_weight_decay(job.model, job.args)
     make_run_folder(job)
     progress = Progress()
     try:
@@ -678,12 +711,9 @@ def describe_run(
             f"{args.run_name}: {trainable:,} of {total:,} parameters train for {steps} steps on "
             f"{args.device} in {args.dtype}{', compiled' if compiled else ''}"
         )
-        info = job.train_set.store.info
-        if info["truncated"] or info["dropped_without_labels"]:
-            print(
-                f"{info['truncated']} samples are cut at {args.max_seq_len} tokens, "
-                f"{info['dropped_without_labels']} dropped since no label is left"
-            )
+        for dataset in filter(None, (job.train_set, job.eval_set)):
+            for note in data_notes(dataset.store.info):
+                print(shown(note))
         if job.eval_set is None:
             print("no --eval_data_path: no validation loss")
 
