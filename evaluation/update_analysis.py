@@ -103,8 +103,8 @@ from model.model_minimind import (
     TOKENIZER_DIR,
     CheckpointError,
     MiniMindForCausalLM,
+    fill_weights,
     load_model,
-    load_strictly,
     read_json,
     save_model,
     weights_fingerprint,
@@ -147,24 +147,18 @@ def run_name(path: Path) -> str:
     return path.resolve().name.removesuffix(".pth")
 
 
-def named_weights(model: MiniMindForCausalLM, path: Path) -> dict[str, Tensor]:
-    """Every weight in float64, a tied head once.
-
-    Raises:
-        CheckpointError: a weight is no number.
-    """
+def named_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
+    """Every weight in float64, a tied head once."""
     tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors[f"{HEAD}.weight"]
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise CheckpointError(f"{path}: weights that are no numbers: the run diverged")
     return tensors
 
 
 def load_base(path: Path) -> Base:
     """The base of a path."""
     model = load_model(path)
-    return Base(path, model, named_weights(model, path), weights_fingerprint(model))
+    return Base(path, model, named_weights(model), weights_fingerprint(model))
 
 
 def load_update(base: Base, path: Path) -> Update:
@@ -189,7 +183,7 @@ def load_update(base: Base, path: Path) -> Update:
     else:
         model = load_model(path)
         check_base(base, path)
-    after = named_weights(model, path)
+    after = named_weights(model)
     check_shapes(base, after, path)
     delta = {n: factors[n] if n in factors else after[n] - w0 for n, w0 in base.weights.items()}
     if not any(tensor.any() for tensor in delta.values()):
@@ -533,7 +527,7 @@ def write_variant(variant: Variant, base: Base, update: Update, folder: Path) ->
         "rest": squared_norm_ratio(delta, update.delta, delta.keys() - linears),
     }
     model = MiniMindForCausalLM(base.model.config)
-    load_strictly(model, {n: w0 + delta[n] for n, w0 in base.weights.items()}, folder)
+    fill_weights(model, {n: w0 + delta[n] for n, w0 in base.weights.items()})
     aside = folder.with_name(f"{folder.name}.tmp")
     save_model(model, update.tokenizer_dir, aside)
     record = {

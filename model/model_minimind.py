@@ -711,11 +711,16 @@ def load_model(path: str | Path, num_attention_heads: int = 8) -> MiniMindForCau
         expected = MiniMindForCausalLM(config)
     tensors = fitting_tensors(expected, tensors, path)
     model = MiniMindForCausalLM(config)
+    fill_weights(model, tensors)
+    return model
+
+
+def fill_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies tensors that :func:`fitting_tensors` let pass into the model, whatever their type."""
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
             if name in tensors:  # a tied head is not: it is the embedding
                 parameter.copy_(tensors[name])
-    return model
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

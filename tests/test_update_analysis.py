@@ -641,5 +641,5 @@ def test_a_diverged_run_is_refused(base: Path, tuned: Path) -> None:
     model = load_model(tuned)
     model.model.norm.weight.data[0] = math.nan
     save_model(model, TOKENIZER_DIR, tuned)
-    with pytest.raises(ValueError, match="tuned: weights that are no numbers"):
+    with pytest.raises(ValueError, match="norm.weight holds values that are no numbers"):
         load_update(load_base(base), tuned)

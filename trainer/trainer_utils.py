@@ -739,8 +739,8 @@ def end_run(job: Job, progress: Progress, status: str, message: str) -> int:
     job.accelerator.end_training()
     if job.accelerator.is_main_process:
         loss = job.run.record.get("eval_loss")
-        shown = f", validation loss {loss:.4f}" if loss is not None else ""
-        print(f"{job.args.run_name}: {status} at step {progress.step}{shown}; {message}")
+        reached = f", validation loss {loss:.4f}" if loss is not None else ""
+        print(f"{job.args.run_name}: {status} at step {progress.step}{reached}; {message}")
     return EXIT_CODES[status]
 
 
