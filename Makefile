@@ -1,12 +1,13 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
+# make report the README's tables, the figures and the page, from the committed results
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test install clean-demo
+.PHONY: demo test report install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -21,6 +22,9 @@ test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest
+
+report: install
+	$(RUN) evaluation/report.py
 
 # ---------------------------------------------------------------- the demo
 # A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.
