@@ -1,13 +1,14 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
+# make report the README's tables, the figures and the page, from the committed results
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test stress install clean-demo
+.PHONY: demo test report stress install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -26,6 +27,9 @@ test: install
 # One thread a process: the models are too small for more.
 stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
+
+report: install
+	$(RUN) evaluation/report.py
 
 # ---------------------------------------------------------------- the demo
 # A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.

@@ -1,0 +1,1 @@
+"""The page on which outputs are read and compared: template, style, script, and what fills them."""

@@ -1,0 +1,282 @@
+r"""
+Makes the README's tables, the figures and the page from committed results, and from nothing else.
+
+    python evaluation/report.py                  # or: make report
+    python evaluation/report.py --root FOLDER    # another folder with README.md and evaluation/
+
+    README.md                             what stands between <!-- report:NAME --> and its end
+    evaluation/figures/*.svg              made with matplotlib (plots.py)
+    evaluation/model_outputs/index.html   the page to read and compare outputs on (page/)
+
+The same results give the same bytes. Nothing is written unless all of it could be made. What the
+results are and how they are joined is in records.py, what the measures are in metrics.py.
+"""
+
+import argparse
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.lm_dataset import DataError
+from evaluation.outputs import inline
+from evaluation.page.build import page_html
+from evaluation.plots import figures
+from evaluation.records import (
+    DECODINGS,
+    Record,
+    best_run,
+    families,
+    measured_rates,
+    method,
+    peak_rate,
+    rate_of_answers,
+    read_records,
+    read_shown_rates,
+    recoveries,
+    short,
+    sweeps,
+    unfinished,
+    validation_loss,
+    where_best,
+)
+from model.model_minimind import CheckpointError, write_text
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RUN_COLUMNS = ("checkpoint", "trained", "on", "parameters", "learning rate", "steps", "NLL", "R")
+SWEEP_COLUMNS = ("trained", "on", "steps", "validation NLL by rate", "best rate")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=REPOSITORY,
+        help="folder that holds README.md and evaluation/ (default: this repository)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        files = build(args.root)
+        for path in write_changed(files):
+            print(f"wrote {path.relative_to(args.root)}")
+    except (DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build(root: Path) -> dict[Path, str]:
+    """The text of every file that the report is made of, by path.
+
+    Raises:
+        DataError, CheckpointError: a result or the README cannot be used; the message names it.
+    """
+    evaluation = root / "evaluation"
+    records = read_records(evaluation / "results", evaluation / "model_outputs")
+    if not records:
+        raise DataError(f"{evaluation}: holds no results; run eval_llm.py or mend --root")
+    rates = measured_rates(records, read_shown_rates(evaluation / "calibration.json"))
+    drawn = figures(records, rates)
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, lines in blocks(records, rates, list(drawn)).items():
+        text = replace_block(text, name, lines, str(readme))
+    return {
+        readme: text,
+        **{evaluation / "figures" / name: svg for name, svg in drawn.items()},
+        evaluation / "model_outputs" / "index.html": page_html(records, rates),
+    }
+
+
+def write_changed(files: dict[Path, str]) -> list[Path]:
+    """Writes the files whose text is not what it was, and returns their paths."""
+    changed = []
+    for path, text in files.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+            changed.append(path)
+    return changed
+
+
+# ----------------------------------------------------------------------------------- README blocks
+
+
+def blocks(
+    records: list[Record], rates: dict[str, str], drawn: Iterable[str]
+) -> dict[str, list[str]]:
+    """Markdown lines of each generated part of the README.
+
+    Args:
+        rates: the rates that are shown, with their labels.
+        drawn: names of the figures that there are.
+    """
+    return {"runs": runs_block(records, rates, drawn), "sweeps": sweeps_block(records, drawn)}
+
+
+def replace_block(text: str, name: str, lines: list[str], where: str) -> str:
+    """`text` with `lines` in place of what stands between the markers called `name`.
+
+    Raises:
+        DataError: the markers do not stand there exactly once.
+    """
+    start, end = f"<!-- report:{name} -->", f"<!-- /report:{name} -->"
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise DataError(f"{where}: put {start} and {end} once where the {name} go")
+    block = "\n".join([start, *lines, end])
+    return pattern.sub(lambda _: block, text)
+
+
+def markdown_table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; cells are Markdown already."""
+    header = list(header)
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+
+
+def figure_line(name: str, drawn: Iterable[str], alt: str) -> list[str]:
+    """The figure called `name`, if it was drawn."""
+    return [f"![{alt}](evaluation/figures/{name})", ""] if name in drawn else []
+
+
+def runs_block(records: list[Record], rates: dict[str, str], drawn: Iterable[str]) -> list[str]:
+    """For every base: what was trained from it, how likely it finds answers, how it answers."""
+    shares = recoveries(records)
+    columns = (*RUN_COLUMNS, *rates.values())
+    lines = []
+    for base, members in families(records).items():
+        probed = [record for record in members if record.results]
+        if not probed:
+            continue
+        lines += [*wrapped(family_title(members[0])), ""]
+        for note, alike in probed_alike(probed).items():
+            rows = [run_row(record, shares, rates) for record in alike]
+            lines += [*markdown_table(columns, rows), "", *wrapped(note), ""]
+        lines += figure_line(f"rates_{base}.svg", drawn, f"Rates with 95% intervals, from {base}")
+        lines += figure_line(f"curves_{base}.svg", drawn, f"Loss curves of runs from {base}")
+        lines += figure_line(f"spectra_{base}.svg", drawn, f"Energy by rank of updates of {base}")
+    return lines[:-1]
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of a paragraph."""
+    return textwrap.wrap(text, width=100, break_long_words=False, break_on_hyphens=False)
+
+
+def probed_alike(probed: list[Record]) -> dict[str, list[Record]]:
+    """Checkpoints whose rates can be compared, by a note on how they were measured."""
+    groups: dict[str, list[Record]] = {}
+    for record in probed:
+        groups.setdefault(probe_note(record), []).append(record)
+    return groups
+
+
+def probe_note(record: Record) -> str:
+    """What the rates and the NLL of a checkpoint are measured on."""
+    made = record.results["provenance"]
+    prompts, nll = made["prompts"], record.results["nll"]
+    told = [name for decoding, name in DECODINGS.items() if decoding in record.results["decodings"]]
+    checked = rate_of_answers(record, "greedy", "check_strict")
+    checks = f", {checked['n']} with a check" if checked else ""
+    note = (
+        f"Rates are of {prompts['count']} prompts ({inline(prompts['file'])}, "
+        f"{prompts['sha256'][:8]}{checks}), at most "
+        f"{made['generation']['max_new_tokens']} tokens, {' / '.join(told)}."
+    )
+    if nll:
+        files = ", ".join(inline(file["name"]) for file in nll["data"])
+        note += (
+            f" NLL is in nats a token, of the {nll['response_tokens']:,} response tokens in "
+            f"{nll['conversations']:,} conversations of {files}."
+        )
+    return note
+
+
+def family_title(base: Record) -> str:
+    """The base in a sentence: its shape, its size, what it read."""
+    if base.stage != "pretrain":
+        return f"**From {inline(base.name)}:**"
+    shape, run = base.settings, base.run
+    return (
+        f"**From {inline(base.name)}**: d={shape['hidden_size']}, "
+        f"{shape['num_hidden_layers']} layers, {run['parameters']:,} parameters, pretrained on "
+        f"{run['tokens'] / 1e6:.1f}M tokens ({run['tokens'] / run['parameters']:.0f} a parameter) "
+        f"of {inline(base.data)}{unfinished(base)}:"
+    )
+
+
+def run_row(record: Record, shares: dict[str, float], rates: dict[str, str]) -> list[str]:
+    """One row of `RUN_COLUMNS` and `rates`."""
+    name, run = record.name, record.run or {}
+    trained = run if record.stage in ("full_sft", "lora") else {}
+    return [
+        f"[{inline(name)}](evaluation/model_outputs/{name}/samples.md)",
+        inline(method(record)) + unfinished(record),
+        inline(record.data) if trained else "-",
+        whole(trained.get("trainable_parameters")),
+        short(peak_rate(record)) if trained else "-",
+        whole(trained.get("step")),
+        "-" if record.nll is None else f"{record.nll:.3f}",
+        f"{shares[name]:.2f}" if name in shares else "-",
+        *(rates_cell(record, key) for key in rates),
+    ]
+
+
+def whole(number: int | None) -> str:
+    """A whole number; `-` where there is none."""
+    return "-" if number is None else f"{number:,}"
+
+
+def rates_cell(record: Record, key: str) -> str:
+    """A rate under each of `DECODINGS` in whole percent, such as `49% / 61%`."""
+    measured = [rate_of_answers(record, decoding, key) for decoding in DECODINGS]
+    return " / ".join(f"{100 * rate['rate']:.0f}%" if rate else "-" for rate in measured)
+
+
+# ------------------------------------------------------------------------------------------ sweeps
+
+
+def sweeps_block(records: list[Record], drawn: Iterable[str]) -> list[str]:
+    """A row for every sweep of learning rates, and the figures of them."""
+    found = sweeps(records)
+    if not found:
+        return ["No sweep of learning rates yet.", ""]
+    lines = [*markdown_table(SWEEP_COLUMNS, [sweep_row(runs) for runs in found]), ""]
+    for base in families(records):
+        name = f"learning_rates_{base}.svg"
+        lines += figure_line(name, drawn, f"Validation NLL by learning rate, from {base}")
+    return lines[:-1]
+
+
+def sweep_row(runs: list[Record]) -> list[str]:
+    """One row of `SWEEP_COLUMNS`; `runs` are in order of their rate."""
+    best = best_run(runs)
+    return [
+        f"{inline(method(runs[0]))}, from {inline(runs[0].base or 'random weights')}",
+        inline(runs[0].data),
+        f"{runs[0].run['steps']:,}",
+        ", ".join(sweep_cell(run, is_best=run is best) for run in runs),
+        "-" if best is None else f"{short(peak_rate(best))}, {where_best(runs, best)}",
+    ]
+
+
+def sweep_cell(run: Record, is_best: bool) -> str:
+    """A rate with its validation loss, or with how the run ended instead."""
+    loss = validation_loss(run)
+    cell = f"{short(peak_rate(run))}: {run.status if math.isinf(loss) else f'{loss:.3f}'}"
+    return f"**{cell}**" if is_best else cell
+
+
+if __name__ == "__main__":
+    sys.exit(main())

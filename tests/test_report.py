@@ -1,0 +1,419 @@
+"""The report: joining, recovery, tables and escaping by values worked out by hand."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation.outputs import shown
+from evaluation.page.build import embedded_json, loop_span, page_data, page_html, text_parts
+from evaluation.page.build import thin_spectrum as spectrum_points
+from evaluation.plots import median_energy
+from evaluation.records import (
+    RATES,
+    Record,
+    best_run,
+    families,
+    measured_rates,
+    method,
+    read_shown_rates,
+    recoveries,
+    recovery,
+    short,
+    sweeps,
+    thin,
+    unfinished,
+    where_best,
+)
+from evaluation.report import build, main, replace_block, runs_block, write_changed
+from tests.report_data import (
+    HOSTILE,
+    LOOP,
+    make_tree,
+    records_in,
+    results_of,
+    run_record,
+    sample,
+    write_probe,
+    write_run,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def tuned(name: str, nll: float | None, stage: str = "lora", **changes: object) -> Record:
+    """A run from `base` and what was measured of it."""
+    results = None if nll is None else results_of(nll)
+    return Record(name, run=run_record(name, stage, **changes), results=results)
+
+
+BASE = Record("base", run=run_record("base", "pretrain"), results=results_of(4.0))
+
+
+# ---------------------------------------------------------------------------------------- recovery
+
+
+def test_recovery_by_hand():
+    assert recovery(4.0, 3.5, 3.0) == pytest.approx(0.5)
+    assert recovery(4.0, 3.0, 3.0) == 1.0
+    assert recovery(4.0, 4.2, 3.0) == pytest.approx(-0.2)  # worse than nothing is told
+    assert recovery(4.0, 3.9, 3.7) == pytest.approx(1 / 3)  # .3 nats are enough
+    assert recovery(4.0, 3.9, 3.71) is None
+
+
+def test_full_fine_tuning_is_chosen_by_validation_loss():
+    chosen = tuned("chosen", 3.0, "full_sft", eval_loss=3.1)
+    lower_nll = tuned("lower", 2.0, "full_sft", eval_loss=3.2)
+    shares = recoveries([BASE, tuned("lora", 3.5), chosen, lower_nll])
+    assert shares == pytest.approx({"lora": 0.5, "chosen": 1.0, "lower": 2.0})
+
+
+def test_recovery_needs_a_whole_full_fine_tuning_of_the_same_kind():
+    other_data = {"files": [{"name": "x", "sha256": "other"}]}
+    for full in (
+        tuned("fft", 3.0, "full_sft", status="diverged"),
+        tuned("fft", 3.0, "full_sft", trainable="norms"),
+        tuned("fft", 3.0, "full_sft", from_weight="out/another"),
+        tuned("fft", 3.0, "full_sft", train_data=other_data),
+        tuned("fft", None, "full_sft"),
+    ):
+        assert "lora" not in recoveries([BASE, tuned("lora", 3.5), full])
+
+
+def test_recovery_needs_nll_of_the_same_data():
+    lora = tuned("lora", 3.5)
+    lora.results["nll"]["data"] = [{"name": "valid.jsonl", "sha256": "changed"}]
+    assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": 1.0}
+    lora.results["nll"] = None
+    assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": 1.0}
+
+
+def test_a_changed_copy_is_compared_with_what_it_was_made_of(tmp_path):
+    settings = {"base": "base", "tuned": "fft", "change": "dW of the linears cut to rank 8"}
+    run = {"stage": "update_analysis", "status": "completed", "settings": settings}
+    make_tree(tmp_path)
+    write_probe(tmp_path, "fft_rank8", results_of(3.25, run), [sample("facts-01", "Paris.")])
+    records = records_in(tmp_path)
+    (copy,) = (record for record in records if record.name == "fft_rank8")
+    assert recoveries(records)["fft_rank8"] == pytest.approx(0.75)
+    assert method(copy) == "dW of the linears cut to rank 8"
+    assert copy in families(records)["base"]
+
+
+# --------------------------------------------------------------------------- families and sweeps
+
+
+def test_families_are_in_order_of_size_and_members_of_nll():
+    small = [BASE, tuned("good", 3.0), tuned("bad", 3.9), tuned("unknown", None)]
+    large = [
+        Record("large", run=run_record("large", "pretrain", parameters=9000)),
+        tuned("other", 2.0, from_weight="out/large"),
+    ]
+    found = families([*large, *small])
+    assert list(found) == ["base", "large"]
+    assert [r.name for r in found["base"]] == ["base", "unknown", "bad", "good"]
+    assert [r.name for r in found["large"]] == ["large", "other"]
+
+
+def test_a_sweep_differs_in_the_rate_alone():
+    runs = [
+        tuned("a", None, learning_rate=1e-2, eval_loss=3.9, use_compile="on"),
+        tuned("b", None, learning_rate=1e-3, eval_loss=3.7),
+        tuned("c", None, learning_rate=1e-3, eval_loss=3.6, lora_rank=16),
+        tuned("d", None, "full_sft", learning_rate=1e-4),
+    ]
+    runs[0].settings.pop("use_compile", None)
+    assert [[r.name for r in runs] for runs in sweeps(runs)] == [["b", "a"]]
+
+
+def test_the_best_rate_is_inside_the_grid_or_at_its_edge():
+    low, middle, high = (
+        tuned(str(loss), None, learning_rate=rate, eval_loss=loss)
+        for rate, loss in ((1e-4, 3.9), (1e-3, 3.7), (1e-2, 3.8))
+    )
+    assert best_run([low, middle, high]) is middle
+    assert where_best([low, middle, high], middle) == "inside the grid"
+    assert where_best([low, middle], middle) == "at the edge of the grid"
+    failed = tuned("failed", None, learning_rate=1e-3, eval_loss=3.0, status="diverged")
+    assert best_run([low, failed]) is low
+    assert best_run([failed]) is None
+
+
+# ----------------------------------------------------------------------------------------- telling
+
+
+def test_methods_are_told_by_what_was_changed():
+    assert method(BASE) == "nothing: the base"
+    assert method(tuned("x", 3.0, "full_sft")) == "FFT"
+    assert method(tuned("x", 3.0, "full_sft", trainable="norms,mlp")) == "FFT of norms, mlp"
+    assert method(tuned("x", 3.0)) == "LoRA on square, r=8, alpha 8"
+    everything = tuned(
+        "x",
+        3.0,
+        lora_targets="q_proj,v_proj",
+        lora_init="gaussian",
+        use_rslora=True,
+        loraplus_lr_ratio=16.0,
+        train_tokens=["<|im_end|>"],
+        modules_to_save=["norms"],
+    )
+    assert method(everything) == (
+        "LoRA on q_proj, v_proj, r=8, alpha 8, gaussian init, rsLoRA, LoRA+ 16, "
+        "rows of <|im_end|>, and norms"
+    )
+
+
+def test_a_run_that_did_not_complete_is_never_shown_as_one():
+    assert unfinished(tuned("x", 3.0)) == ""
+    assert unfinished(tuned("x", 3.0, status="diverged", step=20)) == " (diverged at step 20 of 40)"
+    running = tuned("x", 3.0, status="running")
+    del running.run["step"]
+    assert unfinished(running) == " (running)"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.003, "3e-3"), (5e-4, "5e-4"), (0.00125, "1.25e-3"), (1.0, "1e0")]
+)
+def test_short_rates(number, text):
+    assert short(number) == text
+
+
+def test_thin_averages_equal_stretches_and_leaves_out_what_is_no_number():
+    rows = [{"step": i, "loss": float(i)} for i in range(1, 8)]
+    assert thin(rows, "loss", 100) == [(i, float(i)) for i in range(1, 8)]
+    assert thin(rows, "loss", 3) == [(2, 1.5), (4, 3.5), (7, 6.0)]
+    rows += [{"step": 8, "loss": float("nan")}, {"step": 8, "eval_loss": 1.0}]
+    assert thin(rows, "loss", 1) == [(7, 4.0)]
+    assert thin(rows, "eval_loss", 5) == [(8, 1.0)]
+    assert thin([], "loss", 5) == []
+
+
+def test_rates_that_the_calibration_hides_or_nobody_measured_are_not_shown(tmp_path):
+    assert read_shown_rates(tmp_path / "calibration.json") == RATES
+    verdicts = {"loop": False, "blank": True, "off_topic": None}
+    (tmp_path / "calibration.json").write_text(json.dumps({"shown": verdicts}))
+    allowed = read_shown_rates(tmp_path / "calibration.json")
+    assert list(allowed) == ["check_strict", "runaway", "blank", "off_topic"]
+    record = Record("x", results=results_of(4.0))
+    record.results["decodings"]["greedy"]["blank"] = None
+    record.results["decodings"]["t0.85p0.85"]["blank"] = None
+    assert list(measured_rates([record], allowed)) == ["check_strict", "runaway"]
+
+
+# --------------------------------------------------------------------------------------- the README
+
+
+def test_readme_tables_by_hand(tmp_path):
+    root = make_tree(tmp_path)
+    text = build(root)[root / "README.md"]
+    head = "| checkpoint | trained | on | parameters | learning rate | steps | NLL | R | "
+    rates = "0% / 0% | 33% / 33% | 67% / 67% | 0% / 0% |"
+    link = "(evaluation/model_outputs/{0}/samples.md)"
+    for line in (
+        head + "check passed | never stops | loops | blank |",
+        f"| [base]{link.format('base')} | nothing: the base | - | - | - | - | 4.000 | - | {rates}",
+        f"| [lora]{link.format('lora')} | LoRA on square, r=8, alpha 8 | sft | 100 | 1e-3 | 40 | "
+        f"3.500 | 0.50 | {rates}",
+        f"| [fft]{link.format('fft')} | FFT | sft | 1,000 | 1e-3 | 40 | 3.000 | 1.00 | {rates}",
+        "| LoRA on square, r=8, alpha 8, from base | sft | 40 | **1e-3: 3.500**, 1e-1: diverged | "
+        "1e-3, at the edge of the grid |",
+        "![Energy by rank of updates of base](evaluation/figures/spectra_base.svg)",
+    ):
+        assert line in text.splitlines(), line
+    for sentence in (
+        "**From base**: d=128, 4 layers, 1,000 parameters, pretrained on 0.0M tokens (24 a "
+        "parameter) of wiki:",
+        "Rates are of 3 prompts (prompts\\_x.md, 01234567, 1 with a check), at most 16 tokens, "
+        "greedy / T=.85 top-p .85. NLL is in nats a token, of the 3,456 response tokens in 12 "
+        "conversations of valid.jsonl.",
+    ):
+        assert sentence in " ".join(text.split()), sentence
+    assert text.startswith("# Title\n<!-- report:runs -->\n")
+    assert "<!-- /report:runs -->\nbetween\n<!-- report:sweeps -->\n" in text
+    assert text.endswith("<!-- /report:sweeps -->\nend\n")
+    assert "old" not in text.split()
+
+
+def test_what_is_compared_in_one_table_was_measured_alike(tmp_path):
+    root = make_tree(tmp_path)
+    path = root / "evaluation" / "model_outputs" / "lora" / "results.json"
+    results = json.loads(path.read_text())
+    results["provenance"]["generation"]["max_new_tokens"] = 64
+    path.write_text(json.dumps(results))
+    text = "\n".join(runs_block(records_in(root), RATES, []))
+    assert text.count("| checkpoint |") == 2
+    assert text.count("at most 16 tokens") == text.count("at most 64 tokens") == 1
+
+
+def test_markers_must_stand_exactly_once():
+    text = "<!-- report:x -->old<!-- /report:x -->"
+    assert replace_block(text, "x", [r"a\1"], "f") == "<!-- report:x -->\na\\1\n<!-- /report:x -->"
+    for wrong in ("", text + text, "<!-- report:x -->"):
+        with pytest.raises(ValueError, match="^README: put <!-- report:x -->"):
+            replace_block(wrong, "x", [], "README")
+
+
+def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
+    """Fails when results were added, or the report changed, without `make report`."""
+    listed = subprocess.run(
+        ["git", "-C", REPOSITORY, "ls-files", "-z", "evaluation", "README.md"],
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: which results are committed is not known")
+    for name in listed.stdout.split("\0")[:-1]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+    files = build(tmp_path)
+    for path, text in files.items():
+        assert path.is_file(), f"{path.name}: run make report and commit it"
+        if path.suffix != ".svg":  # whose bytes depend on matplotlib's version
+            assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make report"
+
+
+# ----------------------------------------------------------------------------------- bytes, errors
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    root = make_tree(tmp_path)
+    (root / "evaluation" / "results" / "demo_x").mkdir()  # make demo's are not committed
+    files = build(root)
+    assert {path.name for path in write_changed(files)} == {
+        "README.md",
+        "index.html",
+        "rates_base.svg",
+        "curves_base.svg",
+        "learning_rates_base.svg",
+        "spectra_base.svg",
+    }
+    command = [sys.executable, REPOSITORY / "evaluation" / "report.py", "--root", root]
+    again = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
+    assert (again.returncode, again.stdout) == (0, ""), again.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("results/fft/run.json", '{"status": ', "run.json: broken JSON"),
+        ("results/fft/run.json", '{"status": "completed"}', "run.json: lacks stage, settings"),
+        ("results/fft/metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl:2: broken JSON"),
+        ("model_outputs/fft/results.json", "[]", "results.json: expected a JSON object"),
+        ("model_outputs/fft/samples.jsonl", '{"id": "x"}', "samples.jsonl:1: lacks section"),
+        ("calibration.json", "{}", "calibration.json: lacks shown"),
+    ],
+)
+def test_a_broken_result_is_named_and_nothing_is_written(tmp_path, capsys, name, text, told):
+    root = make_tree(tmp_path)
+    (root / "evaluation" / name).write_text(text)
+    before = sorted(path.name for path in root.rglob("*"))
+    assert main(["--root", str(root)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {root}") and told in error and error.count("\n") == 1
+    assert sorted(path.name for path in root.rglob("*")) == before
+    assert "old" in (root / "README.md").read_text()
+
+
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    assert main(["--root", str(tmp_path)]) == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------- page and loops
+
+
+def test_embedded_json_cannot_end_its_element():
+    text = embedded_json({"x": HOSTILE})
+    assert "<" not in text
+    assert text.isascii()
+    assert json.loads(text) == {"x": HOSTILE}
+    with pytest.raises(ValueError):
+        embedded_json(float("nan"))  # no JSON that a browser would read
+
+
+def test_the_page_loads_nothing_and_holds_no_hostile_markup(tmp_path):
+    page = page_html(records_in(make_tree(tmp_path)), RATES)
+    assert "default-src 'none'" in page
+    assert page.count("<script") == 2
+    assert page.count("</script>") == 2
+    assert "<img" not in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page
+    assert "\u202e" not in page
+
+
+def test_the_loop_is_a_piece_of_its_own():
+    assert text_parts(sample("story-01", LOOP)) == [
+        "Once upon a time ",
+        "the cat sat. the cat sat. the cat sat.",
+        "",
+    ]
+    assert text_parts(sample("story-01", "no loop")) == ["no loop"]
+    assert text_parts(sample("story-01", "a\u200bb")) == ["a\\u200bb"] == [shown("a\u200bb")]
+
+
+def test_special_tokens_do_not_hide_a_loop():
+    text = "So <|im_start|>a b a b <|endoftext|>a b<|endoftext|>"
+    start, end = loop_span(text)
+    assert text[start:end] == "a b a b <|endoftext|>a b"
+    assert loop_span("a b c") is None
+
+
+def test_spectra_keep_the_first_and_the_last_value():
+    values = [1000.0 / (i + 1) for i in range(1000)]
+    points = spectrum_points(values)
+    assert points[0] == (1, 1000.0)
+    assert points[-1] == (1000, 1.0)
+    assert len(points) <= 40
+    assert spectrum_points([3.0, 2.0, 1.23456]) == [(1, 3.0), (2, 2.0), (3, 1.23)]
+    assert spectrum_points([2.0]) == [(1, 2.0)]
+
+
+def test_median_energy_by_hand():
+    # 9, 1 -> 90, 100; 1, 1, 2 (squares of 1, 1, sqrt 2) -> 25, 50, 100; 1 -> 100.
+    assert median_energy([[3.0, 1.0], [1.0, 1.0, 2**0.5], [5.0]]) == pytest.approx([90, 100, 100])
+
+
+def test_page_data_by_hand(tmp_path):
+    data = page_data(records_in(make_tree(tmp_path)), RATES)
+    assert [c["name"] for c in data["checkpoints"]] == ["base", "lora_hot", "lora", "fft"]
+    base, hot, lora, fft = data["checkpoints"]
+    assert hot["ending"] == "(diverged at step 20 of 40)"
+    assert hot["curve"] == {"train": [(20, 4.0)], "valid": []}
+    assert (lora["recovery"], fft["recovery"], base["recovery"]) == (0.5, 1.0, None)
+    assert fft["rates"]["greedy"]["loop"] == [2, 3, 0.208, 0.939]
+    assert data["prompts"][0]["check"] == "contains: Paris"
+    assert lora["outputs"][0] == {
+        "prompt": 0,
+        "decoding": "greedy",
+        "tokens": 16,
+        "text": ["Lyon."],
+        "check": "failed",
+    }
+    assert base["outputs"][0]["flags"] == ["blank"]
+    assert lora["outputs"][3]["seed"] == 0
+
+
+def test_twenty_checkpoints_of_200_outputs_stay_under_five_megabytes():
+    record = Record("x", results=results_of(3.0))
+    words = "The country is the capital of the country. " * 13  # 560 characters: 128 tokens
+    for number in range(20):
+        outputs = [sample("facts-01", f"{i} {number} {words}") for i in range(200)]
+        record.samples.extend(outputs)
+    assert len(page_html([record], RATES).encode()) < 5_000_000
+
+
+def test_results_of_a_probe_without_a_run_are_shown(tmp_path):
+    root = make_tree(tmp_path)
+    write_probe(root, "foreign", results_of(3.3), [sample("facts-01", "Paris.")])
+    write_run(root, "silent", run_record("silent", "lora", lora_rank=4))
+    text = "\n".join(runs_block(records_in(root), RATES, []))
+    assert "**From foreign:**" in text
+    assert "no record of how it was trained" in text
+    assert "silent" not in text  # a run whose outputs were not probed has no row
