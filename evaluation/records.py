@@ -5,6 +5,7 @@ Committed results, read and joined: what `report.py` makes tables, figures and t
     results/<name>/metrics.jsonl          its curve
     results/<name>/update_analysis.json   what its update looks like, if that was analyzed
     model_outputs/<name>/results.json     rates, NLL and provenance of a probed checkpoint
+    model_outputs/<name>/nll.json         NLL by sequence, or NLL alone if nothing was generated
     model_outputs/<name>/samples.jsonl    what it said
     calibration.json                      which measures are worth showing
 
@@ -29,6 +30,7 @@ RUN_KEYS = ("status", "stage", "settings")
 TRAINING_KEYS = ("parameters", "trainable_parameters", "steps", "train_data")
 CHANGED = "update_analysis"  # stage of a copy of a tuned checkpoint with a part of its update
 RESULT_KEYS = ("provenance", "nll", "decodings")
+NLL_KEYS = ("provenance", "nll", "text_nll")
 FLAGS = ("runaway", "loop", "blank")
 SAMPLE_KEYS = (
     *("id", "section", "decoding", "seed", "prompt", "prompt_translation", "output"),
@@ -179,11 +181,22 @@ def read_run_record(path: Path) -> dict:
 
 def read_probe(folder: Path) -> dict:
     """`results` and `samples` of an outputs folder: those that are there."""
-    results, samples = folder / "results.json", folder / "samples.jsonl"
+    results, nll, samples = (
+        folder / name for name in ("results.json", "nll.json", "samples.jsonl")
+    )
+    found = read_keys(results, RESULT_KEYS) if results.is_file() else None
+    if nll.is_file():
+        found = with_nll(found, read_keys(nll, NLL_KEYS))
     return {
-        "results": read_keys(results, RESULT_KEYS) if results.is_file() else None,
+        "results": found,
         "samples": read_lines(samples, SAMPLE_KEYS) if samples.is_file() else [],
     }
+
+
+def with_nll(results: dict | None, measured: dict) -> dict:
+    """`results` with the NLL that it lacks; without answers there may be nothing but NLL."""
+    known = results or {"provenance": measured["provenance"], "decodings": {}}
+    return known | {name: known.get(name) or measured[name] for name in ("nll", "text_nll")}
 
 
 def read_shown_rates(calibration: Path) -> dict[str, str]:
@@ -294,7 +307,7 @@ def recoveries(records: list[Record]) -> dict[str, float]:
 
 
 def families(records: list[Record]) -> dict[str, list[Record]]:
-    """Checkpoints by their base's name, the base first, then from the highest NLL to the lowest.
+    """Records by their base's name: the base, then from the highest NLL to the lowest, then others.
 
     Families are in the order of their base's size. A checkpoint without a base heads its own.
     """
@@ -302,13 +315,13 @@ def families(records: list[Record]) -> dict[str, list[Record]]:
     for record in records:
         groups.setdefault(record.base or record.name, []).append(record)
     for members in groups.values():
-        members.sort(key=lambda c: (c.base is not None, -(c.nll or math.inf), c.name))
+        members.sort(key=lambda r: (r.base is not None, r.nll is None, -(r.nll or 0), r.name))
     return dict(sorted(groups.items(), key=lambda item: (family_size(item[1]), item[0])))
 
 
 def family_size(members: list[Record]) -> int:
     """Parameters of the base, or of the first member that has a record of its run."""
-    return next((c.run["parameters"] for c in members if c.run and "parameters" in c.run), 0)
+    return next((r.run["parameters"] for r in members if r.run and "parameters" in r.run), 0)
 
 
 def peak_rate(record: Record) -> float | None:

@@ -19,6 +19,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -184,23 +185,35 @@ def probed_alike(probed: list[Record]) -> dict[str, list[Record]]:
 
 def probe_note(record: Record) -> str:
     """What the rates and the NLL of a checkpoint are measured on."""
-    made = record.results["provenance"]
-    prompts, nll = made["prompts"], record.results["nll"]
-    told = [name for decoding, name in DECODINGS.items() if decoding in record.results["decodings"]]
+    return " ".join(rates_note(record) + nll_note(record))
+
+
+def rates_note(record: Record) -> list[str]:
+    """A sentence on the answers, if any were asked for."""
+    decodings = record.results["decodings"]
+    if not decodings:
+        return []
+    prompts = record.results["provenance"]["prompts"]
+    limit = record.results["provenance"]["generation"]["max_new_tokens"]
+    told = " / ".join(name for decoding, name in DECODINGS.items() if decoding in decodings)
     checked = rate_of_answers(record, "greedy", "check_strict")
     checks = f", {checked['n']} with a check" if checked else ""
-    note = (
+    return [
         f"Rates are of {prompts['count']} prompts ({inline(prompts['file'])}, "
-        f"{prompts['sha256'][:8]}{checks}), at most "
-        f"{made['generation']['max_new_tokens']} tokens, {' / '.join(told)}."
-    )
-    if nll:
-        files = ", ".join(inline(file["name"]) for file in nll["data"])
-        note += (
-            f" NLL is in nats a token, of the {nll['response_tokens']:,} response tokens in "
-            f"{nll['conversations']:,} conversations of {files}."
-        )
-    return note
+        f"{prompts['sha256'][:8]}{checks}), at most {limit} tokens, {told}."
+    ]
+
+
+def nll_note(record: Record) -> list[str]:
+    """A sentence on the held-out conversations, if NLL was measured."""
+    nll = record.results["nll"]
+    if not nll:
+        return []
+    files = ", ".join(inline(file["name"]) for file in nll["data"])
+    return [
+        f"NLL is in nats a token, of the {nll['response_tokens']:,} response tokens in "
+        f"{nll['conversations']:,} conversations of {files}."
+    ]
 
 
 def family_title(base: Record) -> str:
@@ -218,10 +231,11 @@ def family_title(base: Record) -> str:
 
 def run_row(record: Record, shares: dict[str, float], rates: dict[str, str]) -> list[str]:
     """One row of `RUN_COLUMNS` and `rates`."""
-    name, run = record.name, record.run or {}
-    trained = run if record.stage in ("full_sft", "lora") else {}
+    name = record.name
+    outputs = f"evaluation/model_outputs/{quote(name)}/samples.md"
+    trained = record.run if record.stage in ("full_sft", "lora") else {}
     return [
-        f"[{inline(name)}](evaluation/model_outputs/{name}/samples.md)",
+        f"[{inline(name)}]({outputs})" if record.samples else inline(name),
         inline(method(record)) + unfinished(record),
         inline(record.data) if trained else "-",
         whole(trained.get("trainable_parameters")),

@@ -27,7 +27,7 @@ from tests.report_data import (
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
-    "--no-sandbox",  # it will not start as root with it; the page is our own
+    "--no-sandbox",  # with its sandbox it does not start as root; the page is our own
     "--disable-gpu",
     "--no-first-run",
     "--disable-background-networking",
@@ -222,7 +222,7 @@ def test_keyboard(page):
     assert page.input_value("#decoding") == "t0.85p0.85"
     page.keyboard.press("x")
     assert page.input_value("#failure") == ""
-    page.keyboard.press("4")  # the fourth, fft
+    page.keyboard.press("3")  # the third with outputs, fft
     assert compared(page) == ["base", "lora"]
     page.keyboard.press("/")
     page.keyboard.type("jk?")

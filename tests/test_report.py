@@ -115,7 +115,7 @@ def test_families_are_in_order_of_size_and_members_of_nll():
     ]
     found = families([*large, *small])
     assert list(found) == ["base", "large"]
-    assert [r.name for r in found["base"]] == ["base", "unknown", "bad", "good"]
+    assert [r.name for r in found["base"]] == ["base", "bad", "good", "unknown"]
     assert [r.name for r in found["large"]] == ["large", "other"]
 
 
@@ -382,8 +382,8 @@ def test_median_energy_by_hand():
 
 def test_page_data_by_hand(tmp_path):
     data = page_data(records_in(make_tree(tmp_path)), RATES)
-    assert [c["name"] for c in data["checkpoints"]] == ["base", "lora_hot", "lora", "fft"]
-    base, hot, lora, fft = data["checkpoints"]
+    assert [c["name"] for c in data["checkpoints"]] == ["base", "lora", "fft", "lora_hot"]
+    base, lora, fft, hot = data["checkpoints"]
     assert hot["ending"] == "(diverged at step 20 of 40)"
     assert hot["curve"] == {"train": [(20, 4.0)], "valid": []}
     assert (lora["recovery"], fft["recovery"], base["recovery"]) == (0.5, 1.0, None)
@@ -407,6 +407,20 @@ def test_twenty_checkpoints_of_200_outputs_stay_under_five_megabytes():
         outputs = [sample("facts-01", f"{i} {number} {words}") for i in range(200)]
         record.samples.extend(outputs)
     assert len(page_html([record], RATES).encode()) < 5_000_000
+
+
+def test_nll_alone_is_told_too(tmp_path):
+    root = make_tree(tmp_path)
+    folder = root / "evaluation" / "model_outputs" / "lora_hot"
+    folder.mkdir()
+    measured = {"provenance": {"run": None}, "nll": results_of(3.8)["nll"], "text_nll": None}
+    (folder / "nll.json").write_text(json.dumps(measured))
+    text = "\n".join(runs_block(records_in(root), RATES, []))
+    row = (
+        "| lora\\_hot | LoRA on square, r=8, alpha 8 (diverged at step 20 of 40) | sft | 100 | "
+        "1e-1 | 20 | 3.800 | 0.20 | - / - | - / - | - / - | - / - |"
+    )
+    assert row in text
 
 
 def test_results_of_a_probe_without_a_run_are_shown(tmp_path):

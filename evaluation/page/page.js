@@ -8,6 +8,7 @@ Text comes onto the page through `make` alone, as text nodes: nothing in an outp
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const withOutputs = data.checkpoints.filter((checkpoint) => checkpoint.outputs.length > 0);
+const measured = data.checkpoints.filter(({ outputs, nll }) => outputs.length || nll !== null);
 const sections = [...new Set(data.prompts.map((prompt) => prompt.section))];
 const flagLabels = Object.entries(data.rates).filter(([key]) => key !== "check_strict");
 const failures = [
@@ -139,17 +140,19 @@ function renderControls() {
 
 function buildPicker() {
   const families = new Map();
-  data.checkpoints.forEach((checkpoint, index) => {
+  for (const checkpoint of data.checkpoints) {
+    const place = withOutputs.indexOf(checkpoint) + 1;
     const box = make("input", { type: "checkbox", value: checkpoint.name });
-    const key = index < 9 ? `${index + 1} ` : "";
-    const silent = checkpoint.outputs.length ? "" : " (no outputs)";
-    const label = make("label", {}, box, `${key}${checkpoint.name}${silent}`);
+    const key = place > 0 && place < 10 ? `${place} ` : "";
+    const notes = [checkpoint.ending, checkpoint.outputs.length ? "" : "(no outputs)"];
+    const words = [`${key}${checkpoint.name}`, ...notes.filter(Boolean)];
+    const label = make("label", {}, box, words.join(" "));
     if (!families.has(checkpoint.base)) {
       const legend = make("legend", {}, `From ${checkpoint.base}`);
       families.set(checkpoint.base, make("fieldset", {}, legend));
     }
     families.get(checkpoint.base).append(label);
-  });
+  }
   byId("choices").replaceChildren(...families.values());
 }
 
@@ -240,7 +243,7 @@ function renderTable() {
   const head = headRow();
   const body = make("tbody");
   let family = null;
-  for (const checkpoint of withOutputs) {
+  for (const checkpoint of measured) {
     if (checkpoint.base !== family) {
       family = checkpoint.base;
       const title = make("th", { colspan: head.cells.length, scope: "rowgroup" }, `From ${family}`);
@@ -487,6 +490,7 @@ function markFound() {
   const ranges = [];
   const walker = document.createTreeWalker(byId("prompts"), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
+    if (!walker.currentNode.parentElement.closest("h3, .question, .said, .translation")) continue;
     for (const match of walker.currentNode.data.matchAll(wanted)) {
       const range = new Range();
       range.setStart(walker.currentNode, match.index);
@@ -568,7 +572,7 @@ function onKey(event) {
 }
 
 function togglePlace(place) {
-  if (place < data.checkpoints.length) toggle(data.checkpoints[place].name);
+  if (place < withOutputs.length) toggle(withOutputs[place].name);
 }
 
 function closePicker() {
