@@ -18,6 +18,7 @@ from math import sqrt
 from statistics import NormalDist
 
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+HALF_CHARACTER = "\ufffd"  # what decoding shows for bytes that are no whole character
 LETTER = rf"[^\W_{CJK}]"  # a letter or digit of a script that separates its words
 WORD = re.compile(rf"[{CJK}]|{LETTER}+(?:['’-]{LETTER}+)*")
 WORD_OR_MARK = re.compile(rf"{WORD.pattern}|\S")
@@ -79,13 +80,17 @@ def find_loop(text: str, min_tokens: int = 2, min_repeats: int = 3) -> tuple[int
     A loop is a phrase of at least `min_tokens` tokens that stands at least `min_repeats` times in a
     row at the very end, that is: the last `min_repeats * p` tokens have period p. Tokens are words
     and single punctuation marks, compared exactly. The shortest period is taken, and the span
-    reaches back as far as that period holds. A list that counts up while it repeats is not a loop.
+    reaches back as far as that period holds. The last token may be cut short, as the length limit
+    cuts it: it need only begin what the period asks for; half of a character is left out. A list
+    that counts up while it repeats is not a loop.
     After the "repetition loops" of Holtzman et al. 2020, arXiv 1904.09751.
     """
-    matches = list(WORD_OR_MARK.finditer(text))
+    matches = list(WORD_OR_MARK.finditer(text.rstrip(HALF_CHARACTER)))
     tokens = [match.group() for match in matches]
     for period in range(min_tokens, len(tokens) // min_repeats + 1):
-        start = len(tokens) - period
+        if not tokens[-1 - period].startswith(tokens[-1]):
+            continue
+        start = len(tokens) - 1 - period
         while start > 0 and tokens[start - 1] == tokens[start - 1 + period]:
             start -= 1
         if len(tokens) - start >= min_repeats * period:

@@ -44,6 +44,12 @@ def test_words_count_each_chinese_character():
         ("the cat the cat the cat ran off", None),  # not at the end
         ("好的，我很好。我很好。我很好。", "我很好。我很好。我很好。"),
         ("!!!!!!", "!!!!!!"),
+        ("the cat the cat the ca", "the cat the cat the ca"),  # cut short at the length limit
+        ("the cat the cat the cow", None),
+        (
+            "我很好。我很好。我很好。我\ufffd",
+            "我很好。我很好。我很好。我",
+        ),  # cut within a character
         ("1. Eat well. 2. Eat well. 3. Eat well.", None),
         ("", None),
     ],
