@@ -66,6 +66,15 @@ def tost(differences: np.ndarray, margin: float) -> float:
     return float(max(above, below))
 
 
+def most_unseen(n: int, confidence: float) -> float:
+    """
+    Upper end of the exact interval of a rate of which n trials showed not one (Clopper-Pearson).
+
+    Near 3/n at 90%: what no pair of n showed may still happen. Resampling cannot tell this.
+    """
+    return float(stats.binomtest(0, n).proportion_ci(confidence, method="exact").high)
+
+
 @lru_cache(maxsize=8)
 def resampling_counts(units: int, draws: int, seed: int) -> np.ndarray:
     """(draws, units) float64: how often each of ``units`` is drawn when that many are drawn."""

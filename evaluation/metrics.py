@@ -2,9 +2,10 @@
 Measures of what a model wrote, without a judge model.
 
 Degeneration (blank, runaway, loop, repeated n-grams, diversity, compression), content-word recall,
-checkable instructions in IFEval's style, and the interval of a rate. Every definition is here and
-only here. Tokens are whatever the caller passes (token ids in `eval_llm.py`); text is split by
-`split_words`, where each Chinese or Japanese character counts as one word.
+and checkable instructions in IFEval's style. Every definition is here and only here; what needs a
+model's likelihood is in likelihood.py, intervals are in intervals.py. Tokens are whatever the
+caller passes (token ids in `eval_llm.py`); text is split by `split_words`, where each Chinese or
+Japanese character counts as one word.
 
     python -m pytest tests/test_metrics.py
 """
@@ -14,11 +15,10 @@ import json
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
-from math import sqrt
-from statistics import NormalDist
 
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 HALF_CHARACTER = "\ufffd"  # what decoding shows for bytes that are no whole character
+CJK_CHARACTER = re.compile(f"[{CJK}]")
 LETTER = rf"[^\W_{CJK}]"  # a letter or digit of a script that separates its words
 WORD = re.compile(rf"[{CJK}]|{LETTER}+(?:['’-]{LETTER}+)*")
 WORD_OR_MARK = re.compile(rf"{WORD.pattern}|\S")
@@ -61,6 +61,11 @@ FORMATS = (
 def split_words(text: str) -> list[str]:
     """Words of `text`: letters and digits with inner ' or -, and every CJK character by itself."""
     return WORD.findall(text)
+
+
+def has_cjk(text: str) -> bool:
+    """True if `text` holds a Chinese or Japanese character: what calls for a translation here."""
+    return CJK_CHARACTER.search(text) is not None
 
 
 def is_blank(text: str) -> bool:
@@ -168,29 +173,6 @@ def content_recall(answer: str, reference: str) -> float | None:
     wanted = {word.casefold() for word in split_words(reference)} - STOP_WORDS
     found = {word.casefold() for word in split_words(answer)}
     return len(wanted & found) / len(wanted) if wanted else None
-
-
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """
-    Wilson score interval of a rate of k in n; (0, 1) for n = 0.
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = k/n, z = the normal quantile at
-    (1 + confidence) / 2. Wilson 1927, JASA 22:209. The same numbers as
-    `scipy.stats.binomtest(k, n).proportion_ci(confidence, method="wilson")`.
-    """
-    if not 0 <= k <= n:
-        raise ValueError(f"k={k} successes in n={n} trials: need 0 <= k <= n")
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p = k / n
-    center = p + z * z / (2 * n)
-    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # Exact at the ends, where rounding would leave -1e-17 or 1 - 1e-16.
-    low = 0.0 if k == 0 else (center - half) / scale
-    high = 1.0 if k == n else (center + half) / scale
-    return low, high
 
 
 # -------------------------------------------------------------------------- checkable instructions
