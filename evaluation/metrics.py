@@ -2,9 +2,10 @@
 Measures of what a model wrote, without a judge model.
 
 Degeneration (blank, runaway, loop, repeated n-grams, diversity, compression), content-word recall,
-checkable instructions in IFEval's style, and the interval of a rate. Every definition is here and
-only here. Tokens are whatever the caller passes (token ids in `eval_llm.py`); text is split by
-`split_words`, where each Chinese or Japanese character counts as one word.
+and checkable instructions in IFEval's style. Every definition is here and only here; what needs a
+model's likelihood is in likelihood.py, intervals are in intervals.py. Tokens are whatever the
+caller passes (token ids in `eval_llm.py`); text is split by `split_words`, where each Chinese or
+Japanese character counts as one word.
 
     python -m pytest tests/test_metrics.py
 """
@@ -14,10 +15,10 @@ import json
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
-from math import sqrt
-from statistics import NormalDist
 
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+HALF_CHARACTER = "\ufffd"  # what decoding shows for bytes that are no whole character
+CJK_CHARACTER = re.compile(f"[{CJK}]")
 LETTER = rf"[^\W_{CJK}]"  # a letter or digit of a script that separates its words
 WORD = re.compile(rf"[{CJK}]|{LETTER}+(?:['’-]{LETTER}+)*")
 WORD_OR_MARK = re.compile(rf"{WORD.pattern}|\S")
@@ -62,6 +63,11 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
+def has_cjk(text: str) -> bool:
+    """True if `text` holds a Chinese or Japanese character: what calls for a translation here."""
+    return CJK_CHARACTER.search(text) is not None
+
+
 def is_blank(text: str) -> bool:
     """True if `text`, the output before the end token, holds nothing but white space."""
     return not text.strip()
@@ -79,13 +85,17 @@ def find_loop(text: str, min_tokens: int = 2, min_repeats: int = 3) -> tuple[int
     A loop is a phrase of at least `min_tokens` tokens that stands at least `min_repeats` times in a
     row at the very end, that is: the last `min_repeats * p` tokens have period p. Tokens are words
     and single punctuation marks, compared exactly. The shortest period is taken, and the span
-    reaches back as far as that period holds. A list that counts up while it repeats is not a loop.
+    reaches back as far as that period holds. The last token may be cut short, as the length limit
+    cuts it: it need only begin what the period asks for; half of a character is left out. A list
+    that counts up while it repeats is not a loop.
     After the "repetition loops" of Holtzman et al. 2020, arXiv 1904.09751.
     """
-    matches = list(WORD_OR_MARK.finditer(text))
+    matches = list(WORD_OR_MARK.finditer(text.rstrip(HALF_CHARACTER)))
     tokens = [match.group() for match in matches]
     for period in range(min_tokens, len(tokens) // min_repeats + 1):
-        start = len(tokens) - period
+        if not tokens[-1 - period].startswith(tokens[-1]):
+            continue
+        start = len(tokens) - 1 - period
         while start > 0 and tokens[start - 1] == tokens[start - 1 + period]:
             start -= 1
         if len(tokens) - start >= min_repeats * period:
@@ -163,29 +173,6 @@ def content_recall(answer: str, reference: str) -> float | None:
     wanted = {word.casefold() for word in split_words(reference)} - STOP_WORDS
     found = {word.casefold() for word in split_words(answer)}
     return len(wanted & found) / len(wanted) if wanted else None
-
-
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """
-    Wilson score interval of a rate of k in n; (0, 1) for n = 0.
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = k/n, z = the normal quantile at
-    (1 + confidence) / 2. Wilson 1927, JASA 22:209. The same numbers as
-    `scipy.stats.binomtest(k, n).proportion_ci(confidence, method="wilson")`.
-    """
-    if not 0 <= k <= n:
-        raise ValueError(f"k={k} successes in n={n} trials: need 0 <= k <= n")
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p = k / n
-    center = p + z * z / (2 * n)
-    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # Exact at the ends, where rounding would leave -1e-17 or 1 - 1e-16.
-    low = 0.0 if k == 0 else (center - half) / scale
-    high = 1.0 if k == n else (center + half) / scale
-    return low, high
 
 
 # -------------------------------------------------------------------------- checkable instructions

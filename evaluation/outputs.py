@@ -3,6 +3,7 @@
     samples.jsonl   a line per prompt, decoding and seed
     samples.md      the same to read
     results.json    rates with intervals, NLL, provenance
+    nll.json        NLL of each held-out sequence
 
 Whatever a model or a prompt says is shown as text: it can't steer a terminal or act as Markdown.
 """
@@ -10,14 +11,16 @@ Whatever a model or a prompt says is shown as text: it can't steer a terminal or
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from dataset.lm_dataset import DataError
 from dataset.untrusted import shown
 from model.model_minimind import write_text
 
+CHECKS = ("check_strict", "check_loose")
 FLAGS = ("blank", "runaway", "loop")
+OFF_TOPIC = "off_topic"  # a flag too, where there is a judge
 
 
 def inline(text: str) -> str:
@@ -39,32 +42,15 @@ def as_jsonl(samples: list[dict]) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def read_translations(path: Path) -> dict[tuple[str, str], str]:
-    """Translations in an earlier samples.jsonl by prompt and output, whatever the decoding.
-
-    Raises:
-        DataError: a line is no sample.
-    """
-    if not path.is_file():
-        return {}
-    known = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            old = json.loads(line) if line else None
-            if old and old["output_translation"]:
-                known[old["prompt"], old["output"]] = old["output_translation"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: not a sample ({error}); mend the line, or remove the file and "
-                "with it its translations"
-            ) from error
-    return known
+def rounded(value: float | None) -> float | None:
+    """Six decimals, so that a last bit does not make two files differ."""
+    return None if value is None else round(value, 6)
 
 
 def verdict(sample: dict) -> str:
     """The measures of a sample in a few words."""
     words = [f"{sample['tokens']} tokens"]
-    words += [flag for flag in FLAGS if sample[flag]]
+    words += [flag.replace("_", " ") for flag in (*FLAGS, OFF_TOPIC) if sample[flag]]
     if sample["check"]:
         loose = "passed loosely" if sample["check_loose"] else "failed"
         words.append("check " + ("passed" if sample["check_strict"] else loose))
@@ -98,34 +84,59 @@ def as_markdown(name: str, samples: list[dict], results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-COLUMNS = (
-    "checkpoint",
+# Column, its place in a decoding's results, and how it is written.
+TABLE = {
+    "strict": ("check_strict", "rate"),
+    "loose": ("check_loose", "rate"),
+    "blank": ("blank", "rate"),
+    "runaway": ("runaway", "rate"),
+    "loop": ("loop", "rate"),
+    "off-topic": (OFF_TOPIC, "rate"),
+    "recall": ("mean_content_recall", "number"),
+    "seq-rep-4": ("mean_seq_rep_4", "number"),
+    "diversity": ("mean_diversity", "number"),
+    "tokens": ("mean_tokens", "length"),
+}
+COLUMNS = ("checkpoint", "decoding", "NLL", "text NLL", *TABLE)
+NLL_COLUMNS = ("checkpoint", "NLL", "text NLL")
+DIFFERENCE_COLUMNS = (
+    "measure",
     "decoding",
-    "NLL",
-    "strict",
-    "loose",
-    "blank",
-    "runaway",
-    "loop",
-    "seq-rep-4",
-    "diversity",
-    "tokens",
+    "first",
+    "this",
+    "difference",
+    "interval",
+    "equal within",
+    "McNemar p",
 )
+
+
+def written(value: float | dict | None, kind: str) -> str:
+    """A value of results.json for a table; "-" if there is none or it is not shown."""
+    if kind == "rate":
+        value = value and value["rate"]
+    if value is None:
+        return "-"
+    return {"rate": f"{value:.1%}", "number": f"{value:.3f}", "length": f"{value:.1f}"}[kind]
 
 
 def table_rows(name: str, results: dict) -> list[list[str]]:
     """One row of `COLUMNS` for every decoding of a checkpoint."""
     rows = []
     for decoding, result in results["decodings"].items():
-        rates = [result[key]["rate"] for key in ("check_strict", "check_loose", *FLAGS)]
-        means = [result["mean_seq_rep_4"], result["mean_diversity"]]
-        is_reference = decoding == "references"
-        nll = None if is_reference or not results["nll"] else results["nll"]["nats_per_token"]
-        row = ["-" if is_reference else name, decoding, "-" if nll is None else f"{nll:.3f}"]
-        row += ["-" if value is None else f"{100 * value:.1f}%" for value in rates]
-        row += [f"{value:.3f}" for value in means] + [f"{result['mean_tokens']:.1f}"]
-        rows.append(row)
+        measured = [written(result[key], kind) for key, kind in TABLE.values()]
+        if decoding == "references":
+            rows.append(["-", decoding, "-", "-", *measured])
+        else:
+            _, *nll = nll_row(name, results)
+            rows.append([name, decoding, *nll, *measured])
     return rows
+
+
+def nll_row(name: str, results: dict) -> list[str]:
+    """One row of `NLL_COLUMNS`."""
+    found = [results["nll"], results["text_nll"]]
+    return [name, *(written(nll and nll["nats_per_token"], "number") for nll in found)]
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
@@ -134,13 +145,32 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in cells]
 
 
-def print_table(rows: list[list[str]], decodings: list[str]) -> None:
-    """The rows of all checkpoints, those of one decoding together."""
-    order = ["references", *decodings]
+def difference_rows(found: dict[str, dict[str, dict]], hidden: list[str]) -> list[list[str]]:
+    """One row of `DIFFERENCE_COLUMNS` for what `compare` found, by decoding and measure."""
+    rows = []
+    for decoding, measures in found.items():
+        for name, one in measures.items():
+            if name not in hidden:
+                interval = f"[{one['low']:+.3f}, {one['high']:+.3f}]"
+                values = [f"{one['a']:.3f}", f"{one['b']:.3f}", f"{one['difference']:+.3f}"]
+                p_value = "-" if one["mcnemar_p"] is None else f"{one['mcnemar_p']:.4f}"
+                within = f"{one['equivalent_within']:.3f}"
+                rows.append([name, decoding, *values, interval, within, p_value])
+    return rows
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """The rows of `table_rows` of all checkpoints, those of one decoding together."""
     rows = list(map(list, dict.fromkeys(map(tuple, rows))))  # the references once
+    order = list(dict.fromkeys(row[1] for row in rows))
     rows.sort(key=lambda row: order.index(row[1]))  # stable: checkpoints stay in order
-    cells = [list(COLUMNS), *([shown(row[0]), *row[1:]] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+    print_rows(COLUMNS, rows)
+
+
+def print_rows(columns: Sequence[str], rows: list[list[str]]) -> None:
+    """A table in the terminal: the first two columns to the left, the others to the right."""
+    cells = [list(columns), *([shown(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
         right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
@@ -154,3 +184,12 @@ def write_outputs(folder: Path, name: str, samples: list[dict], results: dict) -
     write_text(folder / "samples.jsonl", as_jsonl(samples))
     write_text(folder / "samples.md", as_markdown(name, samples, results))
     write_text(folder / "results.json", shown(text) + "\n")
+
+
+def write_nll(folder: Path, provenance: dict, nll: dict[str, dict | None]) -> None:
+    """nll.json: each NLL with nats and tokens of its sequences; nothing if none was measured."""
+    if not any(nll.values()):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"provenance": provenance, **nll}, ensure_ascii=False)
+    write_text(folder / "nll.json", shown(text) + "\n")

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dataset.lm_dataset import DataError, read_jsonl, record_messages
-from evaluation.metrics import CJK, validate_check
+from transformers import PreTrainedTokenizerFast
+
+from dataset.lm_dataset import DataError, encode_conversations, read_jsonl, record_messages
+from evaluation.metrics import has_cjk, validate_check
 
 PROMPT_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 FIELD = re.compile(r"- (\w+):(.*)")
@@ -161,7 +163,7 @@ def parse_prompt(prompt_id: str, section: str, body: list[str], name: str, start
     content = "\n".join(quote).strip()
     if not content:
         raise PromptError(f"{name}:{start}: {prompt_id!r} has no prompt; add a line '> ...'")
-    if re.search(f"[{CJK}]", content) and "translation" not in fields:
+    if has_cjk(content) and "translation" not in fields:
         raise PromptError(f"{name}:{start}: {prompt_id!r} is Chinese: add '- translation: ...'")
     return Prompt(prompt_id, section, [{"role": "user", "content": content}], **fields)
 
@@ -183,3 +185,10 @@ def parse_field(key: str, value: str, where: str) -> object:
     elif not isinstance(parsed, str) or not parsed.strip():
         raise PromptError(f"{where}: 'reference' must be a JSON string with text in it")
     return parsed
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, up to where the assistant's answer begins."""
+    conversations = [prompt.messages for prompt in prompts]
+    encoded = encode_conversations(tokenizer, conversations, generation_prompt=True)
+    return [ids for ids, _ in encoded]

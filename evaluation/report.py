@@ -24,6 +24,7 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DataError
+from dataset.untrusted import error_line
 from evaluation.outputs import inline
 from evaluation.page.build import page_html
 from evaluation.plots import figures
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in write_changed(files):
             print(f"wrote {path.relative_to(args.root)}")
     except (DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -1,48 +1,36 @@
 """Probing and chatting, with tiny random models."""
 
+import hashlib
 import json
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import eval_llm
-from dataset.lm_dataset import DataError, encode_conversations
-from eval_llm import (
-    encode_prompts,
-    find_checkpoint,
-    generate,
-    generation_config,
-    load_checkpoint,
-    main,
-    make_sample,
-    reference_samples,
-    response_nll,
-    summarize,
-)
-from evaluation.metrics import wilson_interval
-from evaluation.outputs import (
-    as_jsonl,
-    as_markdown,
-    fenced,
-    inline,
-    read_translations,
-    shown,
-)
-from evaluation.prompts import Prompt
+from dataset.untrusted import shown
+from eval_llm import main
+from evaluation import translations
+from evaluation.checkpoints import find_checkpoint, load_checkpoint
+from evaluation.intervals import wilson_interval
+from evaluation.outputs import as_jsonl, as_markdown, fenced, inline
+from evaluation.probe import generate, generation_config, make_sample, reference_samples
+from evaluation.prompts import Prompt, encode_prompts
+from evaluation.summary import summarize
+from evaluation.translations import Translator
 from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
 from model.model_minimind import (
     TOKENIZER_DIR,
     CheckpointError,
     MiniMindForCausalLM,
     load_tokenizer,
-    minimind_config,
     save_model,
     weights_fingerprint,
 )
+from tests.tiny import tiny_model
 
 EOS = 2
 PROMPTS = """# Test
@@ -59,24 +47,6 @@ PROMPTS = """# Test
 > A much longer message, so that the prompts of a batch differ in their length. Hi!
 - check: {"excludes": ["certainly not in there"]}
 """
-
-
-def tiny_model(seed: int = 0, vocab_size: int = 6400) -> MiniMindForCausalLM:
-    """A random model; scaled up, so that its outputs vary and greedy choices are clear."""
-    torch.manual_seed(seed)
-    config = minimind_config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-    )
-    model = MiniMindForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +113,127 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path)
     assert page.count("\n### ") == 3 and page.count("\n**") == 15 and "Translation: Hello" in page
 
 
+def test_nll_alone_leaves_saved_answers_as_they_are(home, tmp_path, capsys):
+    talk, text = home / "talk.jsonl", home / "text.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    write_lines(talk, [{"conversations": turns}] * 3)
+    write_lines(text, [{"text": "The sun is a star."}])
+    flags = ["--no_generation", "--nll_data", str(talk), "--text_nll_data", str(text)]
+    flags += ["--device", "cpu", "--output_dir", str(tmp_path / "a")]
+    models = ["--model", str(home / "one"), "--model", str(home / "two")]
+    (tmp_path / "a" / "one").mkdir(parents=True)
+    (tmp_path / "a" / "one" / "results.json").write_text("earlier")
+    main([*models, *flags])
+    assert (tmp_path / "a" / "one" / "results.json").read_text() == "earlier"
+    assert [path.name for path in (tmp_path / "a" / "two").iterdir()] == ["nll.json"]
+    out = capsys.readouterr().out.splitlines()
+    saved = json.loads((tmp_path / "a" / "one" / "nll.json").read_text())
+    nll, text_nll = saved["nll"], saved["text_nll"]
+    assert (nll["conversations"], len(nll["sequences"])) == (3, 3)
+    assert text_nll["blocks"] == 1 and text_nll["tokens"] == text_nll["sequences"][0][1]
+    expected = ["one", f"{nll['nats_per_token']:.3f}", f"{text_nll['nats_per_token']:.3f}"]
+    assert out[1].split() == expected and "two minus one, 95% intervals:" in out
+    assert [row.split()[0] for row in out[-2:]] == ["nll", "text_nll"]
+
+    folder = probe(home, tmp_path / "b", *flags[1:5], "--decoding", "greedy")
+    results = json.loads((folder / "results.json").read_text())
+    made = json.loads((folder / "nll.json").read_text())
+    assert made == saved
+    del nll["sequences"], text_nll["sequences"]
+    assert (results["nll"], results["text_nll"]) == (nll, text_nll)
+
+
+JUDGED = "# T\n## A\n" + "".join(
+    f'### p-{i}\n> What comes after {i}?\n- reference: "It is {i + 1}."\n' for i in range(11)
+)
+
+
+def test_a_judge_that_cannot_tell_references_is_not_shown(home, tmp_path, capsys):
+    (home / "judged.md").write_text(JUDGED)
+    flags = ["--prompts", str(home / "judged.md"), "--decoding", "greedy"]
+    folder = probe(home, tmp_path, *flags, "--judge", str(home / "two"))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["judge"]["checkpoint"] == "two" and results["judge"]["shares_base_with"] == []
+    assert results["judge"]["calibration"]["n"] == 11
+    assert results["judge"]["calibration"]["separates"] is False  # its weights are random
+    assert "cannot tell reference answers from shuffled ones" in capsys.readouterr().out
+    assert results["not_shown"] == ["off_topic", "prompt_pmi"]
+    assert results["decodings"]["greedy"]["off_topic"] is None
+    assert results["decodings"]["greedy"]["median_prompt_pmi"] is None
+    samples = lines_of(folder / "samples.jsonl")
+    assert all(type(sample["off_topic"]) is bool for sample in samples)
+    assert all(sample["prompt_pmi"] <= 2.302586 for sample in samples)  # ln 10
+
+
+def test_two_checkpoints_are_compared_prompt_by_prompt(home, tmp_path, capsys):
+    flags = ["--prompts", str(home / "prompts.md"), "--max_new_tokens", "4", "--device", "cpu"]
+    models = ["--model", str(home / "one"), "--model", str(home / "two")]
+    main([*models, "--output_dir", str(tmp_path), "--decoding", "greedy", *flags])
+    out = capsys.readouterr().out
+    rows = out.split("two minus one, 95% intervals:\n")[1].splitlines()
+    assert rows[0].split()[:2] == ["measure", "decoding"]
+    loop = next(row.split() for row in rows if row.startswith("loop"))
+    assert loop[1:5] == ["greedy", "0.000", "0.000", "+0.000"] and loop[-1] == "1.0000"
+    assert loop[5:8] == ["[-0.708,", "+0.708]", "0.632"]  # of three prompts: 1 - .025^(1/3)
+
+
+def test_a_translator_fills_empty_slots_once_and_nothing_is_lost(home, tmp_path, monkeypatch):
+    calls = []
+
+    def fake_translate(_, texts: list[str]) -> list[str]:  # the model itself: test_translations.py
+        calls.append(texts)
+        return [f"English {len(text)}" for text in texts]
+
+    monkeypatch.setattr(eval_llm, "load_translator", lambda name, _: Translator(name, None, None))
+    monkeypatch.setattr(translations, "translate", fake_translate)
+    monkeypatch.setattr(translations, "has_cjk", lambda text: True)
+    flags = ["--decoding", "greedy", "--translator", "opus"]
+    folder = probe(home, tmp_path, *flags)
+    names = ["results.json", "samples.jsonl", "samples.md", "translations.jsonl"]
+    before = {name: (folder / name).read_bytes() for name in names}
+    assert sorted(path.name for path in folder.iterdir()) == names
+    samples = lines_of(folder / "samples.jsonl")
+    assert samples[1]["prompt_translation"] == "Hello"  # the prompt's own goes first
+    assert samples[0]["prompt_translation"] == f"English {len(samples[0]['prompt'])}"
+    assert all(s["output_translation"] == f"English {len(s['output'])}" for s in samples)
+
+    probe(home, tmp_path, *flags)
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    assert len(calls) == 2 and calls[1] == []  # nothing was left to translate
+
+    samples[2]["output_translation"] = "By hand,\nand better."
+    write_lines(folder / "samples.jsonl", samples)
+    probe(home, tmp_path, *flags)
+    again = lines_of(folder / "samples.jsonl")
+    assert again[2]["output_translation"] == "By hand,\nand better."
+    assert "Translation: By hand, and better." in (folder / "samples.md").read_text()
+    stored = {line["output"]: line for line in lines_of(folder / "translations.jsonl")}
+    assert stored[samples[2]["output"]]["by"] == "hand"
+    assert stored[samples[0]["output"]]["by"] == "opus"
+
+    probe(home, tmp_path, "--decoding", "t1.0")  # other outputs: what is stored stays
+    assert stored == {line["output"]: line for line in lines_of(folder / "translations.jsonl")}
+
+
+def test_list_shows_runs(home, tmp_path, capsys):
+    lora = {"stage": "lora", "status": "running", "steps": 1864, "step": 500}
+    lora |= {"parameters": 1557632, "trainable_parameters": 74752, "eval_loss": 3.80423}
+    done = {"stage": "full_sft", "status": "completed", "steps": 9, "step": 9}
+    for name, record in {"lora": lora, "done": done}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    (tmp_path / "not_a_run").mkdir()
+    save_model(tiny_model(), TOKENIZER_DIR, tmp_path / "merged")
+    main(["--list", str(tmp_path)])
+    head, *rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    assert head[:3] == ["name", "stage", "status"]
+    assert [row[:-2] for row in rows] == [  # the last two are the date
+        ["done", "full_sft", "completed", "-", "-", "9", "-"],
+        ["lora", "lora", "running", "1,557,632", "74,752", "500", "of", "1,864", "3.8042"],
+        ["merged", "-", "-", "-", "-", "-", "-"],
+    ]
+
+
 def test_prompt_hash_is_of_what_the_model_sees(home, tmp_path):
     one = lines_of(probe(home, tmp_path, "--decoding", "greedy") / "samples.jsonl")
     two = lines_of(probe(home, tmp_path, "--decoding", "greedy", model="two") / "samples.jsonl")
@@ -150,24 +241,7 @@ def test_prompt_hash_is_of_what_the_model_sees(home, tmp_path):
     assert len({s["prompt_sha256"] for s in one}) == 3
     assert [s["output"] for s in one] != [s["output"] for s in two]
     rendered = "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
-    assert one[1]["prompt_sha256"] == eval_llm.hashlib.sha256(rendered.encode()).hexdigest()
-
-
-def test_translation_is_kept_until_the_output_changes(home, tmp_path, capsys):
-    path = probe(home, tmp_path, "--decoding", "greedy") / "samples.jsonl"
-    untouched = path.read_bytes()
-    samples = lines_of(path)
-    samples[0]["output_translation"] = "It says\nnothing."
-    samples[1]["output_translation"] = "Of an older output."
-    samples[1]["output"] = "older"
-    write_lines(path, samples)
-    probe(home, tmp_path, "--decoding", "greedy")
-    made = lines_of(path)
-    assert [s["output_translation"] for s in made] == ["It says\nnothing.", None, None]
-    assert "Translation: It says nothing." in (path.parent / "samples.md").read_text()
-    assert "outputs changed: 1" in capsys.readouterr().out
-    made[0]["output_translation"] = None
-    assert as_jsonl(made).encode() == untouched
+    assert one[1]["prompt_sha256"] == hashlib.sha256(rendered.encode()).hexdigest()
 
 
 def test_a_broken_samples_file_is_named_and_left_alone(home, tmp_path, capsys):
@@ -177,10 +251,8 @@ def test_a_broken_samples_file_is_named_and_left_alone(home, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         probe(home, tmp_path)
     assert stop.value.code == 2
-    assert f"{folder / 'samples.jsonl'}:1: not a sample" in capsys.readouterr().err
+    assert f"{folder / 'samples.jsonl'}:1: has no 'id'" in capsys.readouterr().err
     assert (folder / "samples.jsonl").read_text() == '{"prompt": "x"}\n'
-    with pytest.raises(DataError, match="samples.jsonl:1"):
-        read_translations(folder / "samples.jsonl")
 
 
 HOSTILE = "</pre>\n````\n# Heading\n<script>alert(1)</script>\x1b[31m\x9b\u202e|[x](javascript:0)"
@@ -194,7 +266,8 @@ def test_hostile_text_is_inert(home):
     assert sample["output"] == HOSTILE
     summary = summarize([sample])
     sample["output_translation"] = HOSTILE
-    page = as_markdown("na|me", [sample], {"nll": None, "decodings": {"greedy": summary}})
+    results = {"nll": None, "text_nll": None, "decodings": {"greedy": summary}}
+    page = as_markdown("na|me", [sample], results)
     line = as_jsonl([sample])
     assert not set("\x1b\x9b\u202e") & set(page + line)
     assert json.loads(line)["output"] == HOSTILE  # escaped, and nothing lost
@@ -228,7 +301,7 @@ def test_greedy_in_a_batch_is_greedy_alone():
     tokenizer.padding_side = "left"
     encoded = [[1, 50, 60], [1, 90, 91, 92, 93, 94, 95, 96], [1, 70]]
     config = generation_config(tokenizer, "greedy", 12)
-    with eval_llm.tqdm(disable=True) as progress:
+    with tqdm(disable=True) as progress:
         together = generate(model, tokenizer, encoded, config, 3, progress)
         alone = generate(model, tokenizer, encoded, config, 1, progress)
     assert together == alone
@@ -278,7 +351,7 @@ def test_end_token_cuts_the_answer(home):
     model, tokenizer = tiny_model(), load_tokenizer()
     tokenizer.padding_side = "left"
     config = generation_config(tokenizer, "greedy", 12)
-    with eval_llm.tqdm(disable=True) as progress:
+    with tqdm(disable=True) as progress:
         (free,) = generate(model, tokenizer, [[1, 50, 60]], config, 1, progress)
         config.eos_token_id = free[3]
         cut, other = generate(model, tokenizer, [[1, 50, 60], [1, 70]], config, 2, progress)
@@ -299,26 +372,6 @@ def test_references_pass_as_finished_answers():
     assert (sample["output"], sample["stopped"], sample["content_recall"]) == ("b c", True, 1)
 
 
-def test_summary_by_hand():
-    def sample(section: str, check: dict | None, strict: bool | None, **flags) -> dict:
-        measures = {"tokens": 4, "seq_rep_4": 0.5, "diversity": 0.25, "content_recall": None}
-        plain = {"blank": False, "runaway": False, "loop": False, "output": "a b"}
-        results = {"check": check, "check_strict": strict, "check_loose": check and True}
-        return {"section": section, "output_ids": [1, 2, 3, 4]} | measures | plain | results | flags
-
-    check = {"contains": ["a"]}
-    samples = [sample("A", check, True), sample("A", check, False, loop=True)]
-    samples += [sample("B", None, None, tokens=1, content_recall=0.5)]
-    summary = summarize(samples)
-    assert summary["samples"] == 3
-    assert summary["loop"] == {"rate": 0.333333, "k": 1, "n": 3, "low": 0.061492, "high": 0.79234}
-    assert (summary["check_strict"]["rate"], summary["check_loose"]["rate"]) == (0.5, 1)
-    assert summary["sections"]["A"]["check_strict"]["n"] == 2
-    assert summary["sections"]["B"]["check_strict"]["rate"] is None
-    assert (summary["mean_tokens"], summary["mean_content_recall"]) == (3, 0.5)
-    assert summary["distinct_1"] is None  # 12 tokens, fewer than the budget
-
-
 # --------------------------------------------------------------------------------------- adapters
 
 
@@ -336,8 +389,7 @@ def test_an_adapter_is_probed_on_the_base_that_it_names(home, tmp_path, monkeypa
     adapted = tiny_model(0)
     save_adapter(adapted, home / "adapter", base="one")  # relative to where the user stands
     monkeypatch.chdir(home)
-    args = Namespace(tokenizer_path=None, device="cpu", dtype="float32")
-    loaded, _ = load_checkpoint(find_checkpoint(Path("adapter")), args)
+    loaded, _ = load_checkpoint(find_checkpoint(Path("adapter")), None, "cpu", torch.float32)
     ids = torch.tensor([[1, 50, 60]])
     assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
 
@@ -348,7 +400,7 @@ def test_an_adapter_is_probed_on_the_base_that_it_names(home, tmp_path, monkeypa
     origin = json.loads((tmp_path / "adapter" / "results.json").read_text())["provenance"]
     assert (origin["checkpoint"], origin["base"]) == ("adapter", "one")
     table = capsys.readouterr().out.splitlines()
-    assert [row.split()[:2] for row in table[1:]] == [
+    assert [row.split()[:2] for row in table[1:4]] == [
         ["-", "references"],
         ["one", "greedy"],
         ["adapter", "greedy"],
@@ -361,33 +413,6 @@ def test_an_adapter_on_another_base_is_refused(home, tmp_path, capsys):
         main(["--model", str(tmp_path / "misled"), "--output_dir", str(tmp_path / "out")])
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
     assert "was trained on another base" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------- NLL
-
-
-def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
-    pairs = [
-        ("Hi", "Hello, you."),
-        ("A longer question?", "No"),
-        ("x", "Some words more than that"),
-    ]
-    talks = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in pairs
-    ]
-    path = tmp_path / "nll.jsonl"
-    write_lines(path, [{"conversations": talk} for talk in talks])
-    model, tokenizer = tiny_model(), load_tokenizer()
-    losses = []
-    for ids, labeled in encode_conversations(tokenizer, talks):
-        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        losses += [-log_p[i - 1, ids[i]].item() for i in range(len(ids)) if labeled[i]]
-    for batch_size in (1, 3):
-        result = response_nll(model, tokenizer, [path], 64, batch_size, tmp_path / "cache")
-        assert result["response_tokens"] == len(losses)
-        assert result["nats_per_token"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    assert result["conversations"] == 3
 
 
 # --------------------------------------------------------------------------------- bad input, chat
@@ -409,6 +434,18 @@ def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
         (["--model", "{home}/one", "--output_dir", "{home}/prompts.md"], "is a file"),
         (["--model", "{home}/one", "--model", "{home}/two", "--interactive"], "one --model"),
         (["--model", "{home}/one", "--limit", "1", "--interactive"], "no --prompts"),
+        (["--model", "{home}/one", "--no_generation"], "name --nll_data or --text_nll_data"),
+        (
+            ["--model", "{home}/one", "--no_generation", "--nll_data", "{home}/prompts.md"],
+            "--no_generation asks nothing",
+        ),
+        (["--model", "{home}/one", "--text_nll_data", "{home}/x.jsonl"], "--text_nll_data"),
+        (["--list", "{home}", "--interactive"], "--list and --interactive exclude each other"),
+        (["--list", "{home}", "--model", "{home}/one"], "--list only lists"),
+        (["--model", "{home}/one", "--judge", "{home}/none"], "--judge {home}/none: no such file"),
+        (["--model", "{home}/one", "--judge", "{home}/one"], "is the probed one or its base"),
+        (["--model", "{home}/one", "--judge", "{home}/two"], "need"),
+        (["--model", "{home}/one", "--translator", "{home}/none"], "--translator {home}/none"),
         (["--model", "{home}/one", "--max_new_tokens", "32768"], "'facts-01' has"),
         (["--model", "{home}/baseless"], "is not there; put it back"),
         (["--model", "{home}/nameless"], "names no base_model_name_or_path"),
@@ -437,9 +474,9 @@ def test_bad_input_is_one_line_and_writes_nothing(home, tmp_path, capsys, flags,
     if "{home}/small" in flags:
         save_model(tiny_model(vocab_size=100), TOKENIZER_DIR, home / "small")
     defaults = ["--prompts", str(home / "prompts.md"), "--output_dir", str(tmp_path / "out")]
-    if "--interactive" in flags:
+    if "--interactive" in flags or "--list" in flags:
         defaults = []
-    given = [flag.format(home=home) for flag in flags]
+    given, message = [flag.format(home=home) for flag in flags], message.format(home=home)
     with pytest.raises(SystemExit) as stop:
         main([*defaults, *given])
     assert stop.value.code == 2
@@ -459,32 +496,6 @@ def test_runs_from_another_folder(home, tmp_path):
     )
 
 
-@pytest.mark.parametrize("ending", ["", EOFError, KeyboardInterrupt])
-def test_chat_remembers_and_ends_cleanly(home, monkeypatch, capsys, ending):
-    typed = iter(["Hi", " again ", ending])
-    seen = []
-
-    def fake_input(_: str) -> str:
-        line = next(typed)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    def spy(tokenizer, conversations, **options):
-        seen.append([(m["role"], m["content"]) for m in conversations[0]])
-        return encode_conversations(tokenizer, conversations, **options)
-
-    monkeypatch.setattr("builtins.input", fake_input)
-    monkeypatch.setattr(eval_llm, "encode_conversations", spy)
-    flags = ["--interactive", "--device", "cpu", "--max_new_tokens", "5", "--decoding", "greedy"]
-    main(["--model", str(home / "one"), *flags])
-    assert seen[0] == [("user", "Hi")]
-    assert [role for role, _ in seen[1]] == ["user", "assistant", "user"]
-    assert seen[1][2] == ("user", "again")
-    answer = seen[1][1][1]
-    assert answer and shown(answer) in capsys.readouterr().out
-
-
 def test_checkpoint_names(home, tmp_path):
     (tmp_path / "lora_r8.v2").mkdir()
     (tmp_path / "full_sft_512.pth").touch()
@@ -496,8 +507,7 @@ def test_checkpoint_names(home, tmp_path):
 
 def test_loading_is_for_generation(home):
     checkpoint = find_checkpoint(home / "one")
-    args = Namespace(tokenizer_path=None, device="cpu", dtype="bfloat16")
-    model, tokenizer = load_checkpoint(checkpoint, args)
+    model, tokenizer = load_checkpoint(checkpoint, None, "cpu", torch.bfloat16)
     assert model.dtype == torch.bfloat16 and not model.training
     assert tokenizer.padding_side == "left"
     assert checkpoint.base is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset.lm_dataset import DataError
-from evaluation.metrics import check_answer
+from evaluation.metrics import CHECK_KEYS, FORMATS, check_answer
 from evaluation.prompts import parse_markdown, read_prompts
 
 OURS = Path(__file__).resolve().parents[1] / "evaluation" / "qualitative_prompts.md"
@@ -17,9 +17,12 @@ CHECKED = [prompt for prompt in PROMPTS if prompt.check]
 
 def test_our_prompts_cover_what_they_should():
     sections = Counter(prompt.section for prompt in PROMPTS)
-    assert len(PROMPTS) >= 45 and len(sections) >= 7 and min(sections.values()) >= 5
-    assert sum(prompt.translation is not None for prompt in PROMPTS) >= 10
-    assert len(CHECKED) >= 45
+    assert len(PROMPTS) >= 90 and len(sections) >= 9 and min(sections.values()) >= 7
+    assert {"Medical", "Chat and identity", "Refusal to answer blank"} <= sections.keys()
+    assert sum(prompt.translation is not None for prompt in PROMPTS) >= 15
+    assert len(CHECKED) >= 90 and all(prompt.reference for prompt in PROMPTS)
+    assert {key for prompt in CHECKED for key in prompt.check} == set(CHECK_KEYS)
+    assert {prompt.check.get("format") for prompt in CHECKED} == {None, *FORMATS}
     assert len({prompt.text for prompt in PROMPTS}) == len(PROMPTS)
     assert read_prompts(OURS, limit=2) == PROMPTS[:2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.outputs import shown
+from dataset.untrusted import shown
 from evaluation.page.build import embedded_json, loop_span, page_data, page_html, text_parts
 from evaluation.page.build import thin_spectrum as spectrum_points
 from evaluation.plots import median_energy

@@ -17,8 +17,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dataset.untrusted import shown
 from evaluation.metrics import find_loop
-from evaluation.outputs import shown
 from evaluation.records import (
     Record,
     families,

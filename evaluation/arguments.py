@@ -1,0 +1,163 @@
+"""The flags of `eval_llm.py`, and what refuses values that cannot work."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from evaluation.checkpoints import checkpoint_name
+from evaluation.probe import DECODINGS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PROMPTS_FILE = REPOSITORY / "evaluation" / "qualitative_prompts.md"
+OUTPUT_DIR = REPOSITORY / "evaluation" / "model_outputs"
+OUT_DIR = REPOSITORY / "out"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a value that cannot work ends here with exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_argument_group("what to do instead of probing with prompts")
+    mode.add_argument(
+        "--list",
+        type=Path,
+        nargs="?",
+        const=OUT_DIR,
+        metavar="FOLDER",
+        help="show the runs in out/, or in FOLDER",
+    )
+    mode.add_argument("--interactive", action="store_true", help="chat; empty line to quit")
+    mode.add_argument("--no_generation", action="store_true", help="measure NLL only")
+    what = parser.add_argument_group("what is probed")
+    what.add_argument(
+        "--model", type=Path, action="append", default=[], help="folder or .pth; repeatable"
+    )
+    what.add_argument(
+        "--tokenizer_path",
+        type=Path,
+        help="tokenizer's folder (default: the model's; for a .pth, this repository's)",
+    )
+    what.add_argument(
+        "--prompts", type=Path, default=PROMPTS_FILE, help="prompts, .md or JSONL (default: ours)"
+    )
+    what.add_argument("--limit", type=int, help="only the first so many prompts")
+    what.add_argument(
+        "--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on"
+    )
+    what.add_argument(
+        "--text_nll_data",
+        type=Path,
+        nargs="+",
+        help="pretraining text to measure NLL on: what fine-tuning forgets",
+    )
+    what.add_argument(
+        "--max_seq_len",
+        type=int,
+        default=512,
+        help="tokens of an NLL conversation or block of text (default: 512)",
+    )
+    what.add_argument(
+        "--judge",
+        type=Path,
+        help="checkpoint, trained apart from those probed, that tells off-topic answers",
+    )
+    what.add_argument(
+        "--translator",
+        help="folder or hub id of a model that translates into English; fills empty slots",
+    )
+    how = parser.add_argument_group("generation")
+    how.add_argument(
+        "--decoding",
+        nargs="+",
+        choices=DECODINGS,
+        default=list(DECODINGS),
+        help="subset (default: all; with --interactive, the first given or t0.85p0.85)",
+    )
+    how.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of sampled decodings (default: 0)"
+    )
+    how.add_argument(
+        "--max_new_tokens", type=int, default=128, help="tokens an answer may have (default: 128)"
+    )
+    how.add_argument("--batch_size", type=int, default=32, help="prompts at once (default: 32)")
+    how.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=OUTPUT_DIR, help="(default: evaluation/model_outputs)"
+    )
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def default_device() -> str:
+    """The accelerator's kind if there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses values that cannot work, and flags that would be ignored."""
+    for name in ("limit", "max_seq_len", "max_new_tokens", "batch_size"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
+    if args.max_seq_len < 2:
+        parser.error(f"--max_seq_len {args.max_seq_len}: must be at least 2")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {args.seeds}: must be different and not negative")
+    check_device(parser, args.device)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir}: is a file; name a folder")
+    for name in ("nll_data", "text_nll_data"):
+        for path in vars(args)[name] or []:
+            if not path.is_file():
+                parser.error(f"--{name} {path}: no such file")
+    if len(set(args.decoding)) < len(args.decoding):
+        parser.error("--decoding: one is given twice")
+    names = [checkpoint_name(path) for path in args.model]
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"--model: two are called {name!r} and would share an output folder")
+    check_mode(parser, args)
+
+
+def check_device(parser: argparse.ArgumentParser, name: str) -> None:
+    """Refuses a device that this machine does not have."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.error(f"--device {name}: no such device; try cpu or cuda")
+    here = ("cpu", default_device())
+    if device.type not in here or (device.index or 0) >= max(1, torch.accelerator.device_count()):
+        parser.error(f"--device {name}: not on this machine; here: {', '.join(set(here))}")
+
+
+def check_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses modes that exclude each other, and flags that the mode would ignore."""
+    modes = [name for name in ("list", "interactive", "no_generation") if vars(args)[name]]
+    if len(modes) > 1:
+        parser.error(f"--{modes[0]} and --{modes[1]} exclude each other")
+    if args.list is None and not args.model:
+        parser.error("--model: name at least one checkpoint; --list shows what is there")
+    if args.interactive and len(args.model) > 1:
+        parser.error("--interactive chats with one --model")
+    asked = args.limit or args.prompts != PROMPTS_FILE or args.judge or args.translator
+    measured = args.nll_data or args.text_nll_data
+    if args.list and (asked or measured or args.model):
+        parser.error("--list only lists: give no --model and nothing to ask or to measure")
+    if args.interactive and (asked or measured):
+        parser.error(
+            "--interactive asks and measures nothing: no --prompts, --limit, --judge, "
+            "--translator, --nll_data, --text_nll_data"
+        )
+    if args.no_generation and not measured:
+        parser.error("--no_generation measures NLL: name --nll_data or --text_nll_data")
+    if args.no_generation and (asked or args.decoding != list(DECODINGS) or args.seeds != [0]):
+        parser.error(
+            "--no_generation asks nothing: no --prompts, --limit, --judge, --translator, "
+            "--decoding, --seeds"
+        )

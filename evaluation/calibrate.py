@@ -1,0 +1,360 @@
+"""
+Calibrates the measures: which of them tell a reference answer from what they ought to tell it from?
+
+    python evaluation/calibrate.py
+    python evaluation/calibrate.py --judge out/full_sft
+    python evaluation/calibrate.py --prompts dataset/data/dolly_valid.jsonl.gz --output dolly.json
+
+Every measure is taken on the reference answers of a prompt set and on a control made of them:
+
+    shuffled   each prompt gets the reference of another prompt in the same script
+    half       the first half of the words of the reference (a reference recalls itself by
+               definition, so content recall is tried on half of it)
+    emptied    nothing before the end token
+    endless    the reference without its end token
+    repeated   the last words of the reference (at most 4) again and again up to the length limit,
+               without an end token
+
+Separation is the AUC, the chance that a reference scores better than a control, with its 95%
+interval over prompts. **Rule: a measure is shown if in every prompt set that has it the lower end
+of this interval is at least MIN_AUC.** For a yes-or-no measure, .6 means that it says yes 20 points
+more often where it should. Corpus measures are taken on groups of answers, since they need text.
+Blank and runaway separate by definition; what their calibration tells is how often they strike a
+reference. Off-topic depends on the judge: `eval_llm.py --judge` calibrates it anew on the prompts
+that it asks, by the same rule.
+
+Writes `evaluation/calibration.json`, which `eval_llm.py` reads: what is not shown there is left out
+of its tables and of results.json. The default prompt sets are in the repository, or generated.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from dataset.demo import DEMO_DIR, ensure_demo_corpus
+from dataset.lm_dataset import DataError, encode_batch
+from dataset.untrusted import error_line
+from evaluation.checkpoints import find_checkpoint, load_checkpoint
+from evaluation.intervals import CONFIDENCE, DRAWS, auc
+from evaluation.likelihood import Judge, add_topic_measures
+from evaluation.metrics import compression_ratio, distinct_n, has_cjk, split_words
+from evaluation.outputs import FLAGS, rounded
+from evaluation.probe import answer_samples, make_sample
+from evaluation.prompts import Prompt, read_prompts
+from evaluation.summary import rate
+from model.model_lora import AdapterError
+from model.model_minimind import CheckpointError, load_tokenizer, read_json, write_text
+
+PROMPTS_FILE = Path(__file__).resolve().parent / "qualitative_prompts.md"
+CALIBRATION_FILE = Path(__file__).resolve().parent / "calibration.json"
+MIN_AUC = 0.6
+SHUFFLE_SEED = 0
+LENGTH_LIMIT = 128  # tokens an answer may have, as in eval_llm.py
+PHRASE_WORDS = 4
+GROUP = 10  # answers that a corpus measure is taken on
+QUANTILES = (0.05, 0.5, 0.95)
+# What each measure is compared on, and whether more of it is better.
+SAMPLE_MEASURES = {
+    "check_strict": ("references", "shuffled", True),
+    "check_loose": ("references", "shuffled", True),
+    "content_recall": ("half", "shuffled", True),
+    "blank": ("references", "emptied", False),
+    "runaway": ("references", "endless", False),
+    "loop": ("references", "repeated", False),
+    "seq_rep_4": ("references", "repeated", False),
+    "diversity": ("references", "repeated", True),
+}
+CORPUS_MEASURES = {
+    "distinct_1": ("references", "repeated", True),
+    "distinct_2": ("references", "repeated", True),
+    "distinct_3": ("references", "repeated", True),
+    "compression_ratio": ("references", "repeated", False),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        help="prompt sets with references, .md or JSONL (default: ours and the demo corpus')",
+    )
+    add("--judge", type=Path, help="checkpoint that tells off-topic answers (default: none)")
+    add("--output", type=Path, default=CALIBRATION_FILE, help="(default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+# --------------------------------------------------------------------------------------- controls
+
+
+def shuffled_references(prompts: list[Prompt]) -> list[str]:
+    """For each prompt another's reference, from a fixed seed, in the same script (Chinese or not).
+
+    Raises:
+        DataError: a script has a single prompt, so there is none to change places with.
+    """
+    generator = np.random.default_rng(SHUFFLE_SEED)
+    answers = [prompt.reference for prompt in prompts]
+    for is_chinese in (True, False):
+        group = [i for i, prompt in enumerate(prompts) if has_cjk(prompt.text) == is_chinese]
+        if len(group) == 1:
+            raise DataError(f"{prompts[group[0]].id!r}: no other prompt in its script; add some")
+        order = generator.permutation(group)
+        for here, there in zip(order, np.roll(order, 1), strict=True):  # a cycle: none stays
+            answers[here] = prompts[there].reference
+    return answers
+
+
+def first_half(text: str) -> str:
+    """The first half of the words of a text, rounded up, joined by spaces."""
+    words = split_words(text)
+    return " ".join(words[: (len(words) + 1) // 2])
+
+
+def repeated_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a text whose last words come again up to the length limit."""
+    words = text.split() if not has_cjk(text) else split_words(text)
+    gap = "" if has_cjk(text) else " "
+    phrase = gap + gap.join(words[-PHRASE_WORDS:])
+    (ids,) = encode_batch(
+        tokenizer.backend_tokenizer, [text + phrase * LENGTH_LIMIT], special=False
+    )
+    return ids[:LENGTH_LIMIT]
+
+
+def make_arms(tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> dict[str, list[dict]]:
+    """The samples of the references and of each control, in the order of `prompts`."""
+    end = tokenizer.eos_token_id
+    texts = [prompt.reference for prompt in prompts]
+    ids = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
+    arms = {
+        "references": [[*of_one, end][:LENGTH_LIMIT] for of_one in ids],  # long ones run away
+        "emptied": [[end] for _ in ids],
+        "endless": [of_one[:LENGTH_LIMIT] for of_one in ids],
+        "repeated": [repeated_ids(tokenizer, text) for text in texts],
+    }
+    samples = {
+        name: [
+            make_sample(tokenizer, prompt, [], answer, name, None)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        for name, answers in arms.items()
+    }
+    samples["shuffled"] = answer_samples(
+        tokenizer, prompts, shuffled_references(prompts), "shuffled"
+    )
+    halves = [first_half(text) for text in texts]
+    samples["half"] = answer_samples(tokenizer, prompts, halves, "half")
+    return samples
+
+
+# ------------------------------------------------------------------------------------- separation
+
+
+def separation(references: list[float], controls: list[float], more_is_better: bool) -> dict:
+    """AUC of references against controls, paired by prompt, and whether it passes the rule."""
+    sign = 1 if more_is_better else -1
+    found = auc(sign * np.array(references, dtype=float), sign * np.array(controls, dtype=float))
+    return {
+        "auc": rounded(found.estimate),
+        "low": rounded(found.low),
+        "high": rounded(found.high),
+        "separates": found.low >= MIN_AUC,
+    }
+
+
+def spread(values: list[float]) -> dict:
+    """A yes-or-no measure's rate, or the quantiles of another one."""
+    if isinstance(values[0], bool):
+        return rate(values)
+    found = np.quantile(np.array(values, dtype=float), QUANTILES)
+    return {f"q{q:g}": rounded(float(v)) for q, v in zip(QUANTILES, found, strict=True)}
+
+
+def calibrate_samples(arms: dict[str, list[dict]], name: str) -> dict | None:
+    """One measure of single answers; None if no prompt has it (no checks)."""
+    positive, control, more_is_better = SAMPLE_MEASURES[name]
+    values = [
+        (a[name], b[name])
+        for a, b in zip(arms[positive], arms[control], strict=True)
+        if a[name] is not None
+    ]
+    if not values:
+        return None
+    good, bad = map(list, zip(*values, strict=True))
+    return {
+        "n": len(values),
+        "of": positive,
+        "against": control,
+        **separation(good, bad, more_is_better),
+        positive: spread(good),
+        control: spread(bad),
+    }
+
+
+def calibrate_corpus(arms: dict[str, list[dict]], name: str) -> dict:
+    """One measure of groups of answers, the last incomplete group left out."""
+    positive, control, more_is_better = CORPUS_MEASURES[name]
+    groups = {
+        arm: [arms[arm][i : i + GROUP] for i in range(0, len(arms[arm]) - GROUP + 1, GROUP)]
+        for arm in (positive, control)
+    }
+    budget = min(sum(s["tokens"] for s in group) for of_arm in groups.values() for group in of_arm)
+    good, bad = (
+        [corpus_value(name, group, budget) for group in groups[arm]] for arm in (positive, control)
+    )
+    return {
+        "n": len(good),
+        "of": f"groups of {GROUP} {positive}",
+        "against": control,
+        **separation(good, bad, more_is_better),
+        positive: spread(good),
+        control: spread(bad),
+    }
+
+
+def corpus_value(name: str, group: list[dict], budget: int) -> float:
+    """A corpus measure of some answers; distinct-n counts the first `budget` tokens."""
+    if name == "compression_ratio":
+        return compression_ratio("\n".join(sample["output"] for sample in group))
+    outputs = [sample["output_ids"] for sample in group]
+    return distinct_n(outputs, int(name.removeprefix("distinct_")), budget)
+
+
+def calibrate_judge(judge: Judge, prompts: list[Prompt], batch_size: int) -> dict:
+    """How well `judge` tells the references of `prompts` from shuffled ones, by off-topic rate.
+
+    Raises:
+        DataError: fewer than ten prompts have a reference.
+    """
+    known = [prompt for prompt in prompts if prompt.reference]
+    if len(known) < GROUP:
+        raise DataError(
+            f"--judge: {len(known)} prompts have a reference answer, and calibrating the judge "
+            f"needs {GROUP}"
+        )
+    arms = {}
+    answers = {
+        "references": [prompt.reference for prompt in known],
+        "shuffled": shuffled_references(known),
+    }
+    for name, texts in answers.items():
+        arms[name] = answer_samples(judge.tokenizer, known, texts, name)
+        add_topic_measures(judge, prompts, arms[name], batch_size)
+    off_topic = {name: [sample["off_topic"] for sample in arm] for name, arm in arms.items()}
+    return {
+        "n": len(known),
+        "of": "references",
+        "against": "shuffled",
+        **separation(off_topic["references"], off_topic["shuffled"], more_is_better=False),
+        **{name: rate(flags) for name, flags in off_topic.items()},
+    }
+
+
+def calibrate_set(
+    tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], judge: Judge | None
+) -> dict:
+    """Every measure on one prompt set."""
+    known = [prompt for prompt in prompts if prompt.reference]
+    if len(known) < GROUP:
+        raise DataError(f"--prompts: {len(known)} reference answers; calibrating needs {GROUP}")
+    arms = make_arms(tokenizer, known)
+    measures = {name: calibrate_samples(arms, name) for name in SAMPLE_MEASURES}
+    measures |= {name: calibrate_corpus(arms, name) for name in CORPUS_MEASURES}
+    measures["off_topic"] = judge and calibrate_judge(judge, prompts, batch_size=GROUP)
+    return {"references": len(known), "measures": measures}
+
+
+def decide(sets: dict[str, dict]) -> dict[str, bool | None]:
+    """Whether each measure is shown: it separates wherever it was measured; None: nowhere was."""
+    shown = {}
+    for name in (*SAMPLE_MEASURES, *CORPUS_MEASURES, "off_topic"):
+        found = [of_set["measures"][name] for of_set in sets.values()]
+        verdicts = [measure["separates"] for measure in found if measure]
+        shown[name] = all(verdicts) if verdicts else None
+    return shown
+
+
+def read_hidden(path: Path = CALIBRATION_FILE) -> list[str]:
+    """The measures that a calibration says not to show.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; make it with python evaluation/calibrate.py")
+    return [name for name, shown in read_json(path)["shown"].items() if shown is False]
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def load_judge(path: Path, device: str, dtype: torch.dtype) -> Judge:
+    """The judge checkpoint of a folder."""
+    checkpoint = find_checkpoint(path, flag="--judge")
+    return Judge(checkpoint, *load_checkpoint(checkpoint, None, device, dtype))
+
+
+def calibrate(prompt_files: dict[str, Path], judge: Judge | None) -> dict:
+    """What calibration.json holds."""
+    tokenizer = load_tokenizer()
+    sets = {
+        name: calibrate_set(tokenizer, read_prompts(path), judge)
+        for name, path in prompt_files.items()
+    }
+    return {
+        "rule": f"shown where the AUC's {CONFIDENCE:.0%} interval is above {MIN_AUC} in every set",
+        "min_auc": MIN_AUC,
+        "draws": DRAWS,
+        "length_limit": LENGTH_LIMIT,
+        "judge": judge and judge.checkpoint.name,
+        "shown": decide(sets),
+        "sets": sets,
+    }
+
+
+def print_calibration(calibration: dict) -> None:
+    """One line for each set and measure."""
+    for name, of_set in calibration["sets"].items():
+        print(f"{name}: {of_set['references']} references")
+        for measure, found in of_set["measures"].items():
+            if not found:
+                print(f"  {measure:18} not calibrated here")
+                continue
+            verdict = "separates" if found["separates"] else "DOES NOT SEPARATE"
+            interval = f"AUC {found['auc']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+            print(f"  {measure:18} {interval}  {verdict}: {found['of']} from {found['against']}")
+            if measure in FLAGS and measure != "off_topic":
+                print(f"  {'':18} strikes {found['references']['rate']:.1%} of the references")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        judge = load_judge(args.judge, "cpu", torch.float32) if args.judge else None
+        if args.prompts:
+            files = {path.name: path for path in args.prompts}
+        else:
+            demo = ensure_demo_corpus(DEMO_DIR)
+            files = {path.name: path for path in (PROMPTS_FILE, demo["sft_valid"])}
+        calibration = calibrate(files, judge)
+        print_calibration(calibration)
+        write_text(args.output, json.dumps(calibration, indent=2) + "\n")
+    except (DataError, CheckpointError, AdapterError, OSError) as error:
+        print(error_line(error), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

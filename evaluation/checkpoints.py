@@ -1,0 +1,134 @@
+"""Finds saved checkpoints and loads them for generation; lists the runs of a folder."""
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from dataset.lm_dataset import file_sha256
+from model.model_lora import ADAPTER_CONFIG, find_base, load_lora
+from model.model_minimind import (
+    TOKENIZER_DIR,
+    CheckpointError,
+    MiniMindForCausalLM,
+    load_model,
+    load_tokenizer,
+    read_json,
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved model, or an adapter with the base it belongs to."""
+
+    name: str
+    path: Path
+    base: Path | None  # for an adapter
+
+    @property
+    def model_path(self) -> Path:
+        """Where the full weights are."""
+        return self.base or self.path
+
+    def run_record(self) -> dict:
+        """The run.json beside the weights; empty where there is none."""
+        path = self.path / "run.json"
+        return read_json(path) if path.is_file() else {}
+
+
+def checkpoint_name(path: Path) -> str:
+    """The folder's name, or a .pth file's without its ending."""
+    path = path.resolve()
+    return path.stem if path.suffix == ".pth" else path.name
+
+
+def find_checkpoint(path: Path, flag: str = "--model") -> Checkpoint:
+    """What `path` holds, before anything is loaded.
+
+    Raises:
+        CheckpointError: nothing is there, or the adapter's base is not.
+        AdapterError: the adapter's config cannot be used.
+    """
+    name, config = checkpoint_name(path), path / ADAPTER_CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{flag} {path}: no such file or folder; train it or mend the path")
+    if not config.is_file():
+        return Checkpoint(name, path, base=None)
+    return Checkpoint(name, path, find_base(path))
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, tokenizer_path: Path | None, device: str, dtype: torch.dtype
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
+    """The model, adapter in place and not merged, ready to generate; and its tokenizer.
+
+    Args:
+        tokenizer_path: by default the model's own, or for a .pth this repository's.
+
+    Raises:
+        CheckpointError: files do not fit, or a weight is not a number.
+        AdapterError: the adapter does not fit, or was trained on another base.
+    """
+    model = load_model(checkpoint.model_path)
+    if checkpoint.base:
+        load_lora(model, checkpoint.path)
+    own_tokenizer = checkpoint.model_path if checkpoint.model_path.is_dir() else TOKENIZER_DIR
+    tokenizer = load_tokenizer(tokenizer_path or own_tokenizer)
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.model_path}: {model.config.vocab_size} tokens, but the tokenizer has "
+            f"{len(tokenizer)}; give the model's own as --tokenizer_path"
+        )
+    tokenizer.padding_side = "left"  # so that every prompt ends where its answer begins
+    return model.to(device, dtype).eval(), tokenizer
+
+
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of the file that holds a checkpoint's own weights."""
+    if path.is_file():
+        return file_sha256(path)
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return file_sha256(next(path / name for name in names if (path / name).is_file()))
+
+
+RUN_COLUMNS = ("name", "stage", "status", "size", "trainable", "steps", "eval loss", "written")
+
+
+def run_rows(folder: Path) -> list[list[str]]:
+    """One row of `RUN_COLUMNS` for every run or checkpoint in `folder`, by name; "-": not known.
+
+    Raises:
+        CheckpointError: the folder is missing or holds none, or a run.json is broken.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"--list {folder}: no such folder; train something first")
+    marks = ("run.json", "config.json", ADAPTER_CONFIG)
+    found = [path for path in sorted(folder.iterdir()) if any((path / m).is_file() for m in marks)]
+    if not found:
+        raise CheckpointError(f"--list {folder}: holds no run; train something first")
+    return [run_row(Checkpoint(path.name, path, base=None)) for path in found]
+
+
+def run_row(run: Checkpoint) -> list[str]:
+    """What run.json tells of a run, as text."""
+    record = run.run_record()
+
+    def told(name: str, form: str = "") -> str:
+        value = record.get(name)
+        return "-" if value is None else format(value, form)
+
+    steps = told("steps", ",")
+    done = told("step", ",")
+    written = max(path.stat().st_mtime for path in run.path.iterdir() if path.is_file())
+    return [
+        run.name,
+        told("stage"),
+        told("status"),
+        told("parameters", ","),
+        told("trainable_parameters", ","),
+        steps if done in (steps, "-") else f"{done} of {steps}",
+        told("eval_loss", ".4f"),
+        f"{datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M}",
+    ]
