@@ -128,6 +128,8 @@ def test_it_opens_with_the_base_and_what_was_trained_from_it(page):
     assert "0.50" in row and "67% 21%–94%" in row
     assert page.locator("#curve-charts svg").count() == 2  # pretraining, fine-tuning
     assert "r90 2, effective rank 2.5" in page.locator("#spectrum-chart").inner_text()
+    ticks = page.locator("#spectrum-chart text.axis").all_text_contents()
+    assert ticks == ["0.5", "1", "2", "1", "2", "rank"]  # of .5 to 2, and of ranks 1 to 3
 
 
 def test_failures_are_marked_in_place(page):

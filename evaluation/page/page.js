@@ -267,14 +267,16 @@ function linearTicks(low, high, count) {
   return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(6)));
 }
 
-/* 1, 2 and 5 times the powers of ten between low and high; the powers alone when those suffice. */
+/* 1, 2 and 5 times the powers of ten between low and high, the powers alone when those suffice; round
+   numbers where the range is too narrow for these. */
 function logTicks(low, high) {
   const first = Math.floor(Math.log10(low));
   const last = Math.ceil(Math.log10(high));
   const digits = last - first > 2 ? [1] : [1, 2, 5];
   const powers = Array.from({ length: last - first + 1 }, (_, i) => 10 ** (first + i));
   const ticks = powers.flatMap((power) => digits.map((digit) => digit * power));
-  return ticks.map((tick) => Number(tick.toPrecision(6))).filter((tick) => tick >= low && tick <= high);
+  const inside = ticks.map((tick) => Number(tick.toPrecision(6))).filter((t) => t >= low && t <= high);
+  return inside.length > 1 ? inside : linearTicks(low, high, 4);
 }
 
 function scaleOf(values, from, to, log) {
