@@ -285,7 +285,7 @@ def full_reference(record: Record, records: list[Record]) -> Record | None:
 def validation_loss(record: Record) -> float:
     """The last validation loss of a run that completed; infinite where there is none."""
     loss = record.run.get("eval_loss") if record.status == "completed" else None
-    return math.inf if loss is None or math.isnan(loss) else loss
+    return math.inf if loss is None else loss
 
 
 def recoveries(records: list[Record]) -> dict[str, float]:
@@ -390,11 +390,8 @@ def method(record: Record) -> str:
 
 
 def thin(rows: list[dict], key: str, points: int) -> list[tuple[int, float]]:
-    """(step, value) of a curve as at most `points` means over equal stretches of its rows.
-
-    A value that is no number is left out: a diverged run's curve ends where it diverged.
-    """
-    known = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
+    """(step, value) of a curve as at most `points` means over equal stretches of its rows."""
+    known = [(row["step"], row[key]) for row in rows if key in row]
     bounds = [len(known) * i // points for i in range(points + 1)]
     stretches = [known[start:end] for start, end in pairwise(bounds) if start < end]
     return [(part[-1][0], fmean(value for _, value in part)) for part in stretches]

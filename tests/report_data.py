@@ -136,7 +136,8 @@ def write_run(root: Path, name: str, record: dict, losses: tuple[float, ...] = (
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record))
     rows = [{"step": 20 * i, "loss": loss} for i, loss in enumerate(losses, start=1)]
-    rows.append({"step": 20 * len(losses), "eval_loss": losses[-1]})
+    if record["status"] == "completed":
+        rows.append({"step": 20 * len(losses), "eval_loss": losses[-1]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -172,7 +173,7 @@ def make_tree(root: Path) -> Path:
     write_run(root, "lora", run_record("lora", "lora"))
     write_run(root, "fft", run_record("fft", "full_sft"))
     diverged = {"status": "diverged", "step": 20, "learning_rate": 0.1, "eval_loss": None}
-    write_run(root, "lora_hot", run_record("lora_hot", "lora", **diverged), (4.0, float("nan")))
+    write_run(root, "lora_hot", run_record("lora_hot", "lora", **diverged), (4.0,))
     for name, nll, answer in (("base", 4.0, " "), ("lora", 3.5, "Lyon."), ("fft", 3.0, "Paris.")):
         write_probe(root, name, results_of(nll), samples_of(answer))
     write_spectrum(root, "fft", [2.0, 1.0, 0.5])

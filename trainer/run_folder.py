@@ -159,7 +159,7 @@ class RunFolder:
         """Appends a line to ``metrics.jsonl``."""
         if self.is_main:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after ``step``: a resumed run is about to log it again."""
