@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dataset.lm_dataset import read_jsonl
 from dataset.untrusted import shown
+from evaluation.metrics import check_answer, is_blank, is_loop
 from evaluation.page.build import embedded_json, loop_span, page_data, page_html, text_parts
 from evaluation.page.build import thin_spectrum as spectrum_points
 from evaluation.plots import median_energy
@@ -30,6 +32,7 @@ from evaluation.records import (
     where_best,
 )
 from evaluation.report import build, main, replace_block, runs_block, write_changed
+from model.model_minimind import load_tokenizer
 from tests.report_data import (
     HOSTILE,
     LOOP,
@@ -274,6 +277,20 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
         assert path.is_file(), f"{path.name}: run make report and commit it"
         if path.suffix != ".svg":  # whose bytes depend on matplotlib's version
             assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make report"
+
+
+def test_committed_samples_hold_what_the_measures_say_today():
+    """Fails when a measure's definition changed under outputs that were measured by the old one."""
+    special = load_tokenizer().all_special_tokens
+    for path in (REPOSITORY / "evaluation" / "model_outputs").glob("*/samples.jsonl"):
+        for where, saved in read_jsonl(path):
+            text = saved["output"]
+            for token in special:
+                text = text.replace(token, "")
+            assert saved["loop"] == is_loop(text), where
+            assert saved["blank"] == is_blank(text), where
+            if saved["check"]:
+                assert saved["check_strict"] == check_answer(text, saved["check"]), where
 
 
 # ----------------------------------------------------------------------------------- bytes, errors
