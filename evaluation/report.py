@@ -4,7 +4,8 @@ Makes the README's tables, the figures and the page from committed results, and 
     python evaluation/report.py                  # or: make report
     python evaluation/report.py --root FOLDER    # another folder with README.md and evaluation/
 
-    README.md                             what stands between <!-- report:NAME --> and its end
+    README.md                             what stands between <!-- report:NAME --> and its end;
+                                          of reliability, from tests/stress_resume.json
     evaluation/figures/*.svg              made with matplotlib (plots.py)
     evaluation/model_outputs/index.html   the page to read and compare outputs on (page/)
 
@@ -17,6 +18,7 @@ import math
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
@@ -37,6 +39,7 @@ from evaluation.records import (
     method,
     peak_rate,
     rate_of_answers,
+    read_keys,
     read_records,
     read_shown_rates,
     recoveries,
@@ -49,6 +52,7 @@ from evaluation.records import (
 from model.model_minimind import CheckpointError, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STRESS_KEYS = ("git", "seed", "kills", "survived", "cases", "memory_bytes_by_step")
 RUN_COLUMNS = ("checkpoint", "trained", "on", "parameters", "learning rate", "steps", "NLL", "R")
 SWEEP_COLUMNS = ("trained", "on", "steps", "validation NLL by rate", "best rate")
 
@@ -92,7 +96,9 @@ def build(root: Path) -> dict[Path, str]:
     drawn = figures(records, rates)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, lines in blocks(records, rates, list(drawn)).items():
+    stress = root / "tests" / "stress_resume.json"
+    kills = read_keys(stress, STRESS_KEYS) if stress.is_file() else None
+    for name, lines in blocks(records, rates, list(drawn), kills).items():
         text = replace_block(text, name, lines, str(readme))
     return {
         readme: text,
@@ -116,15 +122,22 @@ def write_changed(files: dict[Path, str]) -> list[Path]:
 
 
 def blocks(
-    records: list[Record], rates: dict[str, str], drawn: Iterable[str]
+    records: list[Record], rates: dict[str, str], drawn: Iterable[str], stress: dict | None
 ) -> dict[str, list[str]]:
     """Markdown lines of each generated part of the README.
 
     Args:
         rates: the rates that are shown, with their labels.
         drawn: names of the figures that there are.
+        stress: what `make stress` wrote; None if it was not run.
     """
-    return {"runs": runs_block(records, rates, drawn), "sweeps": sweeps_block(records, drawn)}
+    return {
+        "runs": runs_block(records, rates, drawn),
+        "sweeps": sweeps_block(records, drawn),
+        "reliability": ["`make stress` was not run yet."]
+        if stress is None
+        else wrapped(told(stress)),
+    }
 
 
 def replace_block(text: str, name: str, lines: list[str], where: str) -> str:
@@ -291,6 +304,31 @@ def sweep_cell(run: Record, is_best: bool) -> str:
     loss = validation_loss(run)
     cell = f"{short(peak_rate(run))}: {run.status if math.isinf(loss) else f'{loss:.3f}'}"
     return f"**{cell}**" if is_best else cell
+
+
+# ------------------------------------------------------------------------------------- reliability
+
+
+def told(stress: dict) -> str:
+    """What `make stress` measured, in two sentences."""
+    phases = Counter[str]()
+    for case in stress["cases"]:
+        phases.update(case["phases"])
+    fell = ", ".join(f"{phase} {count}" for phase, count in phases.items() if count)
+    sentences = [
+        f"`make stress`, at commit {stress['git'].get('commit', 'unknown')[:7]} with seed "
+        f"{stress['seed']}: {stress['survived']} of {stress['kills']} SIGKILLs at random moments "
+        f"were survived bit for bit, in {len(stress['cases'])} combinations of stage, type, "
+        f"accumulation, dropout, data processes and training processes. They fell into: {fell}."
+    ]
+    memory = {int(step): size for step, size in stress["memory_bytes_by_step"].items()}
+    if memory:
+        first, last = min(memory), max(memory)
+        sentences.append(
+            f"Resident memory was {memory[first] / 2**20:,.1f} MiB at step {first:,} of a run and "
+            f"{memory[last] / 2**20:,.1f} MiB at step {last:,}."
+        )
+    return " ".join(sentences)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ old
 between
 <!-- report:sweeps -->
 <!-- /report:sweeps -->
+
+<!-- report:reliability -->
+<!-- /report:reliability -->
 end
 """
 HOSTILE = (

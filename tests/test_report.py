@@ -31,7 +31,7 @@ from evaluation.records import (
     unfinished,
     where_best,
 )
-from evaluation.report import build, main, replace_block, runs_block, write_changed
+from evaluation.report import build, main, replace_block, runs_block, told, write_changed
 from model.model_minimind import load_tokenizer
 from tests.report_data import (
     HOSTILE,
@@ -237,7 +237,8 @@ def test_readme_tables_by_hand(tmp_path):
         assert sentence in " ".join(text.split()), sentence
     assert text.startswith("# Title\n<!-- report:runs -->\n")
     assert "<!-- /report:runs -->\nbetween\n<!-- report:sweeps -->\n" in text
-    assert text.endswith("<!-- /report:sweeps -->\nend\n")
+    unknown = "`make stress` was not run yet."
+    assert f"<!-- report:reliability -->\n{unknown}\n<!-- /report:reliability -->\nend\n" in text
     assert "old" not in text.split()
 
 
@@ -263,7 +264,7 @@ def test_markers_must_stand_exactly_once():
 def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
     """Fails when results were added, or the report changed, without `make report`."""
     listed = subprocess.run(
-        ["git", "-C", REPOSITORY, "ls-files", "-z", "evaluation", "README.md"],
+        ["git", "-C", REPOSITORY, "ls-files", "-z", "evaluation", "tests/*.json", "README.md"],
         capture_output=True,
         text=True,
     )
@@ -277,6 +278,17 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
         assert path.is_file(), f"{path.name}: run make report and commit it"
         if path.suffix != ".svg":  # whose bytes depend on matplotlib's version
             assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make report"
+
+
+def test_what_the_stress_command_measured_is_told():
+    one = {"phases": {"start": 1, "step": 2, "evaluation": 0}}
+    other = {"phases": {"start": 0, "step": 4, "evaluation": 1}}
+    stress = {"git": {"commit": "0123456789"}, "seed": 3, "kills": 8, "survived": 7}
+    stress |= {"cases": [one, other], "memory_bytes_by_step": {"500": 2**20, "3000": 3 * 2**20}}
+    text = told(stress)
+    assert "at commit 0123456 with seed 3: 7 of 8 SIGKILLs" in text
+    assert "in 2 combinations" in text and "fell into: start 1, step 6, evaluation 1." in text
+    assert text.endswith("was 1.0 MiB at step 500 of a run and 3.0 MiB at step 3,000.")
 
 
 def test_committed_samples_hold_what_the_measures_say_today():
