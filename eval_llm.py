@@ -93,6 +93,7 @@ from evaluation.translations import (
 )
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, MiniMindForCausalLM
+from trainer.arguments import SettingsError
 
 RUN_FACTS = ("stage", "status", "settings", "steps", "trainable_parameters", "eval_loss", "git")
 
@@ -275,12 +276,15 @@ def print_differences(probed: list[Probed], hidden: list[str]) -> None:
     """How every checkpoint differs from the first, where they can be compared."""
     first, *others = probed
     for other in others:
+        found = {}
         try:
-            found = compare(first.samples, other.samples)
+            found |= compare(first.samples, other.samples)
+        except NotComparable as error:
+            print(f"answers of {other.name} cannot be compared with {first.name}'s: {error}")
+        try:
             found["-"] = compare_all_nll(first.nll, other.nll)
         except NotComparable as error:
-            print(f"{other.name} cannot be compared with {first.name}: {error}")
-            continue
+            print(f"NLL of {other.name} cannot be compared with {first.name}'s: {error}")
         print(f"\n{other.name} minus {first.name}, 95% intervals:")
         print_rows(DIFFERENCE_COLUMNS, difference_rows(found, hidden))
 
@@ -323,8 +327,8 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(__doc__, argv)
     try:
+        args = parse_args(__doc__, argv)
         if args.list:
             run_list(args)
         elif args.interactive:
@@ -333,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
             run_nll(args)
         else:
             run_probes(args)
-    except (DataError, CheckpointError, AdapterError, OSError) as error:
+    except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
         print(error_line(error), file=sys.stderr)
         sys.exit(2)
 

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -400,11 +400,11 @@ def load_tokens(
     if not folder.is_dir():
         build_store(folder, kind, paths, tokenizer, max_seq_len)
     store = read_store(folder, token_dtype(tokenizer))
-    store.info.update(files=files, tokenizer_sha256=key["tokenizer"])
+    info = {"files": files, "tokenizer_sha256": key["tokenizer"], **store.info}
     if kind == "pretrain":
         tail = tail_length(len(store.tokens), max_seq_len)
-        store.info["dropped_tail_tokens"] = len(store.tokens) % max_seq_len - tail
-    return store
+        info["dropped_tail_tokens"] = len(store.tokens) % max_seq_len - tail
+    return replace(store, info=info)
 
 
 def read_store(folder: Path, dtype: type) -> TokenStore:

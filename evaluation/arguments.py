@@ -7,19 +7,26 @@ import torch
 
 from evaluation.checkpoints import checkpoint_name
 from evaluation.probe import DECODINGS
+from trainer.arguments import OUT_DIR, Parser, refuse_ignored
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROMPTS_FILE = REPOSITORY / "evaluation" / "qualitative_prompts.md"
 OUTPUT_DIR = REPOSITORY / "evaluation" / "model_outputs"
-OUT_DIR = REPOSITORY / "out"
+# Flags by what they are for; a mode refuses those that it would not read.
+ASKING = ("prompts", "limit", "judge", "translator", "decoding", "seeds", "max_new_tokens")
+CHATTING = {"decoding", "seeds", "max_new_tokens"}
+MEASURING = ("nll_data", "text_nll_data", "max_seq_len")
+COMPUTING = ("tokenizer_path", "batch_size", "device", "dtype", "output_dir")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
-    """The command line; a value that cannot work ends here with exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line.
+
+    Raises:
+        SettingsError: a value that cannot work, or a flag that would be ignored.
+    """
+    parser = Parser(doc)
     mode = parser.add_argument_group("what to do instead of probing with prompts")
     mode.add_argument(
         "--list",
@@ -99,7 +106,7 @@ def default_device() -> str:
     return accelerator.type if accelerator else "cpu"
 
 
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuses values that cannot work, and flags that would be ignored."""
     for name in ("limit", "max_seq_len", "max_new_tokens", "batch_size"):
         value = vars(args)[name]
@@ -125,7 +132,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     check_mode(parser, args)
 
 
-def check_device(parser: argparse.ArgumentParser, name: str) -> None:
+def check_device(parser: Parser, name: str) -> None:
     """Refuses a device that this machine does not have."""
     try:
         device = torch.device(name)
@@ -136,7 +143,7 @@ def check_device(parser: argparse.ArgumentParser, name: str) -> None:
         parser.error(f"--device {name}: not on this machine; here: {', '.join(set(here))}")
 
 
-def check_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_mode(parser: Parser, args: argparse.Namespace) -> None:
     """Refuses modes that exclude each other, and flags that the mode would ignore."""
     modes = [name for name in ("list", "interactive", "no_generation") if vars(args)[name]]
     if len(modes) > 1:
@@ -145,19 +152,21 @@ def check_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--model: name at least one checkpoint; --list shows what is there")
     if args.interactive and len(args.model) > 1:
         parser.error("--interactive chats with one --model")
-    asked = args.limit or args.prompts != PROMPTS_FILE or args.judge or args.translator
     measured = args.nll_data or args.text_nll_data
-    if args.list and (asked or measured or args.model):
-        parser.error("--list only lists: give no --model and nothing to ask or to measure")
-    if args.interactive and (asked or measured):
-        parser.error(
-            "--interactive asks and measures nothing: no --prompts, --limit, --judge, "
-            "--translator, --nll_data, --text_nll_data"
-        )
     if args.no_generation and not measured:
         parser.error("--no_generation measures NLL: name --nll_data or --text_nll_data")
-    if args.no_generation and (asked or args.decoding != list(DECODINGS) or args.seeds != [0]):
-        parser.error(
-            "--no_generation asks nothing: no --prompts, --limit, --judge, --translator, "
-            "--decoding, --seeds"
+    if args.list:
+        refuse_ignored(
+            args, parser, ("model", *ASKING, *MEASURING, *COMPUTING), "--list only lists"
         )
+    if args.interactive:
+        flags = ("batch_size", "output_dir", *MEASURING, *(set(ASKING) - CHATTING))
+        refuse_ignored(args, parser, tuple(sorted(flags)), "--interactive only chats")
+        if len(args.seeds) > 1 or 1 < len(args.decoding) < len(DECODINGS):
+            parser.error("--interactive: give one of --seeds and one --decoding")
+    if args.no_generation:
+        refuse_ignored(args, parser, ASKING, "--no_generation asks nothing")
+    if not measured:
+        refuse_ignored(args, parser, ("max_seq_len",), "is of --nll_data and --text_nll_data")
+    if args.decoding == ["greedy"]:
+        refuse_ignored(args, parser, ("seeds",), "greedy decoding draws nothing")

@@ -51,6 +51,7 @@ from evaluation.prompts import Prompt, read_prompts
 from evaluation.summary import rate
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, load_tokenizer, read_json, write_text
+from trainer.arguments import Parser, SettingsError
 
 PROMPTS_FILE = Path(__file__).resolve().parent / "qualitative_prompts.md"
 CALIBRATION_FILE = Path(__file__).resolve().parent / "calibration.json"
@@ -80,9 +81,7 @@ CORPUS_MEASURES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add(
         "--prompts",
@@ -340,8 +339,8 @@ def print_calibration(calibration: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         judge = load_judge(args.judge, "cpu", torch.float32) if args.judge else None
         if args.prompts:
             files = {path.name: path for path in args.prompts}
@@ -351,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         calibration = calibrate(files, judge)
         print_calibration(calibration)
         write_text(args.output, json.dumps(calibration, indent=2) + "\n")
-    except (DataError, CheckpointError, AdapterError, OSError) as error:
+    except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
         print(error_line(error), file=sys.stderr)
         sys.exit(2)
 

@@ -35,8 +35,10 @@ def chat(
             print(HELP)
         elif command == "/reset":
             messages = [message for message in messages if message["role"] == "system"]
+            print("(the conversation begins anew)")
         elif command == "/system":
             messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+            print("(the conversation begins anew)")
         elif command == "/retry":
             if messages and messages[-1]["role"] == "assistant":
                 messages = answer(model, tokenizer, config, messages[:-1])

@@ -37,6 +37,8 @@ from evaluation.outputs import rounded
 from evaluation.prompts import Prompt, encode_prompts
 from model.model_minimind import CheckpointError, MiniMindForCausalLM, weights_fingerprint
 
+# What tokenizing lost or found twice, as the token store counts it.
+COUNTS = ("truncated", "dropped_without_labels", "dropped_tail_tokens", "duplicates")
 CANDIDATES = 10  # the prompt of an answer and nine distractors
 DISTRACTOR_SEED = 0
 # What results.json calls the sequences and the tokens of each kind of data.
@@ -96,10 +98,12 @@ def held_out_nll(
     labels = (dataset[i][1] for i in range(len(dataset)))
     tokens = [int((of_one[1:] != IGNORE_INDEX).sum()) for of_one in labels]
     sequences, targets = NLL_UNITS[kind]
+    info = dataset.store.info
     return {
         "data": [{"name": path.name, "sha256": file_sha256(path)} for path in paths],
         sequences: len(dataset),
         "max_seq_len": max_seq_len,
+        **{name: info[name] for name in COUNTS if name in info},
         targets: sum(tokens),
         "nats_per_token": rounded(nats.sum() / sum(tokens)),
         "sequences": [[rounded(n), t] for n, t in zip(nats.tolist(), tokens, strict=True)],

@@ -47,11 +47,12 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def verdict(sample: dict) -> str:
-    """The measures of a sample in a few words."""
+def verdict(sample: dict, hidden: list[str]) -> str:
+    """The measures of a sample in a few words, without those that are not shown."""
     words = [f"{sample['tokens']} tokens"]
-    words += [flag.replace("_", " ") for flag in (*FLAGS, OFF_TOPIC) if sample[flag]]
-    if sample["check"]:
+    flags = [flag for flag in (*FLAGS, OFF_TOPIC) if flag not in hidden]
+    words += [flag.replace("_", " ") for flag in flags if sample[flag]]
+    if sample["check"] and "check_strict" not in hidden:
         loose = "passed loosely" if sample["check_loose"] else "failed"
         words.append("check " + ("passed" if sample["check_strict"] else loose))
     return ", ".join(words)
@@ -61,6 +62,7 @@ def as_markdown(name: str, samples: list[dict], results: dict) -> str:
     """samples.md: the results as a table, then every prompt with its outputs."""
     lines = [f"# Outputs of {inline(name)}", "", "Written by `eval_llm.py`; do not edit.", ""]
     lines += markdown_table(table_rows(name, results))
+    hidden = results["not_shown"]
     by_prompt: dict[str, list[dict]] = defaultdict(list)
     for sample in samples:
         by_prompt[sample["id"]].append(sample)
@@ -77,7 +79,7 @@ def as_markdown(name: str, samples: list[dict], results: dict) -> str:
             lines += ["", f"Check: {inline(json.dumps(first['check'], ensure_ascii=False))}"]
         for sample in group:
             seed = "" if sample["seed"] is None else f", seed {sample['seed']}"
-            lines += ["", f"**{sample['decoding']}{seed}** ({verdict(sample)}):", ""]
+            lines += ["", f"**{sample['decoding']}{seed}** ({verdict(sample, hidden)}):", ""]
             lines.append(fenced(sample["output"]))
             if sample["output_translation"]:
                 lines += ["", f"Translation: {inline(sample['output_translation'])}"]

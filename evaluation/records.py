@@ -186,16 +186,23 @@ def read_probe(folder: Path) -> dict:
     )
     found = read_keys(results, RESULT_KEYS) if results.is_file() else None
     if nll.is_file():
-        found = with_nll(found, read_keys(nll, NLL_KEYS))
+        found = with_nll(found, read_keys(nll, NLL_KEYS), nll)
     return {
         "results": found,
         "samples": read_lines(samples, SAMPLE_KEYS) if samples.is_file() else [],
     }
 
 
-def with_nll(results: dict | None, measured: dict) -> dict:
-    """`results` with the NLL that it lacks; without answers there may be nothing but NLL."""
+def with_nll(results: dict | None, measured: dict, path: Path) -> dict:
+    """`results` with the NLL that it lacks; without answers there may be nothing but NLL.
+
+    Raises:
+        DataError: the two are of different weights.
+    """
     known = results or {"provenance": measured["provenance"], "decodings": {}}
+    weights = [each["provenance"].get("weights_sha256") for each in (known, measured)]
+    if weights[0] != weights[1]:
+        raise DataError(f"{path}: measured on other weights than results.json; measure NLL again")
     return known | {name: known.get(name) or measured[name] for name in ("nll", "text_nll")}
 
 

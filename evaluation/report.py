@@ -2,6 +2,7 @@ r"""
 Makes the README's tables, the figures and the page from committed results, and from nothing else.
 
     python evaluation/report.py                  # or: make report
+    python evaluation/report.py --add out/full_sft out/lora_all    # file these runs' records first
     python evaluation/report.py --root FOLDER    # another folder with README.md and evaluation/
 
     README.md                             what stands between <!-- report:NAME --> and its end;
@@ -16,6 +17,7 @@ results are and how they are joined is in records.py, what the measures are in m
 import argparse
 import math
 import re
+import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -50,36 +52,58 @@ from evaluation.records import (
     where_best,
 )
 from model.model_minimind import CheckpointError, write_text
+from trainer.arguments import Parser, SettingsError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RUN_FILES = ("run.json", "metrics.jsonl")
 STRESS_KEYS = ("git", "seed", "kills", "survived", "cases", "memory_bytes_by_step")
 RUN_COLUMNS = ("checkpoint", "trained", "on", "parameters", "learning rate", "steps", "NLL", "R")
 SWEEP_COLUMNS = ("trained", "on", "steps", "validation NLL by rate", "best rate")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--root",
         type=Path,
         default=REPOSITORY,
         help="folder that holds README.md and evaluation/ (default: this repository)",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--add",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="run folders whose run.json and metrics.jsonl are copied to evaluation/results/ first",
+    )
+    args = parser.parse_args(argv)
+    for run in args.add:
+        if not all((run / name).is_file() for name in RUN_FILES):
+            raise SettingsError(f"--add {run}: lacks {' or '.join(RUN_FILES)}; train it first")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
+        for run in args.add:
+            add_run(run, args.root / "evaluation" / "results")
         files = build(args.root)
         for path in write_changed(files):
             print(f"wrote {path.relative_to(args.root)}")
-    except (DataError, CheckpointError, OSError) as error:
+    except (SettingsError, DataError, CheckpointError, OSError) as error:
         print(error_line(error), file=sys.stderr)
         return 2
     return 0
+
+
+def add_run(run: Path, results: Path) -> None:
+    """Copies the record and the curve of a run to the committed results."""
+    folder = results / run.resolve().name
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        shutil.copyfile(run / name, folder / name)
 
 
 def build(root: Path) -> dict[Path, str]:
@@ -321,6 +345,9 @@ def told(stress: dict) -> str:
         f"were survived bit for bit, in {len(stress['cases'])} combinations of stage, type, "
         f"accumulation, dropout, data processes and training processes. They fell into: {fell}."
     ]
+    failed = [case["name"] for case in stress["cases"] if case["exact_runs"] < case["runs"]]
+    if failed:
+        sentences.append(f"Not exact: {'; '.join(failed)}.")
     memory = {int(step): size for step, size in stress["memory_bytes_by_step"].items()}
     if memory:
         first, last = min(memory), max(memory)

@@ -110,7 +110,7 @@ from model.model_minimind import (
     weights_fingerprint,
     write_text,
 )
-from trainer.arguments import OUT_DIR, SettingsError
+from trainer.arguments import OUT_DIR, Parser, SettingsError
 from trainer.run_folder import git_state
 from trainer.trainer_utils import run_script
 
@@ -548,9 +548,7 @@ def write_variant(variant: Variant, base: Base, update: Update, folder: Path) ->
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder or .pth that fine-tuning started from")
     add("--tuned", type=Path, required=True, help="checkpoint or adapter folder, or full .pth")

@@ -278,11 +278,13 @@ def try_case(name: str, case: Case, home: Path, kills: int, seed: int, until: fl
     seconds = run_to_end(case, home, folder / "whole")
     while outcome.kills < kills and time.monotonic() < until:
         run = folder / f"run{outcome.runs}"
+        hits: list[str] = []
         try:
-            hits = kill_until_done(case, home, run, kills - outcome.kills, seconds, draw)
+            for phase in kills_until_done(case, home, run, kills - outcome.kills, seconds, draw):
+                hits.append(phase)
             differences = list(compare_runs(folder / "whole", run))
-        except (RuntimeError, TimeoutError) as error:
-            hits, differences = [], [str(error)]
+        except (RuntimeError, TimeoutError) as error:  # its kills count, as not survived
+            differences = [str(error)]
         outcome.differences += differences
         outcome.kills += len(hits)
         outcome.survived += 0 if differences else len(hits)
@@ -296,25 +298,26 @@ def try_case(name: str, case: Case, home: Path, kills: int, seed: int, until: fl
     return outcome
 
 
-def kill_until_done(
+def kills_until_done(
     case: Case, home: Path, run: Path, most: int, seconds: float, draw: random.Random
-) -> list[str]:
-    """Kills and continues one run until it comes to its end; the phases that it was killed in.
+) -> Iterator[str]:
+    """Kills and continues one run until it comes to its end; yields where each kill fell.
 
     Args:
         most: kills at most; after them the run is left in peace.
         seconds: that an undisturbed run takes, from which the moments are drawn.
     """
-    hits: list[str] = []
+    kills = 0
     log = run.with_suffix(".log")
     flags = flags_of(case, home, run)
     # With two processes, sometimes one of them alone dies.
     choices = [slice(None)] if case.processes == 1 else [slice(None), slice(0, 1), slice(1, 2)]
     while True:
-        delay = draw.uniform(0, seconds) if len(hits) < most else WAIT_SECONDS
+        delay = draw.uniform(0, seconds) if kills < most else WAIT_SECONDS
         if not kill_run(case, flags + next_flags(run), log, delay, draw.choice(choices)):
-            return hits
-        hits.append(phase_of(run, log))
+            return
+        kills += 1
+        yield phase_of(run, log)
 
 
 # ---------------------------------------------------------------- comparing

@@ -443,7 +443,7 @@ CASES = [
     ("output_dir is a file", "train_tokenizer", "--output_dir {home}/text.jsonl", nothing,
      "--output_dir {home}/text.jsonl: is a file; name a folder"),
     ("run that exists", "full_sft", "", file("out/full_sft/run.json", b"{}"),
-     "{tmp}/out/full_sft exists: continue it with --from_resume, replace it with --overwrite, or choose another name"),
+     "{tmp}/out/full_sft exists: replace it with --overwrite, or choose another name"),
     ("merged model that exists", "merge_lora", "--adapter {home}/adapter", file("out/x", b""),
      "--output_dir {tmp}/out: exists; name another folder"),
     # ---- flags that contradict each other, or that would be ignored

@@ -266,7 +266,7 @@ def test_hostile_text_is_inert(home):
     assert sample["output"] == HOSTILE
     summary = summarize([sample])
     sample["output_translation"] = HOSTILE
-    results = {"nll": None, "text_nll": None, "decodings": {"greedy": summary}}
+    results = {"nll": None, "text_nll": None, "not_shown": [], "decodings": {"greedy": summary}}
     page = as_markdown("na|me", [sample], results)
     line = as_jsonl([sample])
     assert not set("\x1b\x9b\u202e") & set(page + line)
@@ -433,7 +433,13 @@ def test_an_adapter_on_another_base_is_refused(home, tmp_path, capsys):
         (["--model", "{home}/one", "--device", "xpu"], "--device xpu: not on this machine"),
         (["--model", "{home}/one", "--output_dir", "{home}/prompts.md"], "is a file"),
         (["--model", "{home}/one", "--model", "{home}/two", "--interactive"], "one --model"),
-        (["--model", "{home}/one", "--limit", "1", "--interactive"], "no --prompts"),
+        (["--model", "{home}/one", "--limit", "1", "--interactive"], "--interactive only chats"),
+        (["--list", "--limit", "1"], "--list only lists"),
+        (["--model", "{home}/one", "--max_seq_len", "9"], "is of --nll_data"),
+        (
+            ["--model", "{home}/one", "--decoding", "greedy", "--seeds", "1"],
+            "greedy decoding draws nothing",
+        ),
         (["--model", "{home}/one", "--no_generation"], "name --nll_data or --text_nll_data"),
         (
             ["--model", "{home}/one", "--no_generation", "--nll_data", "{home}/prompts.md"],
@@ -482,7 +488,7 @@ def test_bad_input_is_one_line_and_writes_nothing(home, tmp_path, capsys, flags,
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-    assert "error: " in error.splitlines()[-1] and message in error.splitlines()[-1]
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()
 
 

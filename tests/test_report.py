@@ -281,13 +281,15 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
 
 
 def test_what_the_stress_command_measured_is_told():
-    one = {"phases": {"start": 1, "step": 2, "evaluation": 0}}
-    other = {"phases": {"start": 0, "step": 4, "evaluation": 1}}
+    one = {"phases": {"start": 1, "step": 2, "evaluation": 0}, "runs": 2, "exact_runs": 2}
+    other = {"phases": {"start": 0, "step": 4, "evaluation": 1}, "runs": 2, "exact_runs": 1}
+    one["name"], other["name"] = "lora", "pretrain"
     stress = {"git": {"commit": "0123456789"}, "seed": 3, "kills": 8, "survived": 7}
     stress |= {"cases": [one, other], "memory_bytes_by_step": {"500": 2**20, "3000": 3 * 2**20}}
     text = told(stress)
     assert "at commit 0123456 with seed 3: 7 of 8 SIGKILLs" in text
     assert "in 2 combinations" in text and "fell into: start 1, step 6, evaluation 1." in text
+    assert "Not exact: pretrain." in text
     assert text.endswith("was 1.0 MiB at step 500 of a run and 3.0 MiB at step 3,000.")
 
 
@@ -450,6 +452,26 @@ def test_nll_alone_is_told_too(tmp_path):
         "1e-1 | 20 | 3.800 | 0.20 | - / - | - / - | - / - | - / - |"
     )
     assert row in text
+
+
+def test_nll_of_other_weights_is_refused(tmp_path, capsys):
+    root = make_tree(tmp_path)
+    measured = {"provenance": {"weights_sha256": "x"}, "nll": None, "text_nll": None}
+    path = root / "evaluation" / "model_outputs" / "lora" / "nll.json"
+    path.write_text(json.dumps(measured))
+    assert main(["--root", str(root)]) == 2
+    assert f"{path}: measured on other weights" in capsys.readouterr().err
+
+
+def test_a_run_is_filed(tmp_path, capsys):
+    root = make_tree(tmp_path / "repo")
+    write_run(tmp_path / "elsewhere", "lora_new", run_record("lora_new", "lora"))
+    run = tmp_path / "elsewhere" / "evaluation" / "results" / "lora_new"
+    write_probe(root, "lora_new", results_of(3.2), [sample("facts-01", "Paris.")])
+    assert main(["--root", str(root), "--add", str(run)]) == 0
+    assert "| 3.200 | 0.80 |" in (root / "README.md").read_text()
+    assert main(["--root", str(root), "--add", str(tmp_path)]) == 2
+    assert "lacks run.json or metrics.jsonl" in capsys.readouterr().err
 
 
 def test_results_of_a_probe_without_a_run_are_shown(tmp_path):

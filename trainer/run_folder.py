@@ -313,7 +313,7 @@ def check_same_run(record: dict, args: argparse.Namespace) -> None:
 def differences(name: str, before: object, now: object) -> Iterator[str]:
     """A line for each value that differs between two JSON values, with the way to it."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
+        for key in dict.fromkeys([*before, *now]):
             yield from differences(f"{name}.{key}", before.get(key), now.get(key))
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for position, (old, new) in enumerate(zip(before, now, strict=True)):

@@ -650,7 +650,7 @@ def log_step(
         "step": progress.step,
         "tokens": progress.tokens,
         "loss": loss,
-        "grad_norm": norm,
+        "grad_norm": norm if math.isfinite(norm) else None,  # of a float16 step that was skipped
         "learning_rate": rate,
         "tokens_per_second": round(tokens_per_second, 1),
     }
