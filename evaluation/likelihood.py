@@ -35,7 +35,12 @@ from evaluation.checkpoints import Checkpoint, weights_sha256
 from evaluation.metrics import has_cjk
 from evaluation.outputs import rounded
 from evaluation.prompts import Prompt, encode_prompts
-from model.model_minimind import CheckpointError, MiniMindForCausalLM, weights_fingerprint
+from model.model_minimind import (
+    CheckpointError,
+    MiniMindForCausalLM,
+    load_model,
+    weights_fingerprint,
+)
 
 # What tokenizing lost or found twice, as the token store counts it.
 COUNTS = ("truncated", "dropped_without_labels", "dropped_tail_tokens", "duplicates")
@@ -127,11 +132,12 @@ def check_independence(judge: Judge, checkpoints: list[Checkpoint]) -> list[str]
     Refuses a judge that is a probed checkpoint or the base of one.
 
     A model finds its own answers likely, on topic or not, and an adapter or a fine-tuned model is
-    close to its base: such a judge favors one arm. One that was fine-tuned from the same base as
-    a probed checkpoint favors all that share the base alike, so it is allowed and named.
+    close to its base: such a judge favors one arm. One that was fine-tuned from a probed base, or
+    from the same base as a probed checkpoint, favors all that share the base alike, so it is
+    allowed and named.
 
     Returns:
-        The names of probed checkpoints that share the judge's base.
+        The names of probed checkpoints that share the judge's base, or are it.
 
     Raises:
         CheckpointError: names the probed checkpoint.
@@ -148,9 +154,14 @@ def check_independence(judge: Judge, checkpoints: list[Checkpoint]) -> list[str]
                 f"--judge {judge.checkpoint.path}: is the probed {checkpoint.name} or its base; "
                 "give a checkpoint trained apart from it"
             )
-        if base is not None and base == judge_base:
+        if judge_base is not None and judge_base in (base, own_fingerprint(checkpoint)):
             relatives.append(checkpoint.name)
     return relatives
+
+
+def own_fingerprint(checkpoint: Checkpoint) -> str | None:
+    """What runs that started from a checkpoint record of it; None for an adapter."""
+    return None if checkpoint.base else weights_fingerprint(load_model(checkpoint.path))
 
 
 def draw_candidates(prompts: list[Prompt]) -> list[list[int]]:

@@ -180,3 +180,4 @@ def test_a_judge_that_is_probed_or_its_base_is_refused(tmp_path):
             check_independence(judge("base"), checkpoint)
     assert check_independence(judge("other"), probed("tuned") + probed("base")) == []
     assert check_independence(judge("sibling"), probed("tuned") + probed("other")) == ["tuned"]
+    assert check_independence(judge("sibling"), probed("base") + probed("other")) == ["base"]
