@@ -313,7 +313,7 @@ def calibrate(prompt_files: dict[str, Path], judge: Judge | None) -> dict:
         for name, path in prompt_files.items()
     }
     return {
-        "rule": f"shown where the AUC's {CONFIDENCE:.0%} interval is not below {MIN_AUC} in any set",
+        "rule": f"shown where no set's {CONFIDENCE:.0%} AUC interval begins below {MIN_AUC}",
         "min_auc": MIN_AUC,
         "draws": DRAWS,
         "length_limit": LENGTH_LIMIT,
