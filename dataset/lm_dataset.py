@@ -56,6 +56,7 @@ FOREIGN_STARTS = {
 }
 IGNORE_INDEX = -100
 ENCODE_CHUNK = 2_000  # records that one call of the Rust tokenizer encodes in parallel
+SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
 # What a template may raise: it is code that comes with a tokenizer. transformers runs it in Jinja's
 # sandbox, which ends an attempt to leave it with a TemplateError.
@@ -378,7 +379,8 @@ def load_tokens(
     """The tokens of ``paths``, from the cache or tokenized now.
 
     Args:
-        kind: ``"pretrain"`` (documents end with the pad/end-of-text token) or ``"sft"``.
+        kind: ``"sft"``, ``"pretrain"`` (documents end with the pad/end-of-text token), or
+            ``"pretrain_wrapped"`` (a chat turn's tokens around each document besides).
         max_seq_len: longest conversation in tokens; longer ones are cut and counted, and those
             that lose every label are dropped and counted.
 
@@ -401,7 +403,7 @@ def load_tokens(
         build_store(folder, kind, paths, tokenizer, max_seq_len)
     store = read_store(folder, token_dtype(tokenizer))
     info = {"files": files, "tokenizer_sha256": key["tokenizer"], **store.info}
-    if kind == "pretrain":
+    if kind != "sft":
         tail = tail_length(len(store.tokens), max_seq_len)
         info["dropped_tail_tokens"] = len(store.tokens) % max_seq_len - tail
     return replace(store, info=info)
@@ -470,7 +472,7 @@ def write_store(
     labeled: list[np.ndarray] = []
     digests = bytearray()
     counts = {"records": 0, "truncated": 0, "dropped_without_labels": 0}
-    encode = encode_documents if kind == "pretrain" else encode_samples
+    encode = ENCODERS[kind]
     bar = tqdm(desc="tokenizing", unit=" records", disable=None, file=sys.stderr)
     with (folder / "tokens.bin").open("wb") as out, bar:
         records = (item for path in paths for item in read_jsonl(path))
@@ -507,6 +509,15 @@ def encode_documents(
     return [(ids + [tokenizer.pad_token_id], []) for ids in encoded]
 
 
+def encode_wrapped(
+    tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[str, dict]], length: int, counts: dict
+) -> list[tuple[list[int], list[bool]]]:
+    """Documents between the tokens that open and close a chat turn, as MiniMind's own data are."""
+    plain = encode_documents(tokenizer, chunk, length, counts)
+    opening, closing = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [([opening, *ids[:-1], closing, ids[-1]], mask) for ids, mask in plain]
+
+
 def encode_samples(
     tokenizer: PreTrainedTokenizerFast,
     chunk: list[tuple[str, dict]],
@@ -524,6 +535,13 @@ def encode_samples(
         else:
             counts["dropped_without_labels"] += 1
     return kept
+
+
+ENCODERS = {
+    "sft": encode_samples,
+    "pretrain": encode_documents,
+    "pretrain_wrapped": encode_wrapped,
+}
 
 
 def count_shared(store: TokenStore, other: TokenStore) -> int:
@@ -582,20 +600,48 @@ class PackedDataset(Dataset):
 
 
 class ConversationDataset(Dataset):
-    """Fine-tuning samples: one conversation each, with labels on the assistant's tokens."""
+    """Fine-tuning samples: one conversation each, with labels on the assistant's tokens.
 
-    def __init__(self, store: TokenStore):
-        self.store = store
-        self.lengths = np.diff(store.starts)
+    Args:
+        max_samples: how many to keep, drawn at random. The draw depends on nothing else: runs of
+            all seeds share their samples, and a smaller set is part of a larger one.
+
+    Raises:
+        DataError: there are fewer.
+    """
+
+    def __init__(self, store: TokenStore, max_samples: int | None = None):
+        lengths = np.diff(store.starts)
+        if max_samples is not None and max_samples > len(lengths):
+            raise DataError(
+                f"--max_train_samples {max_samples}: the data have {len(lengths):,} conversations; "
+                "lower it or drop it"
+            )
+        order = np.random.default_rng(SUBSET_SEED).permutation(len(lengths))
+        self.kept = np.sort(order[:max_samples])
+        self.lengths = lengths[self.kept]
+        self.store = store if max_samples is None else with_subset(store, self.kept)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and labels (``IGNORE_INDEX`` off the assistant), each (length,) int64."""
-        span = slice(self.store.starts[index], self.store.starts[index + 1])
+        first = self.kept[index]
+        span = slice(self.store.starts[first], self.store.starts[first + 1])
         ids = self.store.tokens[span].astype(np.int64)
         return ids, np.where(self.store.labeled[span], ids, IGNORE_INDEX)
+
+
+def with_subset(store: TokenStore, kept: np.ndarray) -> TokenStore:
+    """The store, whose ``info`` counts the samples ``kept`` (indices) apart from all."""
+    spans = [slice(store.starts[i], store.starts[i + 1]) for i in kept]
+    counts = {
+        "samples": len(kept),
+        "tokens": sum(int(span.stop - span.start) for span in spans),
+        "labeled_tokens": sum(int(store.labeled[span].sum()) for span in spans),
+    }
+    return replace(store, info=store.info | {"kept": counts})
 
 
 def load_dataset(
@@ -604,10 +650,17 @@ def load_dataset(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
     cache_dir: Path = CACHE_DIR,
+    max_samples: int | None = None,
 ) -> PackedDataset | ConversationDataset:
-    """The data set of a stage: ``kind`` is ``"pretrain"`` or ``"sft"``."""
+    """The data set of a stage: ``kind`` is that of :func:`load_tokens`.
+
+    Args:
+        max_samples: conversations to keep, by default all.
+    """
     store = load_tokens(kind, paths, tokenizer, max_seq_len, cache_dir)
-    return PackedDataset(store, max_seq_len) if kind == "pretrain" else ConversationDataset(store)
+    if kind == "sft":
+        return ConversationDataset(store, max_samples)
+    return PackedDataset(store, max_seq_len)
 
 
 def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -334,6 +334,42 @@ def test_two_processes_build_one_cache_without_datasets_or_network(tmp_path: Pat
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_wrapped_documents_stand_between_the_tokens_of_a_turn(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = ["One.", "Two, 二"]
+    expected = [i for text in texts for i in [BOS, *tokenizer(text)["input_ids"], EOS, PAD]]
+    path = write_jsonl(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+    store = load_tokens("pretrain_wrapped", [path], tokenizer, 64, tmp_path / "cache")
+    assert store.tokens.tolist() == expected
+    assert len(store.labeled) == 0
+
+
+def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records = [{"conversations": turns(f"Say {i}", "yes " * (i % 7 + 1))} for i in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", *records)
+    whole = load_dataset("sft", [path], tokenizer, 64, tmp_path / "cache")
+    few, again, more = (
+        load_dataset("sft", [path], tokenizer, 64, tmp_path / "cache", max_samples=size)
+        for size in (10, 10, 25)
+    )
+    assert few.kept.tolist() == again.kept.tolist() != list(range(10))
+    assert set(few.kept) < set(more.kept) and len(set(more.kept)) == len(more) == 25
+    for position, original in enumerate(few.kept):
+        for mine, of_whole in zip(few[position], whole[original], strict=True):
+            assert mine.tolist() == of_whole.tolist()
+    labels = [int((few[i][1] != IGNORE_INDEX).sum()) for i in range(10)]
+    assert few.lengths.tolist() == [len(few[i][0]) for i in range(10)]
+    assert few.store.info["kept"] == {
+        "samples": 10,
+        "tokens": int(few.lengths.sum()),
+        "labeled_tokens": sum(labels),
+    }
+    assert "kept" not in whole.store.info
+
+
 # ---------------------------------------------------------------- packing and collating
 
 

@@ -111,6 +111,22 @@ def add_model_flags(parser: Parser, from_weight: str) -> None:
     add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
 
 
+def add_conversation_flags(parser: Parser) -> None:
+    """What fine-tuning alone asks of its data."""
+    parser.add_argument(
+        "--max_train_samples",
+        type=int,
+        help="train on so many conversations, a random choice that is the same for every --seed "
+        "(default: all)",
+    )
+
+
+def check_conversation_args(args: argparse.Namespace) -> None:
+    """Refuses values of :func:`add_conversation_flags` that cannot work."""
+    if args.max_train_samples is not None and args.max_train_samples < 1:
+        raise SettingsError(f"--max_train_samples {args.max_train_samples}: must be 1 or more")
+
+
 def refuse_ignored(
     args: argparse.Namespace, parser: Parser, flags: tuple[str, ...], reason: str
 ) -> None:

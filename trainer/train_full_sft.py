@@ -17,7 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.model_lora import TRAINABLE_PARTS, select_trainable
 from model.model_minimind import save_model, weights_fingerprint
-from trainer.arguments import OUT_DIR, add_model_flags, check_args, make_parser
+from trainer.arguments import (
+    OUT_DIR,
+    add_conversation_flags,
+    add_model_flags,
+    check_args,
+    check_conversation_args,
+    make_parser,
+)
 from trainer.run_folder import find_run_folder
 from trainer.trainer_utils import (
     Job,
@@ -35,6 +42,7 @@ def main() -> int:
     # Settings.
     parser = make_parser(__doc__, run_name="full_sft")
     add_model_flags(parser, from_weight=str(OUT_DIR / "pretrain"))
+    add_conversation_flags(parser)
     parser.add_argument(
         "--trainable",
         default="all",
@@ -43,6 +51,7 @@ def main() -> int:
     parser.set_defaults(epochs=2.0, learning_rate=5e-4)
     args = parser.parse_args()
     check_args(args, parser)
+    check_conversation_args(args)
     accelerator = make_accelerator(args)
     fill_data_paths(args, "sft", accelerator)
     run = find_run_folder(args, accelerator)
@@ -54,7 +63,7 @@ def main() -> int:
     model, tokenizer_dir = load_start(args)
     facts = {"stage": "full_sft", "base_fingerprint": weights_fingerprint(model)}
     select_trainable(model, args.trainable)
-    train_set, eval_set = load_data(args, "sft", tokenizer_dir, accelerator)
+    train_set, eval_set = load_data(args, "sft", tokenizer_dir, accelerator, args.max_train_samples)
     if args.show_sample:
         return show_sample(tokenizer_dir, train_set)
 

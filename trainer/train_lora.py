@@ -27,8 +27,10 @@ from trainer.arguments import (
     OUT_DIR,
     Parser,
     SettingsError,
+    add_conversation_flags,
     add_model_flags,
     check_args,
+    check_conversation_args,
     make_parser,
     refuse_ignored,
 )
@@ -136,10 +138,12 @@ def main() -> int:
     # Settings.
     parser = make_parser(__doc__, run_name="lora", name_flag="--lora_name")
     add_model_flags(parser, from_weight=str(OUT_DIR / "pretrain"))
+    add_conversation_flags(parser)
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
     args = parser.parse_args()
     check_args(args, parser)
+    check_conversation_args(args)
     check_lora_args(args, parser)
     accelerator = make_accelerator(args)
     fill_data_paths(args, "sft", accelerator)
@@ -154,7 +158,7 @@ def main() -> int:
     fingerprint = weights_fingerprint(model)
     adapted = apply_lora(model, settings)
     freeze_in_half(model, args.dtype)
-    train_set, eval_set = load_data(args, "sft", tokenizer_dir, accelerator)
+    train_set, eval_set = load_data(args, "sft", tokenizer_dir, accelerator, args.max_train_samples)
     if args.show_sample:
         return show_sample(tokenizer_dir, train_set)
 

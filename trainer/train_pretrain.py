@@ -8,6 +8,8 @@
     torchrun --nproc_per_node 2 trainer/train_pretrain.py   # two GPUs
 
 Documents are packed into blocks of --max_seq_len tokens, each document closed by <|endoftext|>.
+With --wrap_documents each also stands between <|im_start|> and <|im_end|>, as in MiniMind's own
+pretraining data: the base has then seen the tokens that chats are made of.
 """
 
 import sys
@@ -34,6 +36,11 @@ def main() -> int:
     # Settings: every parameter trains, from random weights by default.
     parser = make_parser(__doc__, run_name="pretrain")
     add_model_flags(parser, from_weight="none")
+    parser.add_argument(
+        "--wrap_documents",
+        action="store_true",
+        help="put each document between the tokens that open and close a chat turn",
+    )
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
     args = parser.parse_args()
     check_args(args, parser)
@@ -46,7 +53,8 @@ def main() -> int:
 
     # Model and data.
     model, tokenizer_dir = load_start(args)
-    train_set, eval_set = load_data(args, "pretrain", tokenizer_dir, accelerator)
+    kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
+    train_set, eval_set = load_data(args, kind, tokenizer_dir, accelerator)
     if args.show_sample:
         return show_sample(tokenizer_dir, train_set)
 

@@ -227,12 +227,18 @@ def fill_data_paths(args: argparse.Namespace, kind: str, accelerator: Accelerato
 
 
 def load_data(
-    args: argparse.Namespace, kind: str, tokenizer_dir: Path, accelerator: Accelerator
+    args: argparse.Namespace,
+    kind: str,
+    tokenizer_dir: Path,
+    accelerator: Accelerator,
+    max_samples: int | None = None,
 ) -> tuple[PackedDataset | ConversationDataset, PackedDataset | ConversationDataset | None]:
     """Training and validation data of a stage; the main process tokenizes, the others wait."""
     tokenizer = load_tokenizer(tokenizer_dir)
     with accelerator.main_process_first():
-        train = load_dataset(kind, args.data_path, tokenizer, args.max_seq_len)
+        train = load_dataset(
+            kind, args.data_path, tokenizer, args.max_seq_len, max_samples=max_samples
+        )
         valid = None
         if args.eval_data_path:
             valid = load_dataset(kind, args.eval_data_path, tokenizer, args.max_seq_len)
