@@ -1,0 +1,357 @@
+"""
+Runs the study: what `study.toml` lists and `results/study/` has no result of, by the stage scripts.
+
+    python evaluation/run_study.py --dry_run           # what is left, with its commands and time
+    python evaluation/run_study.py                     # all of it; what was stopped is continued
+    python evaluation/run_study.py --jobs 2            # two runs at once, half of the cores each
+    python evaluation/run_study.py --only 'xs-plain42-fft-*'
+    python evaluation/run_study.py --list | parallel -j 4        # or as the lines of a Slurm array
+    python evaluation/run_study.py --shard 1/4         # the first of four machines
+
+Each run trains under `out/study/<id>`, is measured by `eval_llm.py`, and leaves one JSON file (see
+study.py). A second call does nothing. It needs the files that `dataset/prepare.py` writes; no
+network.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from dataset.lm_dataset import read_jsonl
+from evaluation.study import (
+    SCRIPTS,
+    STUDY_FILE,
+    Run,
+    as_words,
+    held_out_names,
+    measuring_flags,
+    planned_runs,
+    read_results,
+    read_study,
+    training_flags,
+)
+from model.model_minimind import load_model, read_json, weights_fingerprint, write_text
+from trainer.arguments import OUT_DIR, Parser, SettingsError
+from trainer.trainer_utils import run_script
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS_DIR = REPOSITORY / "evaluation" / "results" / "study"
+ENDED = ("completed", "diverged", "oom", "failed")  # what a result can tell of a run
+CURVE_EVERY = 5  # logged steps a point of a result's curve
+OUTCOMES = ("check_strict", "check_loose", "runaway", "loop", "blank")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--study", type=Path, default=STUDY_FILE, help="(default: evaluation/study.toml)")
+    add("--size", default="xs", help="size of the models (default: xs)")
+    add(
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="ID",
+        help="runs with such ids; * stands for any",
+    )
+    add("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the runs")
+    add("--jobs", type=int, default=1, help="runs at once (default 1)")
+    add("--list", action="store_true", help="print one command a run that is left, and stop")
+    add("--dry_run", action="store_true", help="print what would be run, with estimates, and stop")
+    add("--data_dir", type=Path, default=REPOSITORY / "dataset" / "data", help="prepared data")
+    add("--save_dir", type=Path, default=OUT_DIR / "study", help="run folders (default: out/study)")
+    add("--results_dir", type=Path, default=RESULTS_DIR, help="(default: evaluation/results/study)")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be 1 or more")
+    if args.list and args.dry_run:
+        parser.error("--list and --dry_run exclude each other")
+    args.shard = parse_shard(args.shard)
+    return args
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """I and N of `I/N`."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise SettingsError(f"--shard {text}: must be I/N, with I from 1 to N")
+    return int(index), int(count)
+
+
+# ---------------------------------------------------------------- what is left
+
+
+def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """Runs without a result, after the bases that they need, and cells that wait for a rate."""
+    results = read_results(args.results_dir)
+    runs, waiting = planned_runs(study, args.size, results)
+    left = [run for run in runs if lacks(run, results.get(run.id)) and is_mine(run, args)]
+    needed = {run.base_id for run in left}
+    missing = [run for run in runs if run.id in needed and not has_weights(run, args.save_dir)]
+    if args.shard[1] > 1 and missing:
+        raise SettingsError(
+            f"--shard: {missing[0].id} is not in {args.save_dir}; make it first, or copy it there: "
+            f"--only {missing[0].id}"
+        )
+    return list(dict.fromkeys([*missing, *left])), waiting
+
+
+def lacks(run: Run, result: dict | None) -> bool:
+    """Whether a run has no result, or one without the probe that is asked for."""
+    if result is None:
+        return True
+    return run.probe and "held_out" in result and result["probe"] is None
+
+
+def is_mine(run: Run, args: argparse.Namespace) -> bool:
+    """Whether `--only` and `--shard` take this run."""
+    index, count = args.shard
+    named = any(fnmatch.fnmatchcase(run.id, pattern) for pattern in args.only)
+    return named and zlib.crc32(run.id.encode()) % count == index - 1
+
+
+def has_weights(run: Run, save_dir: Path) -> bool:
+    """Whether a run is complete in `save_dir`."""
+    record = save_dir / run.id / "run.json"
+    return record.is_file() and read_json(record)["status"] == "completed"
+
+
+def estimated_seconds(run: Run, results: dict[str, dict]) -> float | None:
+    """Median of what runs of this size and variant took here or elsewhere; None if none did."""
+    alike = [
+        result["seconds"]
+        for result in results.values()
+        if (result["size"], result["variant"]) == (run.size, run.variant)
+        and result["base"] == run.base
+    ]
+    return median(alike) if alike else None
+
+
+# ---------------------------------------------------------------- one run
+
+
+def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
+    """Trains, measures and files one run.
+
+    Raises:
+        SettingsError: the training or the measuring could not be done at all; nothing is filed.
+    """
+    start = time.monotonic()
+    stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
+    folder = args.save_dir / run.id
+    if not has_weights(run, args.save_dir):
+        script = str(REPOSITORY / "trainer" / f"{SCRIPTS[stage]}.py")
+        command = [sys.executable, script, *as_words(flags), *how_to_go_on(folder)]
+        call(command, args, run.id, may_fail=True)
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if record.get("status") not in ENDED:
+        raise SettingsError(f"{run.id}: not trained; {args.save_dir / run.id}.log says why")
+    result = describe(run, record, study)
+    if record["status"] == "completed":
+        result |= measure(run, study, args)
+    result["curve"] = thinned_curve(folder / "metrics.jsonl")
+    result["seconds"] = round(time.monotonic() - start, 1)
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    write_text(args.results_dir / f"{run.id}.json", as_json(result))
+
+
+def how_to_go_on(folder: Path) -> list[str]:
+    """Continues what left a state; what left none begins anew."""
+    if any((folder / name).is_dir() for name in ("resume", "resume.old")):
+        return ["--from_resume"]
+    return ["--overwrite"] if folder.exists() else []
+
+
+def call(command: list[str], args: argparse.Namespace, name: str, may_fail: bool = False) -> None:
+    """Runs a script, its output appended to `<save_dir>/<name>.log`.
+
+    Raises:
+        SettingsError: it failed, unless it may.
+    """
+    args.save_dir.mkdir(parents=True, exist_ok=True)
+    log = args.save_dir / f"{name}.log"
+    environment = os.environ.copy()
+    if args.jobs > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // args.jobs))
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode and not may_fail:
+        raise SettingsError(f"{name}: eval_llm.py failed; {log} says why")
+
+
+def describe(run: Run, record: dict, study: dict) -> dict:
+    """What was run, as a command in the repository."""
+    stage, flags = training_flags(study, run, Path("dataset/data"), Path("out/study"))
+    return {
+        "id": run.id,
+        "size": run.size,
+        "base": run.base,
+        "base_seed": run.seed if run.arm is None else run.base_seed,
+        "arm": run.arm,
+        "rate": run.rate,
+        "variant": run.variant,
+        "seed": run.seed,
+        "status": record["status"],
+        "command": shlex.join(["python", f"trainer/{SCRIPTS[stage]}.py", *as_words(flags)]),
+        "run": {name: value for name, value in record.items() if name != "adapted"},
+    }
+
+
+def as_json(result: dict) -> str:
+    """A line for each key, so that a change of one shows in a diff."""
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def measure(run: Run, study: dict, args: argparse.Namespace) -> dict:
+    """Held-out NLL of a trained run, and its answers if it is to be probed."""
+    folder = args.save_dir / run.id
+    found = {"held_out": {}, "text_nll": None, "probe": None}
+    if run.arm is None:
+        found["weights"] = weights_fingerprint(load_model(folder))
+    for data in held_out_names(study, run):
+        output = args.save_dir / "measured" / data
+        ask(folder, measuring_flags(study, data, args.data_dir) | {"output_dir": output}, args)
+        nll = read_json(output / run.id / "nll.json")
+        nats, tokens = zip(*nll["nll"]["sequences"], strict=True)
+        found["held_out"][data] = {"nats": [round(n, 3) for n in nats], "tokens": list(tokens)}
+        found["text_nll"] = nll["text_nll"]["nats_per_token"]
+    if run.probe:
+        output = args.save_dir / "outputs"
+        ask(folder, study["probe"] | {"output_dir": output}, args)
+        found["probe"] = summarize_probe(output / run.id)
+    return found
+
+
+def ask(folder: Path, flags: dict, args: argparse.Namespace) -> None:
+    """Calls eval_llm.py on one checkpoint."""
+    command = [sys.executable, str(REPOSITORY / "eval_llm.py"), "--model", str(folder)]
+    call([*command, *as_words(flags)], args, folder.name)
+
+
+def summarize_probe(folder: Path) -> dict:
+    """Rates by decoding, and each prompt's outcomes: 1, 0, or - where there is none."""
+    results = read_json(folder / "results.json")
+    samples = [sample for _, sample in read_jsonl(folder / "samples.jsonl")]
+    outcomes = {
+        decoding: {
+            name: "".join(
+                "-" if sample[name] is None else str(int(sample[name]))
+                for sample in samples
+                if sample["decoding"] == decoding
+            )
+            for name in OUTCOMES
+        }
+        for decoding in results["decodings"]
+        if decoding != "references"
+    }
+    rates = {name: results["decodings"][name] for name in outcomes}
+    return {"prompts": results["provenance"]["prompts"], "rates": rates, "outcomes": outcomes}
+
+
+def thinned_curve(path: Path) -> list[list[float]]:
+    """[step, training loss] of every few logged steps."""
+    rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
+    logged = [[row["step"], round(row["loss"], 4)] for row in rows if "loss" in row]
+    return logged[::-1][::CURVE_EVERY][::-1]  # counted from the end, which is worth keeping
+
+
+# ---------------------------------------------------------------- all runs
+
+
+def run_all(study: dict, args: argparse.Namespace) -> None:
+    """Runs what is left, `--jobs` at once; rates that become known add runs on the way."""
+    left, _ = runs_left(study, args)
+    running: dict[Future, Run] = {}
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(left), desc="study") as bar:
+        while left or running:
+            for run in ready(left, list(running.values()), args)[: args.jobs - len(running)]:
+                running[pool.submit(perform, run, study, args)] = run
+            bar.set_postfix_str(", ".join(run.id for run in running.values()))
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                del running[future]
+                future.result()
+                bar.update()
+            left, _ = runs_left(study, args)
+            bar.total = bar.n + len(left)
+    print_waiting(study, args)
+
+
+def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list[Run]:
+    """Those of the runs left that can start now: not running, and their base is there."""
+    busy = {run.id for run in running}
+    bases = {run.base_id: run.base_id is None for run in left}
+    for name in bases.keys() - {None}:
+        record = args.save_dir / name / "run.json"
+        is_there = record.is_file() and read_json(record)["status"] == "completed"
+        bases[name] = is_there and name not in busy
+    return [run for run in left if run.id not in busy and bases[run.base_id]]
+
+
+def print_waiting(study: dict, args: argparse.Namespace) -> None:
+    """Tells of cells that could not be run."""
+    _, waiting = runs_left(study, args)
+    for cell in waiting:
+        print(f"waits for a tuned rate: {cell}")
+
+
+def print_list(left: list[Run], args: argparse.Namespace) -> None:
+    """One command a run."""
+    paths = {"data_dir": args.data_dir, "save_dir": args.save_dir, "results_dir": args.results_dir}
+    for run in left:
+        flags = {"study": args.study, "size": args.size, "only": run.id} | paths
+        print(shlex.join(["python", str(Path(__file__).resolve()), *as_words(flags)]))
+
+
+def print_plan(left: list[Run], study: dict, args: argparse.Namespace) -> None:
+    """The stage commands of what is left, with how long each may take."""
+    results = read_results(args.results_dir)
+    total, unknown = 0.0, 0
+    for run in left:
+        seconds = estimated_seconds(run, results)
+        stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
+        guess = "?" if seconds is None else f"{seconds / 60:.1f} min"
+        print(f"# {run.id}: {guess}")
+        print(shlex.join(["python", f"trainer/{SCRIPTS[stage]}.py", *as_words(flags)]))
+        total += seconds or 0
+        unknown += seconds is None
+    print(
+        f"{len(left)} runs left, about {total / 3600 / args.jobs:.1f} hours with --jobs {args.jobs}"
+        f", and {unknown} of kinds that no run has been finished of"
+    )
+    print_waiting(study, args)
+
+
+def main() -> int:
+    args = parse_args()
+    study = read_study(args.study)
+    if args.size not in study["sizes"]:
+        raise SettingsError(f"--size {args.size}: choose among {', '.join(study['sizes'])}")
+    left, _ = runs_left(study, args)
+    if args.list:
+        print_list(left, args)
+    elif args.dry_run:
+        print_plan(left, study, args)
+    else:
+        run_all(study, args)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,322 @@
+"""
+The study as data: reads `study.toml`, lists its runs, and finds what is known of them.
+
+A run is one training: a base, or an arm from a base with a rate and a seed. Its result is one JSON
+file in `results/study/`, made by `run_study.py`:
+
+    id, command, seconds      what was run
+    run                       what the training script recorded (run.json): settings, data, cost
+    curve                     [step, training loss] a logged step
+    weights                   fingerprint of a base's weights, which its arms must have started from
+    held_out                  by data: nats and tokens of each conversation's response
+    text_nll                  nats a token of held-out pretraining text
+    probe                     prompts, and by decoding the rates and each prompt's outcomes
+
+A run that diverged or failed has a result too, without the measures.
+"""
+
+import math
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from model.model_minimind import read_json
+from trainer.arguments import SettingsError
+
+STUDY_FILE = Path(__file__).with_name("study.toml")
+SCRIPTS = {"pretrain": "train_pretrain", "full_sft": "train_full_sft", "lora": "train_lora"}
+# What an experiment may leave out.
+DEFAULTS = {
+    "sizes": ["xs"],
+    "base": "plain",
+    "base_seed": 42,
+    "variant": "main",
+    "probe": False,
+    "ladder": False,
+    "claims": [],
+}
+CONDITIONS = ("recovery", "gain")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ by their seed alone."""
+
+    size: str
+    base: str
+    base_seed: int
+    arm: str
+    rate: str  # as study.toml writes it, or "tuned"
+    variant: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; a base has no arm, and its seed is its pretraining's."""
+
+    size: str
+    base: str
+    seed: int
+    base_seed: int | None = None
+    arm: str | None = None
+    rate: str | None = None
+    variant: str | None = None
+    probe: bool = False
+
+    @property
+    def id(self) -> str:
+        """Its name, of the run folder and of the result."""
+        if self.arm is None:
+            return f"{self.size}-{self.base}{self.seed}"
+        variant = "" if self.variant == "main" else f"-{self.variant}"
+        start = f"{self.size}-{self.base}{self.base_seed}"
+        return f"{start}-{self.arm}{variant}-lr{self.rate}-s{self.seed}"
+
+    @property
+    def base_id(self) -> str | None:
+        """The run that it starts from."""
+        return None if self.arm is None else f"{self.size}-{self.base}{self.base_seed}"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_study(path: Path = STUDY_FILE) -> dict:
+    """The study's tables, the experiments with `DEFAULTS` filled in.
+
+    Raises:
+        SettingsError: broken TOML, or a name that no table has; the message says which.
+    """
+    try:
+        study = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from error
+    study["experiments"] = [DEFAULTS | experiment for experiment in study["experiments"]]
+    for experiment in study["experiments"]:
+        check_experiment(study, experiment, path)
+    return study
+
+
+def check_experiment(study: dict, experiment: dict, path: Path) -> None:
+    """Refuses names that no table has, and rules that would never be judged."""
+    where = f"{path}, experiment {experiment['id']!r}"
+    names = [(size, "sizes") for size in experiment["sizes"]] + [(experiment["base"], "bases")]
+    texts = list(experiment["cells"])
+    for claim in experiment["claims"]:
+        for condition in (*claim["supported"], *claim["refuted"]):
+            texts += cells_of(condition, where)
+    for text in texts:
+        cell = parse_cell(text, experiment, experiment["sizes"][0], where)
+        names += [(cell.arm, "arms"), (cell.variant, "variants")]
+    for name, table in names:
+        if name not in study[table]:
+            raise SettingsError(f"{where}: {name!r} is not among {', '.join(study[table])}")
+    rungs = experiment.get("rungs", experiment["cells"])
+    if len(rungs) != len(experiment["cells"]):
+        raise SettingsError(f"{where}: {len(rungs)} rungs for {len(experiment['cells'])} cells")
+
+
+def cells_of(condition: dict, where: str) -> list[str]:
+    """The cells that a condition of a rule is about.
+
+    Raises:
+        SettingsError: it is none of `CONDITIONS`, or sets no bound.
+    """
+    kinds = [kind for kind in CONDITIONS if kind in condition]
+    bounds = [bound for bound in ("at_least", "at_most") if bound in condition]
+    if len(kinds) != 1 or len(bounds) != 1 or len(condition) != 2:
+        raise SettingsError(
+            f"{where}: {condition} must have one of {', '.join(CONDITIONS)} and one of at_least, "
+            "at_most"
+        )
+    cells = condition[kinds[0]]
+    return [cells] if kinds[0] == "recovery" else list(cells)
+
+
+def parse_cell(text: str, experiment: dict, size: str, where: str) -> Cell:
+    """The cell that `arm@rate` or `arm@rate/variant` names.
+
+    Raises:
+        SettingsError: it is no such text.
+    """
+    name, _, variant = text.partition("/")
+    arm, at, rate = name.partition("@")
+    if not at or not (rate in ("sweep", "tuned") or is_number(rate)):
+        raise SettingsError(f"{where}: {text!r} must be arm@rate, with a number, sweep or tuned")
+    variant = variant or experiment["variant"]
+    return Cell(size, experiment["base"], experiment["base_seed"], arm, rate, variant)
+
+
+def is_number(text: str) -> bool:
+    """Whether a rate is a positive number."""
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """Every result by its run's id.
+
+    Raises:
+        CheckpointError: a file is broken.
+    """
+    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list[Run], list[str]]:
+    """The runs of a size in their order, each once, and what still waits for a tuned rate."""
+    runs: dict[str, Run] = {}
+    waiting = []
+    for experiment in study["experiments"]:
+        if size not in experiment["sizes"]:
+            continue
+        for text in experiment["cells"]:
+            found = list(runs_of(study, experiment, text, size, results))
+            if not found:
+                waiting.append(f"{experiment['id']}: {text}")
+            for run in found:
+                known = runs.get(run.id)
+                runs[run.id] = replace(run, probe=run.probe or bool(known and known.probe))
+    return [*bases_of(list(runs.values())), *runs.values()], sorted(set(waiting))
+
+
+def bases_of(runs: list[Run]) -> list[Run]:
+    """The base models that `runs` start from."""
+    keys = dict.fromkeys((run.size, run.base, run.base_seed) for run in runs)
+    return [Run(size, base, seed, probe=True) for size, base, seed in keys]
+
+
+def runs_of(
+    study: dict, experiment: dict, text: str, size: str, results: dict[str, dict]
+) -> Iterator[Run]:
+    """The runs of one of an experiment's cells; none while its tuned rate is unknown."""
+    cell = parse_cell(text, experiment, size, experiment["id"])
+    rates = [cell.rate]
+    if cell.rate == "sweep":
+        rates = study["arms"][cell.arm]["rates"]
+    elif cell.rate == "tuned":
+        rate = tuned_rate(study, cell.arm, size, results)
+        rates = [] if rate is None else [rate]
+    for rate in rates:
+        for seed in experiment["seeds"]:
+            yield run_of(replace(cell, rate=rate), seed, experiment["probe"])
+
+
+def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
+    """The run of a cell with this seed."""
+    place = (cell.base_seed, cell.arm, cell.rate, cell.variant)
+    return Run(cell.size, cell.base, seed, *place, probe=probe)
+
+
+# ---------------------------------------------------------------- tuned rates
+
+
+def tuned_rate(study: dict, arm: str, size: str, results: dict[str, dict]) -> str | None:
+    """The rate of an arm's grid with the lowest mean validation NLL; None before all were run."""
+    losses = sweep_losses(study, arm, size, results)
+    if any(loss is None for loss in losses.values()) or all(map(math.isinf, losses.values())):
+        return None
+    return min(losses, key=losses.__getitem__)
+
+
+def sweep_losses(
+    study: dict, arm: str, size: str, results: dict[str, dict]
+) -> dict[str, float | None]:
+    """By rate the mean validation NLL over the tuning seeds; None where one has no result yet.
+
+    A rate at which a seed diverged is infinitely bad.
+    """
+    tuning = study["tuning"]
+    found = {}
+    for rate in study["arms"][arm]["rates"]:
+        cell = Cell(size, tuning["base"], tuning["base_seed"], arm, rate, tuning["variant"])
+        runs = [results.get(run_of(cell, seed).id) for seed in tuning["seeds"][size]]
+        known = all(run is not None for run in runs)
+        found[rate] = fmean(map(validation_nll, runs)) if known else None
+    return found
+
+
+def validation_nll(result: dict) -> float:
+    """Nats a token of the conversations with an even index; infinite for a run that diverged."""
+    if "held_out" not in result:
+        return math.inf
+    (measured,) = result["held_out"].values()
+    return sum(measured["nats"][::2]) / sum(measured["tokens"][::2])
+
+
+def is_interior(losses: dict[str, float | None], rate: str) -> bool:
+    """Whether both neighbors of `rate` in its grid were run and are worse."""
+    rates = sorted(losses, key=float)
+    place = rates.index(rate)
+    beside = [losses[other] for other in rates[max(0, place - 1) : place + 2] if other != rate]
+    return len(beside) == 2 and all(loss is not None and loss > losses[rate] for loss in beside)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def training_flags(study: dict, run: Run, data_dir: Path, save_dir: Path) -> tuple[str, dict]:
+    """The stage of a run and its script's flags."""
+    if run.arm is None:
+        shape = study["sizes"][run.size]
+        flags = study["common"] | shape | study["bases"][run.base]
+        return "pretrain", flags | files(study, "pretrain", data_dir) | {
+            "run_name": run.id,
+            "save_dir": save_dir,
+            "seed": run.seed,
+        }
+    arm, variant = study["arms"][run.arm], study["variants"][run.variant]
+    name = "lora_name" if arm["stage"] == "lora" else "run_name"
+    return arm["stage"], (
+        study["common"]
+        | arm.get("flags", {})
+        | variant["flags"]
+        | {"data_path": files(study, variant["data"], data_dir)["data_path"]}
+        | {
+            name: run.id,
+            "save_dir": save_dir,
+            "from_weight": save_dir / run.base_id,
+            "learning_rate": run.rate,
+            "seed": run.seed,
+        }
+    )
+
+
+def files(study: dict, data: str, data_dir: Path) -> dict[str, list[Path]]:
+    """Training and held-out files, as the flags of the training scripts."""
+    return {
+        "data_path": [data_dir / name for name in study["data"][data]],
+        "eval_data_path": [data_dir / name for name in study["data"][f"{data}_valid"]],
+    }
+
+
+def held_out_names(study: dict, run: Run) -> list[str]:
+    """The data that a run is measured on: its own; a base is the start of all."""
+    if run.arm is None:
+        return list(dict.fromkeys(variant["data"] for variant in study["variants"].values()))
+    return [study["variants"][run.variant]["data"]]
+
+
+def measuring_flags(study: dict, data: str, data_dir: Path) -> dict:
+    """The flags of eval_llm.py that measure NLL on `data` and on pretraining text."""
+    return study["measure"] | {
+        "no_generation": True,
+        "nll_data": files(study, data, data_dir)["eval_data_path"],
+        "text_nll_data": files(study, "pretrain", data_dir)["eval_data_path"],
+    }
+
+
+def as_words(flags: dict) -> list[str]:
+    """Flags as words of a command line: a list takes several, true stands bare."""
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return words
