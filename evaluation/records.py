@@ -26,6 +26,7 @@ from model.model_minimind import read_json
 
 # Left by `make demo`, not committed: what is made from committed results must not hold them.
 DEMO_PREFIX = "demo_"
+STUDY_FOLDER = "study"  # in results/, of run_study.py: one file a run, no folders
 RUN_KEYS = ("status", "stage", "settings")
 TRAINING_KEYS = ("parameters", "trainable_parameters", "steps", "train_data")
 CHANGED = "update_analysis"  # stage of a copy of a tuned checkpoint with a part of its update
@@ -136,7 +137,10 @@ def read_records(results: Path, outputs: Path) -> list[Record]:
         DataError, CheckpointError: a file is missing, broken or lacks a key; the message names it.
     """
     folders = [*subfolders(results), *subfolders(outputs)]
-    names = sorted({folder.name for folder in folders if not folder.name.startswith(DEMO_PREFIX)})
+    names = sorted(
+        {folder.name for folder in folders if not folder.name.startswith(DEMO_PREFIX)}
+        - {STUDY_FOLDER}
+    )
     return [read_record(name, results / name, outputs / name) for name in names]
 
 

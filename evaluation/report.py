@@ -34,6 +34,7 @@ from evaluation.page.build import page_html
 from evaluation.plots import figures
 from evaluation.records import (
     DECODINGS,
+    STUDY_FOLDER,
     Record,
     best_run,
     families,
@@ -51,6 +52,8 @@ from evaluation.records import (
     validation_loss,
     where_best,
 )
+from evaluation.study import read_results, read_study
+from evaluation.study_report import NOT_RUN, study_block, study_figures
 from model.model_minimind import CheckpointError, write_text
 from trainer.arguments import Parser, SettingsError
 
@@ -117,12 +120,17 @@ def build(root: Path) -> dict[Path, str]:
     if not records:
         raise DataError(f"{evaluation}: holds no results; run eval_llm.py or mend --root")
     rates = measured_rates(records, read_shown_rates(evaluation / "calibration.json"))
-    drawn = figures(records, rates)
+    study_file, study_results = evaluation / "study.toml", evaluation / "results" / STUDY_FOLDER
+    study = read_study(study_file) if study_file.is_file() else None
+    results = read_results(study_results)
+    drawn = figures(records, rates) | (study_figures(study, results) if study else {})
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     stress = root / "tests" / "stress_resume.json"
     kills = read_keys(stress, STRESS_KEYS) if stress.is_file() else None
-    for name, lines in blocks(records, rates, list(drawn), kills).items():
+    parts = blocks(records, rates, list(drawn), kills)
+    parts["study"] = study_block(study, results, drawn) if study else [NOT_RUN]
+    for name, lines in parts.items():
         text = replace_block(text, name, lines, str(readme))
     return {
         readme: text,

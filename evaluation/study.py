@@ -35,6 +35,7 @@ DEFAULTS = {
     "variant": "main",
     "probe": False,
     "ladder": False,
+    "few_prompts": False,
     "claims": [],
 }
 CONDITIONS = ("recovery", "gain")

@@ -15,6 +15,9 @@ between
 
 <!-- report:reliability -->
 <!-- /report:reliability -->
+
+<!-- report:study -->
+<!-- /report:study -->
 end
 """
 HOSTILE = (

@@ -1,0 +1,276 @@
+"""The study's part of the README and its figures, from `results/study/` and `study.toml` alone."""
+
+from collections.abc import Iterable
+from itertools import combinations
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from evaluation.findings import (
+    FEW_PROMPTS,
+    Row,
+    describe_cell,
+    judge_claims,
+    known_cell,
+    tuned_arms,
+    wrong_winner_rate,
+)
+from evaluation.intervals import Interval
+from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
+from evaluation.study import Cell, is_interior, parse_cell, planned_runs, runs_of
+
+CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
+CELL_COLUMNS = ("trained", "rate", "seeds", "NLL", "R", "forgets")
+RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate")
+NOT_RUN = "The study was not run yet: `python evaluation/run_study.py`."
+DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
+
+
+def study_block(study: dict, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
+    """Markdown lines: for each size what was run, the verdicts, the cells, the tuned rates."""
+    lines = []
+    for size in study["sizes"]:
+        if any(result["size"] == size for result in results.values()):
+            lines += size_lines(study, size, results, drawn)
+    return lines[:-1] or [NOT_RUN]
+
+
+def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
+    """The lines of one size."""
+    runs, waiting = planned_runs(study, size, results)
+    done = [results[run.id] for run in runs if run.id in results]
+    broken = sum(result["status"] != "completed" for result in done)
+    hours = sum(result["seconds"] for result in done) / 3600
+    lines = [
+        f"**At `{size}`**: {len(done)} of {len(runs)} runs have a result"
+        + (f" ({broken} diverged or failed)" if broken else "")
+        + (f"; {len(waiting)} cells wait for a tuned rate" if waiting else "")
+        + f". They took {hours:.1f} hours of runs.",
+        "",
+    ]
+    claims = [judged for judged in judge_claims(study, size, results)]
+    rows = [
+        (f"{c.name}: {c.text}", f"**{c.verdict}**", "; ".join(c.evidence) or "-", str(c.seeds))
+        for c in claims
+        if c.verdict != "not run"
+    ]
+    if rows:
+        lines += [*table(CLAIM_COLUMNS, rows), ""]
+    not_run = [judged.name for judged in claims if judged.verdict == "not run"]
+    if not_run:
+        lines += [f"Not run yet: {', '.join(not_run)}.", ""]
+    for experiment in study["experiments"]:
+        lines += experiment_lines(study, experiment, size, results)
+    lines += rate_lines(study, size, results)
+    for name in drawn:
+        if name.startswith(f"study_{size}_"):
+            lines += [f"![{title_of(name)}](evaluation/figures/{name})", ""]
+    return lines
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table."""
+    columns = list(columns)
+    cells = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in cells]
+
+
+def experiment_lines(
+    study: dict, experiment: dict, size: str, results: dict[str, dict]
+) -> list[str]:
+    """The measured cells of an experiment, under its question."""
+    if size not in experiment["sizes"]:
+        return []
+    rows = [
+        cell_row(experiment, index, row)
+        for index, row in enumerate(rows_of_cells(study, experiment, size, results))
+        if row
+    ]
+    if not rows:
+        return []
+    title = f"{experiment['id']}. {experiment['question']}"
+    return [f"*{title}*", "", *table(CELL_COLUMNS, rows), ""]
+
+
+def rows_of_cells(
+    study: dict, experiment: dict, size: str, results: dict[str, dict]
+) -> list[Row | None]:
+    """What was measured of each cell; a sweep is shown at its best rate."""
+    cells = [parse_cell(text, experiment, size, experiment["id"]) for text in experiment["cells"]]
+    return [
+        describe_cell(study, as_tuned(cell), results) if known(study, cell, results) else None
+        for cell in cells
+    ]
+
+
+def as_tuned(cell: Cell) -> Cell:
+    """A sweep's cell at its best rate."""
+    return Cell(**vars(cell) | {"rate": "tuned"}) if cell.rate == "sweep" else cell
+
+
+def known(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
+    """Whether the cell's rate is known."""
+    return known_cell(study, as_tuned(cell), results) is not None
+
+
+def cell_row(experiment: dict, index: int, row: Row) -> list[str]:
+    """One row of `CELL_COLUMNS`."""
+    cell, measured = row.measured.cell, row.measured
+    name = cell.arm if cell.variant == "main" else f"{cell.arm}, {cell.variant}"
+    if "rungs" in experiment:
+        name = f"{experiment['rungs'][index]}: {name}"
+    seeds = str(len(measured.seeds))
+    if measured.failed:
+        seeds += f" ({measured.failed} diverged)"
+    forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
+    return [name, cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery), forgets]
+
+
+def in_words(interval: Interval | None) -> str:
+    """An estimate with its interval."""
+    if interval is None:
+        return "-"
+    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def rate_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
+    """The table of tuned rates."""
+    rows = []
+    for arm, losses in tuned_arms(study, size, results).items():
+        best = min(losses, key=losses.__getitem__)
+        cells = [f"{rate}: {loss:.3f}" for rate, loss in losses.items()]
+        cells[list(losses).index(best)] = f"**{best}: {losses[best]:.3f}**"
+        inside = "" if is_interior(losses, best) else ", at the edge of the grid"
+        rows.append([arm, ", ".join(cells), best + inside])
+    if not rows:
+        return []
+    seeds = len(study["tuning"]["seeds"][size])
+    title = f"*Rates, tuned on validation conversations ({seeds} seeds; inf: a seed diverged)*"
+    return [title, "", *table(RATE_COLUMNS, rows), ""]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
+    """SVG text of every figure that there are results for, by its file's name."""
+    drawn: dict[str, Figure] = {}
+    with matplotlib.rc_context(STYLE):
+        for size in study["sizes"]:
+            if tuned := tuned_arms(study, size, results):
+                drawn[f"study_{size}_rates.svg"] = draw_rates(tuned)
+            ladders = [
+                (experiment, rows_of_cells(study, experiment, size, results))
+                for experiment in study["experiments"]
+                if experiment["ladder"] and size in experiment["sizes"]
+            ]
+            if any(row and row.recovery for _, rows in ladders for row in rows):
+                drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
+            if pairs := few_prompt_rates(study, size, results):
+                drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
+        return {name: as_svg(figure) for name, figure in drawn.items()}
+
+
+def title_of(name: str) -> str:
+    """What a figure shows, for those who cannot see it."""
+    return {
+        "rates": "Validation NLL by learning rate and what is trained",
+        "ladder": "Recovery after each change on the way from MiniMind's LoRA to full fine-tuning",
+        "prompts": "How often eight prompts, judged once, name the worse of two arms",
+    }[name.rsplit("_", 1)[1].removesuffix(".svg")]
+
+
+def draw_rates(tuned: dict[str, dict]) -> Figure:
+    """Mean validation NLL by rate, a line for every arm, of the rates that did not diverge."""
+    figure = Figure(figsize=(8, 4.6))
+    axes = figure.subplots()
+    ends = []
+    for index, (arm, losses) in enumerate(tuned.items()):
+        points = [(float(rate), loss) for rate, loss in losses.items() if np.isfinite(loss)]
+        axes.plot(*np.transpose(points), marker="o", markersize=3, **line_style(index))
+        ends.append((*points[-1], arm))
+    axes.set_xscale("log")
+    axes.grid(axis="y", **GRID)
+    label_ends(axes, ends)
+    axes.set_xlabel("peak learning rate")
+    axes.set_ylabel("validation NLL, nats a token")
+    return figure
+
+
+def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
+    """A panel for every order of changes: R with its 95% interval after each."""
+    heights = [len(rows) for _, rows in ladders]
+    figure = Figure(figsize=(8, 1 + 0.3 * sum(heights)))
+    panels = figure.subplots(len(ladders), 1, sharex=True, squeeze=False, height_ratios=heights)
+    for axes, (experiment, rows) in zip(panels[:, 0], ladders, strict=True):
+        for place, row in enumerate(rows):
+            if row and row.recovery:
+                draw_interval(axes, place, row.recovery)
+        for edge in (0, 1):
+            axes.axvline(edge, **GRID)
+        axes.set_yticks(range(len(rows)), experiment["rungs"])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(experiment["question"])
+    panels[-1, 0].set_xlabel("recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals")
+    return figure
+
+
+def draw_interval(axes: matplotlib.axes.Axes, place: int, interval: Interval) -> None:
+    """A dot with its interval, and its value in figures."""
+    below, above = interval.estimate - interval.low, interval.high - interval.estimate
+    spread = np.maximum([[below], [above]], 0)
+    axes.errorbar([interval.estimate], [place], xerr=spread, fmt="o", color=COLORS[0], markersize=4)
+    where = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+    axes.annotate(f"{interval.estimate:.2f}", (interval.estimate, place), **where)
+
+
+def few_prompt_rates(
+    study: dict, size: str, results: dict[str, dict]
+) -> list[tuple[str, str, float, float]]:
+    """Better and worse cell, and how often a few prompts name the worse and neither."""
+    passed = {}
+    for experiment in study["experiments"]:
+        if experiment["few_prompts"] and size in experiment["sizes"]:
+            passed |= passed_checks(study, experiment, size, results)
+    pairs = []
+    for one, other in combinations(passed, 2):
+        better, worse = sorted((one, other), key=lambda name: -passed[name].mean())
+        pairs.append((better, worse, *wrong_winner_rate(passed[better], passed[worse])))
+    return pairs
+
+
+def passed_checks(
+    study: dict, experiment: dict, size: str, results: dict[str, dict]
+) -> dict[str, np.ndarray]:
+    """By cell, (seeds, prompts with a check): 1 where the answer passed it, else 0."""
+    found = {}
+    for text in experiment["cells"]:
+        runs = runs_of(study, experiment, text, size, results)
+        probes = [results[run.id].get("probe") for run in runs if run.id in results]
+        marks = [
+            probe["outcomes"][DECODING]["check_strict"].replace("-", "")
+            for probe in probes
+            if probe
+        ]
+        if marks:
+            found[text] = np.array([[int(mark) for mark in of_run] for of_run in marks])
+    return found
+
+
+def draw_few_prompts(pairs: list[tuple[str, str, float, float]]) -> Figure:
+    """A bar for every pair of arms: the worse named, neither, the better named."""
+    figure = Figure(figsize=(8, 1 + 0.5 * len(pairs)))
+    axes = figure.subplots()
+    for place, (_, _, wrong, tied) in enumerate(pairs):
+        left = 0.0
+        parts = zip((wrong, tied, 1 - wrong - tied), (COLORS[1], "#bbbbbb", COLORS[0]), strict=True)
+        for share, color in parts:
+            axes.barh(place, 100 * share, left=100 * left, color=color, height=0.6)
+            axes.annotate(f"{100 * share:.0f}%", (100 * (left + share / 2), place), ha="center")
+            left += share
+    names = [f"{better} over {worse}" for better, worse, _, _ in pairs]
+    axes.set_yticks(range(len(pairs)), names)
+    axes.set_xlabel(f"{FEW_PROMPTS} prompts judged once: wrong winner, tie, right winner (%)")
+    axes.set_xlim(0, 100)
+    return figure

@@ -1,0 +1,336 @@
+"""The study: what is planned, what is known, what the rules say, and one run of it from nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.findings import (
+    describe_cell,
+    interval_of,
+    is_met,
+    judge_claims,
+    measure_cell,
+    recovery_draws,
+    wrong_winner_rate,
+)
+from evaluation.intervals import Interval
+from evaluation.run_study import parse_shard
+from evaluation.study import (
+    STUDY_FILE,
+    Cell,
+    Run,
+    as_words,
+    is_interior,
+    planned_runs,
+    read_study,
+    sweep_losses,
+    training_flags,
+    tuned_rate,
+)
+from evaluation.study_report import study_block, study_figures
+from trainer.arguments import SettingsError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TOML = """
+[common]
+max_seq_len = 64
+batch_size = 8
+device = "cpu"
+[measure]
+max_seq_len = 64
+device = "cpu"
+[probe]
+decoding = ["greedy"]
+max_new_tokens = 4
+device = "cpu"
+[data]
+pretrain = ["text.jsonl"]
+pretrain_valid = ["text.jsonl"]
+general = ["chat.jsonl"]
+general_valid = ["chat_valid.jsonl"]
+[sizes.xs]
+hidden_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 1
+intermediate_size = 32
+learning_rate = 1e-2
+[bases.plain]
+max_steps = 2
+[arms.fft]
+stage = "full_sft"
+rates = ["1e-3", "1e-2", "1e-1"]
+[arms.square]
+stage = "lora"
+rates = ["1e-3", "1e-2"]
+flags = { lora_targets = "square", lora_rank = 2 }
+[tuning]
+base = "plain"
+base_seed = 42
+variant = "main"
+seeds = { xs = [1, 2] }
+[variants.main]
+data = "general"
+reference = "main"
+flags = { max_train_samples = 16, epochs = 1 }
+[variants.long]
+data = "general"
+reference = "main"
+flags = { max_train_samples = 16, epochs = 3 }
+[[experiments]]
+id = "rates"
+question = "Which rate?"
+cells = ["fft@sweep"]
+seeds = [1, 2]
+[[experiments]]
+id = "H"
+question = "Does it help?"
+cells = ["square@1e-3", "fft@tuned/long"]
+seeds = [1, 2, 3]
+[[experiments.claims]]
+name = "H"
+text = "square fails"
+supported = [{ recovery = "square@1e-3", at_most = 0.5 }]
+refuted = [{ recovery = "square@1e-3", at_least = 0.5 }]
+"""
+TOKENS = [10, 20, 30, 40]  # validation: 10 and 30; test: 20 and 40
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> dict:
+    path = tmp_path / "study.toml"
+    path.write_text(TOML)
+    return read_study(path)
+
+
+def result_of(run_id: str, seed: int, nats: list[float] | None, arm: str | None = "fft") -> dict:
+    """A result file's content; without `nats` the run diverged."""
+    base = {"id": run_id, "size": "xs", "base": "plain", "arm": arm, "seed": seed, "seconds": 36.0}
+    if nats is None:
+        return base | {"status": "diverged"}
+    held_out = {"general": {"nats": nats, "tokens": TOKENS}}
+    return base | {"status": "completed", "held_out": held_out, "text_nll": 4.0, "probe": None}
+
+
+def results_of(losses: dict[str, list[float] | None]) -> dict[str, dict]:
+    """Results by id, from nats by id."""
+    return {
+        name: result_of(name, int(name.rsplit("s", 1)[1]), nats, name.split("-")[2])
+        for name, nats in losses.items()
+    }
+
+
+SWEEP = {
+    "xs-plain42-fft-lr1e-3-s1": [20.0, 40.0, 60.0, 80.0],  # 2 nats a token everywhere
+    "xs-plain42-fft-lr1e-3-s2": [20.0, 40.0, 60.0, 80.0],
+    "xs-plain42-fft-lr1e-2-s1": [10.0, 60.0, 30.0, 120.0],  # 1 on validation, 3 on test
+    "xs-plain42-fft-lr1e-2-s2": [10.0, 60.0, 30.0, 120.0],
+    "xs-plain42-fft-lr1e-1-s1": [1.0, 1.0, 1.0, 1.0],
+    "xs-plain42-fft-lr1e-1-s2": None,  # so much better, but for the seed that diverged
+}
+BASE = {"xs-plain42": result_of("xs-plain42", 42, [50.0, 100.0, 150.0, 200.0], None)}
+
+
+def test_runs_come_once_in_order_after_their_base(study: dict) -> None:
+    runs, waiting = planned_runs(study, "xs", {})
+    assert [run.id for run in runs] == [
+        "xs-plain42",
+        "xs-plain42-fft-lr1e-3-s1",
+        "xs-plain42-fft-lr1e-3-s2",
+        "xs-plain42-fft-lr1e-2-s1",
+        "xs-plain42-fft-lr1e-2-s2",
+        "xs-plain42-fft-lr1e-1-s1",
+        "xs-plain42-fft-lr1e-1-s2",
+        "xs-plain42-square-lr1e-3-s1",
+        "xs-plain42-square-lr1e-3-s2",
+        "xs-plain42-square-lr1e-3-s3",
+    ]
+    assert waiting == ["H: fft@tuned/long"]
+    runs, waiting = planned_runs(study, "xs", results_of(SWEEP))
+    assert [run.id for run in runs][-3:] == [f"xs-plain42-fft-long-lr1e-2-s{s}" for s in (1, 2, 3)]
+    assert waiting == []
+
+
+def test_rate_is_tuned_on_validation_and_no_diverged_rate_wins(study: dict) -> None:
+    results = results_of(SWEEP)
+    losses = sweep_losses(study, "fft", "xs", results)
+    assert losses == {"1e-3": 2.0, "1e-2": 1.0, "1e-1": float("inf")}
+    assert tuned_rate(study, "fft", "xs", results) == "1e-2"
+    assert is_interior(losses, "1e-2") and not is_interior(losses, "1e-3")
+    del results["xs-plain42-fft-lr1e-3-s2"]
+    assert tuned_rate(study, "fft", "xs", results) is None
+
+
+def test_recovery_of_a_cell_by_hand(study: dict) -> None:
+    # On test conversations the base has 5 nats a token, FFT at its tuned rate 3, square 4.
+    square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    results = BASE | results_of(SWEEP | square | {"xs-plain42-square-lr1e-3-s3": None})
+    row = describe_cell(study, Cell("xs", "plain", 42, "square", "1e-3", "main"), results)
+    assert row.measured.nll == pytest.approx(4.0)
+    assert (row.measured.seeds, row.measured.failed) == ([1, 2], 1)
+    assert row.recovery.estimate == pytest.approx(0.5)
+    # Every conversation and every seed says the same, so does every draw.
+    assert (row.recovery.low, row.recovery.high) == pytest.approx((0.5, 0.5))
+    assert row.forgetting == 0.0
+    (claim,) = judge_claims(study, "xs", results)
+    assert (claim.verdict, claim.seeds) == ("supported", 2)
+    assert claim.evidence == ["R(square@1e-3) = 0.50 [0.50, 0.50]"]
+
+
+def test_claim_without_runs_is_not_judged(study: dict) -> None:
+    (claim,) = judge_claims(study, "xs", BASE | results_of(SWEEP))
+    assert claim.verdict == "not run"
+
+
+def test_seeds_and_conversations_are_drawn_for_all_alike(study: dict) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, 30)
+    full = rng.uniform(2, 3, (3, 30)) * tokens
+    cell = Cell("xs", "plain", 42, "square", "1e-3", "main")
+    results = BASE | results_of(SWEEP)
+    like = measure_cell(study, replace(cell, arm="fft"), results)
+    full_arm = replace(like, seeds=[1, 2, 3], nats=full, tokens=tokens)
+    base = 5.0 * tokens
+    # Halfway between base and FFT, seed by seed: every draw must give exactly one half.
+    half = replace(full_arm, nats=(base + full) / 2)
+    shuffled = replace(half, seeds=[3, 2, 1], nats=half.nats[::-1])
+    for arm in (half, shuffled):
+        (draws,) = recovery_draws(base, [arm], full_arm, draws=50)
+        assert draws == pytest.approx(np.full(51, 0.5))
+    first, second = recovery_draws(base, [half, full_arm], full_arm, draws=50)
+    assert interval_of(second - first).estimate == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="no seed"):
+        recovery_draws(base, [replace(half, seeds=[7, 8, 9])], full_arm)
+    with pytest.raises(ValueError, match="too little"):
+        recovery_draws(full.mean(axis=0) + 0.1 * tokens, [half], full_arm)
+
+
+@pytest.mark.parametrize(
+    ("condition", "low", "high", "met"),
+    [
+        ({"at_least": 0.1}, 0.1, 0.9, True),
+        ({"at_least": 0.1}, 0.09, 0.9, False),
+        ({"at_most": 0.1}, -1.0, 0.1, True),
+        ({"at_most": 0.1}, -1.0, 0.11, False),
+    ],
+)
+def test_rule_needs_the_whole_interval(condition: dict, low: float, high: float, met: bool) -> None:
+    assert is_met(condition, Interval((low + high) / 2, low, high)) is met
+
+
+def test_few_prompts_name_the_wrong_winner_as_often_as_counted() -> None:
+    # One of 2 prompts judged: the better arm passes both, the worse one.
+    wrong, tied = wrong_winner_rate(np.array([[1, 1]]), np.array([[1, 0]]), few=1, draws=4000)
+    assert wrong == 0.0
+    assert tied == pytest.approx(0.5, abs=0.03)
+    # Of prompts that each arm passes alone, one judged names either: 2 of 3 times the better.
+    better, worse = np.array([[1, 1, 0]]), np.array([[0, 0, 1]])
+    wrong, tied = wrong_winner_rate(better, worse, few=1, draws=4000)
+    assert wrong == pytest.approx(1 / 3, abs=0.03)
+    assert tied == 0.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"square@1e-3", "fft@tuned/long"', '"squre@1e-3"', "'squre' is not among fft, square"),
+        ('"fft@tuned/long"', '"fft@tuned/short"', "'short' is not among main, long"),
+        ('"fft@tuned/long"', '"fft@best"', "must be arm@rate"),
+        ("at_most = 0.5", "below = 0.5", "one of at_least, at_most"),
+        ("[common]", "[common", "study.toml"),
+    ],
+)
+def test_broken_study_is_named(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(TOML.replace(old, new))
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        read_study(path)
+
+
+def test_shards() -> None:
+    assert parse_shard("2/3") == (2, 3)
+    for text in ("0/3", "4/3", "2", "a/b"):
+        with pytest.raises(SettingsError):
+            parse_shard(text)
+
+
+def test_commands_are_what_the_scripts_take(study: dict) -> None:
+    run = Run("xs", "plain", 1, 42, "square", "1e-3", "long")
+    stage, flags = training_flags(study, run, Path("data"), Path("out"))
+    assert stage == "lora"
+    assert (
+        as_words(flags)
+        == (
+            "--max_seq_len 64 --batch_size 8 --device cpu --lora_targets square --lora_rank 2 "
+            "--max_train_samples 16 --epochs 3 --data_path data/chat.jsonl --lora_name "
+            f"{run.id} --save_dir out --from_weight out/xs-plain42 --learning_rate 1e-3 --seed 1"
+        ).split()
+    )
+    assert as_words({"a": True, "b": [1, 2]}) == ["--a", "--b", "1", "2"]
+
+
+def test_report_tells_what_was_run(study: dict) -> None:
+    square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    results = BASE | results_of(SWEEP | square)
+    text = "\n".join(study_block(study, results, study_figures(study, results)))
+    assert "| H: square fails | **supported** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |" in text
+    assert "| square | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 |" in text
+    assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 |" in text
+    assert "evaluation/figures/study_xs_rates.svg" in text
+
+
+def test_committed_study_is_sound() -> None:
+    study = read_study(STUDY_FILE)
+    for size in study["sizes"]:
+        runs, _ = planned_runs(study, size, {})
+        assert len({run.id for run in runs}) == len(runs)
+    for arm in study["arms"].values():
+        rates = [float(rate) for rate in arm["rates"]]
+        assert rates == sorted(set(rates)) and len(rates) >= 3
+
+
+def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(
+        TOML.replace('["1e-3", "1e-2", "1e-1"]', '["1e-3"]')
+        .replace("[1, 2, 3]", "[1]")
+        .replace("[1, 2]", "[1]")
+        .replace('"square@1e-3", "fft@tuned/long"', '"square@1e-3"')
+    )
+    texts = [f"Text {i} tells of the number {i}." for i in range(60)]
+    chats = [[{"role": "user", "content": t}, {"role": "assistant", "content": t}] for t in texts]
+    for name, records in (
+        ("text", [{"text": text} for text in texts]),
+        ("chat", [{"conversations": chat} for chat in chats[:40]]),
+        ("chat_valid", [{"conversations": chat} for chat in chats[40:]]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    command = [sys.executable, str(REPOSITORY / "evaluation" / "run_study.py")]
+    for flag, name in (("study", "study.toml"), ("data_dir", ""), ("save_dir", "out")):
+        command += [f"--{flag}", str(tmp_path / name)]
+    command += ["--results_dir", str(tmp_path / "results")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("results/*.json")}
+    assert set(results) == {
+        "xs-plain42",
+        "xs-plain42-fft-lr1e-3-s1",
+        "xs-plain42-square-lr1e-3-s1",
+    }
+    for name, result in results.items():
+        assert (result["id"], result["status"]) == (name, "completed")
+        assert len(result["held_out"]["general"]["nats"]) == 20
+        assert str(tmp_path) not in json.dumps(result)
+    assert results["xs-plain42-square-lr1e-3-s1"]["run"]["train_data"]["kept"]["samples"] == 16
+    base = results["xs-plain42"]
+    assert base["weights"] == results["xs-plain42-fft-lr1e-3-s1"]["run"]["base_fingerprint"]
+    assert set(base["probe"]["outcomes"]["greedy"]["runaway"]) <= {"0", "1"}
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    again = subprocess.run([*command, "--list"], check=True, capture_output=True, text=True)
+    assert again.stdout == ""
+    subprocess.run(command, check=True, capture_output=True)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
