@@ -1,6 +1,8 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
+# make study  every run of evaluation/study.toml at xs that has no result yet: days on two cores;
+#             needs dataset/data/ as dataset/prepare.py writes it (README, "The study, run by run")
 # make report the README's tables, the figures and the page, from the committed results
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
@@ -8,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test report stress install clean-demo
+.PHONY: demo test report study stress install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -27,6 +29,10 @@ test: install
 # One thread a process: the models are too small for more.
 stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
+
+study: install
+	$(RUN) evaluation/run_study.py
+	$(RUN) evaluation/report.py
 
 report: install
 	$(RUN) evaluation/report.py

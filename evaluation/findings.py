@@ -28,7 +28,7 @@ class Measured:
     failed: int  # runs that diverged or broke off
     nats: np.ndarray  # (seeds, conversations)
     tokens: np.ndarray  # (conversations,)
-    text_nll: list[float]  # by seed
+    text_nll: list[float]  # by seed; empty for a part of an update
 
     @property
     def nll(self) -> float:
@@ -50,19 +50,28 @@ def measure_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Measured 
     if known is None:
         return None
     mine = [result for result in results.values() if is_of(result, known)]
-    done = sorted((r for r in mine if "held_out" in r), key=lambda result: result["seed"])
+    done = sorted((r for r in mine if has(r, known.part)), key=lambda result: result["seed"])
     if not done:
         return None
     data = study["variants"][known.variant]["data"]
     held_out = [result["held_out"][data] for result in done]
+    nats = [
+        result["parts"][known.part] if known.part else result["held_out"][data]["nats"]
+        for result in done
+    ]
     return Measured(
         known,
         [result["seed"] for result in done],
-        len(mine) - len(done),
-        np.array([of_one["nats"][1::2] for of_one in held_out]),
+        sum("held_out" not in result for result in mine),
+        np.array([of_run[1::2] for of_run in nats]),
         np.array(held_out[0]["tokens"][1::2]),
-        [result["text_nll"] for result in done],
+        [] if known.part else [result["text_nll"] for result in done],
     )
+
+
+def has(result: dict, part: str) -> bool:
+    """Whether a result has the measures of a whole run, or of a part of its update."""
+    return part in result.get("parts", {}) if part else "held_out" in result
 
 
 def is_of(result: dict, cell: Cell) -> bool:
@@ -159,7 +168,7 @@ def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | No
     base, full = base_of(study, cell, results), full_of(study, cell, results)
     if base is None:
         return Row(arm, None, None)
-    forgetting = float(np.mean(arm.text_nll) - base[1])
+    forgetting = float(np.mean(arm.text_nll) - base[1]) if arm.text_nll else None
     if full is None or not set(full.seeds) & set(arm.seeds):
         return Row(arm, None, forgetting)
     (draws,) = recovery_draws(base[0], [arm], full)
@@ -169,7 +178,9 @@ def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | No
 def full_of(study: dict, cell: Cell, results: dict[str, dict]) -> Measured | None:
     """The tuned full fine-tuning that a cell's recovery is a share of."""
     variant = study["variants"][cell.variant]["reference"]
-    return measure_cell(study, replace(cell, arm=FULL, rate="tuned", variant=variant), results)
+    return measure_cell(
+        study, replace(cell, arm=FULL, rate="tuned", variant=variant, part=""), results
+    )
 
 
 # ---------------------------------------------------------------- claims

@@ -37,14 +37,16 @@ from evaluation.study import (
     Run,
     as_words,
     held_out_names,
-    measuring_flags,
+    nll_flags,
     planned_runs,
     read_results,
     read_study,
+    text_flags,
     training_flags,
 )
 from model.model_minimind import load_model, read_json, weights_fingerprint, write_text
 from trainer.arguments import OUT_DIR, Parser, SettingsError
+from trainer.run_folder import remove_folder
 from trainer.trainer_utils import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -112,7 +114,9 @@ def lacks(run: Run, result: dict | None) -> bool:
     """Whether a run has no result, or one without the probe that is asked for."""
     if result is None:
         return True
-    return run.probe and "held_out" in result and result["probe"] is None
+    if "held_out" not in result:
+        return False  # it diverged or failed, and would again
+    return (run.probe and "probe" not in result) or (run.parts and "parts" not in result)
 
 
 def is_mine(run: Run, args: argparse.Namespace) -> bool:
@@ -191,7 +195,7 @@ def call(command: list[str], args: argparse.Namespace, name: str, may_fail: bool
         file.flush()
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode and not may_fail:
-        raise SettingsError(f"{name}: eval_llm.py failed; {log} says why")
+        raise SettingsError(f"{name}: {Path(command[1]).name} failed; {log} says why")
 
 
 def describe(run: Run, record: dict, study: dict) -> dict:
@@ -221,27 +225,63 @@ def as_json(result: dict) -> str:
 def measure(run: Run, study: dict, args: argparse.Namespace) -> dict:
     """Held-out NLL of a trained run, and its answers if it is to be probed."""
     folder = args.save_dir / run.id
-    found = {"held_out": {}, "text_nll": None, "probe": None}
+    found = {"held_out": {}}
     if run.arm is None:
         found["weights"] = weights_fingerprint(load_model(folder))
     for data in held_out_names(study, run):
         output = args.save_dir / "measured" / data
-        ask(folder, measuring_flags(study, data, args.data_dir) | {"output_dir": output}, args)
+        flags = nll_flags(study, data, args.data_dir) | text_flags(study, args.data_dir)
+        ask([folder], flags | {"output_dir": output}, args, run.id)
         nll = read_json(output / run.id / "nll.json")
         nats, tokens = zip(*nll["nll"]["sequences"], strict=True)
         found["held_out"][data] = {"nats": [round(n, 3) for n in nats], "tokens": list(tokens)}
         found["text_nll"] = nll["text_nll"]["nats_per_token"]
     if run.probe:
         output = args.save_dir / "outputs"
-        ask(folder, study["probe"] | {"output_dir": output}, args)
+        ask([folder], study["probe"] | {"output_dir": output}, args, run.id)
         found["probe"] = summarize_probe(output / run.id)
+    if run.parts:
+        found |= measure_parts(run, study, args)
     return found
 
 
-def ask(folder: Path, flags: dict, args: argparse.Namespace) -> None:
-    """Calls eval_llm.py on one checkpoint."""
-    command = [sys.executable, str(REPOSITORY / "eval_llm.py"), "--model", str(folder)]
-    call([*command, *as_words(flags)], args, folder.name)
+def measure_parts(run: Run, study: dict, args: argparse.Namespace) -> dict:
+    """NLL of the base with each part of the run's update, and what that update looks like."""
+    script = str(REPOSITORY / "evaluation" / "update_analysis.py")
+    ends = {"base": args.save_dir / run.base_id, "tuned": args.save_dir / run.id}
+    place = args.save_dir / "parts" / run.id
+    remove_folder(place)
+    for flags in study["parts"]:
+        words = as_words(ends | flags | {"output_dir": place / "weights"})
+        call([sys.executable, script, *words], args, run.id)
+    words = as_words(ends | {"output": place / "update.json"})
+    call([sys.executable, script, *words], args, run.id)
+    (data,) = held_out_names(study, run)
+    made = sorted((place / "weights").iterdir())
+    ask(made, nll_flags(study, data, args.data_dir) | {"output_dir": place / "nll"}, args, run.id)
+    parts = {}
+    for folder in made:
+        sequences = read_json(place / "nll" / folder.name / "nll.json")["nll"]["sequences"]
+        name = folder.name.removeprefix(f"{run.id}_")
+        parts[name] = [round(nats, 3) for nats, _ in sequences]
+    update = read_json(place / "update.json")
+    remove_folder(place)
+    return {"parts": parts, "update": summarize_update(update)}
+
+
+def summarize_update(update: dict) -> dict:
+    """Where the update lies, and the ranks of each matrix, of what update_analysis.py wrote."""
+    facts = ("name", "shape", "relative", "r90", "effective_rank", "stable_rank")
+    matrices = [{fact: matrix[fact] for fact in facts} for matrix in update["matrices"]]
+    return {"shares": update["shares"], "matrices": matrices}
+
+
+def ask(folders: list[Path], flags: dict, args: argparse.Namespace, name: str) -> None:
+    """Calls eval_llm.py on checkpoints; `name` is the log's."""
+    command = [sys.executable, str(REPOSITORY / "eval_llm.py")]
+    for folder in folders:
+        command += ["--model", str(folder)]
+    call([*command, *as_words(flags)], args, name)
 
 
 def summarize_probe(folder: Path) -> dict:

@@ -10,6 +10,8 @@ file in `results/study/`, made by `run_study.py`:
     weights                   fingerprint of a base's weights, which its arms must have started from
     held_out                  by data: nats and tokens of each conversation's response
     text_nll                  nats a token of held-out pretraining text
+    parts                     by part of its update, the nats of each conversation, if asked for
+    update                    shares and ranks of that update
     probe                     prompts, and by decoding the rates and each prompt's outcomes
 
 A run that diverged or failed has a result too, without the measures.
@@ -51,6 +53,7 @@ class Cell:
     arm: str
     rate: str  # as study.toml writes it, or "tuned"
     variant: str
+    part: str = ""  # of the update; "": all of it
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Run:
     arm: str | None = None
     rate: str | None = None
     variant: str | None = None
-    probe: bool = False
+    probe: bool = False  # with prompts, too
+    parts: bool = False  # its update cut to parts, and these measured
 
     @property
     def id(self) -> str:
@@ -137,17 +141,18 @@ def cells_of(condition: dict, where: str) -> list[str]:
 
 
 def parse_cell(text: str, experiment: dict, size: str, where: str) -> Cell:
-    """The cell that `arm@rate` or `arm@rate/variant` names.
+    """The cell that `arm@rate`, `arm@rate/variant` or `arm@rate+part` names.
 
     Raises:
         SettingsError: it is no such text.
     """
-    name, _, variant = text.partition("/")
+    whole, _, part = text.partition("+")
+    name, _, variant = whole.partition("/")
     arm, at, rate = name.partition("@")
     if not at or not (rate in ("sweep", "tuned") or is_number(rate)):
         raise SettingsError(f"{where}: {text!r} must be arm@rate, with a number, sweep or tuned")
     variant = variant or experiment["variant"]
-    return Cell(size, experiment["base"], experiment["base_seed"], arm, rate, variant)
+    return Cell(size, experiment["base"], experiment["base_seed"], arm, rate, variant, part)
 
 
 def is_number(text: str) -> bool:
@@ -183,8 +188,13 @@ def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list
                 waiting.append(f"{experiment['id']}: {text}")
             for run in found:
                 known = runs.get(run.id)
-                runs[run.id] = replace(run, probe=run.probe or bool(known and known.probe))
+                runs[run.id] = run if known is None else joined(run, known)
     return [*bases_of(list(runs.values())), *runs.values()], sorted(set(waiting))
+
+
+def joined(run: Run, known: Run) -> Run:
+    """The same run, with all that either asks for."""
+    return replace(run, probe=run.probe or known.probe, parts=run.parts or known.parts)
 
 
 def bases_of(runs: list[Run]) -> list[Run]:
@@ -212,7 +222,7 @@ def runs_of(
 def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
     """The run of a cell with this seed."""
     place = (cell.base_seed, cell.arm, cell.rate, cell.variant)
-    return Run(cell.size, cell.base, seed, *place, probe=probe)
+    return Run(cell.size, cell.base, seed, *place, probe=probe, parts=bool(cell.part))
 
 
 # ---------------------------------------------------------------- tuned rates
@@ -304,13 +314,15 @@ def held_out_names(study: dict, run: Run) -> list[str]:
     return [study["variants"][run.variant]["data"]]
 
 
-def measuring_flags(study: dict, data: str, data_dir: Path) -> dict:
-    """The flags of eval_llm.py that measure NLL on `data` and on pretraining text."""
-    return study["measure"] | {
-        "no_generation": True,
-        "nll_data": files(study, data, data_dir)["eval_data_path"],
-        "text_nll_data": files(study, "pretrain", data_dir)["eval_data_path"],
-    }
+def nll_flags(study: dict, data: str, data_dir: Path) -> dict:
+    """The flags of eval_llm.py that measure NLL on `data` and ask nothing."""
+    held_out = files(study, data, data_dir)["eval_data_path"]
+    return study["measure"] | {"no_generation": True, "nll_data": held_out}
+
+
+def text_flags(study: dict, data_dir: Path) -> dict:
+    """The flag that measures NLL on pretraining text, too."""
+    return {"text_nll_data": files(study, "pretrain", data_dir)["eval_data_path"]}
 
 
 def as_words(flags: dict) -> list[str]:

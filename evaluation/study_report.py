@@ -117,7 +117,7 @@ def known(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
 def cell_row(experiment: dict, index: int, row: Row) -> list[str]:
     """One row of `CELL_COLUMNS`."""
     cell, measured = row.measured.cell, row.measured
-    name = cell.arm if cell.variant == "main" else f"{cell.arm}, {cell.variant}"
+    name = ", ".join(filter(None, (cell.arm, cell.variant.replace("main", ""), cell.part)))
     if "rungs" in experiment:
         name = f"{experiment['rungs'][index]}: {name}"
     seeds = str(len(measured.seeds))

@@ -54,6 +54,8 @@ pretrain = ["text.jsonl"]
 pretrain_valid = ["text.jsonl"]
 general = ["chat.jsonl"]
 general_valid = ["chat_valid.jsonl"]
+[[parts]]
+truncate = [1]
 [sizes.xs]
 hidden_size = 32
 num_hidden_layers = 1
@@ -115,7 +117,7 @@ def result_of(run_id: str, seed: int, nats: list[float] | None, arm: str | None 
     if nats is None:
         return base | {"status": "diverged"}
     held_out = {"general": {"nats": nats, "tokens": TOKENS}}
-    return base | {"status": "completed", "held_out": held_out, "text_nll": 4.0, "probe": None}
+    return base | {"status": "completed", "held_out": held_out, "text_nll": 4.0}
 
 
 def results_of(losses: dict[str, list[float] | None]) -> dict[str, dict]:
@@ -181,6 +183,17 @@ def test_recovery_of_a_cell_by_hand(study: dict) -> None:
     (claim,) = judge_claims(study, "xs", results)
     assert (claim.verdict, claim.seeds) == ("supported", 2)
     assert claim.evidence == ["R(square@1e-3) = 0.50 [0.50, 0.50]"]
+
+
+def test_part_of_an_update_is_measured_against_the_whole(study: dict) -> None:
+    results = BASE | results_of(SWEEP)
+    for seed in (1, 2):  # at the tuned rate FFT has 3 nats a token on test, its part 4.5
+        name = f"xs-plain42-fft-lr1e-2-s{seed}"
+        results[name] = results[name] | {"parts": {"rank1": [0.0, 90.0, 0.0, 180.0]}}
+    row = describe_cell(study, Cell("xs", "plain", 42, "fft", "tuned", "main", "rank1"), results)
+    assert row.recovery.estimate == pytest.approx(0.25)
+    assert row.forgetting is None
+    assert describe_cell(study, replace(row.measured.cell, part="rank2"), results) is None
 
 
 def test_claim_without_runs_is_not_judged(study: dict) -> None:
@@ -300,7 +313,7 @@ def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
         TOML.replace('["1e-3", "1e-2", "1e-1"]', '["1e-3"]')
         .replace("[1, 2, 3]", "[1]")
         .replace("[1, 2]", "[1]")
-        .replace('"square@1e-3", "fft@tuned/long"', '"square@1e-3"')
+        .replace('"square@1e-3", "fft@tuned/long"', '"square@1e-3", "fft@tuned+rank1"')
     )
     texts = [f"Text {i} tells of the number {i}." for i in range(60)]
     chats = [[{"role": "user", "content": t}, {"role": "assistant", "content": t}] for t in texts]
@@ -326,8 +339,11 @@ def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
         assert len(result["held_out"]["general"]["nats"]) == 20
         assert str(tmp_path) not in json.dumps(result)
     assert results["xs-plain42-square-lr1e-3-s1"]["run"]["train_data"]["kept"]["samples"] == 16
-    base = results["xs-plain42"]
-    assert base["weights"] == results["xs-plain42-fft-lr1e-3-s1"]["run"]["base_fingerprint"]
+    full, base = results["xs-plain42-fft-lr1e-3-s1"], results["xs-plain42"]
+    nats = full["held_out"]["general"]["nats"]
+    assert set(full["parts"]) == {"rank1"} and len(full["parts"]["rank1"]) == len(nats)
+    assert full["parts"]["rank1"] != nats
+    assert base["weights"] == full["run"]["base_fingerprint"]
     assert set(base["probe"]["outcomes"]["greedy"]["runaway"]) <= {"0", "1"}
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     again = subprocess.run([*command, "--list"], check=True, capture_output=True, text=True)
