@@ -37,10 +37,10 @@ class Measured:
 
 
 def known_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Cell | None:
-    """The cell with its tuned rate put in; None while that is unknown."""
+    """The cell with its tuned rate put in, as far as it is known; None while it is not at all."""
     if cell.rate != "tuned":
         return cell
-    rate = tuned_rate(study, cell.arm, cell.size, results)
+    rate = tuned_rate(study, cell.arm, cell.size, results, all_seeds=False)
     return None if rate is None else replace(cell, rate=rate)
 
 
@@ -262,14 +262,10 @@ def told(cells: list[str], interval: Interval) -> str:
 # ---------------------------------------------------------------- rates, ladder, few prompts
 
 
-def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, dict]:
+def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, dict[str, float]]:
     """By arm the mean validation NLL by rate, of the arms whose whole grid was run."""
     sweeps = {arm: sweep_losses(study, arm, size, results) for arm in study["arms"]}
-    return {
-        arm: losses
-        for arm, losses in sweeps.items()
-        if all(loss is not None for loss in losses.values())
-    }
+    return {arm: losses for arm, losses in sweeps.items() if losses}
 
 
 def wrong_winner_rate(

@@ -176,7 +176,11 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 
 def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list[Run], list[str]]:
-    """The runs of a size in their order, each once, and what still waits for a tuned rate."""
+    """The runs of a size, each once, and what still waits for a tuned rate.
+
+    Bases come first, then the first seed of all experiments, then the second: so there is a whole
+    picture early, which further seeds make sharper.
+    """
     runs: dict[str, Run] = {}
     waiting = []
     for experiment in study["experiments"]:
@@ -189,7 +193,8 @@ def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list
             for run in found:
                 known = runs.get(run.id)
                 runs[run.id] = run if known is None else joined(run, known)
-    return [*bases_of(list(runs.values())), *runs.values()], sorted(set(waiting))
+    trained = sorted(runs.values(), key=lambda run: run.seed)  # stable
+    return [*bases_of(trained), *trained], sorted(set(waiting))
 
 
 def joined(run: Run, known: Run) -> Run:
@@ -228,29 +233,55 @@ def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
 # ---------------------------------------------------------------- tuned rates
 
 
-def tuned_rate(study: dict, arm: str, size: str, results: dict[str, dict]) -> str | None:
-    """The rate of an arm's grid with the lowest mean validation NLL; None before all were run."""
-    losses = sweep_losses(study, arm, size, results)
-    if any(loss is None for loss in losses.values()) or all(map(math.isinf, losses.values())):
+def tuned_rate(
+    study: dict, arm: str, size: str, results: dict[str, dict], all_seeds: bool = True
+) -> str | None:
+    """The rate of an arm's grid with the lowest mean validation NLL.
+
+    Args:
+        all_seeds: wait for every tuning seed. Without, take those whose whole grid was run, to
+            report on a study that is still running.
+
+    Returns:
+        None while runs are missing, and where each rate diverged.
+    """
+    seeds = swept_seeds(study, arm, size, results)
+    if not seeds or (all_seeds and seeds != study["tuning"]["seeds"][size]):
         return None
-    return min(losses, key=losses.__getitem__)
+    losses = sweep_losses(study, arm, size, results)
+    return None if all(map(math.isinf, losses.values())) else min(losses, key=losses.__getitem__)
 
 
-def sweep_losses(
-    study: dict, arm: str, size: str, results: dict[str, dict]
-) -> dict[str, float | None]:
-    """By rate the mean validation NLL over the tuning seeds; None where one has no result yet.
+def swept_seeds(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[int]:
+    """The tuning seeds with which every rate of an arm's grid was run."""
+    rates = study["arms"][arm]["rates"]
+    return [
+        seed
+        for seed in study["tuning"]["seeds"][size]
+        if all(tuning_run(study, arm, rate, size, seed).id in results for rate in rates)
+    ]
+
+
+def tuning_run(study: dict, arm: str, rate: str, size: str, seed: int) -> Run:
+    """One run of the sweep that an arm's rate is chosen by."""
+    tuning = study["tuning"]
+    place = (tuning["base"], tuning["base_seed"])
+    return run_of(Cell(size, *place, arm, rate, tuning["variant"]), seed)
+
+
+def sweep_losses(study: dict, arm: str, size: str, results: dict[str, dict]) -> dict[str, float]:
+    """By rate the mean validation NLL over :func:`swept_seeds`; empty where there is none.
 
     A rate at which a seed diverged is infinitely bad.
     """
-    tuning = study["tuning"]
-    found = {}
-    for rate in study["arms"][arm]["rates"]:
-        cell = Cell(size, tuning["base"], tuning["base_seed"], arm, rate, tuning["variant"])
-        runs = [results.get(run_of(cell, seed).id) for seed in tuning["seeds"][size]]
-        known = all(run is not None for run in runs)
-        found[rate] = fmean(map(validation_nll, runs)) if known else None
-    return found
+    seeds = swept_seeds(study, arm, size, results)
+    rates = study["arms"][arm]["rates"] if seeds else []
+    return {
+        rate: fmean(
+            validation_nll(results[tuning_run(study, arm, rate, size, seed).id]) for seed in seeds
+        )
+        for rate in rates
+    }
 
 
 def validation_nll(result: dict) -> float:
@@ -261,12 +292,12 @@ def validation_nll(result: dict) -> float:
     return sum(measured["nats"][::2]) / sum(measured["tokens"][::2])
 
 
-def is_interior(losses: dict[str, float | None], rate: str) -> bool:
-    """Whether both neighbors of `rate` in its grid were run and are worse."""
+def is_interior(losses: dict[str, float], rate: str) -> bool:
+    """Whether both neighbors of `rate` in its grid are there and worse."""
     rates = sorted(losses, key=float)
     place = rates.index(rate)
     beside = [losses[other] for other in rates[max(0, place - 1) : place + 2] if other != rate]
-    return len(beside) == 2 and all(loss is not None and loss > losses[rate] for loss in beside)
+    return len(beside) == 2 and all(loss > losses[rate] for loss in beside)
 
 
 # ---------------------------------------------------------------- commands

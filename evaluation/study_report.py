@@ -18,11 +18,11 @@ from evaluation.findings import (
 )
 from evaluation.intervals import Interval
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
-from evaluation.study import Cell, is_interior, parse_cell, planned_runs, runs_of
+from evaluation.study import Cell, is_interior, parse_cell, planned_runs, runs_of, swept_seeds
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
 CELL_COLUMNS = ("trained", "rate", "seeds", "NLL", "R", "forgets")
-RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate")
+RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
 NOT_RUN = "The study was not run yet: `python evaluation/run_study.py`."
 DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
 
@@ -142,11 +142,11 @@ def rate_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
         cells = [f"{rate}: {loss:.3f}" for rate, loss in losses.items()]
         cells[list(losses).index(best)] = f"**{best}: {losses[best]:.3f}**"
         inside = "" if is_interior(losses, best) else ", at the edge of the grid"
-        rows.append([arm, ", ".join(cells), best + inside])
+        seeds = len(swept_seeds(study, arm, size, results))
+        rows.append([arm, ", ".join(cells), best + inside, str(seeds)])
     if not rows:
         return []
-    seeds = len(study["tuning"]["seeds"][size])
-    title = f"*Rates, tuned on validation conversations ({seeds} seeds; inf: a seed diverged)*"
+    title = "*Learning rates, tuned on the validation conversations; inf: a seed diverged*"
     return [title, "", *table(RATE_COLUMNS, rows), ""]
 
 
