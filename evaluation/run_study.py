@@ -169,6 +169,7 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     result["seconds"] = round(time.monotonic() - start, 1)
     args.results_dir.mkdir(parents=True, exist_ok=True)
     write_text(args.results_dir / f"{run.id}.json", as_json(result))
+    remove_folder(folder / "resume")  # thrice the weights, and nothing is left to continue
 
 
 def how_to_go_on(folder: Path) -> list[str]:
