@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dataset.lm_dataset import DataError
 from evaluation.intervals import CONFIDENCE, DRAWS, SEED, Interval, resampling_counts
 from evaluation.records import SMALLEST_GAIN
 from evaluation.study import Cell, cells_of, parse_cell, run_of, sweep_losses, tuned_rate
@@ -86,6 +87,29 @@ def base_of(study: dict, cell: Cell, results: dict[str, dict]) -> tuple[np.ndarr
         return None
     data = study["variants"][cell.variant]["data"]
     return np.array(result["held_out"][data]["nats"][1::2]), result["text_nll"]
+
+
+def check_controlled(results: dict[str, dict]) -> None:
+    """Refuses results that must not be compared: gate P4 of the protocol.
+
+    Arms of one variant must have read the same samples with the same template, masks and tokenizer
+    (one token store, by its files' and tokenizer's hashes and its counts), and must have started
+    from the weights that their base's result names.
+
+    Raises:
+        DataError: names a result that differs.
+    """
+    data: dict[tuple, dict] = {}
+    for name, result in results.items():
+        if result["arm"] is None or "held_out" not in result:
+            continue
+        base = results.get(f"{result['size']}-{result['base']}{result['base_seed']}")
+        if base and base["weights"] != result["run"]["base_fingerprint"]:
+            raise DataError(f"{name}: started from other weights than those of {base['id']}")
+        key = (result["size"], result["variant"])
+        known = data.setdefault(key, result)
+        if result["run"]["train_data"] != known["run"]["train_data"]:
+            raise DataError(f"{name}: was trained on other data than {known['id']}")
 
 
 # ---------------------------------------------------------------- recovery

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
+from evaluation.findings import check_controlled
 from evaluation.outputs import inline
 from evaluation.page.build import page_html
 from evaluation.plots import figures
@@ -123,6 +124,7 @@ def build(root: Path) -> dict[Path, str]:
     study_file, study_results = evaluation / "study.toml", evaluation / "results" / STUDY_FOLDER
     study = read_study(study_file) if study_file.is_file() else None
     results = read_results(study_results)
+    check_controlled(results)
     drawn = figures(records, rates) | (study_figures(study, results) if study else {})
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")

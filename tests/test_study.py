@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset.lm_dataset import DataError
 from evaluation.findings import (
+    check_controlled,
     describe_cell,
     interval_of,
     is_met,
@@ -226,6 +228,22 @@ def test_seeds_and_conversations_are_drawn_for_all_alike(study: dict) -> None:
         recovery_draws(base, [replace(half, seeds=[7, 8, 9])], full_arm)
     with pytest.raises(ValueError, match="too little"):
         recovery_draws(full.mean(axis=0) + 0.1 * tokens, [half], full_arm)
+
+
+def test_results_of_other_data_or_another_base_are_refused() -> None:
+    base = BASE["xs-plain42"] | {"weights": "w0"}
+    name = "xs-plain42-fft-lr1e-3-s{}".format
+    where = {"base_seed": 42, "variant": "main"}
+    run = {"base_fingerprint": "w0", "train_data": {"tokenizer_sha256": "t", "samples": 16}}
+    one, other = (result_of(name(seed), seed, SWEEP[name(1)]) | where for seed in (1, 2))
+    results = {"xs-plain42": base, name(1): one | {"run": run}, name(2): other | {"run": run}}
+    check_controlled(results)
+    for changed, told in (
+        (run | {"train_data": {"tokenizer_sha256": "u", "samples": 16}}, "other data"),
+        (run | {"base_fingerprint": "w1"}, "other weights"),
+    ):
+        with pytest.raises(DataError, match=f"{name(2)}: .*{told}"):
+            check_controlled(results | {name(2): other | {"run": changed}})
 
 
 @pytest.mark.parametrize(
