@@ -346,7 +346,7 @@ def told(stress: dict) -> str:
     at_random, aimed = (kills_by_phase(stress["cases"], kind) for kind in ("phases", "aimed"))
     kinds = f"{at_random.total()} at random moments"
     if aimed:
-        kinds += f", {aimed.total()} aimed at the renames of a save"
+        kinds += f", {aimed.total()} aimed into a save"
     sentences = [
         f"`make stress`, at commit {stress['git'].get('commit', 'unknown')[:7]} with seed "
         f"{stress['seed']}: {stress['survived']} of {stress['kills']} SIGKILLs ({kinds}) were "

@@ -6,9 +6,9 @@
 The cases are every stage, type and number of processes. For each, a run of a tiny model goes
 undisturbed to its end. Then the same run is started, killed with SIGKILL at a moment drawn
 uniformly from the time that the undisturbed one took, continued with --from_resume and killed
-again, until one comes to its end before its kill; then the next begins. Every sixth kill is aimed
-instead: at one of the renames that put a saved state into place, which take microseconds and are
-hardly ever hit by chance; there the process that saves sends itself SIGKILL.
+again, until one comes to its end before its kill; then the next begins. Every fourth kill is aimed
+instead: between the two renames that put a state into the place of the last one, which takes
+microseconds and is hardly ever hit by chance; there the process that saves sends itself SIGKILL.
 
 What must be equal, bit for bit: the final weights, the model, optimizer and random states of the
 last resume state, every row of metrics.jsonl, and run.json, but for clocks, memory and the list of
@@ -61,11 +61,13 @@ SHAPE = (
 # Evaluations and saves come often, so that kills fall into them.
 COMMON = "--device cpu --log_interval 1 --eval_interval 4 --save_interval 3 --max_seq_len 64"
 EVAL_INTERVAL = 4
-WAIT_SECONDS = 600  # for a process that should end by itself, on a busy machine
+WAIT_SECONDS = 120  # for a process that should end by itself within seconds, on a busy machine
 PEER_SECONDS = 20  # that a process waits for one that was killed before the two had met
 LOST_PEER = "another process of this run did not come, died or is stuck"
-AIMED_EVERY = 6  # kills
-AIMED_RENAMES = 12  # of the states saved since the start; an aimed kill comes before one of them
+AIMED_EVERY = 4  # kills
+AIMED_SAVES = range(
+    1, 6
+)  # since the start, from 0: the first save of a run has no state to replace
 
 PHASES = (
     *("start", "step", "evaluation", "writing a state", "between two renames"),
@@ -188,7 +190,7 @@ def be_process(
     """In a forked process: what ``python trainer/train_<stage>.py`` does, its output in ``log``.
 
     Args:
-        aim: before which rename of a state it kills itself; None: before none.
+        aim: in which save, counted from 0, it kills itself; None: in none.
     """
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -201,19 +203,19 @@ def be_process(
     trainer_utils.load_dataset = functools.partial(load_dataset, cache_dir=cache)
     trainer_utils.PEER_TIMEOUT = timedelta(seconds=PEER_SECONDS)
     if aim is not None:
-        die_before_rename(aim)
+        die_in_save(aim)
     trainer_utils.run_script(STAGES[stage].main)
 
 
-def die_before_rename(aim: int) -> None:
-    """Lets this process kill itself before its ``aim``-th rename (from 0) of a saved state.
+def die_in_save(aim: int) -> None:
+    """Lets this process kill itself in save ``aim``: the old state is aside, the new one not there.
 
-    The first state is renamed once, every later one after another: the old one makes way first.
+    A first save replaces no state, so that there its kill comes before its only rename.
     """
-    rename, before = Path.rename, itertools.count()
+    rename, saves = Path.rename, itertools.count()
 
     def renamed(path: Path, target: Path) -> Path:
-        if path.name in ("resume", "resume.tmp") and next(before) == aim:
+        if path.name == "resume.tmp" and next(saves) == aim:
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(path, target)
 
@@ -394,7 +396,7 @@ def kills_until_done(
         if time.monotonic() > until:
             break
         is_aimed = number % AIMED_EVERY == AIMED_EVERY - 1
-        aim = draw.randrange(AIMED_RENAMES) if is_aimed else None
+        aim = draw.choice(AIMED_SAVES) if is_aimed else None
         delay = WAIT_SECONDS if is_aimed else draw.uniform(0, seconds)
         if not kill_run(case, flags + next_flags(run), log, delay, draw.choice(choices), aim):
             return
@@ -520,7 +522,7 @@ def told(phases: dict[str, int]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="all")
-    parser.add_argument("--kills", type=int, default=6, help="of each case (6)")
+    parser.add_argument("--kills", type=int, default=10, help="of each case (10)")
     parser.add_argument("--memory_steps", type=int, default=3000, help="0: no memory run (3000)")
     parser.add_argument("--minutes", type=float, default=12, help="kill no more after these (12)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (1)")

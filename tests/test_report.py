@@ -290,7 +290,7 @@ def test_what_the_stress_command_measured_is_told():
     stress = {"git": {"commit": "0123456789"}, "seed": 3, "kills": 12, "survived": 7}
     stress |= {"cases": [one, other], "memory_bytes_by_step": {"500": 2**20, "3000": 3 * 2**20}}
     text = told(stress)
-    kinds = "(8 at random moments, 4 aimed at the renames of a save)"
+    kinds = "(8 at random moments, 4 aimed into a save)"
     assert f"at commit 0123456 with seed 3: 7 of 12 SIGKILLs {kinds}" in text
     assert "in 2 combinations" in text
     assert "Those at random fell into: start 1, step 6, evaluation 1." in text
