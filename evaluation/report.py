@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
 from evaluation.outputs import inline
@@ -55,7 +56,6 @@ from evaluation.records import (
 from evaluation.study import read_results, read_study
 from evaluation.study_report import NOT_RUN, study_block, study_figures
 from model.model_minimind import CheckpointError, write_text
-from trainer.arguments import Parser, SettingsError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = ("run.json", "metrics.jsonl")

@@ -33,6 +33,7 @@ from model.model_minimind import (
     weights_fingerprint,
 )
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
+from trainer.arguments import DEFAULT_SHAPE
 from trainer.trainer_utils import (
     SettingsError,
     choose_dtype,
@@ -193,6 +194,17 @@ def test_run_folder_is_complete(base: Path, home: Path, tmp_path: Path, stage: s
     assert record["train_loss"] == train_rows[-1]["loss"]
     assert 8.5 < losses_of(base)[0] < 9  # ln 6400 = 8.76: the first guess is no better than chance
     assert train_rows[-1]["loss"] < 0.8 * train_rows[0]["loss"]
+
+
+def test_shape_that_was_not_given_is_recorded(home: Path, tmp_path: Path) -> None:
+    assert minimind_config(**DEFAULT_SHAPE).to_dict() == minimind_config().to_dict()
+    flags = SHAPE_FLAGS.replace("--num_key_value_heads 1", "")
+    flags += f" {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path} --max_steps 1"
+    assert call("pretrain", flags, home) == 0
+    settings = record_of(tmp_path / "pretrain")["settings"]
+    shape = SHAPE | {"num_key_value_heads": 2, "qk_norm": False}
+    assert {name: settings[name] for name in shape} == shape
+    assert load_model(tmp_path / "pretrain").config.num_key_value_heads == 2
 
 
 def trained_samples(data: Path, stage: str) -> list[tuple[int, int]]:

@@ -34,6 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.command_line import SettingsError
 from dataset.lm_dataset import (
     IGNORE_INDEX,
     ConversationDataset,
@@ -60,7 +61,7 @@ from model.model_minimind import (
     read_json,
     write_text,
 )
-from trainer.arguments import SHAPE_FLAGS, SettingsError
+from trainer.arguments import DEFAULT_SHAPE
 from trainer.run_folder import (
     RunFolder,
     check_state,
@@ -184,7 +185,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
     """The model to train, in float32, and the folder of its tokenizer."""
-    shape = {flag: vars(args)[flag] for flag in SHAPE_FLAGS if vars(args)[flag] is not None}
+    shape = {flag: vars(args)[flag] for flag in DEFAULT_SHAPE if vars(args)[flag] is not None}
     if args.from_weight == "none":
         folder = args.tokenizer_path or TOKENIZER_DIR
         try:
