@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_llm
 from dataset import demo, prepare
-from dataset.lm_dataset import DataError, load_dataset, load_tokens
+from dataset.lm_dataset import IGNORE_INDEX, DataError, load_dataset, load_tokens
 from dataset.untrusted import error_line, parse_json, shown
 from evaluation import calibrate, report, run_study, update_analysis
 from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
@@ -989,6 +989,8 @@ def test_tail_without_a_target_is_counted(tmp_path: Path) -> None:
         data = load_dataset("pretrain", [tmp_path / "d.jsonl"], load_tokenizer(), length, tmp_path)
         assert data.store.info["dropped_tail_tokens"] == dropped
         assert data.lengths.sum() == tokens - dropped
+        targets = sum((data[i][1][1:] != IGNORE_INDEX).sum() for i in range(len(data)))
+        assert data.store.info["labeled_tokens"] == targets == tokens - dropped - len(data)
 
 
 @pytest.mark.parametrize(

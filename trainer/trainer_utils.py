@@ -22,6 +22,7 @@ import signal
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,7 +50,7 @@ from dataset.lm_dataset import (
     load_dataset,
 )
 from dataset.untrusted import error_line, shown
-from model.model_lora import AdapterError
+from model.model_lora import AdapterError, lora_layers
 from model.model_minimind import (
     TOKENIZER_DIR,
     CheckpointError,
@@ -758,11 +759,32 @@ def describe_run(
             f"{args.run_name}: {trainable:,} of {total:,} parameters train for {steps} steps on "
             f"{args.device} in {args.dtype}{', compiled' if compiled else ''}"
         )
+        for line in trained_parts(job.model) if trainable < total else []:
+            print(line)
         for dataset in filter(None, (job.train_set, job.eval_set)):
             for note in data_notes(dataset.store.info):
                 print(shown(note))
         if job.eval_set is None:
             print("no --eval_data_path: no validation loss")
+
+
+def trained_parts(model: nn.Module) -> list[str]:
+    """What trains of a model that does not train whole, such as ``adapted: 4 q_proj, 4 o_proj``.
+
+    A line for the adapted linears and one for the parameters that train themselves, by their last
+    names and how often these occur.
+    """
+    adapted = Counter(path.rpartition(".")[2] for path, _ in lora_layers(model))
+    trained = Counter(
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
+    )
+    return [
+        f"{title}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
+        for title, counts in (("adapted", adapted), ("trained", trained))
+        if counts
+    ]
 
 
 def code_and_machine(device: str) -> dict:
