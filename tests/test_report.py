@@ -96,9 +96,10 @@ def test_recovery_needs_nll_of_the_same_data():
     assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": 1.0}
 
 
-def test_a_changed_copy_is_compared_with_what_it_was_made_of(tmp_path):
+@pytest.mark.parametrize("stage", ["update_analysis", "merge_lora"])
+def test_a_changed_copy_is_compared_with_what_it_was_made_of(tmp_path, stage):
     settings = {"base": "base", "tuned": "fft", "change": "dW of the linears cut to rank 8"}
-    run = {"stage": "update_analysis", "status": "completed", "settings": settings}
+    run = {"stage": stage, "status": "completed", "settings": settings}
     make_tree(tmp_path)
     write_probe(tmp_path, "fft_rank8", results_of(3.25, run), [sample("facts-01", "Paris.")])
     records = records_in(tmp_path)
