@@ -40,6 +40,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+from dataset.command_line import SettingsError
 from dataset.lm_dataset import DataError, file_sha256
 from dataset.untrusted import error_line
 from evaluation.arguments import DTYPES, parse_args
@@ -93,7 +94,6 @@ from evaluation.translations import (
 )
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, MiniMindForCausalLM
-from trainer.arguments import SettingsError
 
 RUN_FACTS = ("stage", "status", "settings", "steps", "trainable_parameters", "eval_loss", "git")
 

@@ -33,6 +33,7 @@ import json
 import os
 import random
 import re
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -42,6 +43,11 @@ from itertools import permutations
 from pathlib import Path
 from string import Formatter
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.command_line import Parser, SettingsError, check_writable
+from dataset.untrusted import error_line
 
 WORLD_FILE = Path(__file__).resolve().parent / "demo_world.toml"
 SOURCE_FILE = "source.sha256"  # tells by which version of this code a corpus was made
@@ -1499,21 +1505,28 @@ def ensure_demo_corpus(output_dir: Path = DEMO_DIR) -> dict[str, Path]:
     return write_demo_corpus(output_dir)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write the embedded demo corpus.")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=DEMO_DIR, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    check_writable(args.output_dir, "--output_dir")
+    return args
 
 
-def main() -> None:
-    args = parse_args()
-    paths = write_demo_corpus(args.output_dir, args.seed)
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse_args(argv)
+        paths = write_demo_corpus(args.output_dir, args.seed)
+    except (SettingsError, OSError) as error:
+        print(error_line(error), file=sys.stderr)
+        return 2
     print(f"{'file':<34}{'lines':>8}{'MB':>8}")
     for path in paths.values():
         data = path.read_bytes()
         print(f"{path.name:<34}{len(data.splitlines()):>8}{len(data) / 1e6:>8.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -405,7 +405,10 @@ def load_tokens(
     info = {"files": files, "tokenizer_sha256": key["tokenizer"], **store.info}
     if kind != "sft":
         tail = tail_length(len(store.tokens), max_seq_len)
-        info["dropped_tail_tokens"] = len(store.tokens) % max_seq_len - tail
+        dropped = len(store.tokens) % max_seq_len - tail
+        served = len(store.tokens) - dropped
+        blocks = -(-served // max_seq_len)
+        info |= {"dropped_tail_tokens": dropped, "labeled_tokens": served - blocks}
     return replace(store, info=info)
 
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.untrusted import error_line, parse_json, shown
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
@@ -798,12 +799,7 @@ def report(record: dict, output_dir: Path) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Public corpora to MiniMind JSONL.",
-        epilog="Defaults that depend on the corpus: --valid_fraction 0.01 (dolly, alpaca, medquad"
-        " 0.03); --min_chars 500 (simplewiki), 1 (tinystories); --max_words 80 (dolly, alpaca),"
-        " 200 (medquad, from 3 words on).",
-    )
+    parser = Parser(__doc__)
     parser.add_argument("corpus", nargs="?", help="one of the names that --list prints")
     parser.add_argument("--list", action="store_true", help="print the corpora and stop")
     parser.add_argument("--source", help="raw file or folder to read instead of the hub")
@@ -812,25 +808,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--output_dir", type=Path, default=DATA_DIR, help="folder to write to (%(default)s)"
     )
     parser.add_argument(
-        "--valid_fraction", type=float, help="share of titles, questions or diseases held out"
+        "--valid_fraction",
+        type=float,
+        help="share of titles, questions or diseases held out (0.01; dolly, alpaca, medquad 0.03)",
     )
-    parser.add_argument("--min_chars", type=int, help="drop texts of fewer characters")
-    parser.add_argument("--max_words", type=int, help="drop answers of more words")
+    parser.add_argument(
+        "--min_chars", type=int, help="drop shorter texts (simplewiki 500, tinystories 1)"
+    )
+    parser.add_argument(
+        "--max_words",
+        type=int,
+        help="drop longer answers (dolly, alpaca 80; medquad 200, from 3 words on)",
+    )
     parser.add_argument("--limit", type=int, help="stop once so many examples are kept")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.list:
+        check_writable(args.output_dir, "--output_dir")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.list:
-        print(listing())
-        return 0
     try:
+        args = parse_args(argv)
+        if args.list:
+            print(listing())
+            return 0
         corpus = find_corpus(args.corpus)
         settings = choose_settings(corpus, args)
         files, origin = locate(corpus, args.source, args.revision)
         record = write_corpus(corpus, files, origin, args.output_dir, settings)
-    except (PrepareError, OSError) as error:
+    except (SettingsError, PrepareError, OSError) as error:
         print(error_line(error), file=sys.stderr)
         return 2
     print(shown(report(record, args.output_dir)))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from dataset.command_line import Parser, check_writable, refuse_ignored
 from evaluation.checkpoints import checkpoint_name
 from evaluation.probe import DECODINGS
-from trainer.arguments import OUT_DIR, Parser, refuse_ignored
+from trainer.arguments import OUT_DIR
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROMPTS_FILE = REPOSITORY / "evaluation" / "qualitative_prompts.md"
@@ -117,8 +118,6 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {args.seeds}: must be different and not negative")
     check_device(parser, args.device)
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        parser.error(f"--output_dir {args.output_dir}: is a file; name a folder")
     for name in ("nll_data", "text_nll_data"):
         for path in vars(args)[name] or []:
             if not path.is_file():
@@ -166,6 +165,8 @@ def check_mode(parser: Parser, args: argparse.Namespace) -> None:
             parser.error("--interactive: give one of --seeds and one --decoding")
     if args.no_generation:
         refuse_ignored(args, parser, ASKING, "--no_generation asks nothing")
+    if not (args.list or args.interactive):
+        check_writable(args.output_dir, "--output_dir")
     if not measured:
         refuse_ignored(args, parser, ("max_seq_len",), "is of --nll_data and --text_nll_data")
     if args.decoding == ["greedy"]:

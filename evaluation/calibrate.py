@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.demo import DEMO_DIR, ensure_demo_corpus
 from dataset.lm_dataset import DataError, encode_batch
 from dataset.untrusted import error_line
@@ -51,7 +52,6 @@ from evaluation.prompts import Prompt, read_prompts
 from evaluation.summary import rate
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, load_tokenizer, read_json, write_text
-from trainer.arguments import Parser, SettingsError
 
 PROMPTS_FILE = Path(__file__).resolve().parent / "qualitative_prompts.md"
 CALIBRATION_FILE = Path(__file__).resolve().parent / "calibration.json"
@@ -91,7 +91,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--judge", type=Path, help="checkpoint that tells off-topic answers (default: none)")
     add("--output", type=Path, default=CALIBRATION_FILE, help="(default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output.is_dir():
+        raise SettingsError(f"--output {args.output}: is a folder; name a file")
+    check_writable(args.output.parent, "--output")
+    return args
 
 
 # --------------------------------------------------------------------------------------- controls

@@ -29,7 +29,8 @@ DEMO_PREFIX = "demo_"
 STUDY_FOLDER = "study"  # in results/, of run_study.py: one file a run, no folders
 RUN_KEYS = ("status", "stage", "settings")
 TRAINING_KEYS = ("parameters", "trainable_parameters", "steps", "train_data")
-CHANGED = "update_analysis"  # stage of a copy of a tuned checkpoint with a part of its update
+# Stages of copies of a tuned checkpoint: with a part of its update, or with its adapter merged.
+CHANGED = ("update_analysis", "merge_lora")
 RESULT_KEYS = ("provenance", "nll", "decodings")
 NLL_KEYS = ("provenance", "nll", "text_nll")
 FLAGS = ("runaway", "loop", "blank")
@@ -82,7 +83,7 @@ class Record:
 
     @property
     def stage(self) -> str | None:
-        """`pretrain`, `full_sft`, `lora`, `CHANGED`, or None where no run is recorded."""
+        """`pretrain`, `full_sft`, `lora`, one of `CHANGED`, or None where no run is recorded."""
         return self.run["stage"] if self.run else None
 
     @property
@@ -93,7 +94,7 @@ class Record:
     @property
     def base(self) -> str | None:
         """Name of the checkpoint that it was trained from."""
-        if self.stage == CHANGED:
+        if self.stage in CHANGED:
             return self.settings["base"]
         start = self.settings.get("from_weight", "none")
         return None if start == "none" else Path(start).name
@@ -154,9 +155,9 @@ def read_record(name: str, results: Path, outputs: Path) -> Record:
 
 
 def changed_copy(results: dict) -> dict | None:
-    """The record of a copy that `update_analysis.py` made: its probe tells of it, no run does."""
+    """The record of a copy, which was made and not trained: its probe tells of it, no run does."""
     run = results["provenance"]["run"]
-    return run if run and run["stage"] == CHANGED else None
+    return run if run and run["stage"] in CHANGED else None
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -179,7 +180,7 @@ def read_run(folder: Path) -> dict:
 def read_run_record(path: Path) -> dict:
     """The content of run.json, which must tell what the report tells of such a run."""
     run = read_keys(path, RUN_KEYS)
-    require_keys(run, () if run["stage"] == CHANGED else TRAINING_KEYS, str(path))
+    require_keys(run, () if run["stage"] in CHANGED else TRAINING_KEYS, str(path))
     return run
 
 
@@ -307,7 +308,7 @@ def recoveries(records: list[Record]) -> dict[str, float]:
     by_name = {record.name: record for record in records}
     found = {}
     for record in records:
-        trained = by_name.get(record.settings["tuned"]) if record.stage == CHANGED else record
+        trained = by_name.get(record.settings["tuned"]) if record.stage in CHANGED else record
         base = by_name.get(record.base)
         full = full_reference(trained, records) if trained else None
         if base and full and same_measurement(base, record, full):
@@ -378,7 +379,7 @@ def method(record: Record) -> str:
     if record.stage == "full_sft":
         parts = settings["trainable"]
         return "FFT" if parts == "all" else f"FFT of {parts.replace(',', ', ')}"
-    if record.stage == CHANGED:
+    if record.stage in CHANGED:
         return settings["change"]
     if record.stage != "lora":
         return "no record of how it was trained"

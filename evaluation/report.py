@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
 from evaluation.findings import check_controlled
@@ -56,7 +57,6 @@ from evaluation.records import (
 from evaluation.study import read_results, read_study
 from evaluation.study_report import NOT_RUN, study_block, study_figures
 from model.model_minimind import CheckpointError, write_text
-from trainer.arguments import Parser, SettingsError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = ("run.json", "metrics.jsonl")
@@ -344,17 +344,20 @@ def sweep_cell(run: Record, is_best: bool) -> str:
 
 
 def told(stress: dict) -> str:
-    """What `make stress` measured, in two sentences."""
-    phases = Counter[str]()
-    for case in stress["cases"]:
-        phases.update(case["phases"])
-    fell = ", ".join(f"{phase} {count}" for phase, count in phases.items() if count)
+    """What `make stress` measured, in a few sentences."""
+    at_random, aimed = (kills_by_phase(stress["cases"], kind) for kind in ("phases", "aimed"))
+    kinds = f"{at_random.total()} at random moments"
+    if aimed:
+        kinds += f", {aimed.total()} aimed into a save"
     sentences = [
         f"`make stress`, at commit {stress['git'].get('commit', 'unknown')[:7]} with seed "
-        f"{stress['seed']}: {stress['survived']} of {stress['kills']} SIGKILLs at random moments "
-        f"were survived bit for bit, in {len(stress['cases'])} combinations of stage, type, "
-        f"accumulation, dropout, data processes and training processes. They fell into: {fell}."
+        f"{stress['seed']}: {stress['survived']} of {stress['kills']} SIGKILLs ({kinds}) were "
+        f"survived bit for bit, in {len(stress['cases'])} combinations of stage, type, "
+        "accumulation, dropout, data processes and training processes. Those at random fell into: "
+        f"{listed(at_random)}."
     ]
+    if aimed:
+        sentences.append(f"Those aimed fell into: {listed(aimed)}.")
     failed = [case["name"] for case in stress["cases"] if case["exact_runs"] < case["runs"]]
     if failed:
         sentences.append(f"Not exact: {'; '.join(failed)}.")
@@ -366,6 +369,19 @@ def told(stress: dict) -> str:
             f"{memory[last] / 2**20:,.1f} MiB at step {last:,}."
         )
     return " ".join(sentences)
+
+
+def kills_by_phase(cases: list[dict], kind: str) -> Counter[str]:
+    """Kills of all cases by where they fell; those of a `kind`: "phases" (at random) or "aimed"."""
+    fell = Counter[str]()
+    for case in cases:
+        fell.update(case[kind])
+    return +fell
+
+
+def listed(fell: Counter[str]) -> str:
+    """Counts in a line."""
+    return ", ".join(f"{phase} {count}" for phase, count in fell.items())
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import read_jsonl
 from evaluation.study import (
     SCRIPTS,
@@ -45,7 +46,7 @@ from evaluation.study import (
     training_flags,
 )
 from model.model_minimind import load_model, read_json, weights_fingerprint, write_text
-from trainer.arguments import OUT_DIR, Parser, SettingsError
+from trainer.arguments import OUT_DIR
 from trainer.run_folder import remove_folder
 from trainer.trainer_utils import run_script
 

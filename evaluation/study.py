@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
+from dataset.command_line import SettingsError
 from model.model_minimind import read_json
-from trainer.arguments import SettingsError
 
 STUDY_FILE = Path(__file__).with_name("study.toml")
 SCRIPTS = {"pretrain": "train_pretrain", "full_sft": "train_full_sft", "lora": "train_lora"}

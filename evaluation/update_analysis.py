@@ -72,6 +72,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from dataset.command_line import Parser, SettingsError, check_writable
+from evaluation.checkpoints import checkpoint_name
 from evaluation.spectra import (
     amplification,
     describe_intruders,
@@ -110,7 +112,7 @@ from model.model_minimind import (
     weights_fingerprint,
     write_text,
 )
-from trainer.arguments import OUT_DIR, Parser, SettingsError
+from trainer.arguments import OUT_DIR
 from trainer.run_folder import git_state
 from trainer.trainer_utils import run_script
 
@@ -140,11 +142,6 @@ class Update:
     delta: dict[str, Tensor]
     lora_a: dict[str, Tensor]  # A (r, in) of adapted linears; empty for a full checkpoint
     tokenizer_dir: Path
-
-
-def run_name(path: Path) -> str:
-    """A folder's name, or a .pth file's without its ending."""
-    return path.resolve().name.removesuffix(".pth")
 
 
 def named_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
@@ -190,7 +187,7 @@ def load_update(base: Base, path: Path) -> Update:
         raise CheckpointError(f"{path}: has the weights of {base.path}; there is no update")
     folder = base.path if is_adapter else path
     tokenizer_dir = folder if folder.is_dir() else TOKENIZER_DIR
-    return Update(run_name(path), weights_fingerprint(model), delta, lora_a, tokenizer_dir)
+    return Update(checkpoint_name(path), weights_fingerprint(model), delta, lora_a, tokenizer_dir)
 
 
 def check_base(base: Base, tuned: Path) -> None:
@@ -533,7 +530,11 @@ def write_variant(variant: Variant, base: Base, update: Update, folder: Path) ->
     record = {
         "status": "completed",
         "stage": "update_analysis",
-        "settings": {"base": run_name(base.path), "tuned": update.name, "change": variant.how},
+        "settings": {
+            "base": checkpoint_name(base.path),
+            "tuned": update.name,
+            "change": variant.how,
+        },
         "base_fingerprint": base.fingerprint,
         "tuned_fingerprint": update.fingerprint,
         "squared_norm_over_tuned": rounded(kept),
@@ -594,6 +595,12 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, is_used in used.items():
         if vars(args)[flag] is not None and not is_used:
             raise SettingsError(f"--{flag}: would be ignored by this call; drop it")
+    if args.output:
+        if args.output.is_dir():
+            raise SettingsError(f"--output {args.output}: is a folder; name a file")
+        check_writable(args.output.parent, "--output")
+    if args.output_dir:
+        check_writable(args.output_dir, "--output_dir")
     if args.seed is not None and args.seed < 0:
         raise SettingsError(f"--seed {args.seed}: must be 0 or more")
     for part in ",".join(args.keep).split(",") if args.keep else []:
@@ -608,7 +615,7 @@ def provenance(base: Base, updates: dict[str, Update], seed: int | None) -> dict
         for role, update in updates.items()
     }
     return {
-        "base": {"name": run_name(base.path), "sha256": base.fingerprint},
+        "base": {"name": checkpoint_name(base.path), "sha256": base.fingerprint},
         **runs,
         "seed": seed,
         "torch": torch.__version__,

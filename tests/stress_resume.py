@@ -1,14 +1,18 @@
-"""Kills training runs at random moments, continues them, and compares them with undisturbed ones.
+"""Kills training runs at many moments, continues them, and compares them with undisturbed ones.
 
     make stress                                          # every case, and memory over 3,000 steps
     python tests/stress_resume.py --case "lora, bfloat16, dropout" --kills 2 --memory_steps 0
 
-For each case a run of a tiny model goes undisturbed to its end. Then the same run is started,
-killed with SIGKILL at a moment drawn uniformly from the time that the undisturbed one took,
-continued with --from_resume and killed again, until one comes to its end before its kill; then the
-next begins. What must be equal, bit for bit: the final weights, the model, optimizer and random
-states of the last resume state, every row of metrics.jsonl, and run.json, but for clocks, memory
-and the list of continuations.
+The cases are every stage, type and number of processes. For each, a run of a tiny model goes
+undisturbed to its end. Then the same run is started, killed with SIGKILL at a moment drawn
+uniformly from the time that the undisturbed one took, continued with --from_resume and killed
+again, until one comes to its end before its kill; then the next begins. Every fourth kill is aimed
+instead: between the two renames that put a state into the place of the last one, which takes
+microseconds and is hardly ever hit by chance; there the process that saves sends itself SIGKILL.
+
+What must be equal, bit for bit: the final weights, the model, optimizer and random states of the
+last resume state, every row of metrics.jsonl, and run.json, but for clocks, memory and the list of
+continuations.
 
 Processes are forked from this one, which has imported the libraries already, so that a start takes
 a fraction of a second and most kills fall into training. Where a kill fell is read from what it
@@ -18,6 +22,7 @@ left behind.
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,6 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -44,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import load_dataset
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
-from trainer.run_folder import describe_machine, git_state
+from trainer.run_folder import MANIFEST, describe_machine, git_state
 
 SUMMARY = Path(__file__).with_suffix(".json")
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
@@ -55,9 +61,18 @@ SHAPE = (
 # Evaluations and saves come often, so that kills fall into them.
 COMMON = "--device cpu --log_interval 1 --eval_interval 4 --save_interval 3 --max_seq_len 64"
 EVAL_INTERVAL = 4
-WAIT_SECONDS = 600  # for a process that should end by itself, on a busy machine
+WAIT_SECONDS = 120  # for a process that should end by itself within seconds, on a busy machine
+PEER_SECONDS = 20  # that a process waits for one that was killed before the two had met
+LOST_PEER = "another process of this run did not come, died or is stuck"
+AIMED_EVERY = 4  # kills
+AIMED_SAVES = range(
+    1, 6
+)  # since the start, from 0: the first save of a run has no state to replace
 
-PHASES = ("start", "step", "evaluation", "writing a state", "swapping states", "last weights")
+PHASES = (
+    *("start", "step", "evaluation", "writing a state", "between two renames"),
+    *("removing the old state", "last weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,16 +84,33 @@ class Case:
     processes: int = 1
 
 
+# Lengths differ, so fine-tuning's batches are grouped by them.
 CASES = {
     "pretrain, float32, accumulation": Case(
         "pretrain", "--dtype float32 --batch_size 4 --accumulation_steps 2 --max_steps 40"
     ),
     "pretrain, bfloat16": Case("pretrain", "--dtype bfloat16 --batch_size 8 --max_steps 40"),
+    "pretrain, float32, 2 processes": Case(
+        "pretrain", "--dtype float32 --batch_size 4 --max_steps 40", processes=2
+    ),
+    "pretrain, bfloat16, accumulation, 2 processes": Case(
+        "pretrain",
+        "--dtype bfloat16 --batch_size 2 --accumulation_steps 2 --max_steps 40",
+        processes=2,
+    ),
     "full_sft, float32, data processes": Case(
         "full_sft", "--dtype float32 --batch_size 8 --max_steps 40 --num_workers 2"
     ),
     "full_sft, bfloat16, accumulation": Case(
         "full_sft", "--dtype bfloat16 --batch_size 2 --accumulation_steps 3 --max_steps 40"
+    ),
+    "full_sft, float32, accumulation, 2 processes": Case(
+        "full_sft",
+        "--dtype float32 --batch_size 2 --accumulation_steps 2 --max_steps 40",
+        processes=2,
+    ),
+    "full_sft, bfloat16, data processes, 2 processes": Case(
+        "full_sft", "--dtype bfloat16 --batch_size 4 --max_steps 40 --num_workers 1", processes=2
     ),
     "lora, float32, dropout, accumulation": Case(
         "lora",
@@ -89,8 +121,8 @@ CASES = {
         "--dtype bfloat16 --batch_size 8 --max_steps 40 --lora_dropout 0.2 --loraplus_lr_ratio 4 "
         "--train_tokens <|im_end|> --modules_to_save norms",
     ),
-    "pretrain, float32, 2 processes": Case(
-        "pretrain", "--dtype float32 --batch_size 4 --max_steps 40", processes=2
+    "lora, float32, dropout, 2 processes": Case(
+        "lora", "--dtype float32 --batch_size 4 --max_steps 40 --lora_dropout 0.2", processes=2
     ),
     "lora, bfloat16, dropout, accumulation, 2 processes": Case(
         "lora",
@@ -117,6 +149,7 @@ class Outcome:
     runs: int = 0
     exact_runs: int = 0
     phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    aimed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     differences: list[str] = field(default_factory=list)
 
 
@@ -151,8 +184,14 @@ def flags_of(case: Case, home: Path, run: Path) -> list[str]:
     return f"{COMMON} {data} {case.flags} --save_dir {run.parent} {name_flag} {run.name}".split()
 
 
-def be_process(stage: str, flags: list[str], environment: dict[str, str], log: Path) -> None:
-    """In a forked process: what ``python trainer/train_<stage>.py`` does, its output in ``log``."""
+def be_process(
+    stage: str, flags: list[str], environment: dict[str, str], log: Path, aim: int | None
+) -> None:
+    """In a forked process: what ``python trainer/train_<stage>.py`` does, its output in ``log``.
+
+    Args:
+        aim: in which save, counted from 0, it kills itself; None: in none.
+    """
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -162,22 +201,45 @@ def be_process(stage: str, flags: list[str], environment: dict[str, str], log: P
     torch.set_num_threads(1)
     cache = log.parent / "cache"  # not the repository's
     trainer_utils.load_dataset = functools.partial(load_dataset, cache_dir=cache)
+    trainer_utils.PEER_TIMEOUT = timedelta(seconds=PEER_SECONDS)
+    if aim is not None:
+        die_in_save(aim)
     trainer_utils.run_script(STAGES[stage].main)
 
 
-def start(case: Case, flags: list[str], log: Path) -> list[BaseProcess]:
-    """Starts a run's processes; with several, the environment is what torchrun would set."""
-    log.unlink(missing_ok=True)
+def die_in_save(aim: int) -> None:
+    """Lets this process kill itself in save ``aim``: the old state is aside, the new one not there.
+
+    A first save replaces no state, so that there its kill comes before its only rename.
+    """
+    rename, saves = Path.rename, itertools.count()
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name == "resume.tmp" and next(saves) == aim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+
+    Path.rename = renamed
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": str(case.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return probe.getsockname()[1]
+
+
+def start(case: Case, flags: list[str], log: Path, aim: int | None = None) -> list[BaseProcess]:
+    """Starts a run's processes; with several, the environment is what torchrun would set."""
+    log.unlink(missing_ok=True)
+    group = {"WORLD_SIZE": str(case.processes), "MASTER_ADDR": "127.0.0.1"}
+    group["MASTER_PORT"] = str(free_port())
     started = []
     for rank in range(case.processes):
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | group
         process = multiprocessing.get_context("fork").Process(
             target=be_process,
-            args=(case.stage, flags, environment if case.processes > 1 else {}, log),
+            args=(case.stage, flags, environment if case.processes > 1 else {}, log, aim),
         )
         process.start()
         started.append(process)
@@ -214,28 +276,35 @@ def run_to_end(case: Case, home: Path, run: Path) -> float:
     return time.monotonic() - begun
 
 
-def kill_run(case: Case, flags: list[str], log: Path, delay: float, whom: slice) -> bool:
+def kill_run(
+    case: Case, flags: list[str], log: Path, delay: float, whom: slice, aim: int | None
+) -> bool:
     """Starts a run and kills the processes ``whom`` after ``delay`` seconds, unless it ended.
 
-    Whom a kill leaves alive must end by itself: it has lost its partner.
+    With an ``aim``, one kills itself. Whom a kill leaves alive must end by itself: it has lost its
+    partner.
 
     Returns:
         Whether the kill came in time.
 
     Raises:
-        RuntimeError: the run failed, unkilled.
+        RuntimeError: the run failed, unkilled, or one left alive ended otherwise than in the line
+            that is due.
         TimeoutError: a process hangs.
     """
-    processes = start(case, flags, log)
+    processes = start(case, flags, log, aim)
     until = time.monotonic() + delay
     while time.monotonic() < until and any(process.is_alive() for process in processes):
         time.sleep(0.001)
-    for process in processes[whom]:
+    for process in processes[whom] if aim is None else []:
         process.kill()
     codes = wait(processes)
-    if -signal.SIGKILL not in codes and any(codes):
-        raise RuntimeError(f"{' '.join(flags)} ended with {codes}:\n{log.read_text()}")
-    return -signal.SIGKILL in codes
+    text = log.read_text() if log.is_file() else ""
+    was_killed = -signal.SIGKILL in codes
+    due = {-signal.SIGKILL, 0, 2} if was_killed else {0}
+    if not due.issuperset(codes) or (2 in codes and LOST_PEER not in text):
+        raise RuntimeError(f"{' '.join(flags)} ended with {codes}:\n{text}")
+    return was_killed
 
 
 def phase_of(run: Path, log: Path) -> str:
@@ -244,10 +313,12 @@ def phase_of(run: Path, log: Path) -> str:
     steps = [line.split()[1] for line in text.splitlines() if line.startswith("step ")]
     if not steps:
         return "start"
-    if (run / "resume.old").is_dir():
-        return "swapping states"
+    has_place, has_old = (run / "resume").is_dir(), (run / "resume.old").is_dir()
+    if has_place and has_old:
+        return "removing the old state"
     if (run / "resume.tmp").is_dir():
-        return "writing a state"
+        is_sealed = (run / "resume.tmp" / MANIFEST).is_file()
+        return "between two renames" if has_old and is_sealed else "writing a state"
     step, last = map(int, steps[-1].split("/"))
     evaluated = any("eval_loss" in row and row["step"] == step for row in read_rows(run))
     if (step % EVAL_INTERVAL == 0 or step == last) and not evaluated:
@@ -278,20 +349,19 @@ def try_case(name: str, case: Case, home: Path, kills: int, seed: int, until: fl
     seconds = run_to_end(case, home, folder / "whole")
     while outcome.kills < kills and time.monotonic() < until:
         run = folder / f"run{outcome.runs}"
-        hits: list[str] = []
+        before = outcome.kills
+        left = range(before, kills)
         try:
-            for phase in kills_until_done(case, home, run, kills - outcome.kills, seconds, draw):
-                hits.append(phase)
+            for is_aimed, phase in kills_until_done(case, home, run, left, seconds, draw, until):
+                outcome.kills += 1
+                (outcome.aimed if is_aimed else outcome.phases)[phase] += 1
             differences = list(compare_runs(folder / "whole", run))
         except (RuntimeError, TimeoutError) as error:  # its kills count, as not survived
             differences = [str(error)]
         outcome.differences += differences
-        outcome.kills += len(hits)
-        outcome.survived += 0 if differences else len(hits)
+        outcome.survived += 0 if differences else outcome.kills - before
         outcome.runs += 1
         outcome.exact_runs += not differences
-        for phase in hits:
-            outcome.phases[phase] += 1
         if differences:
             break
         shutil.rmtree(run)
@@ -299,25 +369,39 @@ def try_case(name: str, case: Case, home: Path, kills: int, seed: int, until: fl
 
 
 def kills_until_done(
-    case: Case, home: Path, run: Path, most: int, seconds: float, draw: random.Random
-) -> Iterator[str]:
-    """Kills and continues one run until it comes to its end; yields where each kill fell.
+    case: Case,
+    home: Path,
+    run: Path,
+    numbers: range,
+    seconds: float,
+    draw: random.Random,
+    until: float,
+) -> Iterator[tuple[bool, str]]:
+    """Kills and continues one run until it comes to its end.
 
     Args:
-        most: kills at most; after them the run is left in peace.
+        numbers: of the kills of this case that are left, from 0; after them the run is left in
+            peace.
         seconds: that an undisturbed run takes, from which the moments are drawn.
+        until: the time (monotonic) from which on the run is left in peace.
+
+    Yields:
+        Whether a kill was aimed, and where it fell.
     """
-    kills = 0
     log = run.with_suffix(".log")
     flags = flags_of(case, home, run)
     # With two processes, sometimes one of them alone dies.
     choices = [slice(None)] if case.processes == 1 else [slice(None), slice(0, 1), slice(1, 2)]
-    while True:
-        delay = draw.uniform(0, seconds) if kills < most else WAIT_SECONDS
-        if not kill_run(case, flags + next_flags(run), log, delay, draw.choice(choices)):
+    for number in numbers:
+        if time.monotonic() > until:
+            break
+        is_aimed = number % AIMED_EVERY == AIMED_EVERY - 1
+        aim = draw.choice(AIMED_SAVES) if is_aimed else None
+        delay = WAIT_SECONDS if is_aimed else draw.uniform(0, seconds)
+        if not kill_run(case, flags + next_flags(run), log, delay, draw.choice(choices), aim):
             return
-        kills += 1
-        yield phase_of(run, log)
+        yield is_aimed, phase_of(run, log)
+    kill_run(case, flags + next_flags(run), log, WAIT_SECONDS, slice(0), None)
 
 
 # ---------------------------------------------------------------- comparing
@@ -420,19 +504,27 @@ def print_table(outcomes: list[Outcome]) -> None:
         total.kills += outcome.kills
         total.survived += outcome.survived
         total.phases = dict(Counter(total.phases) + Counter(outcome.phases))
+        total.aimed = dict(Counter(total.aimed) + Counter(outcome.aimed))
     for outcome in [*outcomes, total]:
-        fell = ", ".join(f"{phase} {count}" for phase, count in outcome.phases.items() if count)
+        fell = told(outcome.phases)
+        if any(outcome.aimed.values()):
+            fell += f"; aimed: {told(outcome.aimed)}"
         print(f"{outcome.name:<52} {outcome.kills:>5} {outcome.survived:>5}   {fell}")
         for difference in outcome.differences:
             print(f"    differs: {difference}")
 
 
+def told(phases: dict[str, int]) -> str:
+    """How many kills fell where."""
+    return ", ".join(f"{phase} {count}" for phase, count in phases.items() if count)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="all")
-    parser.add_argument("--kills", type=int, default=7, help="of each case (7)")
+    parser.add_argument("--kills", type=int, default=10, help="of each case (10)")
     parser.add_argument("--memory_steps", type=int, default=3000, help="0: no memory run (3000)")
-    parser.add_argument("--minutes", type=float, default=12, help="begin no run after these (12)")
+    parser.add_argument("--minutes", type=float, default=12, help="kill no more after these (12)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (1)")
     parser.add_argument("--output", type=Path, default=SUMMARY, help=f"JSON ({SUMMARY.name})")
     args = parser.parse_args()

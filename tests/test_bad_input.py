@@ -21,9 +21,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataset import prepare
-from dataset.lm_dataset import DataError, load_dataset, load_tokens
+import eval_llm
+from dataset import demo, prepare
+from dataset.lm_dataset import IGNORE_INDEX, DataError, load_dataset, load_tokens
 from dataset.untrusted import error_line, parse_json, shown
+from evaluation import calibrate, report, run_study, update_analysis
 from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
 from model.model_minimind import (
     TOKENIZER_DIR,
@@ -65,6 +67,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("good")
     (home / "text.jsonl").write_bytes(TEXT * 3)
     (home / "chat.jsonl").write_bytes(CHAT * 3)
+    (home / "prompts.md").write_text('## S\n\n### a\n\n> Hi\n\n- reference: "Yes"\n')
     for seed, name in enumerate(("base", "other")):
         torch.manual_seed(seed)
         model = MiniMindForCausalLM(minimind_config(**SHAPE))
@@ -196,10 +199,18 @@ COMMANDS = {
     "merge_lora": "--output_dir {tmp}/out",
     "train_tokenizer": "--data_path {home}/text.jsonl --output_dir {tmp}/out",
     "prepare": "--output_dir {tmp}/out",
+    "demo": "--output_dir {tmp}/out",
+    "eval_llm": "--device cpu --prompts {home}/prompts.md --decoding greedy --max_new_tokens 2 "
+    "--output_dir {tmp}/out",
+    "update_analysis": "--base {home}/base",
+    "calibrate": "--prompts {home}/prompts.md --output {tmp}/out/calibration.json",
+    "report": "--root {tmp}",
+    "run_study": "",
 }
 DATA, PACKED = "--data_path {tmp}/d.jsonl", "--data_path {tmp}/d.jsonl.gz"
 BASE, PTH = "--from_weight {tmp}/base", "--from_weight {tmp}/x.pth --num_attention_heads 2"
 MERGE = "--adapter {tmp}/adapter --base {home}/other"
+PROBE, PROMPTS = "--model {home}/base", "--model {home}/base --prompts {tmp}/p.md"
 WHERE = "{tmp}/d.jsonl:4:"  # of what data() puts behind two good records and an empty line
 
 
@@ -445,9 +456,9 @@ CASES = [
     ("run name too long", "full_sft", "--run_name " + "x" * 201, nothing,
      "--run_name or --lora_name 'xxxxxxxxxxxx...xxxxxxxxxxxxx': must be a plain folder name of at most 200 bytes"),
     ("save_dir is a file", "pretrain", "--save_dir {home}/text.jsonl", nothing,
-     "--save_dir {home}/text.jsonl: is a file; name a folder"),
+     "--save_dir: {home}/text.jsonl is no folder; choose another one"),
     ("output_dir is a file", "train_tokenizer", "--output_dir {home}/text.jsonl", nothing,
-     "--output_dir {home}/text.jsonl: is a file; name a folder"),
+     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
     ("run that exists", "full_sft", "", file("out/full_sft/run.json", b"{}"),
      "{tmp}/out/full_sft exists: replace it with --overwrite, or choose another name"),
     ("merged model that exists", "merge_lora", "--adapter {home}/adapter", file("out/x", b""),
@@ -616,6 +627,138 @@ CASES = [
      "{tmp}/base: the chat template fails (SecurityError: ...); use another tokenizer"),
     ("template without end", "full_sft", BASE, attack("{% for i in range(10 ** 9) %}{% endfor %}"),
      "{tmp}/base: the chat template fails (OverflowError: ...); use another tokenizer"),
+    # ---- prompts, and what is probed
+    ("no prompts", "eval_llm", PROMPTS, nothing,
+     "{tmp}/p.md: no such file; check --prompts"),
+    ("empty prompts", "eval_llm", PROMPTS, file("p.md", b"# Ours\n"),
+     "{tmp}/p.md: holds no prompt ('### id', then the prompt as a block quote)"),
+    ("prompts of another encoding", "eval_llm", PROMPTS, file("p.md", "## Caf\xe9\n".encode("latin-1")),
+     "{tmp}/p.md: not UTF-8 (invalid continuation byte); convert the file"),
+    ("prompt outside a section", "eval_llm", PROMPTS, file("p.md", b"### a\n\n> Hi\n"),
+     "{tmp}/p.md:1: a prompt before the first '## Section'"),
+    ("prompt id twice", "eval_llm", PROMPTS, file("p.md", b"## S\n\n### a\n\n> Hi\n\n### a\n\n> Ho\n"),
+     "{tmp}/p.md:7: id 'a' is taken by line 3"),
+    ("prompt id in capitals", "eval_llm", PROMPTS, file("p.md", b"## S\n### A 1\n> Hi\n"),
+     "{tmp}/p.md:2: id 'A 1': use a-z, 0-9 and single hyphens"),
+    ("prompt without words", "eval_llm", PROMPTS, file("p.md", b"## S\n### a\n- reference: \"x\"\n"),
+     "{tmp}/p.md:2: 'a' has no prompt; add a line '> ...'"),
+    ("prompt with a stray line", "eval_llm", PROMPTS, file("p.md", b"## S\n### a\nHi\n"),
+     "{tmp}/p.md:3: expected '> prompt' or '- field: value', found 'Hi'"),
+    ("prompt with an unknown field", "eval_llm", PROMPTS, file("p.md", b"## S\n### a\n> Hi\n- mood: good\n"),
+     "{tmp}/p.md:4: unknown field 'mood'; known: translation, check, reference"),
+    ("prompt field twice", "eval_llm", PROMPTS, file("p.md", b"## S\n### a\n> Hi\n- reference: \"x\"\n- reference: \"y\"\n"),
+     "{tmp}/p.md:5: 'reference' is given twice for 'a'"),
+    ("prompt with a broken check", "eval_llm", PROMPTS, file("p.md", b"## S\n### a\n> Hi\n- check: {\n"),
+     "{tmp}/p.md:4: 'check' is not JSON (...)"),
+    ("Chinese prompt without a translation", "eval_llm", PROMPTS, file("p.md", "## S\n### a\n> 你好\n".encode()),
+     "{tmp}/p.md:2: 'a' is Chinese: add '- translation: ...'"),
+    ("prompts cut off", "eval_llm", "--model {home}/base --prompts {tmp}/d.jsonl", data(b'{"conversations": [', CHAT),
+     f"{WHERE} broken JSON (Expecting value at column 20); mend or remove the line"),
+    ("prompt id twice in JSONL", "calibrate", "--prompts {tmp}/d.jsonl", file("d.jsonl", jsonl({"id": "a", "messages": TURNS}) * 2),
+     "{tmp}/d.jsonl: two prompts have the id 'a'; rename one"),
+    ("no model", "eval_llm", "", nothing,
+     "--model: name at least one checkpoint; --list shows what is there; --help explains the flags"),
+    ("model missing", "eval_llm", "--model {tmp}/gone", nothing,
+     "--model {tmp}/gone: no such file or folder; train it or mend the path"),
+    ("model twice", "eval_llm", f"{PROBE} {PROBE}", nothing,
+     "--model: two are called 'base' and would share an output folder; --help explains the flags"),
+    ("model cut off", "eval_llm", "--model {tmp}/base", cut("base/model.safetensors", 0.5),
+     "{tmp}/base/model.safetensors: corrupt (...); copy or train it again"),
+    ("model with code", "eval_llm", "--model {tmp}/x.pth", saved("x.pth", lambda tmp: [Payload(tmp / "ran")]),
+     "{tmp}/x.pth: not a plain file of tensors, or damaged (UnpicklingError); nothing in it was run; save it again as a state dict"),
+    ("model's record broken", "eval_llm", "--model {tmp}/base", replaced("base/run.json", b"{"),
+     "{tmp}/base/run.json: broken JSON (...); mend or copy it again"),
+    ("probed adapter whose base is gone", "eval_llm", "--model {tmp}/adapter", edited("adapter/adapter_config.json", base_model_name_or_path="../gone"),
+     "{tmp}/adapter/adapter_config.json: the base ../gone is not there; put it back"),
+    ("probed adapter on another base", "eval_llm", "--model {tmp}/adapter", lambda home, tmp: edited("adapter/adapter_config.json", base_model_name_or_path=str(home / "base"))(home, tmp),
+     "{tmp}/adapter: was trained on another base than the one loaded; its base was {home}/base"),
+    ("judge missing", "eval_llm", f"{PROBE} --judge {{tmp}}/gone", nothing,
+     "--judge {tmp}/gone: no such file or folder; train it or mend the path"),
+    ("translations broken", "eval_llm", PROBE, file("out/base/translations.jsonl", b"{"),
+     "{tmp}/out/base/translations.jsonl:1: broken JSON (...); mend or remove the line"),
+    ("NLL data missing", "eval_llm", f"{PROBE} {DATA.replace('data_path', 'nll_data')}", nothing,
+     "--nll_data {tmp}/d.jsonl: no such file; --help explains the flags"),
+    ("NLL data broken", "eval_llm", f"{PROBE} {DATA.replace('data_path', 'nll_data')}", data(b'{"conversations": [', CHAT),
+     f"{WHERE} broken JSON (Expecting value at column 20); mend or remove the line"),
+    ("NLL text without text", "eval_llm", f"{PROBE} {DATA.replace('data_path', 'text_nll_data')}", data(jsonl({"text": ""}), TEXT),
+     f'{WHERE} "text" must be a non-empty string; mend or remove the record'),
+    ("unknown decoding", "eval_llm", f"{PROBE} --decoding t0.9", nothing,
+     "argument --decoding: invalid choice: 't0.9' (choose from ...); --help explains the flags"),
+    ("decoding twice", "eval_llm", f"{PROBE} --decoding greedy greedy", nothing,
+     "--decoding: one is given twice; --help explains the flags"),
+    ("no prompt at all", "eval_llm", f"{PROBE} --limit 0", nothing,
+     "--limit 0: must be at least 1; --help explains the flags"),
+    ("seed of a probe below 0", "eval_llm", f"{PROBE} --decoding t1.0 --seeds -1", nothing,
+     "--seeds [-1]: must be different and not negative; --help explains the flags"),
+    ("seeds of greedy decoding", "eval_llm", f"{PROBE} --seeds 1 2", nothing,
+     "--seeds [1, 2]: greedy decoding draws nothing; drop one of both"),
+    ("length of nothing", "eval_llm", f"{PROBE} --max_seq_len 64", nothing,
+     "--max_seq_len 64: is of --nll_data and --text_nll_data; drop one of both"),
+    ("chat and NLL alone", "eval_llm", f"{PROBE} --interactive --no_generation", nothing,
+     "--interactive and --no_generation exclude each other; --help explains the flags"),
+    ("chat about prompts", "eval_llm", f"{PROBE} --interactive --limit 3", nothing,
+     "--limit 3: --interactive only chats; drop one of both"),
+    ("NLL alone of nothing", "eval_llm", f"{PROBE} --no_generation", nothing,
+     "--no_generation measures NLL: name --nll_data or --text_nll_data; --help explains the flags"),
+    ("probe on no device", "eval_llm", f"{PROBE} --device pigeon", nothing,
+     "--device pigeon: no such device; try cpu or cuda; --help explains the flags"),
+    ("outputs below a file", "eval_llm", f"{PROBE} --output_dir {{home}}/text.jsonl/out", nothing,
+     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
+    ("list of prompts", "eval_llm", "--list {tmp}", nothing,
+     "--prompts {home}/prompts.md: --list only lists; drop one of both"),
+    # ---- updates, the report and the other scripts
+    ("update of nothing", "update_analysis", "", nothing,
+     "the following arguments are required: --tuned; --help explains the flags"),
+    ("update of the base itself", "update_analysis", "--tuned {home}/base --output {tmp}/out.json", nothing,
+     "{home}/base: has the weights of {home}/base; there is no update"),
+    ("update of another base", "update_analysis", "--tuned {tmp}/other --output {tmp}/out.json", replaced("other/run.json", b'{"base_fingerprint": "f00"}'),
+     "{tmp}/other/run.json: the run started from another base than {home}/base; give that as --base"),
+    ("update cut off", "update_analysis", "--tuned {tmp}/other --output {tmp}/out.json", cut("other/model.safetensors", 0.5),
+     "{tmp}/other/model.safetensors: corrupt (...); copy or train it again"),
+    ("update kept in an unknown part", "update_analysis", "--tuned {home}/other --keep nose", nothing,
+     "--keep 'nose': known are square, attention, mlp, embeddings, norms, frozen-embeddings"),
+    ("comparison that writes checkpoints", "update_analysis", "--tuned {home}/other --compare {home}/other --truncate 1", nothing,
+     "--compare writes no checkpoint; give it in a call of its own"),
+    ("checkpoints in a result", "update_analysis", "--tuned {home}/other --truncate 1 --output {tmp}/out.json", nothing,
+     "--output: would be ignored by this call; drop it"),
+    ("checkpoints below a file", "update_analysis", "--tuned {home}/other --truncate 1 --output_dir {home}/text.jsonl/x", nothing,
+     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
+    ("analysis in a folder", "update_analysis", "--tuned {home}/other --output {tmp}", nothing,
+     "--output {tmp}: is a folder; name a file"),
+    ("rank of a copy above every matrix's", "update_analysis", "--tuned {home}/other --truncate 33 --output_dir {tmp}", nothing,
+     "--truncate 33: the largest rank of a linear is 32"),
+    ("report of nothing", "report", "", nothing,
+     "{tmp}/evaluation: holds no results; run eval_llm.py or mend --root"),
+    ("report of a run without a record", "report", "--add {tmp}", nothing,
+     "--add {tmp}: lacks run.json or metrics.jsonl; train it first"),
+    ("report of a broken record", "report", "", file("evaluation/results/x/run.json", b"{"),
+     "{tmp}/evaluation/results/x/run.json: broken JSON (...); mend or copy it again"),
+    ("report of a record without a stage", "report", "", file("evaluation/results/x/run.json", b'{"status": "completed"}'),
+     "{tmp}/evaluation/results/x/run.json: lacks stage, settings; make the file again"),
+    ("report of a curve cut off", "report", "", file("evaluation/results/x/metrics.jsonl", b'{"step": 1}\n{"st'),
+     "{tmp}/evaluation/results/x/metrics.jsonl:2: broken JSON (...); mend or remove the line"),
+    ("unknown flag of the report", "report", "--out x", nothing,
+     "unrecognized arguments: --out x; --help explains the flags"),
+    ("calibration in a folder", "calibrate", "--output {tmp}", nothing,
+     "--output {tmp}: is a folder; name a file"),
+    ("study that is none", "run_study", "--study {tmp}/s.toml", file("s.toml", b"[sizes"),
+     "{tmp}/s.toml: Expected ']' at the end of a table declaration (at end of document)"),
+    ("size that the study has not", "run_study", "--size huge", nothing,
+     "--size huge: choose among xs, s, ..."),
+    ("seed of the demo in words", "demo", "--seed seven", nothing,
+     "argument --seed: invalid int value: 'seven'; --help explains the flags"),
+    ("demo below a file", "demo", "--output_dir {home}/text.jsonl/demo", nothing,
+     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
+    ("corpus below a file", "prepare", "dolly --output_dir {home}/text.jsonl/data", nothing,
+     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
+    ("unknown corpus", "prepare", "dolli --source {tmp}", nothing,
+     "unknown corpus 'dolli'; choose one of simplewiki, ... (--list tells more)"),
+    ("abbreviation of a corpus's flag", "prepare", "dolly --lim 3", nothing,
+     "unrecognized arguments: --lim 3; --help explains the flags"),
+    ("tokenizer below a file", "train_tokenizer", "--output_dir {home}/text.jsonl/x", nothing,
+     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
+    ("merged model below a file", "merge_lora", "--adapter {home}/adapter --output_dir {home}/text.jsonl/x", nothing,
+     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
     # ---- words that would steer a terminal
     ("escape in a file's name", "pretrain", "--data_path {tmp}/a\x1b]0;x\x07.jsonl", nothing,
      "{tmp}/a\\u001b]0;x\\u0007.jsonl: no such file; check the flag that names it"),
@@ -653,18 +796,31 @@ if not Path("/proc/self/mem").exists():
     CASES = [case for case in CASES if case[0] != "unreadable"]
 
 
+TAKES_WORDS = {
+    "prepare": prepare,
+    "train_tokenizer": train_tokenizer,
+    "demo": demo,
+    "eval_llm": eval_llm,
+    "calibrate": calibrate,
+    "report": report,
+}
+READS_ARGV = {
+    "merge_lora": merge_lora,
+    "update_analysis": update_analysis,
+    "run_study": run_study,
+}
+
+
 def run(script: str, words: list[str], home: Path) -> int:
     """A script in this process; the exit code that it would end with."""
 
     def main() -> int:
-        if script == "prepare":
-            return prepare.main(words)
-        if script == "train_tokenizer":
-            return train_tokenizer.main(words)
-        if script == "merge_lora":
+        if script in TAKES_WORDS:
+            return TAKES_WORDS[script].main(words)
+        if script in READS_ARGV:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["merge_lora.py", *words])
-                return merge_lora.main()
+                patch.setattr(sys, "argv", [f"{script}.py", *words])
+                return READS_ARGV[script].main()
         return call(script, " ".join(words), home)
 
     with pytest.raises(SystemExit) as caught:
@@ -833,6 +989,8 @@ def test_tail_without_a_target_is_counted(tmp_path: Path) -> None:
         data = load_dataset("pretrain", [tmp_path / "d.jsonl"], load_tokenizer(), length, tmp_path)
         assert data.store.info["dropped_tail_tokens"] == dropped
         assert data.lengths.sum() == tokens - dropped
+        targets = sum((data[i][1][1:] != IGNORE_INDEX).sum() for i in range(len(data)))
+        assert data.store.info["labeled_tokens"] == targets == tokens - dropped - len(data)
 
 
 @pytest.mark.parametrize(

@@ -431,7 +431,7 @@ def test_an_adapter_on_another_base_is_refused(home, tmp_path, capsys):
         (["--model", "{home}/one", "--decoding", "greedy", "greedy"], "--decoding"),
         (["--model", "{home}/one", "--device", "tpu9"], "--device tpu9"),
         (["--model", "{home}/one", "--device", "xpu"], "--device xpu: not on this machine"),
-        (["--model", "{home}/one", "--output_dir", "{home}/prompts.md"], "is a file"),
+        (["--model", "{home}/one", "--output_dir", "{home}/prompts.md"], "is no folder"),
         (["--model", "{home}/one", "--model", "{home}/two", "--interactive"], "one --model"),
         (["--model", "{home}/one", "--limit", "1", "--interactive"], "--interactive only chats"),
         (["--list", "--limit", "1"], "--list only lists"),

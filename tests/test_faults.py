@@ -14,13 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from tests.stress_resume import compare_runs, write_corpora
+from tests.stress_resume import compare_runs, free_port, write_corpora
 from tests.test_training import (
     CPU,
     ONE_THREAD,
@@ -297,6 +299,78 @@ def test_dead_data_process_ends_the_run(
     assert "the state of step 2 is kept" in error
     assert record_of(tmp_path / "full_sft")["status"] == "failed"
     assert finish(place, tmp_path) == []
+
+
+# ---------------------------------------------------------------- other processes of the run
+
+
+def pair(rank: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives to one of two processes."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in environment.items()}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_never_comes_is_not_waited_for(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    rank: int,
+) -> None:
+    """Killed before the two have met, say: nobody sees it die."""
+    for name, value in pair(rank, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(trainer_utils, "PEER_TIMEOUT", timedelta(seconds=1))
+    capfd.readouterr()
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run_script(lambda: call("full_sft", flags_in(place, tmp_path), place))
+    finally:
+        AcceleratorState._reset_state(True)
+    assert caught.value.code == 2
+    error = capfd.readouterr().err.splitlines()[-1]  # what stands above it is torch's
+    assert error.startswith("error: before the first step, another process of this run did not ")
+    assert error.endswith("see its output, and start all of them again")
+    assert not (tmp_path / "full_sft").exists()
+
+
+# The second process alone dies, in its sixth step.
+KILL_OF_ONE = """
+import functools, os, pathlib, signal, sys
+sys.path.insert(0, {repo!r})
+from trainer import train_full_sft, trainer_utils
+train_step, taken = trainer_utils.train_step, []
+def watched(*args):
+    taken.append(1)
+    if len(taken) == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(*args)
+trainer_utils.train_step = watched
+cache = pathlib.Path({cache!r})
+trainer_utils.load_dataset = functools.partial(trainer_utils.load_dataset, cache_dir=cache)
+trainer_utils.run_script(train_full_sft.main)
+"""
+
+
+def test_process_that_dies_ends_the_run(place: Path, tmp_path: Path) -> None:
+    port = free_port()
+    script = KILL_OF_ONE.format(repo=str(REPO_DIR), cache=str(place / "cache"))
+    command = [sys.executable, "-c", script, *flags_in(place, tmp_path).split()]
+    processes = [
+        subprocess.Popen(
+            command, env=ONE_THREAD | pair(rank, port), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, -signal.SIGKILL], errors
+    [error] = errors[0].splitlines()
+    assert error.startswith("error: at step 6, another process of this run did not come, died or ")
+    assert error.endswith("the state of step 4 is kept: continue from it with --from_resume")
+    record = record_of(tmp_path / "full_sft")
+    assert (record["status"], record["step"]) == ("failed", 5)
 
 
 # ---------------------------------------------------------------- disks

@@ -1,5 +1,6 @@
 """The adapter against PEFT and against values worked out by hand."""
 
+import hashlib
 import json
 import math
 import warnings
@@ -457,5 +458,17 @@ def test_merge_script_writes_a_plain_checkpoint_from_either_form(
         words = ["--adapter", str(base.parent / adapter), "--output_dir", str(out), *extra]
         monkeypatch.setattr("sys.argv", ["merge_lora.py", *words])
         assert merge_lora_script.main() == 0
+        record = json.loads((out / "run.json").read_text())
+        assert (record["status"], record["stage"]) == ("completed", "merge_lora")
+        assert record["base_fingerprint"] == fingerprint
+        files = {"adapter": base.parent / "adapter/adapter_model.safetensors"}
+        weights = files.get(adapter, base.parent / adapter).read_bytes()
+        assert record["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
+        told = record["settings"]
+        name = adapter.removesuffix(".pth")
+        assert (told["base"], told["tuned"]) == (base.name, name)
+        assert told["adapter"]["rank"] == told["adapter"]["alpha"] == 8
+        assert len(told["adapter"]["targets"]) == model.config.num_hidden_layers
+        assert record["parameters"] == sum(p.numel() for p in load_model(base).parameters())
         reference = AutoModelForCausalLM.from_pretrained(out)
         assert torch.allclose(logits(reference), logits(model), rtol=0, atol=1e-5)

@@ -96,9 +96,10 @@ def test_recovery_needs_nll_of_the_same_data():
     assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": 1.0}
 
 
-def test_a_changed_copy_is_compared_with_what_it_was_made_of(tmp_path):
+@pytest.mark.parametrize("stage", ["update_analysis", "merge_lora"])
+def test_a_changed_copy_is_compared_with_what_it_was_made_of(tmp_path, stage):
     settings = {"base": "base", "tuned": "fft", "change": "dW of the linears cut to rank 8"}
-    run = {"stage": "update_analysis", "status": "completed", "settings": settings}
+    run = {"stage": stage, "status": "completed", "settings": settings}
     make_tree(tmp_path)
     write_probe(tmp_path, "fft_rank8", results_of(3.25, run), [sample("facts-01", "Paris.")])
     records = records_in(tmp_path)
@@ -285,14 +286,20 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
 def test_what_the_stress_command_measured_is_told():
     one = {"phases": {"start": 1, "step": 2, "evaluation": 0}, "runs": 2, "exact_runs": 2}
     other = {"phases": {"start": 0, "step": 4, "evaluation": 1}, "runs": 2, "exact_runs": 1}
-    one["name"], other["name"] = "lora", "pretrain"
-    stress = {"git": {"commit": "0123456789"}, "seed": 3, "kills": 8, "survived": 7}
+    one |= {"name": "lora", "aimed": {"start": 0, "between two renames": 1}}
+    other |= {"name": "pretrain", "aimed": {"writing a state": 2, "between two renames": 1}}
+    stress = {"git": {"commit": "0123456789"}, "seed": 3, "kills": 12, "survived": 7}
     stress |= {"cases": [one, other], "memory_bytes_by_step": {"500": 2**20, "3000": 3 * 2**20}}
     text = told(stress)
-    assert "at commit 0123456 with seed 3: 7 of 8 SIGKILLs" in text
-    assert "in 2 combinations" in text and "fell into: start 1, step 6, evaluation 1." in text
+    kinds = "(8 at random moments, 4 aimed into a save)"
+    assert f"at commit 0123456 with seed 3: 7 of 12 SIGKILLs {kinds}" in text
+    assert "in 2 combinations" in text
+    assert "Those at random fell into: start 1, step 6, evaluation 1." in text
+    assert "Those aimed fell into: between two renames 2, writing a state 2." in text
     assert "Not exact: pretrain." in text
     assert text.endswith("was 1.0 MiB at step 500 of a run and 3.0 MiB at step 3,000.")
+    one["aimed"], other["aimed"] = {}, {}
+    assert "aimed" not in told(stress)
 
 
 def test_committed_samples_hold_what_the_measures_say_today():

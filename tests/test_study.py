@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset.command_line import SettingsError
 from dataset.lm_dataset import DataError
 from evaluation.findings import (
     check_controlled,
@@ -36,7 +37,6 @@ from evaluation.study import (
     tuned_rate,
 )
 from evaluation.study_report import study_block, study_figures
-from trainer.arguments import SettingsError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOML = """

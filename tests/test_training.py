@@ -33,6 +33,7 @@ from model.model_minimind import (
     weights_fingerprint,
 )
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
+from trainer.arguments import DEFAULT_SHAPE
 from trainer.trainer_utils import (
     SettingsError,
     choose_dtype,
@@ -40,6 +41,7 @@ from trainer.trainer_utils import (
     learning_rate_at,
     parameter_groups,
     run_script,
+    trained_parts,
 )
 
 REPO_DIR = Path(__file__).resolve().parents[1]
@@ -186,13 +188,37 @@ def test_run_folder_is_complete(base: Path, home: Path, tmp_path: Path, stage: s
     samples = trained_samples(data, stage)
     assert record["steps_per_epoch"] == -(-len(samples) // 8)
     assert record["tokens"] == train_rows[-1]["tokens"] == epochs * sum(n for n, _ in samples)
-    assert record["labeled_tokens"] == epochs * sum(labeled for _, labeled in samples)
+    labeled = sum(labeled for _, labeled in samples)
+    assert record["labeled_tokens"] == epochs * labeled
+    assert record["train_data"]["labeled_tokens"] == labeled
     evaluated = [row["step"] for row in rows if "eval_loss" in row]
     assert evaluated == ([record["steps"]] if stage == "pretrain" else [10, 20, 30])
     assert record["eval_loss"] == rows[-1]["eval_loss"]
     assert record["train_loss"] == train_rows[-1]["loss"]
     assert 8.5 < losses_of(base)[0] < 9  # ln 6400 = 8.76: the first guess is no better than chance
     assert train_rows[-1]["loss"] < 0.8 * train_rows[0]["loss"]
+
+
+def test_shape_that_was_not_given_is_recorded(home: Path, tmp_path: Path) -> None:
+    assert minimind_config(**DEFAULT_SHAPE).to_dict() == minimind_config().to_dict()
+    flags = SHAPE_FLAGS.replace("--num_key_value_heads 1", "")
+    flags += f" {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path} --max_steps 1"
+    assert call("pretrain", flags, home) == 0
+    settings = record_of(tmp_path / "pretrain")["settings"]
+    shape = SHAPE | {"num_key_value_heads": 2, "qk_norm": False}
+    assert {name: settings[name] for name in shape} == shape
+    assert load_model(tmp_path / "pretrain").config.num_key_value_heads == 2
+
+
+def test_what_trains_is_told() -> None:
+    model = MiniMindForCausalLM(minimind_config(**SHAPE))
+    settings = LoraSettings(rank=2, targets="square", train_tokens=(2,))
+    apply_lora(model, settings)
+    model.model.norm.requires_grad_(True)
+    assert trained_parts(model) == [
+        "adapted: 2 q_proj, 2 o_proj",
+        "trained: 1 embed_tokens.rows, 1 norm.weight",
+    ]
 
 
 def trained_samples(data: Path, stage: str) -> list[tuple[int, int]]:

@@ -4,42 +4,22 @@ import argparse
 import math
 import reprlib
 from pathlib import Path
-from typing import NoReturn
 
 from accelerate.tracking import get_available_trackers
 
+from dataset.command_line import Parser, SettingsError, refuse_ignored
+
 OUT_DIR = Path(__file__).resolve().parents[1] / "out"
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, endings included
-SHAPE_FLAGS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "qk_norm",
-)
-
-
-class SettingsError(ValueError):
-    """A flag whose value cannot work; the message names the flag and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are; it takes no abbreviations.
-
-    Raises:
-        SettingsError: for what argparse itself refuses.
-    """
-
-    def __init__(self, doc: str):
-        super().__init__(
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; --help explains the flags")
+# Of a model with random weights, where the flags do not say otherwise: MiniMind2-small's.
+DEFAULT_SHAPE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1408,
+    "qk_norm": False,
+}
 
 
 def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parser:
@@ -102,12 +82,10 @@ def add_model_flags(parser: Parser, from_weight: str) -> None:
         f"(default: {from_weight})",
     )
     add("--tokenizer_path", type=Path, help="tokenizer folder (default: the weights' own)")
-    shape = "; with --from_weight a folder it must agree"
-    add("--hidden_size", type=int, help=f"default 512{shape}")
-    add("--num_hidden_layers", type=int, help=f"default 8{shape}")
-    add("--num_attention_heads", type=int, help=f"default 8{shape}")
-    add("--num_key_value_heads", type=int, help=f"default 2{shape}")
-    add("--intermediate_size", type=int, help=f"default 1408{shape}")
+    for flag, value in DEFAULT_SHAPE.items():
+        if flag != "qk_norm":
+            shape = f"default {value}; with --from_weight a folder it must agree"
+            add(f"--{flag}", type=int, help=shape)
     add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
 
 
@@ -127,23 +105,16 @@ def check_conversation_args(args: argparse.Namespace) -> None:
         raise SettingsError(f"--max_train_samples {args.max_train_samples}: must be 1 or more")
 
 
-def refuse_ignored(
-    args: argparse.Namespace, parser: Parser, flags: tuple[str, ...], reason: str
-) -> None:
-    """Refuses flags that were given another value than their default, but would not be read."""
-    for flag in flags:
-        if vars(args)[flag] != parser.get_default(flag):
-            raise SettingsError(f"--{flag} {vars(args)[flag]}: {reason}; drop one of both")
-
-
 def check_args(args: argparse.Namespace, parser: Parser) -> None:
     """Refuses values that cannot work and flags that would be ignored, before anything is loaded.
+
+    What is then left open of the shape of random weights is filled in.
 
     Raises:
         SettingsError: names the flag.
     """
     positive = ("epochs", "batch_size", "accumulation_steps", "learning_rate")
-    positive += tuple(flag for flag in SHAPE_FLAGS if flag != "qk_norm")
+    positive += tuple(flag for flag in DEFAULT_SHAPE if flag != "qk_norm")
     for flag in positive:
         value = vars(args)[flag]
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -167,8 +138,6 @@ def check_args(args: argparse.Namespace, parser: Parser) -> None:
     if args.lr_schedule == "constant":
         refuse_ignored(args, parser, ("min_lr_ratio",), "--lr_schedule constant has no last rate")
     check_run_name(args.run_name)
-    if args.save_dir.exists() and not args.save_dir.is_dir():
-        raise SettingsError(f"--save_dir {args.save_dir}: is a file; name a folder")
     if not 0 <= args.seed < 2**32:
         raise SettingsError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
     trackers = ["none", *map(str, get_available_trackers())]
@@ -181,6 +150,14 @@ def check_args(args: argparse.Namespace, parser: Parser) -> None:
         raise SettingsError("--eval_interval needs --eval_data_path beside --data_path")
     if args.from_resume and args.overwrite:
         raise SettingsError("--from_resume and --overwrite contradict each other; give one")
+    fill_shape(args)
+
+
+def fill_shape(args: argparse.Namespace) -> None:
+    """Resolves what was not given of the shape of random weights; saved ones bring their own."""
+    if args.from_weight == "none":
+        given = {flag: vars(args)[flag] for flag in DEFAULT_SHAPE if vars(args)[flag] is not None}
+        vars(args).update(DEFAULT_SHAPE | given)
 
 
 def check_run_name(name: str) -> None:

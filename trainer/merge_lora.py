@@ -6,20 +6,39 @@
 
 The adapter is a folder of ours or of PEFT's, or a MiniMind adapter .pth, whose base is named with
 --base. The result loads in transformers, vLLM or llama.cpp's converter without any adapter. An
-update of a head that is tied to the embedding is refused: merging it would change both ends.
+update of a head that is tied to the embedding is refused: merging it would change both ends. The
+folder's run.json says what was merged into what.
 """
 
 import argparse
+import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.untrusted import shown
-from model.model_lora import AdapterError, find_base, load_lora, load_minimind_lora, merged_model
-from model.model_minimind import TOKENIZER_DIR, load_model, save_model
-from trainer.arguments import Parser, SettingsError
-from trainer.trainer_utils import run_script
+from evaluation.checkpoints import checkpoint_name, weights_sha256
+from model.model_lora import (
+    AdapterError,
+    LoraSettings,
+    find_base,
+    load_lora,
+    load_minimind_lora,
+    merged_model,
+)
+from model.model_minimind import (
+    TOKENIZER_DIR,
+    count_parameters,
+    load_model,
+    save_model,
+    weights_fingerprint,
+    write_text,
+)
+from trainer.trainer_utils import code_and_machine, run_script
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,10 +51,32 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def merge_record(
+    base: Path, base_fingerprint: str, adapter: Path, settings: LoraSettings, parameters: int
+) -> dict:
+    """The merged model's run.json, with the keys of a run that trained where they apply."""
+    adapted = asdict(settings) | {"targets": settings.targets.split(",") if settings.rank else []}
+    return {
+        "status": "completed",
+        "stage": "merge_lora",
+        "settings": {
+            "base": checkpoint_name(base),
+            "tuned": checkpoint_name(adapter),
+            "change": "adapter merged",
+            "adapter": adapted,
+        },
+        "base_fingerprint": base_fingerprint,
+        "adapter_sha256": weights_sha256(adapter),
+        "parameters": parameters,
+        **code_and_machine("cpu"),
+    }
+
+
 def main() -> int:
     args = parse_args()
     if args.output_dir.exists():
         raise SettingsError(f"--output_dir {args.output_dir}: exists; name another folder")
+    check_writable(args.output_dir, "--output_dir")
     if args.num_attention_heads < 1:
         raise SettingsError(f"--num_attention_heads {args.num_attention_heads}: must be 1 or more")
     is_minimind = args.adapter.suffix == ".pth"
@@ -43,9 +84,16 @@ def main() -> int:
         raise AdapterError(f"{args.adapter}: a MiniMind adapter names no base; give --base")
     base = args.base or find_base(args.adapter)
     model = load_model(base, args.num_attention_heads)
+    fingerprint = weights_fingerprint(model)
     load = load_minimind_lora if is_minimind else load_lora
-    load(model, args.adapter)
-    save_model(merged_model(model), base if base.is_dir() else TOKENIZER_DIR, args.output_dir)
+    settings = load(model, args.adapter)
+    merged = merged_model(model)
+    parameters, _ = count_parameters(merged)
+    record = merge_record(base, fingerprint, args.adapter, settings, parameters)
+    aside = args.output_dir.with_name(f"{args.output_dir.name}.tmp")
+    save_model(merged, base if base.is_dir() else TOKENIZER_DIR, aside)
+    write_text(aside / "run.json", json.dumps(record, indent=2) + "\n")
+    os.replace(aside, args.output_dir)
     print(shown(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0
 

@@ -19,9 +19,9 @@ from typing import TextIO
 import torch
 from accelerate import Accelerator
 
+from dataset.command_line import SettingsError, check_writable
 from dataset.lm_dataset import file_sha256
 from model.model_minimind import CheckpointError, read_json, sync, write_text
-from trainer.arguments import SettingsError
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
@@ -260,7 +260,7 @@ def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFo
             resume from, or settings are not what they were.
     """
     run = RunFolder(args.save_dir / args.run_name, accelerator.is_main_process)
-    check_writable(run.path)
+    check_writable(run.path, "--save_dir")
     has_state = run.resume_state() is not None and (run.path / "run.json").is_file()
     if args.from_resume:
         check_resumable(run.path, has_state)
@@ -275,15 +275,6 @@ def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFo
             )
         run.lock()
     return run
-
-
-def check_writable(folder: Path) -> None:
-    """Refuses a run folder that cannot be made or written, before anything long is begun."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise SettingsError(f"--save_dir: {there} is no folder; choose another one")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise SettingsError(f"--save_dir: {there} cannot be written to; choose another one")
 
 
 def check_resumable(folder: Path, has_state: bool) -> None:

@@ -21,18 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from dataset.command_line import Parser, SettingsError, refuse_ignored
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
 from model.model_minimind import load_tokenizer, weights_fingerprint
 from trainer.arguments import (
     OUT_DIR,
-    Parser,
-    SettingsError,
     add_conversation_flags,
     add_model_flags,
     check_args,
     check_conversation_args,
     make_parser,
-    refuse_ignored,
 )
 from trainer.run_folder import base_reference, find_run_folder
 from trainer.trainer_utils import (

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.lm_dataset import read_jsonl, record_messages, record_text
 from dataset.untrusted import shown
 from model.model_minimind import write_text
-from trainer.arguments import Parser, SettingsError
 from trainer.trainer_utils import run_script
 
 MAX_VOCAB = 2**20
@@ -52,8 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--vocab_size {args.vocab_size}: must be 259 (256 bytes and 3 special tokens) to "
             f"{MAX_VOCAB}"
         )
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise SettingsError(f"--output_dir {args.output_dir}: is a file; name a folder")
+    check_writable(args.output_dir, "--output_dir")
     return args
 
 

@@ -22,17 +22,20 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.command_line import SettingsError
 from dataset.lm_dataset import (
     IGNORE_INDEX,
     ConversationDataset,
@@ -47,7 +50,7 @@ from dataset.lm_dataset import (
     load_dataset,
 )
 from dataset.untrusted import error_line, shown
-from model.model_lora import AdapterError
+from model.model_lora import AdapterError, lora_layers
 from model.model_minimind import (
     TOKENIZER_DIR,
     CheckpointError,
@@ -59,7 +62,7 @@ from model.model_minimind import (
     read_json,
     write_text,
 )
-from trainer.arguments import SHAPE_FLAGS, SettingsError
+from trainer.arguments import DEFAULT_SHAPE
 from trainer.run_folder import (
     RunFolder,
     check_state,
@@ -73,11 +76,16 @@ from trainer.run_folder import (
 
 # Below this many planned FLOPs a run ends before compiling its blocks has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
+# How long a process of several waits for another one that says nothing: at the start and in a step,
+# and while the main process tokenizes. One that dies is noticed at once, by its connections.
+PEER_TIMEOUT = timedelta(minutes=10)
+TOKENIZING_TIMEOUT = timedelta(hours=12)
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
 # torch tells these by a RuntimeError's text alone.
 CPU_IS_FULL = "DefaultCPUAllocator"
 DISK_IS_FULL = "inline_container.cc"  # its file writer: some write fell short
 WORKER_DIED = "DataLoader worker"
+PEER_DIED = "third_party/gloo"  # its connections: what fails is named by its source file
 
 
 class Diverged(ArithmeticError):
@@ -95,16 +103,31 @@ def run_script(main: Callable[[], int]) -> None:
         print("interrupted before the first step", file=sys.stderr)
         code = EXIT_CODES["interrupted"]
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            line = "out of memory before the first step: take a smaller model"
+        elif is_lost_peer(error):
+            line = f"before the first step, {lost_peer(error)}, and start all of them again"
+        else:
             raise
-        print("error: out of memory before the first step: take a smaller model", file=sys.stderr)
-        code = EXIT_CODES["oom"]
+        print(error_line(line), file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory or the machine's ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_IS_FULL in str(error)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another process of the run never came, died, or does not answer."""
+    return isinstance(error, torch.distributed.DistError) or PEER_DIED in str(error)
+
+
+def lost_peer(error: BaseException) -> str:
+    """What torch says of another process: the first sentence of the last line is the cause."""
+    told = str(error).splitlines()[-1].partition(". ")[0]
+    return f"another process of this run did not come, died or is stuck ({told}): see its output"
 
 
 # ---------------------------------------------------------------- start
@@ -155,6 +178,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=precision,
         log_with=trackers,
         project_dir=args.save_dir / args.run_name if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PEER_TIMEOUT)],
     )
     set_seed(args.seed)  # the same on every process, for the same initial weights
     return accelerator
@@ -162,7 +186,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
     """The model to train, in float32, and the folder of its tokenizer."""
-    shape = {flag: vars(args)[flag] for flag in SHAPE_FLAGS if vars(args)[flag] is not None}
+    shape = {flag: vars(args)[flag] for flag in DEFAULT_SHAPE if vars(args)[flag] is not None}
     if args.from_weight == "none":
         folder = args.tokenizer_path or TOKENIZER_DIR
         try:
@@ -214,12 +238,29 @@ def resolve_weights(from_weight: str) -> Path:
         ) from error
 
 
+@contextlib.contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process does alone what follows, then the others do it, however long that takes.
+
+    accelerate's own wait ends after PEER_TIMEOUT, within which a large corpus is not tokenized.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=PEER_TIMEOUT)
+    if not accelerator.is_main_process:
+        torch.distributed.monitored_barrier(group, timeout=TOKENIZING_TIMEOUT)
+    yield
+    if accelerator.is_main_process:
+        torch.distributed.monitored_barrier(group, timeout=TOKENIZING_TIMEOUT)
+
+
 def fill_data_paths(args: argparse.Namespace, kind: str, accelerator: Accelerator) -> None:
     """Points a run without ``--data_path`` to the demo corpus, made when it is missing."""
     if args.data_path is None:
         from dataset.demo import DEMO_FILES, ensure_demo_corpus
 
-        with accelerator.main_process_first():  # which writes it, if need be
+        with main_process_first(accelerator):  # which writes it, if need be
             files = ensure_demo_corpus()
         args.data_path = [files[kind]]
         args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
@@ -235,7 +276,7 @@ def load_data(
 ) -> tuple[PackedDataset | ConversationDataset, PackedDataset | ConversationDataset | None]:
     """Training and validation data of a stage; the main process tokenizes, the others wait."""
     tokenizer = load_tokenizer(tokenizer_dir)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         train = load_dataset(
             kind, args.data_path, tokenizer, args.max_seq_len, max_samples=max_samples
         )
@@ -391,7 +432,8 @@ def train(job: Job) -> int:
     completed.
 
     Raises:
-        SettingsError: the run cannot be continued, memory ran out, or a data process died.
+        SettingsError: the run cannot be continued, memory ran out, or a data process or another
+            training process died.
         OSError: the disk is full or cannot be written to.
     """
     check_weight_decay(job.model, job.args)
@@ -717,11 +759,32 @@ def describe_run(
             f"{args.run_name}: {trainable:,} of {total:,} parameters train for {steps} steps on "
             f"{args.device} in {args.dtype}{', compiled' if compiled else ''}"
         )
+        for line in trained_parts(job.model) if trainable < total else []:
+            print(line)
         for dataset in filter(None, (job.train_set, job.eval_set)):
             for note in data_notes(dataset.store.info):
                 print(shown(note))
         if job.eval_set is None:
             print("no --eval_data_path: no validation loss")
+
+
+def trained_parts(model: nn.Module) -> list[str]:
+    """What trains of a model that does not train whole, such as ``adapted: 4 q_proj, 4 o_proj``.
+
+    A line for the adapted linears and one for the parameters that train themselves, by their last
+    names and how often these occur.
+    """
+    adapted = Counter(path.rpartition(".")[2] for path, _ in lora_layers(model))
+    trained = Counter(
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
+    )
+    return [
+        f"{title}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
+        for title, counts in (("adapted", adapted), ("trained", trained))
+        if counts
+    ]
 
 
 def code_and_machine(device: str) -> dict:
@@ -771,6 +834,8 @@ def explain(error: BaseException, step: int, run: RunFolder) -> Exception | None
             f"a data loading process died at step {step} ({error}); for want of memory, if nobody "
             f"killed it: lower --num_workers; {what_is_left(run)}"
         )
+    if is_lost_peer(error):
+        return SettingsError(f"at step {step}, {lost_peer(error)}; {what_is_left(run)}")
     if isinstance(error, OSError):
         return OSError(f"{error}; {what_is_left(run)}")
     return None
