@@ -1,14 +1,16 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
+# make bench  speed beside transformers and PEFT, about 15 minutes on two CPU cores
 # make report the README's tables, the figures and the page, from the committed results
+# BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test report stress install clean-demo
+.PHONY: demo test report stress bench install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -27,6 +29,9 @@ test: install
 # One thread a process: the models are too small for more.
 stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
+
+bench: install
+	$(RUN) evaluation/bench.py $(BENCH)
 
 report: install
 	$(RUN) evaluation/report.py
