@@ -81,7 +81,9 @@ class Decoder:
     """A copy of a model's weights that computes the next token's logits."""
 
     def __init__(self, model: MiniMindForCausalLM):
-        self.config = model.config
+        self.config = config = model.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.embedding = effective_weight(model.model.embed_tokens)
         self.layers = [Layer(block) for block in model.model.layers]
         self.norm = model.model.norm
@@ -89,24 +91,24 @@ class Decoder:
 
     def new_cache(self, batch: int, length: int) -> torch.Tensor:
         """Room for the keys and values of every layer: (layers, 2, B, K, length, d)."""
-        heads, size = self.config.num_key_value_heads, self.config.head_dim
         # Zeros, not what was in memory: a masked value still gets multiplied by 0.
-        return self.head.new_zeros(len(self.layers), 2, batch, heads, length, size)
+        shape = (len(self.layers), 2, batch, self.kv_heads, length, self.head_dim)
+        return self.head.new_zeros(shape)
 
-    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Tables for (B, T) positions, (B, T, H + 2K, d): of queries, keys and values at once.
+        Tables of the first positions, (length, H + 2K, d): of queries, keys and values at once.
 
         Values are turned by nothing. The sine's first half is negative, see :func:`turned`.
         """
-        config = self.config
-        cos, sin = rope_tables(positions, config.head_dim, config.rope_parameters["rope_theta"])
-        sin[..., : config.head_dim // 2].neg_()
-        turning = config.num_attention_heads + config.num_key_value_heads
-        still = torch.ones_like(cos).expand(-1, config.num_key_value_heads, -1, -1)
-        cos = torch.cat((cos.expand(-1, turning, -1, -1), still), dim=1)
-        sin = torch.cat((sin.expand(-1, turning, -1, -1), still - 1), dim=1)
-        return cos.transpose(1, 2).contiguous(), sin.transpose(1, 2).contiguous()
+        positions = torch.arange(length, device=self.head.device)[None]
+        theta = self.config.rope_parameters["rope_theta"]
+        cos, sin = (t[0, 0, :, None] for t in rope_tables(positions, self.head_dim, theta))
+        sin[..., : self.head_dim // 2].neg_()
+        turning = self.heads + self.kv_heads
+        still = torch.ones_like(cos).expand(-1, self.kv_heads, -1)
+        cos = torch.cat((cos.expand(-1, turning, -1), still), dim=1)
+        return cos, torch.cat((sin.expand(-1, turning, -1), still - 1), dim=1)
 
     def bias(self, visible: torch.Tensor) -> torch.Tensor:
         """What is added to scores where keys are not ``visible``: minus infinity."""
@@ -126,19 +128,18 @@ class Decoder:
 
         Args:
             ids: (B, T).
-            rope: of :meth:`rope`, for these tokens.
+            rope: rows of :meth:`rope` for these tokens, (B, T, H + 2K, d).
             cache: (layers, 2, B, K, S, d).
             groups: rows that attend to the same places, those from their group's start on.
             bias: (B, 1, T, S), added to the attention scores; None: all is visible.
         """
         batch, new = ids.shape
-        config = self.config
-        shape = (batch, new, config.num_attention_heads + 2 * config.num_key_value_heads, -1)
+        shape = (batch, new, self.heads + 2 * self.kv_heads, self.head_dim)
         # All views of the cache at once: a view costs as much as a small product.
         places = cache[..., seen - new : seen, :].unbind()
         seen_by = [cache[:, :, g.rows, :, g.start : seen].flatten(0, 1).unbind() for g in groups]
         biases = [self.stacked_bias(bias, group, seen) for group in groups]
-        x = F.embedding(ids.view(-1), self.embedding)  # (B * T, D): addmm adds to it
+        x = F.embedding(ids.view(-1), self.embedding)  # (B * T, D)
         for index, layer in enumerate(self.layers):
             qkv = (layer.input_norm(x) @ layer.qkv).view(shape)
             q = self.turn_and_store(layer, qkv, rope, places[index])
@@ -149,9 +150,9 @@ class Decoder:
                 for group, views, added in zip(groups, seen_by, biases, strict=True)
             ]
             mixed = unstacked(out[0] if len(out) == 1 else torch.cat(out), new)
-            x = torch.addmm(x, mixed, layer.out)
+            x = x + mixed @ layer.out
             gate, up = (layer.mlp_norm(x) @ layer.gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, F.silu(gate) * up, layer.down)
+            x = x + (F.silu(gate) * up) @ layer.down
         return (self.norm(x.view(batch, new, -1)[:, -1]) @ self.head).float()
 
     def turn_and_store(
@@ -166,7 +167,7 @@ class Decoder:
 
         Queries that share a key head are stacked along T, so that no head is copied.
         """
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        heads, kv_heads = self.heads, self.kv_heads
         if layer.head_norms is not None:
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
             q_norm, k_norm = layer.head_norms
@@ -183,7 +184,7 @@ class Decoder:
         """What a group's part of ``bias`` adds to its stacked queries, (B, 1, groups * T, S)."""
         if bias is None:
             return None
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        groups = self.heads // self.kv_heads
         return bias[group.rows, ..., group.start : seen].repeat(1, 1, groups, 1)
 
 
@@ -250,22 +251,27 @@ def read_prompts(
     prompts: list[list[int]],
     groups: list[Group],
     shared: int,
+    rope: tuple[torch.Tensor, torch.Tensor],
     cache: torch.Tensor,
 ) -> torch.Tensor:
     """Logits (B, V) after each prompt; ``cache`` (layers, 2, B, K, S, d) is filled up to S."""
     common = decoder.new_cache(1, shared)
     if shared:
-        read_group(decoder, [prompts[0][:shared]], common, 0)
+        read_group(decoder, [prompts[0][:shared]], 0, rope, common)
     found = []
     for group in groups:
         view = cache[:, :, group.rows, :, group.start :]
         view[..., :shared, :] = common
-        found.append(read_group(decoder, prompts[group.rows], view, shared))
+        found.append(read_group(decoder, prompts[group.rows], shared, rope, view))
     return torch.cat(found)
 
 
 def read_group(
-    decoder: Decoder, prompts: list[list[int]], cache: torch.Tensor, shared: int
+    decoder: Decoder,
+    prompts: list[list[int]],
+    shared: int,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    cache: torch.Tensor,
 ) -> torch.Tensor:
     """Logits (B, V) after each prompt, whose first ``shared`` tokens are in ``cache`` already."""
     width, device = cache.shape[4], cache.device
@@ -277,9 +283,10 @@ def read_group(
     # A padding query sees itself: a row without any key would be NaN.
     real = is_real(places, padding, shared)[:, None] | (places == queries)
     visible = (real & (places <= queries))[:, None]
-    rope = decoder.rope((places[shared:] - padding).clamp(min=0))
+    positions = (places[shared:] - padding).clamp(min=0)
     groups = [Group(slice(0, len(prompts)), 0)]
-    return decoder.logits(ids, rope, cache, groups, width, decoder.bias(visible))
+    turning = (rope[0][positions], rope[1][positions])
+    return decoder.logits(ids, turning, cache, groups, width, decoder.bias(visible))
 
 
 def is_real(places: torch.Tensor, padding: torch.Tensor, shared: int) -> torch.Tensor:
@@ -346,7 +353,8 @@ def continue_prompts(
     width, shared = max(map(len, prompts)), shared_length(prompts)
     groups = group_prompts(prompts, shared)
     cache = decoder.new_cache(len(prompts), width + decoding.max_new_tokens)
-    logits = read_prompts(decoder, prompts, groups, shared, cache[..., :width, :])
+    rope = decoder.rope(cache.shape[4])
+    logits = read_prompts(decoder, prompts, groups, shared, rope, cache[..., :width, :])
     device = cache.device
     draws, rows = draws.to(device), torch.arange(len(prompts), device=device)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
@@ -365,9 +373,9 @@ def continue_prompts(
             bias = bias if bias is None else bias[running]
             rows, lengths, tokens = rows[running], lengths[running], tokens[running]
             running = running[running]
-        rope = decoder.rope((lengths + step)[:, None])
-        seen = width + step + 1
-        logits = decoder.logits(tokens[:, None], rope, cache, groups, seen, bias)
+        positions, seen = (lengths + step)[:, None], width + step + 1
+        turning = (rope[0][positions], rope[1][positions])
+        logits = decoder.logits(tokens[:, None], turning, cache, groups, seen, bias)
 
 
 def padding_bias(
