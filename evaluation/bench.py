@@ -53,8 +53,6 @@ from dataset.lm_dataset import (
     StepSampler,
     encode_whole,
     load_dataset,
-    read_jsonl,
-    record_messages,
 )
 from dataset.untrusted import error_line
 from evaluation.arguments import PROMPTS_FILE
@@ -76,6 +74,7 @@ from model.model_minimind import (
 from trainer import train_full_sft, train_lora, trainer_utils
 from trainer.arguments import Parser, SettingsError
 from trainer.run_folder import describe_machine, git_state, peak_memory_bytes
+from trainer.train_tokenizer import corpus_texts
 from trainer.trainer_utils import PlannedSteps, choose_device, choose_dtype
 
 RESULT = Path(__file__).resolve().parent / "bench.json"
@@ -173,7 +172,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     last = args.sizes[-1]
     result["startup"] = startup(args, folder, last)
     result["generation"] = {"size": last} | generation(args, folder / last)
-    result["tokenizing"] = tokenizing(folder, 1 if args.quick else 3)
+    result["tokenizing"] = tokenizing(args.data_path, folder, 1 if args.quick else 3)
     result["loader"] = loader(data, args.batch_size, args.workers)
     if args.sweep:
         result["sweep"] = {"size": last, "batches": sweep(args, folder, last, data)}
@@ -634,26 +633,24 @@ def make_generators(
 # ---------------------------------------------------------------- tokenizing, loading
 
 
-def tokenizing(folder: Path, repeats: int) -> dict[str, float]:
-    """MB/s of text: ours from JSONL to the cache of tokens, and the tokenizer's own call alone."""
-    source = ensure_demo_corpus()["sft"]
-    conversations = [record_messages(record, where) for where, record in read_jsonl(source)]
-    lines = source.read_bytes()
-    contents = [message["content"] for messages in conversations for message in messages]
-    copies = 1 + int(8e6 / sum(len(text.encode()) for text in contents))
-    size = copies * sum(len(text.encode()) for text in contents) / 1e6
-    path = folder / "tokenize.jsonl"
-    path.write_bytes(lines * copies)
+def tokenizing(data_path: list[Path] | None, folder: Path, repeats: int) -> dict[str, float]:
+    """MB/s of text: ours from JSONL to the cache of tokens, and the tokenizer's own call alone.
+
+    Of --data_path, or of the demo corpus's documents: random words are no text.
+    """
+    kind = "sft" if data_path else "pretrain"
+    paths = data_path or [ensure_demo_corpus()[kind]]
+    texts = list(corpus_texts(paths))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = load_tokenizer()
-    ours, plain = [], []
+    ways: dict[str, list[float]] = {"ours": [], "encode_batch": []}
     for repeat in range(repeats):
         cache = folder / f"tokens{repeat}"
-        ours.append(timed(lambda cache=cache: load_dataset("sft", [path], tokenizer, 340, cache)))
-        texts = contents * copies
-        plain.append(
-            timed(lambda texts=texts: encode_whole(tokenizer.backend_tokenizer, texts, False))
-        )
-    return {"ours": size / median(ours), "encode_batch": size / median(plain)}
+        load = partial(load_dataset, kind, paths, tokenizer, MAX_SEQ_LEN, cache)
+        ways["ours"].append(timed(load))
+        encode = partial(encode_whole, tokenizer.backend_tokenizer, texts, special=False)
+        ways["encode_batch"].append(timed(encode))
+    return {name: megabytes / median(seconds) for name, seconds in ways.items()}
 
 
 def loader(data: list[Path], batch_size: int, workers: list[int]) -> dict[str, float]:
