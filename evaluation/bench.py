@@ -2,7 +2,7 @@ r"""
 Measures speed and memory of training, generation and loading, beside transformers and PEFT.
 
     python evaluation/bench.py                            # or: make bench; about 15 minutes
-    python evaluation/bench.py --sizes xs --quick         # a minute: does it run?
+    python evaluation/bench.py --sizes xs --quick         # two minutes: does it run?
     python evaluation/bench.py --data_path dataset/data/medquad.jsonl.gz
     python evaluation/bench.py --sweep 1 2 4 8 16 32 64 128    # does a small batch keep a GPU busy?
 
