@@ -3,14 +3,16 @@
 # make stress kills training runs at random moments, continues and compares them, minutes
 # make study  every run of evaluation/study.toml at xs that has no result yet: days on two cores;
 #             needs dataset/data/ as dataset/prepare.py writes it (README, "The study, run by run")
+# make bench  speed beside transformers and PEFT, about 15 minutes on two CPU cores
 # make report the README's tables, the figures and the page, from the committed results
+# BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test report study stress install clean-demo
+.PHONY: demo test report study stress bench install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -33,6 +35,9 @@ stress: install
 study: install
 	$(RUN) evaluation/run_study.py
 	$(RUN) evaluation/report.py
+
+bench: install
+	$(RUN) evaluation/bench.py $(BENCH)
 
 report: install
 	$(RUN) evaluation/report.py

@@ -77,7 +77,7 @@ from evaluation.probe import (
     DECODINGS,
     UNSAVED,
     ask,
-    generation_config,
+    decoding_of,
     reference_samples,
     runs_of,
 )
@@ -92,6 +92,7 @@ from evaluation.translations import (
     translate_missing,
     write_store,
 )
+from model.generation import Decoder
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, MiniMindForCausalLM
 
@@ -321,7 +322,7 @@ def run_chat(args: argparse.Namespace) -> None:
     decoding = args.decoding[0] if args.decoding != list(DECODINGS) else "t0.85p0.85"
     torch.manual_seed(args.seeds[0])
     try:
-        chat(model, tokenizer, generation_config(tokenizer, decoding, args.max_new_tokens))
+        chat(Decoder(model), tokenizer, decoding_of(tokenizer, decoding, args.max_new_tokens))
     except (EOFError, KeyboardInterrupt):
         print()
 

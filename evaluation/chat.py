@@ -2,11 +2,12 @@
 
 import time
 
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+import torch
+from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from dataset.lm_dataset import encode_conversations
 from dataset.untrusted import shown
-from model.model_minimind import MiniMindForCausalLM
+from model.generation import Decoder, Decoding, continue_prompts
 
 HELP = """\
 /reset          forget the conversation; a system message stays
@@ -23,9 +24,7 @@ class SafeStreamer(TextStreamer):
         print(shown(text), end="\n" if stream_end else "", flush=True)
 
 
-def chat(
-    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerFast, config: GenerationConfig
-) -> None:
+def chat(decoder: Decoder, tokenizer: PreTrainedTokenizerFast, decoding: Decoding) -> None:
     """Answers line by line, remembering the conversation; an empty line or Ctrl-D ends it."""
     print("(/help lists the commands)")
     messages: list[dict[str, str]] = []
@@ -41,20 +40,20 @@ def chat(
             print("(the conversation begins anew)")
         elif command == "/retry":
             if messages and messages[-1]["role"] == "assistant":
-                messages = answer(model, tokenizer, config, messages[:-1])
+                messages = answer(decoder, tokenizer, decoding, messages[:-1])
             else:
                 print("(nothing to answer again)")
         elif command.startswith("/"):
             print(f"(no command {shown(command)}; /help lists them)")
         else:
             question = {"role": "user", "content": line}
-            messages = answer(model, tokenizer, config, [*messages, question])
+            messages = answer(decoder, tokenizer, decoding, [*messages, question])
 
 
 def answer(
-    model: MiniMindForCausalLM,
+    decoder: Decoder,
     tokenizer: PreTrainedTokenizerFast,
-    config: GenerationConfig,
+    decoding: Decoding,
     messages: list[dict[str, str]],
 ) -> list[dict[str, str]]:
     """
@@ -63,17 +62,20 @@ def answer(
     Returns:
         The messages with the answer, or only the system's where they fill the context.
     """
-    limit = model.config.max_position_embeddings - config.max_new_tokens
+    limit = decoder.config.max_position_embeddings - decoding.max_new_tokens
     (ids, _), *_ = encode_conversations(tokenizer, [messages], generation_prompt=True)
     if len(ids) > limit:
         print(f"(the conversation has {len(ids)} tokens, the limit is {limit}: starting anew)")
         return [message for message in messages if message["role"] == "system"]
-    inputs = tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(model.device)
-    streamer = SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = SafeStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
-    output = model.generate(**inputs, generation_config=config, streamer=streamer)
+    new = []
+    draws = torch.rand(1, decoding.max_new_tokens)
+    for ((_, token),) in continue_prompts(decoder, [ids], decoding, draws):
+        streamer.put(torch.tensor([token]))
+        new.append(token)
+    streamer.end()
     seconds = time.perf_counter() - start
-    new = output[0, len(ids) :]
     print(f"({len(new)} tokens, {len(new) / seconds:.1f} tokens/s)")
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
     return [*messages, {"role": "assistant", "content": text}]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import DataError, encode_batch
 from evaluation.metrics import (
@@ -19,51 +19,45 @@ from evaluation.metrics import (
 )
 from evaluation.outputs import rounded
 from evaluation.prompts import Prompt, encode_prompts
+from model.generation import Decoder, Decoding, continue_prompts
 from model.model_minimind import MiniMindForCausalLM
 
-# top_k 0 turns off the top 50 that transformers would otherwise sample from.
 DECODINGS = {
     "greedy": {"do_sample": False},
-    "t1.0": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
-    "t0.85p0.85": {"do_sample": True, "temperature": 0.85, "top_p": 0.85, "top_k": 0},  # MiniMind's
+    "t1.0": {"do_sample": True, "temperature": 1.0, "top_p": 1.0},
+    "t0.85p0.85": {"do_sample": True, "temperature": 0.85, "top_p": 0.85},  # MiniMind's
 }
 UNSAVED = ("text", "output_ids")  # what the measures need and `output` tells a reader
 
 
-def generation_config(
-    tokenizer: PreTrainedTokenizerFast, decoding: str, max_new_tokens: int
-) -> GenerationConfig:
+def decoding_of(tokenizer: PreTrainedTokenizerFast, decoding: str, max_new_tokens: int) -> Decoding:
     """The settings of one decoding; generation ends at the tokenizer's end token."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **DECODINGS[decoding],
-    )
+    return Decoding(max_new_tokens, tokenizer.eos_token_id, **DECODINGS[decoding])
 
 
 def generate(
-    model: MiniMindForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    decoder: Decoder,
     encoded: list[list[int]],
-    config: GenerationConfig,
+    decoding: Decoding,
     batch_size: int,
     progress: tqdm,
 ) -> list[list[int]]:
-    """New token ids for each of `encoded`, in its order; an end token that was produced is last."""
+    """New token ids for each of `encoded`, in its order; an end token that was produced is last.
+
+    A sampled answer is drawn by numbers of its own, so it does not depend on `batch_size`, except
+    where the last bits of a probability decide.
+    """
+    draws = torch.rand(len(encoded), decoding.max_new_tokens)
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    answers: dict[int, list[int]] = {}
+    answers: list[list[int]] = [[] for _ in encoded]
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        inputs = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt")
-        width = inputs["input_ids"].shape[1]
-        output = model.generate(**inputs.to(model.device), generation_config=config)
-        for i, ids in zip(batch, output[:, width:].tolist(), strict=True):
-            end = ids.index(config.eos_token_id) + 1 if config.eos_token_id in ids else len(ids)
-            answers[i] = ids[:end]
+        prompts = [encoded[i] for i in batch]
+        for step in continue_prompts(decoder, prompts, decoding, draws[batch]):
+            for row, token in step:
+                answers[batch[row]].append(token)
         progress.update(len(batch))
-    return [answers[i] for i in range(len(encoded))]
+    return answers
 
 
 def runs_of(decodings: list[str], seeds: list[int]) -> Iterator[tuple[str, int | None]]:
@@ -95,12 +89,13 @@ def ask(
     """A sample for every decoding and seed of `runs` and every prompt, in that order."""
     encoded = encode_prompts(tokenizer, prompts)
     check_lengths(prompts, encoded, model.config.max_position_embeddings - max_new_tokens)
+    decoder = Decoder(model)
     samples = []
     with tqdm(total=len(runs) * len(prompts), desc=name, unit=" answers", disable=None) as progress:
         for decoding, seed in runs:
             torch.manual_seed(seed or 0)
-            config = generation_config(tokenizer, decoding, max_new_tokens)
-            answers = generate(model, tokenizer, encoded, config, batch_size, progress)
+            settings = decoding_of(tokenizer, decoding, max_new_tokens)
+            answers = generate(decoder, encoded, settings, batch_size, progress)
             samples += [
                 make_sample(tokenizer, prompt, rendered, answer, decoding, seed)
                 for prompt, rendered, answer in zip(prompts, encoded, answers, strict=True)

@@ -6,7 +6,8 @@ Makes the README's tables, the figures and the page from committed results, and 
     python evaluation/report.py --root FOLDER    # another folder with README.md and evaluation/
 
     README.md                             what stands between <!-- report:NAME --> and its end;
-                                          of reliability, from tests/stress_resume.json
+                                          of reliability, from tests/stress_resume.json, and of
+                                          speed, from evaluation/bench.json
     evaluation/figures/*.svg              made with matplotlib (plots.py)
     evaluation/model_outputs/index.html   the page to read and compare outputs on (page/)
 
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
+from evaluation.bench_tables import bench_lines, table
 from evaluation.findings import check_controlled
 from evaluation.outputs import inline
 from evaluation.page.build import page_html
@@ -60,6 +62,8 @@ from model.model_minimind import CheckpointError, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = ("run.json", "metrics.jsonl")
+BENCH_KEYS = ("git", "machine", "dtype", "batch_size", "data", "training", "generation")
+BENCH_KEYS += ("startup", "tokenizing", "loader")
 STRESS_KEYS = ("git", "seed", "kills", "survived", "cases", "memory_bytes_by_step")
 RUN_COLUMNS = ("checkpoint", "trained", "on", "parameters", "learning rate", "steps", "NLL", "R")
 SWEEP_COLUMNS = ("trained", "on", "steps", "validation NLL by rate", "best rate")
@@ -130,7 +134,9 @@ def build(root: Path) -> dict[Path, str]:
     text = readme.read_text(encoding="utf-8")
     stress = root / "tests" / "stress_resume.json"
     kills = read_keys(stress, STRESS_KEYS) if stress.is_file() else None
-    parts = blocks(records, rates, list(drawn), kills)
+    bench = evaluation / "bench.json"
+    speed = read_keys(bench, BENCH_KEYS) if bench.is_file() else None
+    parts = blocks(records, rates, list(drawn), kills, speed)
     parts["study"] = study_block(study, results, drawn) if study else [NOT_RUN]
     for name, lines in parts.items():
         text = replace_block(text, name, lines, str(readme))
@@ -156,7 +162,11 @@ def write_changed(files: dict[Path, str]) -> list[Path]:
 
 
 def blocks(
-    records: list[Record], rates: dict[str, str], drawn: Iterable[str], stress: dict | None
+    records: list[Record],
+    rates: dict[str, str],
+    drawn: Iterable[str],
+    stress: dict | None,
+    bench: dict | None,
 ) -> dict[str, list[str]]:
     """Markdown lines of each generated part of the README.
 
@@ -164,10 +174,12 @@ def blocks(
         rates: the rates that are shown, with their labels.
         drawn: names of the figures that there are.
         stress: what `make stress` wrote; None if it was not run.
+        bench: what `make bench` wrote; None if it was not run.
     """
     return {
         "runs": runs_block(records, rates, drawn),
         "sweeps": sweeps_block(records, drawn),
+        "bench": ["`make bench` was not run yet."] if bench is None else bench_block(bench),
         "reliability": ["`make stress` was not run yet."]
         if stress is None
         else wrapped(told(stress)),
@@ -188,12 +200,6 @@ def replace_block(text: str, name: str, lines: list[str], where: str) -> str:
     return pattern.sub(lambda _: block, text)
 
 
-def markdown_table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table; cells are Markdown already."""
-    header = list(header)
-    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
-
-
 def figure_line(name: str, drawn: Iterable[str], alt: str) -> list[str]:
     """The figure called `name`, if it was drawn."""
     return [f"![{alt}](evaluation/figures/{name})", ""] if name in drawn else []
@@ -211,7 +217,7 @@ def runs_block(records: list[Record], rates: dict[str, str], drawn: Iterable[str
         lines += [*wrapped(family_title(members[0])), ""]
         for note, alike in probed_alike(probed).items():
             rows = [run_row(record, shares, rates) for record in alike]
-            lines += [*markdown_table(columns, rows), "", *wrapped(note), ""]
+            lines += [*table(columns, rows), "", *wrapped(note), ""]
         lines += figure_line(f"rates_{base}.svg", drawn, f"Rates with 95% intervals, from {base}")
         lines += figure_line(f"curves_{base}.svg", drawn, f"Loss curves of runs from {base}")
         lines += figure_line(f"spectra_{base}.svg", drawn, f"Energy by rank of updates of {base}")
@@ -314,7 +320,7 @@ def sweeps_block(records: list[Record], drawn: Iterable[str]) -> list[str]:
     found = sweeps(records)
     if not found:
         return ["No sweep of learning rates yet.", ""]
-    lines = [*markdown_table(SWEEP_COLUMNS, [sweep_row(runs) for runs in found]), ""]
+    lines = [*table(SWEEP_COLUMNS, [sweep_row(runs) for runs in found]), ""]
     for base in families(records):
         name = f"learning_rates_{base}.svg"
         lines += figure_line(name, drawn, f"Validation NLL by learning rate, from {base}")
@@ -338,6 +344,17 @@ def sweep_cell(run: Record, is_best: bool) -> str:
     loss = validation_loss(run)
     cell = f"{short(peak_rate(run))}: {run.status if math.isinf(loss) else f'{loss:.3f}'}"
     return f"**{cell}**" if is_best else cell
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+def bench_block(bench: dict) -> list[str]:
+    """What `make bench` measured; its sentences become lines of the README's width."""
+    lines = []
+    for line in bench_lines(bench):
+        lines += [line] if line.startswith("|") or not line else wrapped(line)
+    return lines
 
 
 # ------------------------------------------------------------------------------------- reliability

@@ -13,6 +13,8 @@ between
 <!-- report:sweeps -->
 <!-- /report:sweeps -->
 
+<!-- report:bench -->
+<!-- /report:bench -->
 <!-- report:reliability -->
 <!-- /report:reliability -->
 

@@ -7,7 +7,8 @@ from dataset.untrusted import shown
 from eval_llm import main
 from evaluation import chat as chat_module
 from evaluation.chat import answer
-from evaluation.probe import generation_config
+from evaluation.probe import decoding_of
+from model.generation import Decoder
 from model.model_minimind import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.tiny import tiny_model
 
@@ -81,6 +82,6 @@ def test_a_conversation_beyond_the_context_starts_anew(capsys):
     model.config.max_position_embeddings = 30
     system = {"role": "system", "content": "S"}
     long = [system, {"role": "user", "content": "word " * 40}]
-    config = generation_config(tokenizer, "greedy", 5)
-    assert answer(model, tokenizer, config, long) == [system]
+    config = decoding_of(tokenizer, "greedy", 5)
+    assert answer(Decoder(model), tokenizer, config, long) == [system]
     assert "the limit is 25: starting anew" in capsys.readouterr().out

@@ -17,10 +17,11 @@ from evaluation import translations
 from evaluation.checkpoints import find_checkpoint, load_checkpoint
 from evaluation.intervals import wilson_interval
 from evaluation.outputs import as_jsonl, as_markdown, fenced, inline
-from evaluation.probe import generate, generation_config, make_sample, reference_samples
+from evaluation.probe import decoding_of, generate, make_sample, reference_samples
 from evaluation.prompts import Prompt, encode_prompts
 from evaluation.summary import summarize
 from evaluation.translations import Translator
+from model.generation import Decoder
 from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
 from model.model_minimind import (
     TOKENIZER_DIR,
@@ -298,12 +299,11 @@ def test_escapes():
 
 def test_greedy_in_a_batch_is_greedy_alone():
     model, tokenizer = tiny_model(), load_tokenizer()
-    tokenizer.padding_side = "left"
     encoded = [[1, 50, 60], [1, 90, 91, 92, 93, 94, 95, 96], [1, 70]]
-    config = generation_config(tokenizer, "greedy", 12)
+    config = decoding_of(tokenizer, "greedy", 12)
     with tqdm(disable=True) as progress:
-        together = generate(model, tokenizer, encoded, config, 3, progress)
-        alone = generate(model, tokenizer, encoded, config, 1, progress)
+        together = generate(Decoder(model), encoded, config, 3, progress)
+        alone = generate(Decoder(model), encoded, config, 1, progress)
     assert together == alone
     assert len({tuple(ids) for ids in alone}) == 3 and all(len(set(ids)) > 6 for ids in alone)
     for prompt, answer in zip(encoded, alone, strict=True):  # and by hand, without a cache
@@ -349,12 +349,11 @@ def test_strict_and_loose_checks_are_both_kept():
 
 def test_end_token_cuts_the_answer(home):
     model, tokenizer = tiny_model(), load_tokenizer()
-    tokenizer.padding_side = "left"
-    config = generation_config(tokenizer, "greedy", 12)
+    config = decoding_of(tokenizer, "greedy", 12)
     with tqdm(disable=True) as progress:
-        (free,) = generate(model, tokenizer, [[1, 50, 60]], config, 1, progress)
+        (free,) = generate(Decoder(model), [[1, 50, 60]], config, 1, progress)
         config.eos_token_id = free[3]
-        cut, other = generate(model, tokenizer, [[1, 50, 60], [1, 70]], config, 2, progress)
+        cut, other = generate(Decoder(model), [[1, 50, 60], [1, 70]], config, 2, progress)
     assert cut == free[: free.index(free[3]) + 1]
     assert len(other) == 12
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import (
@@ -210,6 +211,32 @@ def test_text_comes_back_and_holds_no_control_token(
     ):
         assert tokenizer.decode(ids) == text
         assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+# Where GPT-2's expression splits: contractions, runs of white space, signs, control characters.
+ASCII_TEXT = st.lists(
+    st.text(st.characters(max_codepoint=127), max_size=8)
+    | st.sampled_from((*SPECIAL, "  ", "\n\n", " don't", "'S", "it's", "\t", "\x1c", "_", "10")),
+    max_size=12,
+).map("".join)
+
+
+@given(parts=st.lists(st.lists(ASCII_TEXT | TEXT, max_size=4), max_size=3))
+@settings(max_examples=200)
+def test_encoding_by_words_is_encoding(
+    tokenizer: PreTrainedTokenizerFast, parts: list[list[str]]
+) -> None:
+    backend, known = tokenizer.backend_tokenizer, {}
+    for texts in parts:
+        found = encode_batch(backend, texts, special=False, known=known)
+        assert found == encode_batch(backend, texts, special=False)
+
+
+def test_other_tokenizers_are_not_encoded_by_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    (found,) = encode_batch(backend, ["word"], special=False, known={})
+    assert found == encode_batch(tokenizer.backend_tokenizer, [" word"], special=False)[0]
 
 
 # ---------------------------------------------------------------- batches

@@ -1,0 +1,138 @@
+"""What bench.py measured, as Markdown: for the screen, and for the README through report.py."""
+
+from collections.abc import Iterable
+
+METHODS = {"fft": "FFT", "lora_square": "LoRA, square r8", "lora_all": "LoRA, all-linear r8"}
+TRAINING_COLUMNS = ("size", "trained", "tokens/s", "of the matrix peak", "Trainer's tokens/s")
+TRAINING_COLUMNS += ("times as fast", "step beside FFT's", "compiling, s", "MiB", "Trainer's MiB")
+GENERATION_COLUMNS = ("prompts", "type", "tokens/s", "transformers' tokens/s", "times as fast")
+SWEEP_COLUMNS = ("batch", "trained", "tokens/s", "of the matrix peak", "GPU busy", "MiB")
+
+
+def bench_lines(result: dict) -> list[str]:
+    """Every table, between what they were measured on and what no table holds."""
+    lines = [machine_sentence(result), ""]
+    rows = [
+        training_row(size, method, measured)
+        for size, measured in result["training"].items()
+        for method in METHODS
+    ]
+    lines += [*table(TRAINING_COLUMNS, rows), "", peak_sentence(result["training"]), ""]
+    lines += [*table(GENERATION_COLUMNS, generation_rows(result["generation"])), ""]
+    lines += [generation_sentence(result["generation"]), "", *other_sentences(result)]
+    if "sweep" in result:
+        lines += ["", *table(SWEEP_COLUMNS, sweep_rows(result))]
+    return lines
+
+
+def table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; cells are Markdown already."""
+    header = list(header)
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+
+
+def machine_sentence(result: dict) -> str:
+    """Where, at which commit, and on what data."""
+    machine, data = result["machine"], result["data"]
+    where = machine["processor"]
+    if machine["device"] == "cpu":
+        where += f", {machine['threads']} threads"
+    commit = result["git"].get("commit", "unknown")[:7]
+    return (
+        f"`make bench`, at commit {commit} on {where}, in {result['dtype']}: batch "
+        f"{result['batch_size']}, {data['conversations']:,} conversations of "
+        f"{data['mean_tokens']:.0f} tokens in the mean and {data['max_tokens']} at most; medians "
+        "(smallest and largest)."
+    )
+
+
+def told_spread(values: dict[str, float]) -> str:
+    """`1,234 (1,200-1,300)`."""
+    return f"{values['median']:,.0f} ({values['min']:,.0f}-{values['max']:,.0f})"
+
+
+def training_row(size: str, method: str, measured: dict) -> list[str]:
+    """One row of `TRAINING_COLUMNS`."""
+    ours, theirs = (measured["arms"][f"{engine}/{method}"] for engine in ("ours", "trainer"))
+    full = measured["arms"]["ours/fft"]
+    speed, other = ours["tokens_per_second"], theirs["tokens_per_second"]
+    return [
+        f"{size}, {measured['parameters'] / 1e6:.1f}M",
+        METHODS[method],
+        told_spread(speed),
+        f"{ours['share_of_peak']:.0%}",
+        told_spread(other),
+        f"{speed['median'] / other['median']:.2f}",
+        f"{full['tokens_per_second']['median'] / speed['median']:.2f}",
+        f"{ours['compile_seconds']:.0f}",
+        f"{ours['peak_memory_bytes'] / 2**20:,.0f}",
+        f"{theirs['peak_memory_bytes'] / 2**20:,.0f}",
+    ]
+
+
+def peak_sentence(training: dict) -> str:
+    """What the matrix peak is at each size."""
+    peaks = [
+        f"{measured['peak_flops_per_second']['median'] / 1e9:,.0f} at {size}"
+        for size, measured in training.items()
+    ]
+    return f"The matrix peak, in GFLOP/s at a step's own shapes: {', '.join(peaks)}."
+
+
+def generation_rows(generation: dict) -> list[list[str]]:
+    """The rows of `GENERATION_COLUMNS`."""
+    rows = []
+    for way, title in {"alone": "1", "batch": str(generation["prompts"])}.items():
+        for dtype, engines in generation[way].items():
+            ours, theirs = engines["ours"], engines["transformers"]
+            ratio = ours["median"] / theirs["median"]
+            rows.append([title, dtype, told_spread(ours), told_spread(theirs), f"{ratio:.2f}"])
+    return rows
+
+
+def generation_sentence(generation: dict) -> str:
+    """What was generated."""
+    return (
+        f"Generation at {generation['size']}, greedy: {generation['new_tokens']} tokens after "
+        f"prompts of {generation['mean_prompt_tokens']:.0f} in the mean, the same weights."
+    )
+
+
+def other_sentences(result: dict) -> list[str]:
+    """Start, tokenizing and loading, a sentence each."""
+    start, tokens, loader = result["startup"], result["tokenizing"], result["loader"]
+    loading = ", ".join(f"{time:.1f} ms with {count}" for count, time in loader.items())
+    return [
+        f"From a process's start to its first step: {start['cold']:.1f} s, {start['warm']:.1f} s "
+        "with tokens cached; that step, which compiles, took "
+        f"{start['cold_first_step']:.1f} s, {start['warm_first_step']:.1f} s with code cached.",
+        f"Tokenizing: {tokens['ours']:.1f} MB/s from JSONL to the cache, "
+        f"{tokens['encode_batch']:.1f} MB/s by the tokenizer's own `encode_batch` alone.",
+        f"Loading a step's batch, by data processes: {loading}.",
+    ]
+
+
+def sweep_rows(result: dict) -> list[list[str]]:
+    """The rows of `SWEEP_COLUMNS`."""
+    sweep, rows = result["sweep"], []
+    measured = result["training"][sweep["size"]]
+    for batch, methods in sweep["batches"].items():
+        for method, found in methods.items():
+            share = found["tokens_per_second"]["median"] * flops_per_token(method, measured)
+            busy = found["gpu_utilization"]
+            rows.append(
+                [
+                    batch,
+                    METHODS[method],
+                    told_spread(found["tokens_per_second"]),
+                    f"{share / measured['peak_flops_per_second']['median']:.0%}",
+                    "-" if busy is None else f"{busy:.0%}",
+                    f"{found['peak_memory_bytes'] / 2**20:,.0f}",
+                ]
+            )
+    return rows
+
+
+def flops_per_token(method: str, measured: dict) -> int:
+    """Model FLOPs of training on a token: 6 N, or 4 N where the N weights are frozen."""
+    return (6 if method == "fft" else 4) * measured["parameters"]

@@ -1,0 +1,143 @@
+"""The benchmark: its data, its arithmetic, its tables by hand, and a run at a tiny shape."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.lm_dataset import DataError, load_dataset
+from evaluation import bench
+from evaluation.bench import (
+    PEFT_TARGETS,
+    SIZES,
+    arm_result,
+    in_turns,
+    matrix_shapes,
+    parse_args,
+    training_result,
+    work,
+    write_random_data,
+)
+from evaluation.bench_tables import bench_lines
+from model.model_lora import find_targets
+from model.model_minimind import (
+    TOKENIZER_DIR,
+    MiniMindForCausalLM,
+    load_tokenizer,
+    minimind_config,
+    save_model,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny weights and short data."""
+    folder = tmp_path_factory.mktemp("bench")
+    torch.manual_seed(0)
+    save_model(
+        MiniMindForCausalLM(minimind_config(**SIZES["tiny"])), TOKENIZER_DIR, folder / "tiny"
+    )
+    write_random_data(folder / "data.jsonl", 40)
+    return folder
+
+
+def test_random_conversations_have_the_lengths_that_the_script_tells_of(tmp_path):
+    data = write_random_data(tmp_path / "data.jsonl", 400)
+    lengths = load_dataset("sft", [data], load_tokenizer(), 340, tmp_path / "cache").lengths
+    assert lengths.mean() == pytest.approx(276, abs=3)
+    assert np.percentile(lengths, [10, 50]) == pytest.approx([165, 305], abs=6)
+    assert lengths.max() == 340
+
+
+def test_matrix_shapes_hold_every_matrix_weight():
+    # All parameters of the default but its norms: 17 of 512.
+    count = sum(inputs * outputs * many for inputs, outputs, many in matrix_shapes("base"))
+    assert count == 25_829_888 - 17 * 512
+
+
+def test_peft_adapts_the_modules_that_ours_adapts():
+    model = MiniMindForCausalLM(minimind_config(**SIZES["tiny"]))
+    for method, targets in bench.LORA_TARGETS.items():
+        ours = {name.rpartition(".")[2] for name in find_targets(model, targets)}
+        assert ours - {"lm_head"} == set(PEFT_TARGETS[method])
+
+
+def test_ours_and_trainer_take_the_same_steps_in_turns(folder):
+    """Same weights, batches and loss: the first losses agree, and so do the numbers of tokens."""
+    args = parse_args(["--batch_size", "4", "--device", "cpu"])
+    arms = ["peak/tiny", "ours/lora_square", "trainer/lora_square"]
+    works = [work(args, folder, "tiny", arm, [folder / "data.jsonl"]) for arm in arms]
+    said = in_turns(works, 1, folder)
+    peak, ours, theirs = (said[arm] for arm in arms)
+    assert len(ours) == len(theirs) == len(peak) == bench.WARM_UP + 1
+    assert [step["tokens"] for step in ours] == [step["tokens"] for step in theirs]
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=2e-3)
+    assert all(step["flops_per_second"] > 0 for step in peak)
+
+
+def step(seconds: float, tokens: int = 100) -> dict:
+    return {"seconds": seconds, "tokens": tokens, "loss": 2.0, "peak_memory_bytes": 2**20}
+
+
+def test_steps_come_to_medians_by_hand():
+    steps = [step(9.0), step(2.0), step(2.0), step(2.0), step(1.0), step(4.0)]
+    found = arm_result(steps, flops_per_token=6_000, peak=600_000.0)
+    assert found["tokens_per_second"] == {"median": 50, "min": 25, "max": 100}
+    assert found["share_of_peak"] == pytest.approx(0.5)
+    assert found["compile_seconds"] == pytest.approx(13 - 3 * 100 / 50)
+
+
+def test_arms_of_different_batches_are_not_compared(folder):
+    peak = [{"flops_per_second": 1.0}] * 4
+    said = {"peak/tiny": peak, "ours/fft": [step(1.0)] * 4, "trainer/fft": [step(1.0, 99)] * 4}
+    with pytest.raises(DataError, match="tiny: the arms took different batches"):
+        training_result(folder / "tiny", said)
+
+
+def test_tables_by_hand():
+    def arm(speed: float, memory: int) -> dict:
+        spread = {"median": speed, "min": speed - 10, "max": speed + 10}
+        found = {"tokens_per_second": spread, "share_of_peak": 0.745, "compile_seconds": 12.4}
+        return found | {"peak_memory_bytes": memory * 2**20}
+
+    methods = {"fft": (1000, 500), "lora_square": (2000, 800), "lora_all": (1250, 500)}
+    arms = {}
+    for method, (ours, theirs) in methods.items():
+        arms |= {f"ours/{method}": arm(ours, 900), f"trainer/{method}": arm(theirs, 1100)}
+    flops = {"median": 3.7e11, "min": 3.6e11, "max": 3.8e11}
+    speeds = {"ours": {"median": 250, "min": 240, "max": 260}}
+    speeds["transformers"] = {"median": 100, "min": 90, "max": 110}
+    one = {"tokens_per_second": {"median": 37_000, "min": 1, "max": 2}, "gpu_utilization": 0.31}
+    result = {
+        "git": {"commit": "0123456789"},
+        "machine": {"device": "cpu", "processor": "A chip", "threads": 2},
+        "dtype": "bfloat16",
+        "batch_size": 32,
+        "data": {"conversations": 2000, "mean_tokens": 276.4, "max_tokens": 340},
+        "training": {
+            "base": {"parameters": 1_000_000, "peak_flops_per_second": flops, "arms": arms}
+        },
+        "generation": {"size": "base", "prompts": 100, "new_tokens": 64, "mean_prompt_tokens": 26.3}
+        | {"alone": {"float32": speeds}, "batch": {"bfloat16": speeds}},
+        "startup": {"cold": 5.0, "warm": 4.0, "cold_first_step": 30.0, "warm_first_step": 9.0},
+        "tokenizing": {"ours": 7.25, "encode_batch": 5.0},
+        "loader": {"0": 1.5, "2": 0.75},
+        "sweep": {"size": "base", "batches": {"1": {"fft": one | {"peak_memory_bytes": 2**30}}}},
+    }
+    lines = bench_lines(result)
+    assert lines[0].startswith("`make bench`, at commit 0123456 on A chip, 2 threads, in bfloat16")
+    for line in (
+        "| base, 1.0M | FFT | 1,000 (990-1,010) | 74% | 500 (490-510) | 2.00 | 1.00 | 12 | 900 | "
+        "1,100 |",
+        "| base, 1.0M | LoRA, square r8 | 2,000 (1,990-2,010) | 74% | 800 (790-810) | 2.50 | 0.50 "
+        "| 12 | 900 | 1,100 |",
+        "The matrix peak, in GFLOP/s at a step's own shapes: 370 at base.",
+        "| 1 | float32 | 250 (240-260) | 100 (90-110) | 2.50 |",
+        "| 100 | bfloat16 | 250 (240-260) | 100 (90-110) | 2.50 |",
+        "Loading a step's batch, by data processes: 1.5 ms with 0, 0.8 ms with 2.",
+        # 37,000 tokens of 6 million FLOPs are 60% of 370 GFLOP/s.
+        "| 1 | FFT | 37,000 (1-2) | 60% | 31% | 1,024 |",
+    ):
+        assert line in lines, line
+    assert json.dumps(result)

@@ -1,0 +1,148 @@
+"""The generation loop against transformers' ``generate``, and its pieces against known values."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+from transformers.generation.logits_process import TopPLogitsWarper
+
+from model import generation
+from model.generation import (
+    Decoder,
+    Decoding,
+    Group,
+    choose,
+    continue_prompts,
+    effective_weight,
+    generate,
+    group_prompts,
+    kept_groups,
+    nucleus,
+    shared_length,
+)
+from model.model_lora import LoraSettings, apply_lora, merge_lora
+from model.model_minimind import MiniMindForCausalLM, minimind_config
+from tests.tiny import tiny_model
+
+PROMPTS = [[1, 9, 50, 60], [1, 9, 90, 91, 92, 93, 94, 95, 96], [1, 9, 70], [1, 9, 50, 61]]
+
+
+def no_draws(prompts: list[list[int]], steps: int) -> torch.Tensor:
+    """Draws for greedy decoding, which reads none of them."""
+    return torch.full((len(prompts), steps), torch.nan)
+
+
+def alone(model: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
+    """transformers' greedy answer to one prompt."""
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=steps, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("group_tokens", [1, 8, 512])  # a prompt at a time, some, all at once
+def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, monkeypatch):
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
+    torch.manual_seed(0)
+    config = minimind_config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, qk_norm=qk_norm,
+    )  # fmt: skip
+    model = MiniMindForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8)
+    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(config).eval()
+    reference.load_state_dict(model.state_dict())
+    answers = generate(Decoder(model), PROMPTS, Decoding(12), no_draws(PROMPTS, 12))
+    assert answers == [alone(reference, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
+
+
+def test_an_adapted_model_continues_as_its_own_forward_pass():
+    model = tiny_model()
+    settings = LoraSettings(rank=4, alpha=8.0, targets="all-linear", train_tokens=(1, 2))
+    apply_lora(model, settings)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("lora_B", "rows")):
+            parameter.data.normal_()
+    unmerged = generate(Decoder(model), PROMPTS, Decoding(8), no_draws(PROMPTS, 8))
+    assert unmerged == [alone(model, prompt, 8) for prompt in PROMPTS]
+    assert unmerged != generate(Decoder(tiny_model()), PROMPTS, Decoding(8), no_draws(PROMPTS, 8))
+    layer = model.model.layers[0].self_attn.q_proj
+    before = effective_weight(layer)
+    merge_lora(model)
+    assert torch.equal(effective_weight(layer), before)
+
+
+def test_answers_end_at_the_end_token_and_leave_the_batch(monkeypatch):
+    decoder = Decoder(tiny_model())
+    free = generate(decoder, PROMPTS, Decoding(12), no_draws(PROMPTS, 12))
+    end = free[1][2]
+    widths = []
+    logits = Decoder.logits
+
+    def spy(self: Decoder, ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        widths.append(len(ids))
+        return logits(self, ids, *rest)
+
+    monkeypatch.setattr(Decoder, "logits", spy)
+    ended = generate(decoder, PROMPTS, Decoding(12, eos_token_id=end), no_draws(PROMPTS, 12))
+    assert ended == [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
+    assert len(ended[1]) == 3 and widths[-1] < len(PROMPTS)
+
+
+def test_an_answer_streams_token_by_token():
+    decoder, prompts = Decoder(tiny_model()), PROMPTS[:1]
+    steps = list(continue_prompts(decoder, prompts, Decoding(5), no_draws(prompts, 5)))
+    (answer,) = generate(decoder, prompts, Decoding(5), no_draws(prompts, 5))
+    assert steps == [[(0, token)] for token in answer]
+
+
+def test_a_sampled_answer_depends_on_its_own_draws_only():
+    decoder = Decoder(tiny_model())
+    decoding = Decoding(12, do_sample=True, temperature=0.85, top_p=0.85)
+    draws = torch.rand(len(PROMPTS), 12, generator=torch.Generator().manual_seed(3))
+    together = generate(decoder, PROMPTS, decoding, draws)
+    assert together == generate(decoder, PROMPTS, decoding, draws)
+    for row, prompt in enumerate(PROMPTS):
+        assert generate(decoder, [prompt], decoding, draws[row : row + 1]) == [together[row]]
+
+
+@pytest.mark.parametrize("likely", [4, 256])  # few are enough for some rows, or for all
+@pytest.mark.parametrize("top_p", [0.3, 0.85, 0.999])
+def test_nucleus_is_that_of_transformers(top_p, likely, monkeypatch):
+    monkeypatch.setattr(generation, "LIKELY_TOKENS", likely)
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
+    expected = TopPLogitsWarper(top_p)(None, logits).softmax(dim=-1)
+    found = nucleus(logits.softmax(dim=-1), top_p)
+    assert torch.allclose(found / found.sum(dim=-1, keepdim=True), expected, atol=1e-6)
+
+
+def test_draws_choose_tokens_by_cumulated_probability():
+    # By hand: logits / 0.5 give probabilities .5, 0, .3, .2 in this order.
+    logits = torch.tensor([0.5, 0.0, 0.3, 0.2]).log() * 0.5
+    draws = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2**-24])
+    decoding = Decoding(1, do_sample=True, temperature=0.5)
+    chosen = choose(logits.expand(6, 4), decoding, draws)
+    assert chosen.tolist() == [0, 0, 2, 2, 3, 3]
+    # A nucleus of .7 holds the first and the third, .625 and .375 of it.
+    decoding.top_p = 0.7
+    draws = torch.tensor([0.62, 0.63, 1 - 2**-24])
+    assert choose(logits.expand(3, 4), decoding, draws).tolist() == [0, 2, 2]
+    assert choose(logits.expand(3, 4), Decoding(1), draws).tolist() == [0, 0, 0]
+
+
+def test_groups():
+    assert shared_length(PROMPTS) == 2
+    assert shared_length([[1, 2], [1, 2]]) == 1  # a token of each is left to be read
+    prompts = [[0] * length for length in (200, 240, 300, 900)]
+    assert group_prompts(prompts, 0) == [
+        Group(slice(0, 2), 660),
+        Group(slice(2, 3), 600),
+        Group(slice(3, 4), 0),
+    ]
+    kept = torch.tensor([False, True, False, True])
+    assert kept_groups(group_prompts(prompts, 0), kept) == [
+        Group(slice(0, 1), 660),
+        Group(slice(1, 2), 0),
+    ]
