@@ -21,10 +21,14 @@ model that was never fine-tuned included. For each, `evaluation/model_outputs/<n
     nll.json             with --nll_data or --text_nll_data: NLL by sequence, for paired comparisons
     translations.jsonl   every translation of prompts and outputs, kept for good
 
-The same command writes the same bytes. Translations are made by --translator, or by hand in
-samples.jsonl (see evaluation/translations.py). The measures are defined in evaluation/metrics.py
-and evaluation/likelihood.py; those that evaluation/calibration.json found unable to tell reference
-answers from controls are not shown. The row "references" measures the reference answers.
+With --rates_only it receives rates_<prompts>.json alone: results.json's content and no text, for
+prompts that must not be published.
+
+The same command with as many threads writes the same bytes on the same machine. Translations are
+made by --translator, or by hand in samples.jsonl (see evaluation/translations.py). The measures are
+defined in evaluation/metrics.py and likelihood.py; those that evaluation/calibration.json
+found unable to tell reference answers from controls are not shown. The row "references" measures
+the reference answers.
 
 With several models, the table of differences compares each with the first, prompt by prompt. The
 Wilson intervals treat answers as independent; with several seeds, read the differences' instead.
@@ -71,6 +75,7 @@ from evaluation.outputs import (
     table_rows,
     write_nll,
     write_outputs,
+    write_rates,
 )
 from evaluation.probe import (
     DECODINGS,
@@ -126,15 +131,18 @@ def run_probes(args: argparse.Namespace) -> None:
     """Probes every model given, writes its folder, and prints the comparison."""
     checkpoints = [find_checkpoint(path) for path in args.model]
     prompts = read_prompts(args.prompts, args.limit)
-    stores = [read_store(args.output_dir / found.name, prompts) for found in checkpoints]
+    folders = [args.output_dir / found.name for found in checkpoints]
+    stores = [{} if args.rates_only else read_store(folder, prompts) for folder in folders]
     probe = prepare(checkpoints, prompts, args)
     probed = []
-    for checkpoint, store in zip(checkpoints, stores, strict=True):
+    for checkpoint, folder, store in zip(checkpoints, folders, stores, strict=True):
         found = probe_checkpoint(checkpoint, probe, args)
-        translate_samples(found.samples, store, probe.translator)
-        folder = args.output_dir / checkpoint.name
-        write_store(folder, store)
-        write_outputs(folder, checkpoint.name, found.samples, found.results)
+        if args.rates_only:
+            write_rates(folder, args.prompts, found.results)
+        else:
+            translate_samples(found.samples, store, probe.translator)
+            write_store(folder, store)
+            write_outputs(folder, checkpoint.name, found.samples, found.results)
         write_nll(folder, provenance(checkpoint) | compute(args), found.nll)
         probed.append(found)
     print_table([row for found in probed for row in table_rows(found.name, found.results)])
@@ -269,6 +277,7 @@ def compute(args: argparse.Namespace) -> dict:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": torch.device(args.device).type,
+        "threads": torch.get_num_threads(),
     }
 
 

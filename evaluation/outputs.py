@@ -188,6 +188,13 @@ def write_outputs(folder: Path, name: str, samples: list[dict], results: dict) -
     write_text(folder / "results.json", shown(text) + "\n")
 
 
+def write_rates(folder: Path, prompts: Path, results: dict) -> None:
+    """rates_<prompts>.json, named after the file of the prompts: `results`, and no text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    write_text(folder / f"rates_{prompts.name.split('.')[0]}.json", shown(text) + "\n")
+
+
 def write_nll(folder: Path, provenance: dict, nll: dict[str, dict | None]) -> None:
     """nll.json: each NLL with nats and tokens of its sequences; nothing if none was measured."""
     if not any(nll.values()):
