@@ -70,6 +70,7 @@ from evaluation.outputs import (
     NLL_COLUMNS,
     difference_rows,
     nll_row,
+    print_nll_counts,
     print_rows,
     print_table,
     table_rows,
@@ -140,12 +141,14 @@ def run_probes(args: argparse.Namespace) -> None:
         if args.rates_only:
             write_rates(folder, args.prompts, found.results)
         else:
-            translate_samples(found.samples, store, probe.translator)
+            cut = translate_samples(found.samples, store, probe.translator)
+            found.results["provenance"]["translations_cut"] = cut
             write_store(folder, store)
             write_outputs(folder, checkpoint.name, found.samples, found.results)
         write_nll(folder, provenance(checkpoint) | compute(args), found.nll)
         probed.append(found)
     print_table([row for found in probed for row in table_rows(found.name, found.results)])
+    print_nll_counts(probed[0].nll)  # the same data for all
     print_differences(probed, probe.hidden)
 
 
@@ -229,12 +232,20 @@ def without_sequences(nll: dict) -> dict:
     return {name: value for name, value in nll.items() if name != "sequences"}
 
 
-def translate_samples(samples: list[dict], store: Store, translator: Translator | None) -> None:
-    """Fills the translation slots from what is known, and from `translator`."""
+def translate_samples(samples: list[dict], store: Store, translator: Translator | None) -> int:
+    """Fills the translation slots from what is known, and from `translator`.
+
+    Returns:
+        How many lines were too long for the translator, and cut.
+    """
     fill_slots(samples, store)
-    if translator:
-        translate_missing(samples, store, translator)
-        fill_slots(samples, store)
+    if not translator:
+        return 0
+    cut = translate_missing(samples, store, translator)
+    fill_slots(samples, store)
+    if cut:
+        print(f"--translator: {cut} lines were longer than it reads or writes, and were cut")
+    return cut
 
 
 def provenance(checkpoint: Checkpoint) -> dict:
@@ -313,6 +324,7 @@ def run_nll(args: argparse.Namespace) -> None:
         write_nll(args.output_dir / checkpoint.name, provenance(checkpoint) | compute(args), nll)
         probed.append(Probed(checkpoint.name, [], nll, {}))
     print_rows(NLL_COLUMNS, [nll_row(found.name, found.nll) for found in probed])
+    print_nll_counts(probed[0].nll)
     print_differences(probed, hidden=[])
 
 

@@ -29,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
-from evaluation.outputs import inline
+from evaluation.outputs import inline, markdown_table
 from evaluation.page.build import page_html
 from evaluation.plots import figures
 from evaluation.records import (
     DECODINGS,
     STUDY_FOLDER,
     Record,
+    Recovery,
     best_run,
     families,
     measured_rates,
@@ -186,12 +187,6 @@ def replace_block(text: str, name: str, lines: list[str], where: str) -> str:
     return pattern.sub(lambda _: block, text)
 
 
-def markdown_table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table; cells are Markdown already."""
-    header = list(header)
-    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
-
-
 def figure_line(name: str, drawn: Iterable[str], alt: str) -> list[str]:
     """The figure called `name`, if it was drawn."""
     return [f"![{alt}](evaluation/figures/{name})", ""] if name in drawn else []
@@ -275,7 +270,7 @@ def family_title(base: Record) -> str:
     )
 
 
-def run_row(record: Record, shares: dict[str, float], rates: dict[str, str]) -> list[str]:
+def run_row(record: Record, shares: dict[str, Recovery], rates: dict[str, str]) -> list[str]:
     """One row of `RUN_COLUMNS` and `rates`."""
     name = record.name
     outputs = f"evaluation/model_outputs/{quote(name)}/samples.md"
@@ -288,9 +283,19 @@ def run_row(record: Record, shares: dict[str, float], rates: dict[str, str]) -> 
         short(peak_rate(record)) if trained else "-",
         whole(trained.get("step")),
         "-" if record.nll is None else f"{record.nll:.3f}",
-        f"{shares[name]:.2f}" if name in shares else "-",
+        recovery_cell(shares.get(name)),
         *(rates_cell(record, key) for key in rates),
     ]
+
+
+def recovery_cell(found: Recovery | None) -> str:
+    """R with its 95% interval, such as `0.53 [0.51, 0.55]`; `-` where it is not defined."""
+    if found is None:
+        return "-"
+    interval = found.interval
+    return f"{found.share:.2f}" + (
+        f" [{interval.low:.2f}, {interval.high:.2f}]" if interval else ""
+    )
 
 
 def whole(number: int | None) -> str:

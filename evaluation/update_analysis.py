@@ -72,6 +72,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from evaluation.checkpoints import checkpoint_name
 from evaluation.spectra import (
     amplification,
     describe_intruders,
@@ -142,11 +143,6 @@ class Update:
     tokenizer_dir: Path
 
 
-def run_name(path: Path) -> str:
-    """A folder's name, or a .pth file's without its ending."""
-    return path.resolve().name.removesuffix(".pth")
-
-
 def named_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """Every weight in float64, a tied head once."""
     tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
@@ -190,7 +186,7 @@ def load_update(base: Base, path: Path) -> Update:
         raise CheckpointError(f"{path}: has the weights of {base.path}; there is no update")
     folder = base.path if is_adapter else path
     tokenizer_dir = folder if folder.is_dir() else TOKENIZER_DIR
-    return Update(run_name(path), weights_fingerprint(model), delta, lora_a, tokenizer_dir)
+    return Update(checkpoint_name(path), weights_fingerprint(model), delta, lora_a, tokenizer_dir)
 
 
 def check_base(base: Base, tuned: Path) -> None:
@@ -533,7 +529,11 @@ def write_variant(variant: Variant, base: Base, update: Update, folder: Path) ->
     record = {
         "status": "completed",
         "stage": "update_analysis",
-        "settings": {"base": run_name(base.path), "tuned": update.name, "change": variant.how},
+        "settings": {
+            "base": checkpoint_name(base.path),
+            "tuned": update.name,
+            "change": variant.how,
+        },
         "base_fingerprint": base.fingerprint,
         "tuned_fingerprint": update.fingerprint,
         "squared_norm_over_tuned": rounded(kept),
@@ -608,7 +608,7 @@ def provenance(base: Base, updates: dict[str, Update], seed: int | None) -> dict
         for role, update in updates.items()
     }
     return {
-        "base": {"name": run_name(base.path), "sha256": base.fingerprint},
+        "base": {"name": checkpoint_name(base.path), "sha256": base.fingerprint},
         **runs,
         "seed": seed,
         "torch": torch.__version__,
