@@ -22,6 +22,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -205,10 +206,38 @@ def runs_block(records: list[Record], rates: dict[str, str], drawn: Iterable[str
         for note, alike in probed_alike(probed).items():
             rows = [run_row(record, shares, rates) for record in alike]
             lines += [*markdown_table(columns, rows), "", *wrapped(note), ""]
+        lines += rates_only_lines(members, rates)
         lines += figure_line(f"rates_{base}.svg", drawn, f"Rates with 95% intervals, from {base}")
         lines += figure_line(f"curves_{base}.svg", drawn, f"Loss curves of runs from {base}")
         lines += figure_line(f"spectra_{base}.svg", drawn, f"Energy by rank of updates of {base}")
     return lines[:-1]
+
+
+def rates_only_lines(members: list[Record], rates: dict[str, str]) -> list[str]:
+    """A table with intervals for every set of prompts whose text is not published."""
+    probes = [
+        replace(record, results=results) for record in members for results in record.rates_only
+    ]
+    lines = []
+    for note, alike in probed_alike(probes).items():
+        keys = [
+            key
+            for key in rates
+            if any(rate_of_answers(r, d, key) for r in alike for d in DECODINGS)
+        ]
+        rows = [[inline(r.name), *(interval_cell(r, key) for key in keys)] for r in alike]
+        lines += [*markdown_table(["checkpoint", *(rates[key] for key in keys)], rows), ""]
+        lines += [*wrapped(f"{note} In brackets: 95% Wilson intervals over prompts."), ""]
+    return lines
+
+
+def interval_cell(record: Record, key: str) -> str:
+    """A rate under each of `DECODINGS` with its interval, such as `43% [39, 48] / 25% [21, 29]`."""
+    measured = [rate_of_answers(record, decoding, key) for decoding in DECODINGS]
+    return " / ".join(
+        f"{100 * r['rate']:.0f}% [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" if r else "-"
+        for r in measured
+    )
 
 
 def wrapped(text: str) -> list[str]:

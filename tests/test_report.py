@@ -111,6 +111,16 @@ def test_recovery_has_an_interval_where_nll_by_conversation_is_kept():
     assert (found.share, found.interval.low, found.interval.high) == pytest.approx((0.5, 0.5, 1.0))
 
 
+def test_rates_of_unpublished_prompts_are_told_with_intervals(tmp_path):
+    root = make_tree(tmp_path)
+    probe = results_of(None) | {"nll": None}
+    path = root / "evaluation" / "model_outputs" / "fft" / "rates_private.json"
+    path.write_text(json.dumps(probe))
+    text = build(root)[root / "README.md"]
+    assert "| checkpoint | check passed | never stops | loops | blank |" in text
+    assert "| fft | 0% [0, 79] / 0% [0, 79] | 33% [6, 79] / 33% [6, 79] |" in text
+
+
 def test_a_changed_copy_is_compared_with_what_it_was_made_of(tmp_path):
     settings = {"base": "base", "tuned": "fft", "change": "dW of the linears cut to rank 8"}
     run = {"stage": "update_analysis", "status": "completed", "settings": settings}
@@ -460,7 +470,7 @@ def test_page_data_by_hand(tmp_path):
         "decoding": "greedy",
         "tokens": 16,
         "text": ["Lyon."],
-        "check": "failed",
+        "check": "passed loosely",
     }
     assert base["outputs"][0]["flags"] == ["blank"]
     assert lora["outputs"][3]["seed"] == 0
