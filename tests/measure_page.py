@@ -23,7 +23,7 @@ from tests.report_data import results_of, run_record
 from tests.test_page import CHROMIUM, FLAGS
 
 CHECKPOINTS, OUTPUTS, VISITS = 20, 200, 5
-WORDS = [
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "told", "of", "rivers", "kings", "rain")
     "the",
     "cat",
     "sat",
