@@ -24,24 +24,6 @@ from tests.test_page import CHROMIUM, FLAGS
 
 CHECKPOINTS, OUTPUTS, VISITS = 20, 200, 5
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "told", "of", "rivers", "kings", "rain")
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "told",
-    "of",
-    "rivers,",
-    "kings",
-    "and",
-    "rain",
-    "in",
-    "an",
-    "old",
-    "town",
-]
 PAINTED = """() => new Promise((done) => {
   const frame = () => setTimeout(() => done(performance.now()));
   requestAnimationFrame(frame);
