@@ -354,8 +354,10 @@ def share_recovered(base: Record, tuned: Record, full: Record) -> Recovery | Non
     """
     share = recovery(base.nll, tuned.nll, full.nll)
     nlls = [record.results["nll"] for record in (base, tuned, full)]
-    if share is None or not all("sequences" in nll for nll in nlls):
-        return None if share is None else Recovery(share, None)
+    if share is None:
+        return None
+    if tuned is full or not all("sequences" in nll for nll in nlls):  # 1 by definition has none
+        return Recovery(share, None)
     of_base, of_tuned, of_full = (np.array(nll["sequences"])[:, 0] for nll in nlls)
     return Recovery(share, ratio_interval(of_base - of_tuned, of_base - of_full))
 
