@@ -414,7 +414,11 @@ def test_the_loop_is_a_piece_of_its_own():
         "",
     ]
     assert text_parts(sample("story-01", "no loop"), marks_loop=True) == ["no loop"]
-    assert text_parts(sample("story-01", "a\u200bb")) == ["a\\u200bb"] == [shown("a\u200bb")]
+    assert (
+        text_parts(sample("story-01", "a\u200bb"), marks_loop=True)
+        == ["a\\u200bb"]
+        == [shown("a\u200bb")]
+    )
 
 
 def test_special_tokens_do_not_hide_a_loop():
