@@ -21,10 +21,14 @@ model that was never fine-tuned included. For each, `evaluation/model_outputs/<n
     nll.json             with --nll_data or --text_nll_data: NLL by sequence, for paired comparisons
     translations.jsonl   every translation of prompts and outputs, kept for good
 
-The same command writes the same bytes. Translations are made by --translator, or by hand in
-samples.jsonl (see evaluation/translations.py). The measures are defined in evaluation/metrics.py
-and evaluation/likelihood.py; those that evaluation/calibration.json found unable to tell reference
-answers from controls are not shown. The row "references" measures the reference answers.
+With --rates_only it receives rates_<prompts>.json alone: results.json's content and no text, for
+prompts that must not be published.
+
+The same command with as many threads writes the same bytes on the same machine. Translations are
+made by --translator, or by hand in samples.jsonl (see evaluation/translations.py). The measures are
+defined in evaluation/metrics.py and likelihood.py; those that evaluation/calibration.json
+found unable to tell reference answers from controls are not shown. The row "references" measures
+the reference answers.
 
 With several models, the table of differences compares each with the first, prompt by prompt. The
 Wilson intervals treat answers as independent; with several seeds, read the differences' instead.
@@ -67,11 +71,13 @@ from evaluation.outputs import (
     NLL_COLUMNS,
     difference_rows,
     nll_row,
+    print_nll_counts,
     print_rows,
     print_table,
     table_rows,
     write_nll,
     write_outputs,
+    write_rates,
 )
 from evaluation.probe import (
     DECODINGS,
@@ -127,18 +133,23 @@ def run_probes(args: argparse.Namespace) -> None:
     """Probes every model given, writes its folder, and prints the comparison."""
     checkpoints = [find_checkpoint(path) for path in args.model]
     prompts = read_prompts(args.prompts, args.limit)
-    stores = [read_store(args.output_dir / found.name, prompts) for found in checkpoints]
+    folders = [args.output_dir / found.name for found in checkpoints]
+    stores = [{} if args.rates_only else read_store(folder, prompts) for folder in folders]
     probe = prepare(checkpoints, prompts, args)
     probed = []
-    for checkpoint, store in zip(checkpoints, stores, strict=True):
+    for checkpoint, folder, store in zip(checkpoints, folders, stores, strict=True):
         found = probe_checkpoint(checkpoint, probe, args)
-        translate_samples(found.samples, store, probe.translator)
-        folder = args.output_dir / checkpoint.name
-        write_store(folder, store)
-        write_outputs(folder, checkpoint.name, found.samples, found.results)
+        if args.rates_only:
+            write_rates(folder, args.prompts, found.results)
+        else:
+            cut = translate_samples(found.samples, store, probe.translator)
+            found.results["provenance"]["translations_cut"] = cut
+            write_store(folder, store)
+            write_outputs(folder, checkpoint.name, found.samples, found.results)
         write_nll(folder, provenance(checkpoint) | compute(args), found.nll)
         probed.append(found)
     print_table([row for found in probed for row in table_rows(found.name, found.results)])
+    print_nll_counts(probed[0].nll)  # the same data for all
     print_differences(probed, probe.hidden)
 
 
@@ -222,12 +233,20 @@ def without_sequences(nll: dict) -> dict:
     return {name: value for name, value in nll.items() if name != "sequences"}
 
 
-def translate_samples(samples: list[dict], store: Store, translator: Translator | None) -> None:
-    """Fills the translation slots from what is known, and from `translator`."""
+def translate_samples(samples: list[dict], store: Store, translator: Translator | None) -> int:
+    """Fills the translation slots from what is known, and from `translator`.
+
+    Returns:
+        How many lines were too long for the translator, and cut.
+    """
     fill_slots(samples, store)
-    if translator:
-        translate_missing(samples, store, translator)
-        fill_slots(samples, store)
+    if not translator:
+        return 0
+    cut = translate_missing(samples, store, translator)
+    fill_slots(samples, store)
+    if cut:
+        print(f"--translator: {cut} lines were longer than it reads or writes, and were cut")
+    return cut
 
 
 def provenance(checkpoint: Checkpoint) -> dict:
@@ -270,6 +289,7 @@ def compute(args: argparse.Namespace) -> dict:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": torch.device(args.device).type,
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -305,6 +325,7 @@ def run_nll(args: argparse.Namespace) -> None:
         write_nll(args.output_dir / checkpoint.name, provenance(checkpoint) | compute(args), nll)
         probed.append(Probed(checkpoint.name, [], nll, {}))
     print_rows(NLL_COLUMNS, [nll_row(found.name, found.nll) for found in probed])
+    print_nll_counts(probed[0].nll)
     print_differences(probed, hidden=[])
 
 

@@ -8,13 +8,16 @@ import torch
 from dataset.command_line import Parser, check_writable, refuse_ignored
 from evaluation.checkpoints import checkpoint_name
 from evaluation.probe import DECODINGS
+from evaluation.prompts import PROMPTS_FILE
 from trainer.arguments import OUT_DIR
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PROMPTS_FILE = REPOSITORY / "evaluation" / "qualitative_prompts.md"
 OUTPUT_DIR = REPOSITORY / "evaluation" / "model_outputs"
 # Flags by what they are for; a mode refuses those that it would not read.
-ASKING = ("prompts", "limit", "judge", "translator", "decoding", "seeds", "max_new_tokens")
+ASKING = (
+    *("prompts", "limit", "judge", "translator", "rates_only"),
+    *("decoding", "seeds", "max_new_tokens"),
+)
 CHATTING = {"decoding", "seeds", "max_new_tokens"}
 MEASURING = ("nll_data", "text_nll_data", "max_seq_len")
 COMPUTING = ("tokenizer_path", "batch_size", "device", "dtype", "output_dir")
@@ -96,6 +99,11 @@ def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=Path, default=OUTPUT_DIR, help="(default: evaluation/model_outputs)"
     )
+    parser.add_argument(
+        "--rates_only",
+        action="store_true",
+        help="write rates_<prompts>.json and no text, for prompts that must not be published",
+    )
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -154,6 +162,8 @@ def check_mode(parser: Parser, args: argparse.Namespace) -> None:
     measured = args.nll_data or args.text_nll_data
     if args.no_generation and not measured:
         parser.error("--no_generation measures NLL: name --nll_data or --text_nll_data")
+    if args.rates_only:
+        refuse_ignored(args, parser, ("translator",), "--rates_only saves no text")
     if args.list:
         refuse_ignored(
             args, parser, ("model", *ASKING, *MEASURING, *COMPUTING), "--list only lists"

@@ -1,6 +1,6 @@
 """What bench.py measured, as Markdown: for the screen, and for the README through report.py."""
 
-from collections.abc import Iterable
+from evaluation.outputs import markdown_table
 
 METHODS = {"fft": "FFT", "lora_square": "LoRA, square r8", "lora_all": "LoRA, all-linear r8"}
 TRAINING_COLUMNS = ("size", "trained", "tokens/s", "of the matrix peak", "Trainer's tokens/s")
@@ -17,18 +17,12 @@ def bench_lines(result: dict) -> list[str]:
         for size, measured in result["training"].items()
         for method in METHODS
     ]
-    lines += [*table(TRAINING_COLUMNS, rows), "", peak_sentence(result["training"]), ""]
-    lines += [*table(GENERATION_COLUMNS, generation_rows(result["generation"])), ""]
+    lines += [*markdown_table(TRAINING_COLUMNS, rows), "", peak_sentence(result["training"]), ""]
+    lines += [*markdown_table(GENERATION_COLUMNS, generation_rows(result["generation"])), ""]
     lines += [generation_sentence(result["generation"]), "", *other_sentences(result)]
     if "sweep" in result:
-        lines += ["", *table(SWEEP_COLUMNS, sweep_rows(result))]
+        lines += ["", *markdown_table(SWEEP_COLUMNS, sweep_rows(result))]
     return lines
-
-
-def table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table; cells are Markdown already."""
-    header = list(header)
-    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
 
 
 def machine_sentence(result: dict) -> str:

@@ -45,15 +45,14 @@ from dataset.untrusted import error_line
 from evaluation.checkpoints import find_checkpoint, load_checkpoint
 from evaluation.intervals import CONFIDENCE, DRAWS, auc
 from evaluation.likelihood import Judge, add_topic_measures
-from evaluation.metrics import compression_ratio, distinct_n, has_cjk, split_words
+from evaluation.metrics import has_cjk, split_words
 from evaluation.outputs import FLAGS, rounded
 from evaluation.probe import answer_samples, make_sample
-from evaluation.prompts import Prompt, read_prompts
-from evaluation.summary import rate
+from evaluation.prompts import PROMPTS_FILE, Prompt, read_prompts
+from evaluation.summary import CHARACTER_SLICES, TOKEN_SLICES, corpus_measures, rate
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, load_tokenizer, read_json, write_text
 
-PROMPTS_FILE = Path(__file__).resolve().parent / "qualitative_prompts.md"
 CALIBRATION_FILE = Path(__file__).resolve().parent / "calibration.json"
 MIN_AUC = 0.6
 SHUFFLE_SEED = 0
@@ -191,7 +190,7 @@ def calibrate_samples(arms: dict[str, list[dict]], name: str) -> dict | None:
     values = [
         (a[name], b[name])
         for a, b in zip(arms[positive], arms[control], strict=True)
-        if a[name] is not None
+        if a[name] is not None and b[name] is not None  # no check, or under four tokens
     ]
     if not values:
         return None
@@ -213,9 +212,14 @@ def calibrate_corpus(arms: dict[str, list[dict]], name: str) -> dict:
         arm: [arms[arm][i : i + GROUP] for i in range(0, len(arms[arm]) - GROUP + 1, GROUP)]
         for arm in (positive, control)
     }
-    budget = min(sum(s["tokens"] for s in group) for of_arm in groups.values() for group in of_arm)
+    every = [group for of_arm in groups.values() for group in of_arm]
+    slices = (
+        slices_within(every, "output_ids", TOKEN_SLICES[0]),
+        slices_within(every, "text", CHARACTER_SLICES[0]),
+    )
     good, bad = (
-        [corpus_value(name, group, budget) for group in groups[arm]] for arm in (positive, control)
+        [corpus_measures(group, *slices)[name] for group in groups[arm]]
+        for arm in (positive, control)
     )
     return {
         "n": len(good),
@@ -227,12 +231,9 @@ def calibrate_corpus(arms: dict[str, list[dict]], name: str) -> dict:
     }
 
 
-def corpus_value(name: str, group: list[dict], budget: int) -> float:
-    """A corpus measure of some answers; distinct-n counts the first `budget` tokens."""
-    if name == "compression_ratio":
-        return compression_ratio("\n".join(sample["output"] for sample in group))
-    outputs = [sample["output_ids"] for sample in group]
-    return distinct_n(outputs, int(name.removeprefix("distinct_")), budget)
+def slices_within(groups: list[list[dict]], field: str, size: int) -> tuple[int, int]:
+    """Size and budget of `equal_slices` that the shortest of some groups of answers can fill."""
+    return size, min(sum(len(sample[field][:size]) for sample in group) for group in groups)
 
 
 def calibrate_judge(judge: Judge, prompts: list[Prompt], batch_size: int) -> dict:

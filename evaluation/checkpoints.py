@@ -93,7 +93,17 @@ def weights_sha256(path: Path) -> str:
     return file_sha256(next(path / name for name in names if (path / name).is_file()))
 
 
-RUN_COLUMNS = ("name", "stage", "status", "size", "trainable", "steps", "eval loss", "written")
+RUN_COLUMNS = (
+    "name",
+    "base",
+    "stage",
+    "status",
+    "size",
+    "trainable",
+    "steps",
+    "eval loss",
+    "written",
+)
 
 
 def run_rows(folder: Path) -> list[list[str]]:
@@ -111,6 +121,15 @@ def run_rows(folder: Path) -> list[list[str]]:
     return [run_row(Checkpoint(path.name, path, base=None)) for path in found]
 
 
+def base_name(run: Checkpoint) -> str:
+    """The name of what a run started from, by its record or its adapter's config; "-": nothing."""
+    start = run.run_record().get("settings", {}).get("from_weight", "none")
+    config = run.path / ADAPTER_CONFIG
+    if start == "none" and config.is_file():
+        start = read_json(config).get("base_model_name_or_path") or "none"
+    return "-" if start == "none" else checkpoint_name(Path(start))
+
+
 def run_row(run: Checkpoint) -> list[str]:
     """What run.json tells of a run, as text."""
     record = run.run_record()
@@ -124,6 +143,7 @@ def run_row(run: Checkpoint) -> list[str]:
     written = max(path.stat().st_mtime for path in run.path.iterdir() if path.is_file())
     return [
         run.name,
+        base_name(run),
         told("stage"),
         told("status"),
         told("parameters", ","),

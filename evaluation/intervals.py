@@ -53,19 +53,6 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue)
 
 
-def tost(differences: np.ndarray, margin: float) -> float:
-    """
-    p-value of equivalence within +-margin: two one-sided t-tests (Schuirmann 1987).
-
-    Args:
-        differences: (n,) paired differences, one for each unit of replication (a seed).
-        margin: what still counts as equal, in their unit. It must be fixed beforehand.
-    """
-    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
-    return float(max(above, below))
-
-
 def most_unseen(n: int, confidence: float) -> float:
     """
     Upper end of the exact interval of a rate of which n trials showed not one (Clopper-Pearson).
@@ -97,7 +84,7 @@ def paired_bootstrap(
     and the same prompts for every seed drawn: prompts are crossed with seeds, and drawing them anew
     for each seed would hide how much the result hangs on which prompts were asked (Owen 2007, "The
     pigeonhole bootstrap", arXiv 0712.1111). With a single seed only prompts are resampled, and the
-    interval says nothing about other seeds.
+    interval says nothing about other seeds. A draw without any weight has no mean and is left out.
 
     Args:
         differences: (seeds, prompts), arm A minus arm B.
@@ -117,8 +104,22 @@ def paired_bootstrap(
     of_prompts = resampling_counts(sums.shape[1], draws, seed + 1)
     totals = (of_seeds * (of_prompts @ sums.T)).sum(axis=1)
     weight = (of_seeds * (of_prompts @ weights.T)).sum(axis=1)
-    low, high = np.quantile(totals / weight, [(1 - confidence) / 2, (1 + confidence) / 2])
+    drawn = weight > 0
+    means = totals[drawn] / weight[drawn]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(sums.sum() / weights.sum()), float(low), float(high))
+
+
+def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> Interval:
+    """
+    Percentile interval of sum(numerators) / sum(denominators), (n,) each, over what they belong to.
+
+    Both are resampled together. The denominators' sum must be well above 0, in every draw too.
+    """
+    counts = resampling_counts(len(numerators), DRAWS, SEED)
+    ratios = (counts @ numerators) / (counts @ denominators)
+    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(numerators.sum() / denominators.sum()), float(low), float(high))
 
 
 def auc(

@@ -33,7 +33,7 @@ from dataset.lm_dataset import (
 )
 from evaluation.checkpoints import Checkpoint, weights_sha256
 from evaluation.metrics import has_cjk
-from evaluation.outputs import rounded
+from evaluation.outputs import NLL_UNITS, rounded
 from evaluation.prompts import Prompt, encode_prompts
 from model.model_minimind import (
     CheckpointError,
@@ -46,8 +46,6 @@ from model.model_minimind import (
 COUNTS = ("truncated", "dropped_without_labels", "dropped_tail_tokens", "duplicates")
 CANDIDATES = 10  # the prompt of an answer and nine distractors
 DISTRACTOR_SEED = 0
-# What results.json calls the sequences and the tokens of each kind of data.
-NLL_UNITS = {"sft": ("conversations", "response_tokens"), "pretrain": ("blocks", "tokens")}
 
 
 @torch.inference_mode()
@@ -102,7 +100,7 @@ def held_out_nll(
     nats = sequence_nats(model, dataset, tokenizer.pad_token_id, batch_size, f"{kind} NLL")
     labels = (dataset[i][1] for i in range(len(dataset)))
     tokens = [int((of_one[1:] != IGNORE_INDEX).sum()) for of_one in labels]
-    sequences, targets = NLL_UNITS[kind]
+    sequences, targets = NLL_UNITS["nll" if kind == "sft" else "text_nll"]
     info = dataset.store.info
     return {
         "data": [{"name": path.name, "sha256": file_sha256(path)} for path in paths],

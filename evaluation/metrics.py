@@ -12,6 +12,7 @@ Japanese character counts as one word.
 
 import gzip
 import json
+import math
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
@@ -113,51 +114,62 @@ def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float:
+def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float | None:
     """
-    Share of repeated n-grams: 1 - (unique n-grams) / (all n-grams); 0 below n tokens.
+    Share of repeated n-grams: 1 - (unique n-grams) / (all n-grams); None below n tokens.
 
     Welleck et al. 2020, arXiv 1908.04319 (seq-rep-4).
     """
     grams = ngrams(tokens, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return 1 - len(set(grams)) / len(grams) if grams else None
 
 
-def diversity(tokens: Sequence[Hashable]) -> float:
+def diversity(tokens: Sequence[Hashable]) -> float | None:
     """
     Product over n = 2, 3, 4 of (1 - rep-n), rep-n as in `seq_rep_n`: 1 where nothing repeats.
 
+    None below four tokens: an answer too short to repeat itself is not a diverse one.
     Su et al. 2022, arXiv 2202.06417.
     """
-    product = 1.0
-    for n in (2, 3, 4):
-        product *= 1 - seq_rep_n(tokens, n)
-    return product
+    repeated = [seq_rep_n(tokens, n) for n in (2, 3, 4)]
+    return None if None in repeated else math.prod(1 - share for share in repeated)
 
 
-def distinct_n(outputs: Iterable[Sequence[Hashable]], n: int, budget: int) -> float | None:
+def equal_slices(outputs: Iterable[Sequence], size: int, budget: int) -> list[Sequence]:
     """
-    Unique over all n-grams in the first `budget` tokens of `outputs`; None if there are fewer.
+    The first `size` tokens or characters of each output, until they are `budget` together.
 
-    Li et al. 2016, arXiv 1510.03055 (distinct-1, distinct-2). The ratio falls as text gets longer,
-    so two models are compared at the same token budget. No n-gram spans two outputs.
+    None counts for more than another, and a verbose model is not measured on fewer prompts than a
+    terse one, save where answers are shorter than `size`. The last slice may be cut; empty if all
+    outputs together fall short of the budget: less text would look more diverse.
     """
-    grams: list[tuple[Hashable, ...]] = []
+    slices: list[Sequence] = []
     left = budget
-    for tokens in outputs:
-        grams += ngrams(tokens[:left], n)
-        left -= len(tokens[:left])
+    for output in outputs:
+        slices.append(output[: min(size, left)])
+        left -= len(slices[-1])
         if left == 0:
-            break
-    return len(set(grams)) / len(grams) if left == 0 and grams else None
+            return slices
+    return []
+
+
+def distinct_n(outputs: Iterable[Sequence[Hashable]], n: int) -> float | None:
+    """
+    Unique over all n-grams of `outputs`; None if there are none.
+
+    Li et al. 2016, arXiv 1510.03055 (distinct-1, distinct-2). The ratio falls as text gets longer:
+    pass `equal_slices`. No n-gram spans two outputs.
+    """
+    grams = [gram for tokens in outputs for gram in ngrams(tokens, n)]
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def compression_ratio(text: str) -> float:
     """
     Bytes of `text` (UTF-8) over its bytes after gzip: the more repetitive, the higher; 0 if empty.
 
-    Shaib et al. 2024, arXiv 2403.00553. gzip's 18-byte frame weighs on short text: pass all outputs
-    joined, and compare texts of similar length.
+    Shaib et al. 2024, arXiv 2403.00553. gzip's 18-byte frame weighs on short text, and long text
+    is packed better: pass `equal_slices` of all outputs, joined.
     """
     raw = text.encode()
     return len(raw) / len(gzip.compress(raw, mtime=0))

@@ -11,7 +11,7 @@ Whatever a model or a prompt says is shown as text: it can't steer a terminal or
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from model.model_minimind import write_text
 
 CHECKS = ("check_strict", "check_loose")
 FLAGS = ("blank", "runaway", "loop")
+# What results.json calls the sequences and the tokens that each NLL is measured on.
+NLL_UNITS = {"nll": ("conversations", "response_tokens"), "text_nll": ("blocks", "tokens")}
 OFF_TOPIC = "off_topic"  # a flag too, where there is a judge
 
 
@@ -47,21 +49,30 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def verdict(sample: dict, hidden: list[str]) -> str:
+def verdict(sample: dict, hidden: Collection[str]) -> str:
     """The measures of a sample in a few words, without those that are not shown."""
     words = [f"{sample['tokens']} tokens"]
     flags = [flag for flag in (*FLAGS, OFF_TOPIC) if flag not in hidden]
     words += [flag.replace("_", " ") for flag in flags if sample[flag]]
-    if sample["check"] and "check_strict" not in hidden:
-        loose = "passed loosely" if sample["check_loose"] else "failed"
-        words.append("check " + ("passed" if sample["check_strict"] else loose))
+    if check := check_result(sample, hidden):
+        words.append(f"check {check}")
     return ", ".join(words)
+
+
+def check_result(sample: dict, hidden: Collection[str]) -> str | None:
+    """`passed`, `passed loosely` or `failed`; None without a check, or where it is not shown."""
+    if not sample["check"] or "check_strict" in hidden:
+        return None
+    if sample["check_strict"]:
+        return "passed"
+    return "passed loosely" if sample["check_loose"] and "check_loose" not in hidden else "failed"
 
 
 def as_markdown(name: str, samples: list[dict], results: dict) -> str:
     """samples.md: the results as a table, then every prompt with its outputs."""
     lines = [f"# Outputs of {inline(name)}", "", "Written by `eval_llm.py`; do not edit.", ""]
-    lines += markdown_table(table_rows(name, results))
+    rows = [[inline(row[0]), *row[1:]] for row in table_rows(name, results)]
+    lines += markdown_table(COLUMNS, rows)
     hidden = results["not_shown"]
     by_prompt: dict[str, list[dict]] = defaultdict(list)
     for sample in samples:
@@ -87,19 +98,27 @@ def as_markdown(name: str, samples: list[dict], results: dict) -> str:
 
 
 # Column, its place in a decoding's results, and how it is written.
-TABLE = {
+RATES_TABLE = {
     "strict": ("check_strict", "rate"),
     "loose": ("check_loose", "rate"),
     "blank": ("blank", "rate"),
     "runaway": ("runaway", "rate"),
     "loop": ("loop", "rate"),
     "off-topic": (OFF_TOPIC, "rate"),
+}
+# Repetition is of the answers that have 4-grams, whose number stands before it.
+TEXT_TABLE = {
+    "tokens": ("mean_tokens", "length"),
     "recall": ("mean_content_recall", "number"),
+    "with 4-grams": ("n_seq_rep_4", "count"),
     "seq-rep-4": ("mean_seq_rep_4", "number"),
     "diversity": ("mean_diversity", "number"),
-    "tokens": ("mean_tokens", "length"),
+    "distinct-2": ("distinct_2", "number"),
+    "compression": ("compression_ratio", "number"),
 }
-COLUMNS = ("checkpoint", "decoding", "NLL", "text NLL", *TABLE)
+NAMES = ("checkpoint", "decoding")
+COLUMNS = (*NAMES, "NLL", "text NLL", *RATES_TABLE, *TEXT_TABLE)
+ON_TOP = len(COLUMNS) - len(TEXT_TABLE)  # columns of the first of two tables in the terminal
 NLL_COLUMNS = ("checkpoint", "NLL", "text NLL")
 DIFFERENCE_COLUMNS = (
     "measure",
@@ -119,14 +138,16 @@ def written(value: float | dict | None, kind: str) -> str:
         value = value and value["rate"]
     if value is None:
         return "-"
-    return {"rate": f"{value:.1%}", "number": f"{value:.3f}", "length": f"{value:.1f}"}[kind]
+    forms = {"rate": ".1%", "number": ".3f", "length": ".1f", "count": ",d"}
+    return format(value, forms[kind])
 
 
 def table_rows(name: str, results: dict) -> list[list[str]]:
     """One row of `COLUMNS` for every decoding of a checkpoint."""
     rows = []
     for decoding, result in results["decodings"].items():
-        measured = [written(result[key], kind) for key, kind in TABLE.values()]
+        measures = (RATES_TABLE | TEXT_TABLE).values()
+        measured = [written(result[key], kind) for key, kind in measures]
         if decoding == "references":
             rows.append(["-", decoding, "-", "-", *measured])
         else:
@@ -135,16 +156,24 @@ def table_rows(name: str, results: dict) -> list[list[str]]:
     return rows
 
 
+def print_nll_counts(results: dict) -> None:
+    """What the NLLs of a checkpoint are means over."""
+    for name, (sequences, tokens) in NLL_UNITS.items():
+        if nll := results[name]:
+            title = name.replace("nll", "NLL").replace("_", " ")
+            print(f"{title}: {nll[tokens]:,} tokens in {nll[sequences]:,} {sequences}")
+
+
 def nll_row(name: str, results: dict) -> list[str]:
     """One row of `NLL_COLUMNS`."""
     found = [results["nll"], results["text_nll"]]
     return [name, *(written(nll and nll["nats_per_token"], "number") for nll in found)]
 
 
-def markdown_table(rows: list[list[str]]) -> list[str]:
-    """The rows of `table_rows` as Markdown lines."""
-    cells = [list(COLUMNS), ["---"] * len(COLUMNS), *([inline(row[0]), *row[1:]] for row in rows)]
-    return ["| " + " | ".join(row) + " |" for row in cells]
+def markdown_table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; cells are Markdown already."""
+    header = list(header)
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
 
 
 def difference_rows(found: dict[str, dict[str, dict]], hidden: list[str]) -> list[list[str]]:
@@ -162,11 +191,13 @@ def difference_rows(found: dict[str, dict[str, dict]], hidden: list[str]) -> lis
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """The rows of `table_rows` of all checkpoints, those of one decoding together."""
+    """The rows of `table_rows` of all checkpoints as two tables, those of one decoding together."""
     rows = list(map(list, dict.fromkeys(map(tuple, rows))))  # the references once
     order = list(dict.fromkeys(row[1] for row in rows))
     rows.sort(key=lambda row: order.index(row[1]))  # stable: checkpoints stay in order
-    print_rows(COLUMNS, rows)
+    print_rows(COLUMNS[:ON_TOP], [row[:ON_TOP] for row in rows])
+    print()
+    print_rows((*NAMES, *TEXT_TABLE), [row[: len(NAMES)] + row[ON_TOP:] for row in rows])
 
 
 def print_rows(columns: Sequence[str], rows: list[list[str]]) -> None:
@@ -186,6 +217,13 @@ def write_outputs(folder: Path, name: str, samples: list[dict], results: dict) -
     write_text(folder / "samples.jsonl", as_jsonl(samples))
     write_text(folder / "samples.md", as_markdown(name, samples, results))
     write_text(folder / "results.json", shown(text) + "\n")
+
+
+def write_rates(folder: Path, prompts: Path, results: dict) -> None:
+    """rates_<prompts>.json, named after the file of the prompts: `results`, and no text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    write_text(folder / f"rates_{prompts.name.split('.')[0]}.json", shown(text) + "\n")
 
 
 def write_nll(folder: Path, provenance: dict, nll: dict[str, dict | None]) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from dataset.lm_dataset import DataError, encode_conversations, read_jsonl, record_messages
 from evaluation.metrics import has_cjk, validate_check
 
+PROMPTS_FILE = Path(__file__).resolve().parent / "qualitative_prompts.md"  # ours
 PROMPT_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 FIELD = re.compile(r"- (\w+):(.*)")
 FIELDS = ("translation", "check", "reference")

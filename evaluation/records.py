@@ -7,6 +7,7 @@ Committed results, read and joined: what `report.py` makes tables, figures and t
     model_outputs/<name>/results.json     rates, NLL and provenance of a probed checkpoint
     model_outputs/<name>/nll.json         NLL by sequence, or NLL alone if nothing was generated
     model_outputs/<name>/samples.jsonl    what it said
+    model_outputs/<name>/rates_*.json     its rates on prompts whose text is not published
     calibration.json                      which measures are worth showing
 
 A checkpoint is known by its folder's name, the same in both places. What was not done is not there
@@ -21,7 +22,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from dataset.lm_dataset import DataError, read_jsonl
+from evaluation.intervals import Interval, ratio_interval
+from evaluation.outputs import FLAGS
 from model.model_minimind import read_json
 
 # Left by `make demo`, not committed: what is made from committed results must not hold them.
@@ -33,7 +38,6 @@ TRAINING_KEYS = ("parameters", "trainable_parameters", "steps", "train_data")
 CHANGED = ("update_analysis", "merge_lora")
 RESULT_KEYS = ("provenance", "nll", "decodings")
 NLL_KEYS = ("provenance", "nll", "text_nll")
-FLAGS = ("runaway", "loop", "blank")
 SAMPLE_KEYS = (
     *("id", "section", "decoding", "seed", "prompt", "prompt_translation", "output"),
     *("output_translation", "tokens", "check", "check_strict", "check_loose", *FLAGS),
@@ -76,6 +80,12 @@ class Record:
     update: dict | None = None
     results: dict | None = None
     samples: list[dict] = field(default_factory=list)
+    rates_only: list[dict] = field(default_factory=list)
+
+    @property
+    def hidden(self) -> list[str]:
+        """Measures that could not tell references from controls when its answers were probed."""
+        return self.results.get("not_shown", []) if self.results else []
 
     @property
     def settings(self) -> dict:
@@ -185,7 +195,7 @@ def read_run_record(path: Path) -> dict:
 
 
 def read_probe(folder: Path) -> dict:
-    """`results` and `samples` of an outputs folder: those that are there."""
+    """`results`, `samples` and `rates_only` of an outputs folder: those that are there."""
     results, nll, samples = (
         folder / name for name in ("results.json", "nll.json", "samples.jsonl")
     )
@@ -195,11 +205,14 @@ def read_probe(folder: Path) -> dict:
     return {
         "results": found,
         "samples": read_lines(samples, SAMPLE_KEYS) if samples.is_file() else [],
+        "rates_only": [
+            read_keys(path, RESULT_KEYS) for path in sorted(folder.glob("rates_*.json"))
+        ],
     }
 
 
 def with_nll(results: dict | None, measured: dict, path: Path) -> dict:
-    """`results` with the NLL that it lacks; without answers there may be nothing but NLL.
+    """`results` with the NLL of each sequence, or that it lacks; there may be nothing but NLL.
 
     Raises:
         DataError: the two are of different weights.
@@ -208,7 +221,16 @@ def with_nll(results: dict | None, measured: dict, path: Path) -> dict:
     weights = [each["provenance"].get("weights_sha256") for each in (known, measured)]
     if weights[0] != weights[1]:
         raise DataError(f"{path}: measured on other weights than results.json; measure NLL again")
-    return known | {name: known.get(name) or measured[name] for name in ("nll", "text_nll")}
+    names = ("nll", "text_nll")
+    return known | {name: with_sequences(known.get(name), measured[name]) for name in names}
+
+
+def with_sequences(known: dict | None, measured: dict | None) -> dict | None:
+    """The NLL of nll.json, unless results.json has that of other data or has it alone."""
+    if known is None:
+        return measured
+    same = measured is not None and known.items() <= measured.items()
+    return measured if same else known
 
 
 def read_shown_rates(calibration: Path) -> dict[str, str]:
@@ -271,6 +293,14 @@ def recovery(base: float, tuned: float, full: float) -> float | None:
     return (base - tuned) / gain if gain >= SMALLEST_GAIN else None
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """A `recovery` and its 95% interval over conversations; None where only their sum is known."""
+
+    share: float
+    interval: Interval | None
+
+
 def same_measurement(*records: Record) -> bool:
     """Whether the NLL of all was measured, and on the same data cut at the same length."""
     measured = [c.results["nll"] for c in records if c.nll is not None]
@@ -300,7 +330,7 @@ def validation_loss(record: Record) -> float:
     return math.inf if loss is None else loss
 
 
-def recoveries(records: list[Record]) -> dict[str, float]:
+def recoveries(records: list[Record]) -> dict[str, Recovery]:
     """Recovery by name, where it is defined.
 
     A changed copy is measured against the full fine-tuning that the run it was made of is.
@@ -312,10 +342,25 @@ def recoveries(records: list[Record]) -> dict[str, float]:
         base = by_name.get(record.base)
         full = full_reference(trained, records) if trained else None
         if base and full and same_measurement(base, record, full):
-            share = recovery(base.nll, record.nll, full.nll)
-            if share is not None:
+            share = share_recovered(base, record, full)
+            if share:
                 found[record.name] = share
     return found
+
+
+def share_recovered(base: Record, tuned: Record, full: Record) -> Recovery | None:
+    """`recovery` of three records, with its interval where the NLL of each conversation is kept.
+
+    All three are paired: a draw takes the same conversations for each, and their tokens cancel.
+    """
+    share = recovery(base.nll, tuned.nll, full.nll)
+    nlls = [record.results["nll"] for record in (base, tuned, full)]
+    if share is None:
+        return None
+    if tuned is full or not all("sequences" in nll for nll in nlls):  # 1 by definition has none
+        return Recovery(share, None)
+    of_base, of_tuned, of_full = (np.array(nll["sequences"])[:, 0] for nll in nlls)
+    return Recovery(share, ratio_interval(of_base - of_tuned, of_base - of_full))
 
 
 def families(records: list[Record]) -> dict[str, list[Record]]:

@@ -23,6 +23,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,15 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
-from evaluation.bench_tables import bench_lines, table
+from evaluation.bench_tables import bench_lines
 from evaluation.findings import check_controlled
-from evaluation.outputs import inline
+from evaluation.outputs import inline, markdown_table
 from evaluation.page.build import page_html
 from evaluation.plots import figures
 from evaluation.records import (
     DECODINGS,
     STUDY_FOLDER,
     Record,
+    Recovery,
     best_run,
     families,
     measured_rates,
@@ -217,11 +219,39 @@ def runs_block(records: list[Record], rates: dict[str, str], drawn: Iterable[str
         lines += [*wrapped(family_title(members[0])), ""]
         for note, alike in probed_alike(probed).items():
             rows = [run_row(record, shares, rates) for record in alike]
-            lines += [*table(columns, rows), "", *wrapped(note), ""]
+            lines += [*markdown_table(columns, rows), "", *wrapped(note), ""]
+        lines += rates_only_lines(members, rates)
         lines += figure_line(f"rates_{base}.svg", drawn, f"Rates with 95% intervals, from {base}")
         lines += figure_line(f"curves_{base}.svg", drawn, f"Loss curves of runs from {base}")
         lines += figure_line(f"spectra_{base}.svg", drawn, f"Energy by rank of updates of {base}")
     return lines[:-1]
+
+
+def rates_only_lines(members: list[Record], rates: dict[str, str]) -> list[str]:
+    """A table with intervals for every set of prompts whose text is not published."""
+    probes = [
+        replace(record, results=results) for record in members for results in record.rates_only
+    ]
+    lines = []
+    for note, alike in probed_alike(probes).items():
+        keys = [
+            key
+            for key in rates
+            if any(rate_of_answers(r, d, key) for r in alike for d in DECODINGS)
+        ]
+        rows = [[inline(r.name), *(interval_cell(r, key) for key in keys)] for r in alike]
+        lines += [*markdown_table(["checkpoint", *(rates[key] for key in keys)], rows), ""]
+        lines += [*wrapped(f"{note} In brackets: 95% Wilson intervals over prompts."), ""]
+    return lines
+
+
+def interval_cell(record: Record, key: str) -> str:
+    """A rate under each of `DECODINGS` with its interval, such as `43% [39, 48] / 25% [21, 29]`."""
+    measured = [rate_of_answers(record, decoding, key) for decoding in DECODINGS]
+    return " / ".join(
+        f"{100 * r['rate']:.0f}% [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" if r else "-"
+        for r in measured
+    )
 
 
 def wrapped(text: str) -> list[str]:
@@ -283,7 +313,7 @@ def family_title(base: Record) -> str:
     )
 
 
-def run_row(record: Record, shares: dict[str, float], rates: dict[str, str]) -> list[str]:
+def run_row(record: Record, shares: dict[str, Recovery], rates: dict[str, str]) -> list[str]:
     """One row of `RUN_COLUMNS` and `rates`."""
     name = record.name
     outputs = f"evaluation/model_outputs/{quote(name)}/samples.md"
@@ -296,9 +326,19 @@ def run_row(record: Record, shares: dict[str, float], rates: dict[str, str]) -> 
         short(peak_rate(record)) if trained else "-",
         whole(trained.get("step")),
         "-" if record.nll is None else f"{record.nll:.3f}",
-        f"{shares[name]:.2f}" if name in shares else "-",
+        recovery_cell(shares.get(name)),
         *(rates_cell(record, key) for key in rates),
     ]
+
+
+def recovery_cell(found: Recovery | None) -> str:
+    """R with its 95% interval, such as `0.53 [0.51, 0.55]`; `-` where it is not defined."""
+    if found is None:
+        return "-"
+    interval = found.interval
+    return f"{found.share:.2f}" + (
+        f" [{interval.low:.2f}, {interval.high:.2f}]" if interval else ""
+    )
 
 
 def whole(number: int | None) -> str:
@@ -320,7 +360,7 @@ def sweeps_block(records: list[Record], drawn: Iterable[str]) -> list[str]:
     found = sweeps(records)
     if not found:
         return ["No sweep of learning rates yet.", ""]
-    lines = [*table(SWEEP_COLUMNS, [sweep_row(runs) for runs in found]), ""]
+    lines = [*markdown_table(SWEEP_COLUMNS, [sweep_row(runs) for runs in found]), ""]
     for base in families(records):
         name = f"learning_rates_{base}.svg"
         lines += figure_line(name, drawn, f"Validation NLL by learning rate, from {base}")

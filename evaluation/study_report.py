@@ -17,6 +17,7 @@ from evaluation.findings import (
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
+from evaluation.outputs import markdown_table
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.study import Cell, is_interior, parse_cell, planned_runs, runs_of, swept_seeds
 
@@ -56,7 +57,7 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
         if c.verdict != "not run"
     ]
     if rows:
-        lines += [*table(CLAIM_COLUMNS, rows), ""]
+        lines += [*markdown_table(CLAIM_COLUMNS, rows), ""]
     not_run = [judged.name for judged in claims if judged.verdict == "not run"]
     if not_run:
         lines += [f"Not run yet: {', '.join(not_run)}.", ""]
@@ -67,13 +68,6 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
         if name.startswith(f"study_{size}_"):
             lines += [f"![{title_of(name)}](evaluation/figures/{name})", ""]
     return lines
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A Markdown table."""
-    columns = list(columns)
-    cells = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def experiment_lines(
@@ -90,7 +84,7 @@ def experiment_lines(
     if not rows:
         return []
     title = f"{experiment['id']}. {experiment['question']}"
-    return [f"*{title}*", "", *table(CELL_COLUMNS, rows), ""]
+    return [f"*{title}*", "", *markdown_table(CELL_COLUMNS, rows), ""]
 
 
 def rows_of_cells(
@@ -147,7 +141,7 @@ def rate_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
     if not rows:
         return []
     title = "*Learning rates, tuned on the validation conversations; inf: a seed diverged*"
-    return [title, "", *table(RATE_COLUMNS, rows), ""]
+    return [title, "", *markdown_table(RATE_COLUMNS, rows), ""]
 
 
 # ---------------------------------------------------------------- figures

@@ -1,5 +1,7 @@
 """Samples in numbers: rates and means of one checkpoint, and how two checkpoints differ."""
 
+import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Collection
 from statistics import fmean, median
@@ -7,10 +9,13 @@ from statistics import fmean, median
 import numpy as np
 
 from evaluation.intervals import mcnemar, most_unseen, paired_bootstrap, wilson_interval
-from evaluation.metrics import compression_ratio, distinct_n
+from evaluation.metrics import compression_ratio, distinct_n, equal_slices
 from evaluation.outputs import CHECKS, FLAGS, OFF_TOPIC, rounded
 
-DISTINCT_BUDGET = 1000  # tokens that distinct-n is counted over, the same for every checkpoint
+# What distinct-n and compression are taken on: (of each answer, of all), the same for every
+# checkpoint. A loop shows within 32 tokens; 109 prompts whose answers have ten or more are enough.
+TOKEN_SLICES = (32, 1000)
+CHARACTER_SLICES = (128, 4000)
 MEANS = ("tokens", "seq_rep_4", "diversity", "content_recall")
 # Compared sample by sample. The outcomes are yes or no.
 OUTCOMES = (*CHECKS, *FLAGS, OFF_TOPIC)
@@ -56,17 +61,16 @@ def summarize(samples: list[dict], hidden: Collection[str] = ()) -> dict:
         by_section[sample["section"]].append(sample)
     means = {name: known(samples, name) for name in MEANS}
     pmi = known(samples, "prompt_pmi")
-    outputs = [sample["output_ids"] for sample in samples]
     measured = {
         **check_rates(samples),
         **{name: rate(known(samples, name)) for name in (*FLAGS, OFF_TOPIC)},
         **{f"mean_{name}": rounded(fmean(v)) if v else None for name, v in means.items()},
+        **{f"n_{name}": len(v) for name, v in means.items()},
         "median_prompt_pmi": rounded(median(pmi)) if pmi else None,
-        **{f"distinct_{n}": rounded(distinct_n(outputs, n, DISTINCT_BUDGET)) for n in (1, 2, 3)},
-        "compression_ratio": rounded(compression_ratio("\n".join(s["output"] for s in samples))),
+        **corpus_measures(samples, TOKEN_SLICES, CHARACTER_SLICES),
     }
     shown = {
-        name: None if name.removeprefix("mean_").removeprefix("median_") in hidden else value
+        name: None if re.sub("^(mean|median|n)_", "", name) in hidden else value
         for name, value in measured.items()
     }
     sections = {
@@ -74,6 +78,32 @@ def summarize(samples: list[dict], hidden: Collection[str] = ()) -> dict:
         for name, group in by_section.items()
     }
     return {"samples": len(samples), **shown, "sections": sections}
+
+
+def corpus_measures(
+    samples: list[dict], of_tokens: tuple[int, int], of_characters: tuple[int, int]
+) -> dict[str, float | None]:
+    """
+    distinct-1 to -3 and compression of all answers together; None where there is too little text.
+
+    Answers are taken seed by seed, in an order of the prompts that is by chance (by their hash) and
+    the same for every checkpoint.
+
+    Args:
+        of_tokens, of_characters: size and budget of the `equal_slices`.
+    """
+    ordered = sorted(samples, key=chance_order)
+    slices = equal_slices((sample["output_ids"] for sample in ordered), *of_tokens)
+    text = "\n".join(equal_slices((sample["text"] for sample in ordered), *of_characters))
+    return {
+        **{f"distinct_{n}": rounded(distinct_n(slices, n)) for n in (1, 2, 3)},
+        "compression_ratio": rounded(compression_ratio(text)) if text else None,
+    }
+
+
+def chance_order(sample: dict) -> tuple[int, str]:
+    """Sorts by seed, then by the hash of the prompt."""
+    return sample["seed"] or 0, hashlib.sha256(sample["prompt"].encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------ comparisons

@@ -8,7 +8,7 @@ lost when outputs are made again and differ, or are made with other prompts: a l
 
     {"prompt": ..., "output": ... or null for the prompt itself, "translation": ..., "by": ...}
 
-A translation of a prompt in qualitative_prompts.md stands there and goes first.
+A translation of a prompt in qualitative_prompts.md stands there, is edited there, and goes first.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,8 @@ def read_store(folder: Path, prompts: list[Prompt]) -> Store:
     What translations.jsonl and samples.jsonl in `folder` hold; a change in the latter is by hand.
 
     Args:
-        prompts: whose own translations need not be stored.
+        prompts: those with a translation in their own file keep it there; what samples.jsonl says
+            of them is an older text of that file.
 
     Raises:
         DataError: a line that is no translation or no sample, or two translations of one text.
@@ -63,14 +64,14 @@ def read_store(folder: Path, prompts: list[Prompt]) -> Store:
         (line["prompt"], line["output"]): Translation(line["translation"], line["by"])
         for line in read_lines(folder / STORE_FILE, ("prompt", "output", "translation", "by"))
     }
-    known = {(prompt.text, None): prompt.translation for prompt in prompts}
-    known |= {key: made.text for key, made in store.items()}
+    in_file = {(prompt.text, None) for prompt in prompts if prompt.translation}
+    known = {key: made.text for key, made in store.items()}
     path = folder / "samples.jsonl"
     edits: Store = {}
     for sample in read_lines(path, ("id", "prompt", "output", *dict(SLOTS))):
         for slot, output_of in SLOTS:
             key, text = (sample["prompt"], output_of(sample)), sample[slot]
-            if not text or known.get(key) == text:
+            if not text or known.get(key) == text or key in in_file:
                 continue
             if key in edits and edits[key].text != text:
                 raise DataError(
@@ -166,33 +167,53 @@ def load_translator(path: str, device: str) -> Translator:
     return Translator(Path(path).name, model.to(device).eval(), tokenizer)
 
 
-def translate_missing(samples: list[dict], store: Store, translator: Translator) -> None:
-    """Adds the translations that are missing to `store`; what is in it stays."""
+def translate_missing(samples: list[dict], store: Store, translator: Translator) -> int:
+    """Adds the translations that are missing to `store`; what is in it stays.
+
+    Returns:
+        How many lines were cut, as `translate` counts them.
+    """
     missing = empty_slots(samples)
     texts = list(dict.fromkeys(missing.values()))
-    translated = dict(zip(texts, translate(translator, texts), strict=True))
+    english, cut = translate(translator, texts)
+    translated = dict(zip(texts, english, strict=True))
     for key, text in missing.items():
         if translated[text].strip():
             store[key] = Translation(translated[text], translator.name)
+    return cut
 
 
 @torch.inference_mode()
-def translate(translator: Translator, texts: list[str]) -> list[str]:
+def translate(translator: Translator, texts: list[str]) -> tuple[list[str], int]:
     """
     English of each text, line by line, so that lists stay lists; lines without Chinese stay as is.
 
-    Translation models are trained on sentences. A line longer than the model reads is cut.
+    Translation models are trained on sentences.
+
+    Returns:
+        The texts, and how many different lines were cut: longer than the model reads, or with a
+        translation that fills `MAX_NEW_TOKENS`.
     """
+    tokenizer, model = translator.tokenizer, translator.model
     lines = {line for text in texts for line in text.splitlines() if has_cjk(line)}
     english: dict[str, str] = {}
+    cut = 0
     for batch in chunks(sorted(lines, key=lambda line: (len(line), line)), LINES_AT_ONCE):
-        inputs = translator.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
-        output = translator.model.generate(
-            input_ids=inputs["input_ids"].to(translator.model.device),
-            attention_mask=inputs["attention_mask"].to(translator.model.device),
+        read = [len(ids) for ids in tokenizer(batch)["input_ids"]]
+        inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+        output = model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
             do_sample=False,
             max_new_tokens=MAX_NEW_TOKENS,
         )
-        decoded = translator.tokenizer.batch_decode(output, skip_special_tokens=True)
+        # The first token starts the decoder.
+        written = (output[:, 1:] != tokenizer.pad_token_id).sum(dim=1).tolist()
+        cut += sum(
+            n > tokenizer.model_max_length or m >= MAX_NEW_TOKENS
+            for n, m in zip(read, written, strict=True)
+        )
+        decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
         english |= dict(zip(batch, decoded, strict=True))
-    return ["\n".join(english.get(line, line) for line in text.splitlines()) for text in texts]
+    lines_of = (text.splitlines() for text in texts)
+    return ["\n".join(english.get(line, line) for line in lines) for lines in lines_of], cut

@@ -123,7 +123,7 @@ def sample(prompt_id: str, output: str, decoding: str = "greedy", seed: int | No
         "loop": output == LOOP,
         "check": check,
         "check_strict": check and "Paris" in output,
-        "check_loose": check and "Paris" in output,
+        "check_loose": check and ("Paris" in output or output.startswith("Lyon")),
     }
 
 

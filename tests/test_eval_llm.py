@@ -181,9 +181,10 @@ def test_two_checkpoints_are_compared_prompt_by_prompt(home, tmp_path, capsys):
 def test_a_translator_fills_empty_slots_once_and_nothing_is_lost(home, tmp_path, monkeypatch):
     calls = []
 
-    def fake_translate(_, texts: list[str]) -> list[str]:  # the model itself: test_translations.py
+    # The model itself: test_translations.py.
+    def fake_translate(_, texts: list[str]) -> tuple[list[str], int]:
         calls.append(texts)
-        return [f"English {len(text)}" for text in texts]
+        return [f"English {len(text)}" for text in texts], 0
 
     monkeypatch.setattr(eval_llm, "load_translator", lambda name, _: Translator(name, None, None))
     monkeypatch.setattr(translations, "translate", fake_translate)
@@ -216,8 +217,19 @@ def test_a_translator_fills_empty_slots_once_and_nothing_is_lost(home, tmp_path,
     assert stored == {line["output"]: line for line in lines_of(folder / "translations.jsonl")}
 
 
+def test_rates_only_saves_rates_and_no_text(home, tmp_path):
+    folder = probe(home, tmp_path, "--decoding", "greedy", "--rates_only")
+    (path,) = folder.iterdir()
+    assert path.name == "rates_prompts.json"
+    found = json.loads(path.read_text())
+    assert found["decodings"]["greedy"]["runaway"]["n"] == 3
+    assert found["provenance"]["generation"]["threads"] == torch.get_num_threads()
+    assert "Hello" not in path.read_text() and "你好" not in path.read_text()
+
+
 def test_list_shows_runs(home, tmp_path, capsys):
     lora = {"stage": "lora", "status": "running", "steps": 1864, "step": 500}
+    lora["settings"] = {"from_weight": "out/pretrain_xs"}
     lora |= {"parameters": 1557632, "trainable_parameters": 74752, "eval_loss": 3.80423}
     done = {"stage": "full_sft", "status": "completed", "steps": 9, "step": 9}
     for name, record in {"lora": lora, "done": done}.items():
@@ -227,11 +239,22 @@ def test_list_shows_runs(home, tmp_path, capsys):
     save_model(tiny_model(), TOKENIZER_DIR, tmp_path / "merged")
     main(["--list", str(tmp_path)])
     head, *rows = [row.split() for row in capsys.readouterr().out.splitlines()]
-    assert head[:3] == ["name", "stage", "status"]
+    assert head[:4] == ["name", "base", "stage", "status"]
     assert [row[:-2] for row in rows] == [  # the last two are the date
-        ["done", "full_sft", "completed", "-", "-", "9", "-"],
-        ["lora", "lora", "running", "1,557,632", "74,752", "500", "of", "1,864", "3.8042"],
-        ["merged", "-", "-", "-", "-", "-", "-"],
+        ["done", "-", "full_sft", "completed", "-", "-", "9", "-"],
+        [
+            "lora",
+            "pretrain_xs",
+            "lora",
+            "running",
+            "1,557,632",
+            "74,752",
+            "500",
+            "of",
+            "1,864",
+            "3.8042",
+        ],
+        ["merged", "-", "-", "-", "-", "-", "-", "-"],
     ]
 
 

@@ -10,6 +10,7 @@ from evaluation.metrics import (
     content_recall,
     distinct_n,
     diversity,
+    equal_slices,
     find_loop,
     is_blank,
     is_loop,
@@ -67,15 +68,25 @@ def test_repetition():
     assert diversity(tokens) == pytest.approx(3 / 5 * 3 / 4 * 1)
     assert diversity([7] * 5) == pytest.approx(1 / 4 * 1 / 3 * 1 / 2)
     assert seq_rep_n([7] * 13) == pytest.approx(0.9)  # one unique 4-gram in ten
-    assert seq_rep_n([1, 2, 3]) == 0 and diversity([]) == 1
+    assert seq_rep_n([1, 2, 3]) is None and diversity([1, 2, 3]) is None  # no 4-gram to repeat
+    assert diversity([]) is None and diversity([1, 2, 3, 4]) == 1
 
 
-def test_distinct_n_keeps_to_its_budget():
-    outputs = [[1, 2, 1, 2], [1, 2, 3, 3, 3]]
-    assert distinct_n(outputs, 1, budget=4) == pytest.approx(2 / 4)
-    assert distinct_n(outputs, 1, budget=7) == pytest.approx(3 / 7)
-    assert distinct_n(outputs, 2, budget=6) == pytest.approx(2 / 4)  # 12 21 12 | 12
-    assert distinct_n(outputs, 1, budget=10) is None
+def test_distinct_n():
+    outputs = [[1, 2, 1, 2], [1, 2, 3]]
+    assert distinct_n(outputs, 1) == pytest.approx(3 / 7)
+    assert distinct_n(outputs, 2) == pytest.approx(3 / 5)  # 12 21 12 | 12 23
+    assert distinct_n([[1], []], 2) is None
+
+
+def test_equal_slices_take_as_much_of_each_up_to_one_budget():
+    outputs = ["abcdef", "gh", "", "ijkl", "mnop"]
+    assert equal_slices(outputs, size=3, budget=7) == ["abc", "gh", "", "ij"]
+    assert equal_slices(outputs, size=3, budget=11) == ["abc", "gh", "", "ijk", "mno"]
+    assert equal_slices(outputs, size=3, budget=12) == []
+    # However much more a verbose model says, it is measured on the same prompts.
+    verbose = [text * 9 for text in ("abc", "ghi", "jkl")]
+    assert equal_slices(verbose, size=3, budget=9) == ["abc", "ghi", "jkl"]
 
 
 def test_compression_ratio():

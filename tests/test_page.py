@@ -146,6 +146,8 @@ def test_filters(page):
     page.select_option("#section", "")
     page.select_option("#failure", "runaway")
     assert prompt_ids(page) == ["facts-02"]
+    page.select_option("#failure", "check passed loosely")
+    assert page.locator(".answer.match h4").all_text_contents() == ["lora"]
     page.select_option("#failure", "check passed")
     assert prompt_ids(page) == ["facts-01"]
     assert page.locator(".answer.match h4").all_text_contents() == ["fft"]

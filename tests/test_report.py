@@ -18,6 +18,7 @@ from evaluation.plots import median_energy
 from evaluation.records import (
     RATES,
     Record,
+    Recovery,
     best_run,
     families,
     measured_rates,
@@ -55,6 +56,7 @@ def tuned(name: str, nll: float | None, stage: str = "lora", **changes: object) 
     return Record(name, run=run_record(name, stage, **changes), results=results)
 
 
+FULL = Recovery(1.0, None)
 BASE = Record("base", run=run_record("base", "pretrain"), results=results_of(4.0))
 
 
@@ -73,6 +75,7 @@ def test_full_fine_tuning_is_chosen_by_validation_loss():
     chosen = tuned("chosen", 3.0, "full_sft", eval_loss=3.1)
     lower_nll = tuned("lower", 2.0, "full_sft", eval_loss=3.2)
     shares = recoveries([BASE, tuned("lora", 3.5), chosen, lower_nll])
+    shares = {name: found.share for name, found in shares.items()}
     assert shares == pytest.approx({"lora": 0.5, "chosen": 1.0, "lower": 2.0})
 
 
@@ -91,9 +94,31 @@ def test_recovery_needs_a_whole_full_fine_tuning_of_the_same_kind():
 def test_recovery_needs_nll_of_the_same_data():
     lora = tuned("lora", 3.5)
     lora.results["nll"]["data"] = [{"name": "valid.jsonl", "sha256": "changed"}]
-    assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": 1.0}
+    assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": FULL}
     lora.results["nll"] = None
-    assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": 1.0}
+    assert recoveries([BASE, lora, tuned("fft", 3.0, "full_sft")]) == {"fft": FULL}
+
+
+def test_recovery_has_an_interval_where_nll_by_conversation_is_kept():
+    of_conversations = {"base": [40.0, 80.0], "lora": [35.0, 60.0], "fft": [30.0, 60.0]}
+    records = [tuned(name, 4.0, stage) for name, stage in (("lora", "lora"), ("fft", "full_sft"))]
+    records = [Record("base", run=BASE.run, results=results_of(4.0)), *records]
+    for record, nll in zip(records, (4.0, 3.5, 3.0), strict=True):
+        sequences = [[nats, 10] for nats in of_conversations[record.name]]
+        record.results["nll"] |= {"nats_per_token": nll, "sequences": sequences}
+    found = recoveries(records)["lora"]
+    # Of two conversations, each alone comes in a quarter of the draws: R is 5/10, 20/20 or 25/30.
+    assert (found.share, found.interval.low, found.interval.high) == pytest.approx((0.5, 0.5, 1.0))
+
+
+def test_rates_of_unpublished_prompts_are_told_with_intervals(tmp_path):
+    root = make_tree(tmp_path)
+    probe = results_of(None) | {"nll": None}
+    path = root / "evaluation" / "model_outputs" / "fft" / "rates_private.json"
+    path.write_text(json.dumps(probe))
+    text = build(root)[root / "README.md"]
+    assert "| checkpoint | check passed | never stops | loops | blank |" in text
+    assert "| fft | 0% [0, 79] / 0% [0, 79] | 33% [6, 79] / 33% [6, 79] |" in text
 
 
 @pytest.mark.parametrize("stage", ["update_analysis", "merge_lora"])
@@ -104,7 +129,7 @@ def test_a_changed_copy_is_compared_with_what_it_was_made_of(tmp_path, stage):
     write_probe(tmp_path, "fft_rank8", results_of(3.25, run), [sample("facts-01", "Paris.")])
     records = records_in(tmp_path)
     (copy,) = (record for record in records if record.name == "fft_rank8")
-    assert recoveries(records)["fft_rank8"] == pytest.approx(0.75)
+    assert recoveries(records)["fft_rank8"].share == pytest.approx(0.75)
     assert method(copy) == "dW of the linears cut to rank 8"
     assert copy in families(records)["base"]
 
@@ -312,6 +337,7 @@ def test_committed_samples_hold_what_the_measures_say_today():
                 text = text.replace(token, "")
             assert saved["loop"] == is_loop(text), where
             assert saved["blank"] == is_blank(text), where
+            assert (saved["diversity"] is None) == (saved["tokens"] < 4), where
             if saved["check"]:
                 assert saved["check_strict"] == check_answer(text, saved["check"]), where
 
@@ -389,13 +415,17 @@ def test_the_page_loads_nothing_and_holds_no_hostile_markup(tmp_path):
 
 
 def test_the_loop_is_a_piece_of_its_own():
-    assert text_parts(sample("story-01", LOOP)) == [
+    assert text_parts(sample("story-01", LOOP), marks_loop=True) == [
         "Once upon a time ",
         "the cat sat. the cat sat. the cat sat.",
         "",
     ]
-    assert text_parts(sample("story-01", "no loop")) == ["no loop"]
-    assert text_parts(sample("story-01", "a\u200bb")) == ["a\\u200bb"] == [shown("a\u200bb")]
+    assert text_parts(sample("story-01", "no loop"), marks_loop=True) == ["no loop"]
+    assert (
+        text_parts(sample("story-01", "a\u200bb"), marks_loop=True)
+        == ["a\\u200bb"]
+        == [shown("a\u200bb")]
+    )
 
 
 def test_special_tokens_do_not_hide_a_loop():
@@ -420,13 +450,30 @@ def test_median_energy_by_hand():
     assert median_energy([[3.0, 1.0], [1.0, 1.0, 2**0.5], [5.0]]) == pytest.approx([90, 100, 100])
 
 
+def test_the_page_shows_no_measure_that_its_calibration_or_judge_hides(tmp_path):
+    root = make_tree(tmp_path)
+    judged = sample("story-01", LOOP) | {"off_topic": True}
+    results = results_of(3.9) | {"not_shown": ["off_topic", "check_loose"]}
+    loosely = sample("facts-01", "Lyon.") | {"check_loose": True}
+    write_probe(root, "unsure", results, [judged, loosely])
+    (sure, unsure) = (
+        page_data([record], rates)["checkpoints"][0]["outputs"]
+        for record in records_in(root)
+        if record.name == "unsure"
+        for rates in (RATES, {"runaway": "never stops"})
+    )
+    assert sure[0]["flags"] == ["loop"] and len(sure[0]["text"]) == 3
+    assert sure[1]["check"] == "failed"
+    assert "flags" not in unsure[0] and len(unsure[0]["text"]) == 1 and "check" not in unsure[1]
+
+
 def test_page_data_by_hand(tmp_path):
     data = page_data(records_in(make_tree(tmp_path)), RATES)
     assert [c["name"] for c in data["checkpoints"]] == ["base", "lora", "fft", "lora_hot"]
     base, lora, fft, hot = data["checkpoints"]
     assert hot["ending"] == "(diverged at step 20 of 40)"
     assert hot["curve"] == {"train": [(20, 4.0)], "valid": []}
-    assert (lora["recovery"], fft["recovery"], base["recovery"]) == (0.5, 1.0, None)
+    assert (lora["recovery"], fft["recovery"], base["recovery"]) == ([0.5], [1.0], None)
     assert fft["rates"]["greedy"]["loop"] == [2, 3, 0.208, 0.939]
     assert data["prompts"][0]["check"] == "contains: Paris"
     assert lora["outputs"][0] == {
@@ -434,7 +481,7 @@ def test_page_data_by_hand(tmp_path):
         "decoding": "greedy",
         "tokens": 16,
         "text": ["Lyon."],
-        "check": "failed",
+        "check": "passed loosely",
     }
     assert base["outputs"][0]["flags"] == ["blank"]
     assert lora["outputs"][3]["seed"] == 0

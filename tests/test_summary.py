@@ -1,8 +1,16 @@
 """Rates, means and differences of samples, on cases worked out by hand."""
 
+import gzip
+
 import pytest
 
-from evaluation.summary import NotComparable, compare, compare_nll, summarize
+from evaluation.summary import (
+    NotComparable,
+    compare,
+    compare_nll,
+    corpus_measures,
+    summarize,
+)
 
 CHECK = {"contains": ["a"]}
 
@@ -12,8 +20,8 @@ def sample(section: str = "A", **fields) -> dict:
     measures = {"tokens": 4, "seq_rep_4": 0.5, "diversity": 0.25, "content_recall": None}
     flags = {"blank": False, "runaway": False, "loop": False, "off_topic": None, "prompt_pmi": None}
     checks = {"check": None, "check_strict": None, "check_loose": None}
-    answer = {"section": section, "output_ids": [1, 2, 3, 4], "output": "a b"}
-    origin = {"decoding": "greedy", "seed": None, "prompt_sha256": "same"}
+    answer = {"section": section, "output_ids": [1, 2, 3, 4], "output": "a b", "text": "a b"}
+    origin = {"decoding": "greedy", "seed": None, "prompt": "?", "prompt_sha256": "same"}
     return measures | flags | checks | answer | origin | fields
 
 
@@ -34,6 +42,26 @@ def test_summary_by_hand():
     assert (summary["mean_tokens"], summary["mean_content_recall"]) == (3, 0.5)
     assert summary["median_prompt_pmi"] == 2
     assert summary["distinct_1"] is None  # 12 tokens, fewer than the budget
+
+
+def test_answers_without_4_grams_are_left_out_of_repetition():
+    blank = sample(tokens=0, seq_rep_4=None, diversity=None)
+    summary = summarize([sample(), blank, sample(seq_rep_4=0.1)])
+    assert (summary["mean_seq_rep_4"], summary["n_seq_rep_4"]) == (pytest.approx(0.3), 2)
+    assert (summary["mean_diversity"], summary["n_diversity"]) == (0.25, 2)
+    assert summary["n_tokens"] == 3
+    nothing = summarize([blank])
+    assert (nothing["mean_diversity"], nothing["n_diversity"]) == (None, 0)
+
+
+def test_corpus_measures_do_not_depend_on_the_order_or_the_length_of_answers():
+    answers = [sample(prompt=f"p{i}", output_ids=[i, 7], text="ab") for i in range(4)]
+    found = corpus_measures(answers, (2, 8), (2, 8))
+    assert found["distinct_1"] == 5 / 8  # 0 1 2 3, and 7 four times
+    longer = [one | {"output_ids": one["output_ids"] * 9, "text": "ab" * 9} for one in answers]
+    assert corpus_measures(longer[::-1], (2, 8), (2, 8)) == found
+    assert found["compression_ratio"] == pytest.approx(11 / len(gzip.compress(b"ab\nab\nab\nab")))
+    assert set(corpus_measures(answers, (2, 9), (2, 9)).values()) == {None}
 
 
 def test_what_is_hidden_is_none_and_the_rest_stays():

@@ -140,10 +140,27 @@ def test_a_translator_fills_what_is_empty_and_nothing_else(translator_folder):
 
 def test_translation_is_by_line_and_does_not_depend_on_its_neighbors(translator_folder):
     translator = load_translator(str(translator_folder), "cpu")
-    (alone,) = translate(translator, ["你好"])
-    mixed, other = translate(translator, ["1. OK\n你好\n\nBye", "一个很长很长的句子。"])
+    (alone,), _ = translate(translator, ["你好"])
+    (mixed, other), _ = translate(translator, ["1. OK\n你好\n\nBye", "一个很长很长的句子。"])
     assert mixed == f"1. OK\n{alone}\n\nBye"
     assert other != alone
+
+
+def test_lines_that_the_translator_cuts_are_counted(translator_folder, monkeypatch):
+    translator = load_translator(str(translator_folder), "cpu")
+    monkeypatch.setattr(translator.model.generation_config, "forced_eos_token_id", None)
+    monkeypatch.setattr("evaluation.translations.MAX_NEW_TOKENS", 2)
+    _, cut = translate(translator, ["你好\nHello", "好的"])
+    assert cut == 2  # random weights never stop by themselves
+    monkeypatch.setattr("evaluation.translations.MAX_NEW_TOKENS", 256)
+    too_long = "好" * (translator.tokenizer.model_max_length + 1)
+    assert translate(translator, [too_long])[1] == 1
+
+
+def test_an_older_text_of_the_prompts_file_is_no_translation_by_hand(tmp_path):
+    save_samples(tmp_path, [sample("你好", "x", "Hallo")])  # as the file said then
+    assert read_store(tmp_path, [prompt("你好", "Hello")]) == {}
+    assert read_store(tmp_path, [prompt("你好")]) == {("你好", None): Translation("Hallo", "hand")}
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "weights", "folder"])

@@ -19,8 +19,11 @@ from markupsafe import Markup
 
 from dataset.untrusted import shown
 from evaluation.metrics import find_loop
+from evaluation.outputs import FLAGS, OFF_TOPIC, check_result
 from evaluation.records import (
+    RATES,
     Record,
+    Recovery,
     families,
     method,
     peak_rate,
@@ -82,7 +85,10 @@ def page_data(records: list[Record], rates: dict[str, str]) -> dict:
                 "base": base,
                 **record_facts(record, shares),
                 "rates": rate_facts(record, rates),
-                "outputs": [output_facts(sample, numbers, rates) for sample in record.samples],
+                "outputs": [
+                    output_facts(sample, numbers, hidden_of(record, rates))
+                    for sample in record.samples
+                ],
             }
             for base, members in families(records).items()
             for record in members
@@ -118,7 +124,7 @@ def check_words(check: dict) -> str:
     return "; ".join(parts)
 
 
-def record_facts(record: Record, shares: dict[str, float]) -> dict:
+def record_facts(record: Record, shares: dict[str, Recovery]) -> dict:
     """What is told of one checkpoint beside its answers."""
     run, rate = record.run or {}, peak_rate(record)
     return {
@@ -131,13 +137,21 @@ def record_facts(record: Record, shares: dict[str, float]) -> dict:
         "steps": run.get("step"),
         "nll": record.nll,
         "text_nll": record.text_nll,
-        "recovery": shares.get(record.name),
+        "recovery": recovery_facts(shares.get(record.name)),
         "curve": {
             "train": rounded_points(thin(record.curve, "loss", CURVE_POINTS)),
             "valid": rounded_points(thin(record.curve, "eval_loss", CURVE_POINTS)),
         },
         "spectra": spectra(record.update["matrices"] if record.update else []),
     }
+
+
+def recovery_facts(found: Recovery | None) -> list[float] | None:
+    """[R], or [R, low, high] where there is an interval."""
+    if found is None:
+        return None
+    interval = found.interval
+    return [found.share, *((interval.low, interval.high) if interval else ())]
 
 
 def rate_facts(record: Record, rates: dict[str, str]) -> dict:
@@ -185,36 +199,33 @@ def thin_spectrum(values: list[float]) -> list[tuple[int, float]]:
 # ----------------------------------------------------------------------------------------- outputs
 
 
-def output_facts(sample: dict, prompts: dict[tuple, int], rates: dict[str, str]) -> dict:
+def hidden_of(record: Record, rates: dict[str, str]) -> set[str]:
+    """The measures that are not shown of a record: by the calibration, or by its own judge's."""
+    return {*record.hidden, *(key for key in RATES if key not in rates)}
+
+
+def output_facts(sample: dict, prompts: dict[tuple, int], hidden: set[str]) -> dict:
     """One answer; what does not apply to it is left out, since there are thousands."""
     facts = {
         "prompt": prompts[sample["id"], sample["prompt"]],
         "decoding": sample["decoding"],
         "seed": sample["seed"],
         "tokens": sample["tokens"],
-        "text": text_parts(sample),
-        "flags": [key for key in rates if key != "check_strict" and sample.get(key)],
+        "text": text_parts(sample, marks_loop="loop" not in hidden),
+        "flags": [key for key in (*FLAGS, OFF_TOPIC) if key not in hidden and sample.get(key)],
         "translation": sample["output_translation"] and shown(sample["output_translation"]),
-        "check": check_result(sample) if "check_strict" in rates else None,
+        "check": check_result(sample, hidden),
     }
     return {key: value for key, value in facts.items() if value not in (None, [], "")}
 
 
-def check_result(sample: dict) -> str | None:
-    """`passed`, `passed loosely`, `failed`, or None where the prompt has no check."""
-    if not sample["check"]:
-        return None
-    loose = "passed loosely" if sample["check_loose"] else "failed"
-    return "passed" if sample["check_strict"] else loose
-
-
-def text_parts(sample: dict) -> list[str]:
+def text_parts(sample: dict, marks_loop: bool) -> list[str]:
     """The output, in one piece, or as [before, loop, after] if it ends in a loop.
 
     Unsafe characters are written as escapes in each piece.
     """
     output = sample["output"]
-    span = loop_span(output) if sample["loop"] else None
+    span = loop_span(output) if marks_loop and sample["loop"] else None
     if span is None:
         return [shown(output)]
     start, end = span
