@@ -412,11 +412,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), LOSS_CHUNK):
             span = slice(start, start + LOSS_CHUNK)
             chunk, ids = states[span].to(dtype), targets[span, None]
-            logits = (chunk @ matrix.T).float()
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            logits = chunk @ matrix.T
+            error = logits.softmax(dim=-1, dtype=torch.float32)
+            # The log of summed exponentials: the highest logit less the log of its probability.
+            log_sum = logits.amax(-1, keepdim=True) - error.amax(-1, keepdim=True).log()
             total += (log_sum - logits.gather(1, ids)).sum()
-            error = logits.sub_(log_sum).exp_()
-            error.scatter_add_(1, ids, torch.full_like(log_sum, -1.0))
+            error.scatter_add_(1, ids, error.new_full(ids.shape, -1.0))
             error = error.to(dtype)
             states_grad[span] = error @ matrix
             if weight_grad is not None:
