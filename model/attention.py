@@ -30,15 +30,12 @@ def blockwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     Computed in the type of ``v``, the softmax in float32.
     """
     batch, heads, length, size = q.shape
-    kv_heads = k.shape[1]
-    shared = (batch, kv_heads, heads // kv_heads, length, size)
-    q = (q * size**-0.5).to(v.dtype).view(shared).transpose(2, 3).reshape(-1, length, *shared[2::2])
-    out, _ = attend(q, k.to(v.dtype).flatten(0, 1), v.flatten(0, 1))
-    return (
-        out.view(batch, kv_heads, length, -1, size)
-        .transpose(2, 3)
-        .reshape(batch, heads, length, size)
-    )
+    group = heads // k.shape[1]
+    scaled = (q * size**-0.5).to(v.dtype).unflatten(1, (-1, group))
+    rows = scaled.transpose(2, 3).reshape(-1, length, group, size)
+    out, _ = attend(rows, k.to(v.dtype).flatten(0, 1), v.flatten(0, 1))
+    out = out.view(batch, -1, length, group, size).transpose(2, 3)
+    return out.reshape(batch, heads, length, size)
 
 
 def weight_blocks(weights: torch.Tensor, q: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
