@@ -35,6 +35,8 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from model.attention import LONGEST, blockwise_attention
+
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 HEAD_WEIGHT = "lm_head.weight"
@@ -49,9 +51,6 @@ CONFIG_VALUES += ("bos_token_id", "eos_token_id", "pad_token_id")
 DEFAULT_ROPE_THETA = 1e4  # transformers' for both families, where a config names none
 WEIGHTS_FILE = "model.safetensors"
 IGNORE_INDEX = -100
-# Up to about this length a CPU trains faster through plain products than through the fused kernel,
-# which took 3 times as long at 100 tokens, 1.6 times at 160, and half as long at 256.
-SHORT_LENGTH = 192
 # Labeled positions whose logits exist at once: LOSS_CHUNK * V floats, which stay in a CPU's cache.
 LOSS_CHUNK = 512
 # A study of small models: more than this is a slip or a hostile config, refused before it is
@@ -194,20 +193,6 @@ def visible_positions(
     return visible & (attention_mask[:, None, None, :].bool() | (keys == queries))
 
 
-def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention written out: (B, H, T, d) queries on (B, K, T, d) keys and values.
-
-    Queries that share a key head are stacked along T, so no head is copied.
-    """
-    batch, heads, length, size = q.shape
-    groups = heads // k.shape[1]
-    stacked = (q * size**-0.5).reshape(batch, k.shape[1], groups * length, size)
-    scores = (stacked @ k.transpose(-1, -2)).view(batch, -1, groups, length, length)
-    past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    weights = scores.float().masked_fill(~past, -torch.inf).softmax(dim=-1).to(q.dtype)
-    return (weights.view(batch, -1, groups * length, length) @ v).view(batch, heads, length, size)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
 
@@ -243,8 +228,8 @@ class Attention(nn.Module):
         q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
-        if mode == "short":
-            out = short_attention(q, k, v)
+        if mode == "blockwise":
+            out = blockwise_attention(q, k, v)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=visible, is_causal=mode == "causal", enable_gqa=self.grouped
@@ -288,13 +273,13 @@ class Block(nn.Module):
 
 
 def attention_mode(
-    visible: torch.Tensor | None, new: int, cache: Cache | None, x: torch.Tensor
+    visible: torch.Tensor | None, new: int, cache: Cache | None, device: torch.device
 ) -> str:
-    """``masked`` where ``visible`` or a single query says it all, else ``causal`` or ``short``."""
+    """``masked`` where ``visible`` or a single query says it all, else the faster causal way."""
     if visible is not None or new == 1:
         return "masked"
-    trains_on_cpu = torch.is_grad_enabled() and x.device.type == "cpu" and cache is None
-    return "short" if trains_on_cpu and new <= SHORT_LENGTH else "causal"
+    is_blockwise = device.type == "cpu" and cache is None and new <= LONGEST
+    return "blockwise" if is_blockwise else "causal"
 
 
 class MiniMindModel(nn.Module):
@@ -328,7 +313,7 @@ class MiniMindModel(nn.Module):
             position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"]
         )
         # Decided here, outside the block: a compiled block keeps one graph for every length.
-        mode = attention_mode(visible, new, cache, x)
+        mode = attention_mode(visible, new, cache, x.device)
         for layer in self.layers:
             x = layer(x, rope, visible, mode, cache)
         return self.norm(x)
@@ -427,11 +412,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), LOSS_CHUNK):
             span = slice(start, start + LOSS_CHUNK)
             chunk, ids = states[span].to(dtype), targets[span, None]
-            logits = (chunk @ matrix.T).float()
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            logits = chunk @ matrix.T
+            error = logits.softmax(dim=-1, dtype=torch.float32)
+            # The log of summed exponentials: the highest logit less the log of its probability.
+            log_sum = logits.amax(-1, keepdim=True) - error.amax(-1, keepdim=True).log()
             total += (log_sum - logits.gather(1, ids)).sum()
-            error = logits.sub_(log_sum).exp_()
-            error.scatter_add_(1, ids, torch.full_like(log_sum, -1.0))
+            error.scatter_add_(1, ids, error.new_full(ids.shape, -1.0))
             error = error.to(dtype)
             states_grad[span] = error @ matrix
             if weight_grad is not None:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen3ForCausalLM
 
-from model import model_minimind
+from model import attention, model_minimind
+from model.attention import blockwise_attention
 from model.model_minimind import (
     TOKENIZER_DIR,
     CheckpointError,
@@ -187,25 +188,56 @@ def test_cached_continuation_of_several_tokens_equals_one_pass() -> None:
         assert torch.allclose(rest, model(ids).logits[:, 9:], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [2, 7, 192, 193])
-def test_short_attention_trains_as_the_fused_kernel(
-    length: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blockwise_attention_and_its_gradients_equal_the_fused_kernels(
+    length: int, kv_heads: int, dtype: torch.dtype
 ) -> None:
-    plain, fused = make_model(noise=0.1), make_model(noise=0.1)
+    torch.manual_seed(length)
+    heads = (4, kv_heads, kv_heads)
+    inputs = [torch.randn(2, n, length, 8).to(dtype).requires_grad_() for n in heads]
+    # The reference in float64, from the very numbers that bfloat16 holds.
+    precise = [x.detach().double().requires_grad_() for x in inputs]
+    out = blockwise_attention(*inputs)
+    expected = F.scaled_dot_product_attention(*precise, is_causal=True, enable_gqa=True)
+    assert out.dtype == dtype
+    grad = torch.randn(2, 4, length, 8).to(dtype)
+    gradients = torch.autograd.grad(out, inputs, grad)
+    references = torch.autograd.grad(expected, precise, grad.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for ours, reference in zip((out, *gradients), (expected, *references), strict=True):
+        error = (ours - reference).norm()
+        assert error <= tolerance * reference.norm() + tolerance * 1e-2
+
+
+def test_attention_operators_keep_to_their_contract() -> None:
+    q, k, v = (torch.randn(2, 70, *rest, requires_grad=True) for rest in ((3, 4), (4,), (4,)))
+    torch.library.opcheck(attention.attend, (q, k, v))
+
+
+@pytest.mark.parametrize("length", [7, 65])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_blockwise_attention_trains_as_the_fused_kernel(
+    length: int, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blockwise, fused = (make_model(noise=0.1, qk_norm=qk_norm) for _ in range(2))
     ids = torch.randint(3, 6400, (2, length))
     calls = []
-    written_out = model_minimind.short_attention
     monkeypatch.setattr(
-        model_minimind, "short_attention", lambda *qkv: calls.append(1) or written_out(*qkv)
+        model_minimind,
+        "blockwise_attention",
+        lambda *qkv: calls.append(1) or blockwise_attention(*qkv),
     )
-    loss = plain(ids, labels=ids).loss
-    assert len(calls) == (3 if length <= 192 else 0)
-    monkeypatch.setattr(model_minimind, "SHORT_LENGTH", 0)
+    loss = blockwise(ids, labels=ids).loss
+    assert len(calls) == 3  # layers
+    monkeypatch.setattr(model_minimind, "LONGEST", 0)
     expected = fused(ids, labels=ids).loss
+    assert len(calls) == 3
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     loss.backward()
     expected.backward()
-    for (name, ours), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+    for (name, ours), other in zip(blockwise.named_parameters(), fused.parameters(), strict=True):
         assert torch.allclose(ours.grad, other.grad, rtol=1e-3, atol=1e-6), name
 
 

@@ -14,9 +14,11 @@ A run leaves ``<save_dir>/<run_name>/``:
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -81,6 +83,9 @@ COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 PEER_TIMEOUT = timedelta(minutes=10)
 TOKENIZING_TIMEOUT = timedelta(hours=12)
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
+# Options of glibc's mallopt (malloc.h): how much free memory it keeps before it gives some back to
+# the system, and how many blocks it may map one by one.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 # torch tells these by a RuntimeError's text alone.
 CPU_IS_FULL = "DefaultCPUAllocator"
 DISK_IS_FULL = "inline_container.cc"  # its file writer: some write fell short
@@ -171,6 +176,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             "--use_compile on: no compiler (g++ or clang++ on a CPU, gcc or cc on a GPU) or no "
             "Python.h here; install both, or use --use_compile off"
         )
+    if args.device == "cpu":
+        keep_freed_memory()
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]
     trackers = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
@@ -182,6 +189,18 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     set_seed(args.seed)  # the same on every process, for the same initial weights
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next step, where it is the C library.
+
+    Each step frees what the next allocates. By default glibc returns large blocks to the system,
+    which hands them out again page by page, each cleared: 6% of a step at the default shape.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
