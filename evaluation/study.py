@@ -194,7 +194,7 @@ def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list
                 known = runs.get(run.id)
                 runs[run.id] = run if known is None else joined(run, known)
     trained = sorted(runs.values(), key=lambda run: run.seed)  # stable
-    return [*bases_of(trained), *trained], sorted(set(waiting))
+    return [*planned_bases(study, size), *trained], sorted(set(waiting))
 
 
 def joined(run: Run, known: Run) -> Run:
@@ -202,10 +202,11 @@ def joined(run: Run, known: Run) -> Run:
     return replace(run, probe=run.probe or known.probe, parts=run.parts or known.parts)
 
 
-def bases_of(runs: list[Run]) -> list[Run]:
-    """The base models that `runs` start from."""
-    keys = dict.fromkeys((run.size, run.base, run.base_seed) for run in runs)
-    return [Run(size, base, seed, probe=True) for size, base, seed in keys]
+def planned_bases(study: dict, size: str) -> list[Run]:
+    """The base models of a size, in the order of the experiments."""
+    experiments = [one for one in study["experiments"] if size in one["sizes"]]
+    keys = dict.fromkeys((one["base"], one["base_seed"]) for one in experiments)
+    return [Run(size, base, seed, probe=True) for base, seed in keys]
 
 
 def runs_of(
