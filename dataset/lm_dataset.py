@@ -715,14 +715,14 @@ class ConversationDataset(Dataset):
 
 
 def with_subset(store: TokenStore, kept: np.ndarray) -> TokenStore:
-    """The store, whose ``info`` counts the samples ``kept`` (indices) apart from all."""
+    """The store with the digests of the samples ``kept`` (indices), counted apart in ``info``."""
     spans = [slice(store.starts[i], store.starts[i + 1]) for i in kept]
     counts = {
         "samples": len(kept),
         "tokens": sum(int(span.stop - span.start) for span in spans),
         "labeled_tokens": sum(int(store.labeled[span].sum()) for span in spans),
     }
-    return replace(store, info=store.info | {"kept": counts})
+    return replace(store, digests=store.digests[kept], info=store.info | {"kept": counts})
 
 
 def load_dataset(

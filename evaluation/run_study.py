@@ -5,7 +5,8 @@ Runs the study: what `study.toml` lists and `results/study/` has no result of, b
     python evaluation/run_study.py                     # all of it; what was stopped is continued
     python evaluation/run_study.py --jobs 2            # two runs at once, half of the cores each
     python evaluation/run_study.py --only 'xs-plain42-fft-*'
-    python evaluation/run_study.py --list | parallel -j 4        # or as the lines of a Slurm array
+    python evaluation/run_study.py --list | parallel -j 4        # or as the lines of a Slurm array:
+                                                      # what can start now; call again after it
     python evaluation/run_study.py --shard 1/4         # the first of four machines
 
 Each run trains under `out/study/<id>`, is measured by `eval_llm.py`, and leaves one JSON file (see
@@ -52,7 +53,7 @@ from trainer.trainer_utils import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS_DIR = REPOSITORY / "evaluation" / "results" / "study"
-ENDED = ("completed", "diverged", "oom", "failed")  # what a result can tell of a run
+ENDED = ("completed", "diverged")  # what a result can tell of a run; others are run again
 CURVE_EVERY = 5  # logged steps a point of a result's curve
 OUTCOMES = ("check_strict", "check_loose", "runaway", "loop", "blank")
 
@@ -102,7 +103,13 @@ def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[st
     runs, waiting = planned_runs(study, args.size, results)
     left = [run for run in runs if lacks(run, results.get(run.id)) and is_mine(run, args)]
     needed = {run.base_id for run in left}
-    missing = [run for run in runs if run.id in needed and not has_weights(run, args.save_dir)]
+    for name in needed & results.keys():
+        if results[name]["status"] != "completed":
+            raise SettingsError(
+                f"{name}: {results[name]['status']}, so nothing can start from it; mend it in "
+                f"{args.study} and delete {args.results_dir / name}.json"
+            )
+    missing = [run for run in runs if run.id in needed and not has_weights(run.id, args.save_dir)]
     if args.shard[1] > 1 and missing:
         raise SettingsError(
             f"--shard: {missing[0].id} is not in {args.save_dir}; make it first, or copy it there: "
@@ -116,7 +123,7 @@ def lacks(run: Run, result: dict | None) -> bool:
     if result is None:
         return True
     if "held_out" not in result:
-        return False  # it diverged or failed, and would again
+        return False  # it diverged, and would again
     return (run.probe and "probe" not in result) or (run.parts and "parts" not in result)
 
 
@@ -127,9 +134,9 @@ def is_mine(run: Run, args: argparse.Namespace) -> bool:
     return named and zlib.crc32(run.id.encode()) % count == index - 1
 
 
-def has_weights(run: Run, save_dir: Path) -> bool:
+def has_weights(run_id: str, save_dir: Path) -> bool:
     """Whether a run is complete in `save_dir`."""
-    record = save_dir / run.id / "run.json"
+    record = save_dir / run_id / "run.json"
     return record.is_file() and read_json(record)["status"] == "completed"
 
 
@@ -151,26 +158,44 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     """Trains, measures and files one run.
 
     Raises:
-        SettingsError: the training or the measuring could not be done at all; nothing is filed.
+        SettingsError: it broke off, or is a base made anew that differs from the one that there are
+            results of; nothing is filed.
     """
     start = time.monotonic()
     stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
     folder = args.save_dir / run.id
-    if not has_weights(run, args.save_dir):
+    if not has_weights(run.id, args.save_dir):
         script = str(REPOSITORY / "trainer" / f"{SCRIPTS[stage]}.py")
         command = [sys.executable, script, *as_words(flags), *how_to_go_on(folder)]
         call(command, args, run.id, may_fail=True)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    if record.get("status") not in ENDED:
-        raise SettingsError(f"{run.id}: not trained; {args.save_dir / run.id}.log says why")
+    status = record.get("status", "not trained")
+    if status not in ENDED:
+        raise SettingsError(f"{run.id}: {status}; {args.save_dir / run.id}.log says why")
+    path = args.results_dir / f"{run.id}.json"
+    known = read_json(path) if path.is_file() else {}
     result = describe(run, record, study)
-    if record["status"] == "completed":
+    if status == "completed":
         result |= measure(run, study, args)
+    check_same_base(run, result, known, args)
     result["curve"] = thinned_curve(folder / "metrics.jsonl")
-    result["seconds"] = round(time.monotonic() - start, 1)
+    # What was measured later, on weights that were there, adds to what the run took.
+    result["seconds"] = round(time.monotonic() - start + known.get("seconds", 0.0), 1)
     args.results_dir.mkdir(parents=True, exist_ok=True)
-    write_text(args.results_dir / f"{run.id}.json", as_json(result))
+    write_text(path, as_json(result))
     remove_folder(folder / "resume")  # thrice the weights, and nothing is left to continue
+
+
+def check_same_base(run: Run, result: dict, known: dict, args: argparse.Namespace) -> None:
+    """Refuses a base made anew whose weights are not those that its arms' results started from.
+
+    Another machine, or another number of threads, rounds differently.
+    """
+    if known.get("weights", result.get("weights")) != result.get("weights"):
+        raise SettingsError(
+            f"{run.id}: made anew, its weights differ from those of {args.results_dir}; restore "
+            "them, or name another --results_dir for a study of its own"
+        )
 
 
 def how_to_go_on(folder: Path) -> list[str]:
@@ -338,12 +363,9 @@ def run_all(study: dict, args: argparse.Namespace) -> None:
 def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list[Run]:
     """Those of the runs left that can start now: not running, and their base is there."""
     busy = {run.id for run in running}
-    bases = {run.base_id: run.base_id is None for run in left}
-    for name in bases.keys() - {None}:
-        record = args.save_dir / name / "run.json"
-        is_there = record.is_file() and read_json(record)["status"] == "completed"
-        bases[name] = is_there and name not in busy
-    return [run for run in left if run.id not in busy and bases[run.base_id]]
+    bases = {name for name in {run.base_id for run in left} if name not in busy}
+    there = {name for name in bases if name is None or has_weights(name, args.save_dir)}
+    return [run for run in left if run.id not in busy and run.base_id in there]
 
 
 def print_waiting(study: dict, args: argparse.Namespace) -> None:
@@ -354,9 +376,12 @@ def print_waiting(study: dict, args: argparse.Namespace) -> None:
 
 
 def print_list(left: list[Run], args: argparse.Namespace) -> None:
-    """One command a run."""
+    """One command for each run that can start now."""
+    now = ready(left, [], args)
+    if len(now) < len(left):
+        print(f"{len(left) - len(now)} more wait for their base: call again", file=sys.stderr)
     paths = {"data_dir": args.data_dir, "save_dir": args.save_dir, "results_dir": args.results_dir}
-    for run in left:
+    for run in now:
         flags = {"study": args.study, "size": args.size, "only": run.id} | paths
         print(shlex.join(["python", str(Path(__file__).resolve()), *as_words(flags)]))
 

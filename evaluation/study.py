@@ -14,7 +14,7 @@ file in `results/study/`, made by `run_study.py`:
     update                    shares and ranks of that update
     probe                     prompts, and by decoding the rates and each prompt's outcomes
 
-A run that diverged or failed has a result too, without the measures.
+A run that diverged has a result too, without the measures; one that broke off has none yet.
 """
 
 import math
@@ -307,9 +307,10 @@ def is_interior(losses: dict[str, float], rate: str) -> bool:
 def training_flags(study: dict, run: Run, data_dir: Path, save_dir: Path) -> tuple[str, dict]:
     """The stage of a run and its script's flags."""
     if run.arm is None:
-        shape = study["sizes"][run.size]
-        flags = study["common"] | shape | study["bases"][run.base]
-        return "pretrain", flags | files(study, "pretrain", data_dir) | {
+        base, size = study["bases"][run.base], study["sizes"][run.size]
+        flags = study["common"] | size | base["flags"] | files(study, "pretrain", data_dir)
+        return "pretrain", flags | {
+            "epochs": size["epochs"] * base["share"],
             "run_name": run.id,
             "save_dir": save_dir,
             "seed": run.seed,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import combinations
+from statistics import fmean
 
 import matplotlib
 import numpy as np
@@ -23,6 +24,8 @@ from evaluation.study import Cell, is_interior, parse_cell, planned_runs, runs_o
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
 CELL_COLUMNS = ("trained", "rate", "seeds", "NLL", "R", "forgets")
+# Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
+RATES = {"runaway": "never stops", "blank": "blank", "check_strict": "check passed"}
 RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
 NOT_RUN = "The study was not run yet: `python evaluation/run_study.py`."
 DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
@@ -84,7 +87,8 @@ def experiment_lines(
     if not rows:
         return []
     title = f"{experiment['id']}. {experiment['question']}"
-    return [f"*{title}*", "", *markdown_table(CELL_COLUMNS, rows), ""]
+    columns = (*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ()))
+    return [f"*{title}*", "", *markdown_table(columns, rows), ""]
 
 
 def rows_of_cells(
@@ -118,13 +122,28 @@ def cell_row(experiment: dict, index: int, row: Row) -> list[str]:
     if measured.failed:
         seeds += f" ({measured.failed} diverged)"
     forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
-    return [name, cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery), forgets]
+    cells = [name, cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery), forgets]
+    return cells + (
+        [mean_rates(measured.rates, key) for key in RATES] if experiment["probe"] else []
+    )
+
+
+def mean_rates(rates: list[dict], key: str) -> str:
+    """A rate under each decoding in percent, the mean of the probed seeds."""
+    if not rates:
+        return "-"
+    return " / ".join(
+        f"{100 * fmean(of_run[decoding][key]['rate'] for of_run in rates):.0f}%"
+        for decoding in rates[0]
+    )
 
 
 def in_words(interval: Interval | None) -> str:
     """An estimate with its interval."""
     if interval is None:
         return "-"
+    if interval.low == interval.high == 1.0:
+        return "1 (what R is a share of)"
     return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
@@ -182,6 +201,8 @@ def draw_rates(tuned: dict[str, dict]) -> Figure:
     ends = []
     for index, (arm, losses) in enumerate(tuned.items()):
         points = [(float(rate), loss) for rate, loss in losses.items() if np.isfinite(loss)]
+        if not points:
+            continue  # all diverged, which the table says
         axes.plot(*np.transpose(points), marker="o", markersize=3, **line_style(index))
         ends.append((*points[-1], arm))
     axes.set_xscale("log")

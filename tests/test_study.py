@@ -1,5 +1,6 @@
 """The study: what is planned, what is known, what the rules say, and one run of it from nothing."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from dataset.command_line import SettingsError
 from dataset.lm_dataset import DataError
 from evaluation.findings import (
+    Contrast,
     check_controlled,
     describe_cell,
     interval_of,
@@ -23,7 +25,7 @@ from evaluation.findings import (
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
-from evaluation.run_study import parse_shard
+from evaluation.run_study import check_same_base, parse_shard
 from evaluation.study import (
     STUDY_FILE,
     Cell,
@@ -65,8 +67,10 @@ num_attention_heads = 2
 num_key_value_heads = 1
 intermediate_size = 32
 learning_rate = 1e-2
+epochs = 2
 [bases.plain]
-max_steps = 2
+share = 0.5
+flags = { log_interval = 1 }
 [arms.fft]
 stage = "full_sft"
 rates = ["1e-3", "1e-2", "1e-1"]
@@ -138,6 +142,7 @@ SWEEP = {
     "xs-plain42-fft-lr1e-1-s1": [1.0, 1.0, 1.0, 1.0],
     "xs-plain42-fft-lr1e-1-s2": None,  # so much better, but for the seed that diverged
 }
+CELL = Cell("xs", "plain", 42, "square", "1e-3", "main")
 BASE = {"xs-plain42": result_of("xs-plain42", 42, [50.0, 100.0, 150.0, 200.0], None)}
 
 
@@ -179,16 +184,75 @@ def test_recovery_of_a_cell_by_hand(study: dict) -> None:
     # On test conversations the base has 5 nats a token, FFT at its tuned rate 3, square 4.
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     results = BASE | results_of(SWEEP | square | {"xs-plain42-square-lr1e-3-s3": None})
-    row = describe_cell(study, Cell("xs", "plain", 42, "square", "1e-3", "main"), results)
+    row = describe_cell(study, CELL, results)
     assert row.measured.nll == pytest.approx(4.0)
     assert (row.measured.seeds, row.measured.failed) == ([1, 2], 1)
     assert row.recovery.estimate == pytest.approx(0.5)
     # Every conversation and every seed says the same, so does every draw.
     assert (row.recovery.low, row.recovery.high) == pytest.approx((0.5, 0.5))
     assert row.forgetting == 0.0
+    full = describe_cell(study, replace(CELL, arm="fft", rate="tuned"), results)
+    assert full.recovery == Interval(1.0, 1.0, 1.0)
+
+
+def three_seeds(square: list[list[float]]) -> dict[str, dict]:
+    """Results of FFT and of square with three seeds each."""
+    full = SWEEP["xs-plain42-fft-lr1e-2-s1"]
+    arms = {f"xs-plain42-square-lr1e-3-s{s}": nats for s, nats in enumerate(square, start=1)}
+    return BASE | results_of(SWEEP | {"xs-plain42-fft-lr1e-2-s3": full} | arms)
+
+
+def test_verdict_needs_three_seeds_that_agree_and_a_rate_inside_its_grid(study: dict) -> None:
+    # 80 and 160 nats on test are R = .5; 100 and 200, the base's, are 0; 70 and 140 are .75.
+    good, base, bad = [0, 80, 0, 160], [0, 100, 0, 200], [0, 70, 0, 140]
+    (claim,) = judge_claims(study, "xs", three_seeds([good, good, base]))
+    assert (claim.verdict, claim.seeds) == ("supported", 3)
+    assert claim.evidence[0].startswith("R(square@1e-3) = 0.33 [")
+    (claim,) = judge_claims(study, "xs", three_seeds([good, good]))
+    assert (claim.verdict, claim.seeds) == ("open: too few seeds", 2)
+    (claim,) = judge_claims(study, "xs", three_seeds([base, base, bad]))
+    assert claim.verdict == "open"  # the mean says at most .5, one seed does not
+    at_edge = three_seeds([good, good, good])
+    for seed in (1, 2):
+        at_edge[f"xs-plain42-fft-lr1e-1-s{seed}"] = at_edge[f"xs-plain42-fft-lr1e-3-s{seed}"]
+        at_edge[f"xs-plain42-fft-lr1e-3-s{seed}"] = at_edge["xs-plain42-fft-lr1e-2-s1"] | {
+            "seed": seed
+        }
+    (claim,) = judge_claims(study, "xs", at_edge)
+    assert claim.verdict != "supported"
+
+
+def test_recovery_of_too_small_a_gain_is_not_told(study: dict) -> None:
+    near = BASE["xs-plain42"] | {
+        "held_out": {"general": {"nats": [50.0, 63.0, 150.0, 126.0], "tokens": TOKENS}}
+    }
+    results = three_seeds([[0, 80, 0, 160]] * 3) | {"xs-plain42": near}  # FFT gains .15 nats
+    row = describe_cell(study, CELL, results)
+    assert (row.measured.nll, row.recovery) == (4.0, None)
     (claim,) = judge_claims(study, "xs", results)
-    assert (claim.verdict, claim.seeds) == ("supported", 2)
-    assert claim.evidence == ["R(square@1e-3) = 0.50 [0.50, 0.50]"]
+    assert claim.verdict == "not run"
+
+
+def test_broken_off_run_is_not_a_result_and_its_base_not_made_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(TOML)
+    (tmp_path / "results").mkdir()
+    diverged = result_of("xs-plain42", 42, None, None)
+    (tmp_path / "results" / "xs-plain42.json").write_text(json.dumps(diverged))
+    command = [sys.executable, str(REPOSITORY / "evaluation" / "run_study.py"), "--list"]
+    for flag, name in (("study", "study.toml"), ("save_dir", "out"), ("results_dir", "results")):
+        command += [f"--{flag}", str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: xs-plain42: diverged, so nothing can start from it")
+
+
+def test_base_made_anew_must_be_the_one_that_there_are_results_of(tmp_path: Path) -> None:
+    args = argparse.Namespace(results_dir=tmp_path)
+    run = Run("xs", "plain", 42)
+    check_same_base(run, {"weights": "w0"}, {}, args)
+    check_same_base(run, {"weights": "w0"}, {"weights": "w0"}, args)
+    with pytest.raises(SettingsError, match="made anew, its weights differ"):
+        check_same_base(run, {"weights": "w1"}, {"weights": "w0"}, args)
 
 
 def test_part_of_an_update_is_measured_against_the_whole(study: dict) -> None:
@@ -226,8 +290,6 @@ def test_seeds_and_conversations_are_drawn_for_all_alike(study: dict) -> None:
     assert interval_of(second - first).estimate == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no seed"):
         recovery_draws(base, [replace(half, seeds=[7, 8, 9])], full_arm)
-    with pytest.raises(ValueError, match="too little"):
-        recovery_draws(full.mean(axis=0) + 0.1 * tokens, [half], full_arm)
 
 
 def test_results_of_other_data_or_another_base_are_refused() -> None:
@@ -255,8 +317,15 @@ def test_results_of_other_data_or_another_base_are_refused() -> None:
         ({"at_most": 0.1}, -1.0, 0.11, False),
     ],
 )
-def test_rule_needs_the_whole_interval(condition: dict, low: float, high: float, met: bool) -> None:
-    assert is_met(condition, Interval((low + high) / 2, low, high)) is met
+def test_rule_needs_the_whole_interval_and_every_seed(
+    condition: dict, low: float, high: float, met: bool
+) -> None:
+    middle = (low + high) / 2
+    interval = Interval(middle, low, high)
+    seeds = [low, middle, high]
+    assert is_met(condition, Contrast(interval, seeds, 0, is_tuned=True)) is met
+    far = [middle, middle, -9.0 if "at_least" in condition else 9.0]
+    assert not is_met(condition, Contrast(interval, far, 0, is_tuned=True))
 
 
 def test_few_prompts_name_the_wrong_winner_as_often_as_counted() -> None:
@@ -314,7 +383,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     results = BASE | results_of(SWEEP | square)
     text = "\n".join(study_block(study, results, study_figures(study, results)))
-    assert "| H: square fails | **supported** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |" in text
+    claim = "| H: square fails | **open: too few seeds** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |"
+    assert claim in text
     assert "| square | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 |" in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
     assert "evaluation/figures/study_xs_rates.svg" in text
