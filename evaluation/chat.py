@@ -37,7 +37,12 @@ def chat(decoder: Decoder, tokenizer: PreTrainedTokenizerFast, decoding: Decodin
             print("(the conversation begins anew)")
         elif command == "/system":
             messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
-            print("(the conversation begins anew)")
+            told = (
+                f"with the system message: {rest.strip()}"
+                if messages
+                else "without a system message"
+            )
+            print(shown(f"(the conversation begins anew, {told})"))
         elif command == "/retry":
             if messages and messages[-1]["role"] == "assistant":
                 messages = answer(decoder, tokenizer, decoding, messages[:-1])

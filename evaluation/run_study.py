@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--study", type=Path, default=STUDY_FILE, help="(default: evaluation/study.toml)")
-    add("--size", default="xs", help="size of the models (default: xs)")
+    add("--size", default="xs", help="xs (default), s or base, see study.toml")
     add(
         "--only",
         nargs="+",
@@ -375,6 +375,16 @@ def print_waiting(study: dict, args: argparse.Namespace) -> None:
         print(f"waits for a tuned rate: {cell}")
 
 
+def check_data(study: dict, data_dir: Path) -> None:
+    """Refuses to begin a study whose data are not all there."""
+    for name in sorted({name for names in study["data"].values() for name in names}):
+        if not (data_dir / name).is_file():
+            raise SettingsError(
+                f"{data_dir / name}: no such file; make it with dataset/prepare.py, or mend "
+                "--data_dir"
+            )
+
+
 def print_list(left: list[Run], args: argparse.Namespace) -> None:
     """One command for each run that can start now."""
     now = ready(left, [], args)
@@ -398,10 +408,12 @@ def print_plan(left: list[Run], study: dict, args: argparse.Namespace) -> None:
         print(shlex.join(["python", f"trainer/{SCRIPTS[stage]}.py", *as_words(flags)]))
         total += seconds or 0
         unknown += seconds is None
-    print(
-        f"{len(left)} runs left, about {total / 3600 / args.jobs:.1f} hours with --jobs {args.jobs}"
-        f", and {unknown} of kinds that no run has been finished of"
-    )
+    print(f"{len(left)} runs left")
+    if total:
+        hours = total / 3600 / args.jobs
+        print(f"about {hours:.1f} hours with --jobs {args.jobs}, by the runs that were finished")
+    if unknown:
+        print(f"{unknown} of these are of kinds of which none was finished yet: time unknown")
     print_waiting(study, args)
 
 
@@ -411,6 +423,8 @@ def main() -> int:
     if args.size not in study["sizes"]:
         raise SettingsError(f"--size {args.size}: choose among {', '.join(study['sizes'])}")
     left, _ = runs_left(study, args)
+    if left and not args.dry_run:
+        check_data(study, args.data_dir)
     if args.list:
         print_list(left, args)
     elif args.dry_run:

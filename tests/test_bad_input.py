@@ -1036,6 +1036,10 @@ def test_shown_sample_is_inert(
     assert errors == ""
     assert all(line.isprintable() for line in out.splitlines())
     assert not (tmp_path / "out").exists()
+    # It writes nothing, so a name that is taken is no obstacle.
+    (tmp_path / "out" / stage).mkdir(parents=True)
+    assert call(stage, f"{flags} --data_path {tmp_path}/d.jsonl --show_sample", home) == 0
+    assert list((tmp_path / "out" / stage).iterdir()) == []
 
 
 def test_shown_and_error_line_by_hand() -> None:

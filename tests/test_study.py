@@ -25,7 +25,7 @@ from evaluation.findings import (
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
-from evaluation.run_study import check_same_base, parse_shard
+from evaluation.run_study import check_data, check_same_base, parse_shard
 from evaluation.study import (
     STUDY_FILE,
     Cell,
@@ -244,6 +244,15 @@ def test_broken_off_run_is_not_a_result_and_its_base_not_made_for_ever(tmp_path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: xs-plain42: diverged, so nothing can start from it")
+
+
+def test_data_that_are_missing_are_named_before_anything_runs(study: dict, tmp_path: Path) -> None:
+    for name in ("text", "chat"):
+        (tmp_path / f"{name}.jsonl").touch()
+    with pytest.raises(SettingsError, match=r"chat_valid\.jsonl: no such file"):
+        check_data(study, tmp_path)
+    (tmp_path / "chat_valid.jsonl").touch()
+    check_data(study, tmp_path)
 
 
 def test_base_made_anew_must_be_the_one_that_there_are_results_of(tmp_path: Path) -> None:

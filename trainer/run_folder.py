@@ -267,7 +267,7 @@ def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFo
         run.lock()
         run.record = read_json(run.path / "run.json")
         check_same_run(run.record, args)
-    elif run.path.exists():
+    elif run.path.exists() and not args.show_sample:  # which writes nothing
         if not args.overwrite:
             ways = "continue it with --from_resume, replace it" if has_state else "replace it"
             raise SettingsError(
