@@ -53,11 +53,9 @@ from evaluation.chat import chat
 from evaluation.checkpoints import (
     RUN_COLUMNS,
     Checkpoint,
-    checkpoint_name,
     find_checkpoint,
     load_checkpoint,
     run_rows,
-    weights_sha256,
 )
 from evaluation.likelihood import (
     CANDIDATES,
@@ -101,6 +99,7 @@ from evaluation.translations import (
 from model.generation import Decoder
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, MiniMindForCausalLM
+from trainer.run_folder import checkpoint_name, weights_sha256
 
 RUN_FACTS = ("stage", "status", "settings", "steps", "trainable_parameters", "eval_loss", "git")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from dataset.command_line import Parser, check_writable, refuse_ignored
-from evaluation.checkpoints import checkpoint_name
 from evaluation.probe import DECODINGS
 from evaluation.prompts import PROMPTS_FILE
 from trainer.arguments import OUT_DIR
+from trainer.run_folder import checkpoint_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OUTPUT_DIR = REPOSITORY / "evaluation" / "model_outputs"

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig
 
 from dataset.command_line import Parser, SettingsError
 from dataset.demo import ensure_demo_corpus
@@ -78,16 +80,9 @@ from trainer.train_tokenizer import corpus_texts
 from trainer.trainer_utils import PlannedSteps, choose_device, choose_dtype
 
 RESULT = Path(__file__).resolve().parent / "bench.json"
-SIZES = {
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    | {"intermediate_size": 48},
-    "xs": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    | {"intermediate_size": 352},
-    "s": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
-    | {"intermediate_size": 704},
-    "base": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
-    | {"intermediate_size": 1408},
-}
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+STUDY_SIZES = tomllib.loads((Path(__file__).resolve().parent / "study.toml").read_text())["sizes"]
+SIZES = {name: {key: size[key] for key in SHAPE} for name, size in STUDY_SIZES.items()}
 LORA_TARGETS = {"lora_square": "square", "lora_all": "all-linear"}
 PEFT_TARGETS = {
     "lora_square": ["q_proj", "o_proj"],
@@ -106,6 +101,7 @@ TEMPLATE_TOKENS = 18  # of the chat template, and of first words, whose space is
 PROMPT_SHARE = 0.15  # of a conversation's tokens are the user's
 NEW_TOKENS = 64
 PROMPTS = 100
+CACHE = "cache"  # of tokens, in the temporary folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -153,7 +149,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "machine": describe_machine(args.device),
         "dtype": choose_dtype("auto", args.device),
         "batch_size": args.batch_size,
-        "data": describe_data(data),
+        "data": describe_data(data, folder),
         "training": {},
     }
     for size in args.sizes:
@@ -173,7 +169,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     result["startup"] = startup(args, folder, last)
     result["generation"] = {"size": last} | generation(args, folder / last)
     result["tokenizing"] = tokenizing(args.data_path, folder, 1 if args.quick else 3)
-    result["loader"] = loader(data, args.batch_size, args.workers)
+    result["loader"] = loader(load_sft(data, folder / CACHE), args.batch_size, args.workers)
     if args.sweep:
         result["sweep"] = {"size": last, "batches": sweep(args, folder, last, data)}
     result["minutes"] = round((time.perf_counter() - started) / 60, 1)
@@ -202,9 +198,14 @@ def write_random_data(path: Path, samples: int, seed: int = SEED) -> Path:
     return path
 
 
-def describe_data(paths: list[Path]) -> dict:
+def load_sft(paths: list[Path], cache: Path) -> ConversationDataset:
+    """The conversations that arms train on; their tokens go into the temporary ``cache``."""
+    return load_dataset("sft", paths, load_tokenizer(), MAX_SEQ_LEN, cache)
+
+
+def describe_data(paths: list[Path], folder: Path) -> dict:
     """Number of conversations and their length in tokens."""
-    lengths = load_dataset("sft", paths, load_tokenizer(), MAX_SEQ_LEN).lengths
+    lengths = load_sft(paths, folder / CACHE).lengths
     return {
         "conversations": len(lengths),
         "mean_tokens": round(float(lengths.mean()), 1),
@@ -224,6 +225,7 @@ class Work:
     weights: str  # folder
     data: list[str]
     save_dir: str
+    cache: str  # of tokens, as temporary as the rest
     batch_size: int
     device: str
 
@@ -238,6 +240,7 @@ def work(
         weights=str(folder / size),
         data=[str(path.resolve()) for path in data],
         save_dir=str(folder / "runs"),
+        cache=str(folder / CACHE),
         batch_size=batch or args.batch_size,
         device=args.device,
     )
@@ -347,6 +350,7 @@ def run_ours(work: Work, method: str, pace: Pace) -> None:
         return loss, norm, tokens, labeled
 
     trainer_utils.train_step = paced
+    trainer_utils.load_dataset = partial(load_dataset, cache_dir=Path(work.cache))
     flags = ["--save_dir", work.save_dir, "--from_weight", work.weights, "--device", work.device]
     flags += ["--data_path", *work.data, "--batch_size", str(work.batch_size), "--seed", str(SEED)]
     flags += ["--max_steps", str(PLANNED_STEPS), "--max_seq_len", str(MAX_SEQ_LEN), "--overwrite"]
@@ -366,7 +370,7 @@ def run_trainer(work: Work, method: str, pace: Pace) -> None:
     from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
 
     tokenizer = load_tokenizer()
-    data = load_dataset("sft", [Path(p) for p in work.data], tokenizer, MAX_SEQ_LEN)
+    data = load_sft([Path(path) for path in work.data], Path(work.cache))
     model = LlamaForCausalLM.from_pretrained(work.weights, dtype=torch.float32)
     if method != "fft":
         from peft import LoraConfig, get_peft_model
@@ -414,9 +418,8 @@ def run_trainer(work: Work, method: str, pace: Pace) -> None:
 # ---------------------------------------------------------------- the matrix peak
 
 
-def matrix_shapes(size: str) -> list[tuple[int, int, int]]:
+def matrix_shapes(config: LlamaConfig) -> list[tuple[int, int, int]]:
     """(in, out, how many) of the matrices of a model, the head included."""
-    config = minimind_config(**SIZES[size])
     width, layers = config.hidden_size, config.num_hidden_layers
     keys = config.num_key_value_heads * config.head_dim
     return [
@@ -428,14 +431,15 @@ def matrix_shapes(size: str) -> list[tuple[int, int, int]]:
     ]
 
 
-def run_peak(work: Work, size: str, pace: Pace) -> None:
+def run_peak(work: Work, _: str, pace: Pace) -> None:
     """Each product of a step once (forward, both gradients): FLOP/s, weighted by FLOPs."""
     dtype = getattr(torch, choose_dtype("auto", work.device))
+    shapes = matrix_shapes(load_model(Path(work.weights)).config)
     tokens = int(work.batch_size * np.mean(LENGTH_DECILES))
     while True:
         pace.next_step()
         seconds = flops = 0.0
-        for inputs, outputs, count in matrix_shapes(size):
+        for inputs, outputs, count in shapes:
             taken = time_products(tokens, inputs, outputs, dtype, work.device)
             seconds += count * taken
             flops += count * 6 * tokens * inputs * outputs
@@ -653,9 +657,8 @@ def tokenizing(data_path: list[Path] | None, folder: Path, repeats: int) -> dict
     return {name: megabytes / median(seconds) for name, seconds in ways.items()}
 
 
-def loader(data: list[Path], batch_size: int, workers: list[int]) -> dict[str, float]:
+def loader(dataset: ConversationDataset, batch_size: int, workers: list[int]) -> dict[str, float]:
     """Milliseconds that the loader takes for a step's batch, by its number of processes."""
-    dataset = load_dataset("sft", data, load_tokenizer(), MAX_SEQ_LEN)
     return {str(count): loader_milliseconds(dataset, batch_size, count) for count in workers}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dataset.lm_dataset import file_sha256
 from model.model_lora import ADAPTER_CONFIG, find_base, load_lora
 from model.model_minimind import (
     TOKENIZER_DIR,
@@ -17,6 +16,7 @@ from model.model_minimind import (
     load_tokenizer,
     read_json,
 )
+from trainer.run_folder import checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,6 @@ class Checkpoint:
         """The run.json beside the weights; empty where there is none."""
         path = self.path / "run.json"
         return read_json(path) if path.is_file() else {}
-
-
-def checkpoint_name(path: Path) -> str:
-    """The folder's name, or a .pth file's without its ending."""
-    path = path.resolve()
-    return path.stem if path.suffix == ".pth" else path.name
 
 
 def find_checkpoint(path: Path, flag: str = "--model") -> Checkpoint:
@@ -83,14 +77,6 @@ def load_checkpoint(
         )
     tokenizer.padding_side = "left"  # so that every prompt ends where its answer begins
     return model.to(device, dtype).eval(), tokenizer
-
-
-def weights_sha256(path: Path) -> str:
-    """SHA-256 of the file that holds a checkpoint's own weights."""
-    if path.is_file():
-        return file_sha256(path)
-    names = ("adapter_model.safetensors", "model.safetensors")
-    return file_sha256(next(path / name for name in names if (path / name).is_file()))
 
 
 RUN_COLUMNS = (

@@ -31,7 +31,7 @@ from dataset.lm_dataset import (
     file_sha256,
     load_dataset,
 )
-from evaluation.checkpoints import Checkpoint, weights_sha256
+from evaluation.checkpoints import Checkpoint
 from evaluation.metrics import has_cjk
 from evaluation.outputs import NLL_UNITS, rounded
 from evaluation.prompts import Prompt, encode_prompts
@@ -41,6 +41,7 @@ from model.model_minimind import (
     load_model,
     weights_fingerprint,
 )
+from trainer.run_folder import weights_sha256
 
 # What tokenizing lost or found twice, as the token store counts it.
 COUNTS = ("truncated", "dropped_without_labels", "dropped_tail_tokens", "duplicates")

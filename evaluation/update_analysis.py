@@ -73,7 +73,6 @@ import torch
 from torch import Tensor
 
 from dataset.command_line import Parser, SettingsError, check_writable
-from evaluation.checkpoints import checkpoint_name
 from evaluation.spectra import (
     amplification,
     describe_intruders,
@@ -113,7 +112,7 @@ from model.model_minimind import (
     write_text,
 )
 from trainer.arguments import OUT_DIR
-from trainer.run_folder import git_state
+from trainer.run_folder import checkpoint_name, git_state
 from trainer.trainer_utils import run_script
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"

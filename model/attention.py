@@ -92,19 +92,48 @@ def attend_backward(
     k_grad = torch.zeros_like(k, dtype=torch.float32)  # summed over blocks
     v_grad = torch.zeros_like(v, dtype=torch.float32)
     for block, part in weight_blocks(weights, q):
-        rows, end = block.stop - block.start, block.stop
-        grad_rows = grad[:, block].flatten(1, 2)
+        end = block.stop
+        grad_rows, q_rows = grad[:, block].flatten(1, 2), q[:, block].flatten(1, 2)
         v_grad[:, :end] += torch.bmm(part.mT, grad_rows)
-        scores_grad = torch.bmm(grad_rows, v[:, :end].mT)
-        scores_grad.sub_(row_sums[:, block].flatten(1, 2)).mul_(part)
-        q_grad[:, block] = torch.bmm(scores_grad, k[:, :end]).unflatten(1, (rows, -1))
-        k_grad[:, :end] += torch.bmm(scores_grad.mT, q[:, block].flatten(1, 2))
+        scores_grad = gradient_of_scores(grad_rows, row_sums[:, block], v[:, :end], part)
+        q_grad[:, block] = torch.bmm(scores_grad, k[:, :end]).view_as(q_grad[:, block])
+        k_grad[:, :end] += torch.bmm(scores_grad.mT, q_rows)
     return q_grad, k_grad.to(k.dtype), v_grad.to(v.dtype)
 
 
 @attend_backward.register_fake
 def _(grad, row_sums, q, k, v, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@torch.library.custom_op("minimind::attend_backward_queries", mutates_args=())
+def attend_backward_queries(
+    grad: torch.Tensor,
+    row_sums: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of the queries alone, as :func:`attend_backward`."""
+    q_grad = torch.empty_like(grad)
+    for block, part in weight_blocks(weights, grad):
+        end = block.stop
+        grad_rows = grad[:, block].flatten(1, 2)
+        scores_grad = gradient_of_scores(grad_rows, row_sums[:, block], v[:, :end], part)
+        q_grad[:, block] = torch.bmm(scores_grad, k[:, :end]).view_as(q_grad[:, block])
+    return q_grad
+
+
+@attend_backward_queries.register_fake
+def _(grad, row_sums, k, v, weights) -> torch.Tensor:
+    return torch.empty_like(grad)
+
+
+def gradient_of_scores(
+    grad_rows: torch.Tensor, row_sums: torch.Tensor, v: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """dS of a block, shaped as its ``weights``, (N, queries * G, keys)."""
+    return torch.bmm(grad_rows, v.mT).sub_(row_sums.flatten(1, 2)).mul_(weights)
 
 
 def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
@@ -116,11 +145,15 @@ def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
 
 def attend_gradients(
     ctx, grad: torch.Tensor, _: None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The backward of :func:`attend`; rowsum(P * dP) is rowsum(O * dO), which is smaller."""
     q, k, v, out, weights = ctx.saved_tensors
+    grad = grad.contiguous()
     row_sums = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
-    return attend_backward(grad.contiguous(), row_sums, q, k, v, weights)
+    if any(ctx.needs_input_grad[1:]):
+        return attend_backward(grad, row_sums, q, k, v, weights)
+    # The first block's keys and values, where an adapter trains none of them.
+    return attend_backward_queries(grad, row_sums, k, v, weights), None, None
 
 
 attend.register_autograd(attend_gradients, setup_context=keep_for_backward)

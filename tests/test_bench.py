@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.lm_dataset import DataError, load_dataset
+from dataset.lm_dataset import CACHE_DIR, DataError, load_dataset
 from evaluation import bench
 from evaluation.bench import (
     PEFT_TARGETS,
-    SIZES,
     arm_result,
     in_turns,
     matrix_shapes,
@@ -29,15 +28,16 @@ from model.model_minimind import (
     save_model,
 )
 
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"intermediate_size": 48}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Tiny weights and short data."""
     folder = tmp_path_factory.mktemp("bench")
     torch.manual_seed(0)
-    save_model(
-        MiniMindForCausalLM(minimind_config(**SIZES["tiny"])), TOKENIZER_DIR, folder / "tiny"
-    )
+    save_model(MiniMindForCausalLM(minimind_config(**TINY)), TOKENIZER_DIR, folder / "tiny")
     write_random_data(folder / "data.jsonl", 40)
     return folder
 
@@ -52,12 +52,14 @@ def test_random_conversations_have_the_lengths_that_the_script_tells_of(tmp_path
 
 def test_matrix_shapes_hold_every_matrix_weight():
     # All parameters of the default but its norms: 17 of 512.
-    count = sum(inputs * outputs * many for inputs, outputs, many in matrix_shapes("base"))
+    count = sum(
+        inputs * outputs * many for inputs, outputs, many in matrix_shapes(minimind_config())
+    )
     assert count == 25_829_888 - 17 * 512
 
 
 def test_peft_adapts_the_modules_that_ours_adapts():
-    model = MiniMindForCausalLM(minimind_config(**SIZES["tiny"]))
+    model = MiniMindForCausalLM(minimind_config(**TINY))
     for method, targets in bench.LORA_TARGETS.items():
         ours = {name.rpartition(".")[2] for name in find_targets(model, targets)}
         assert ours - {"lm_head"} == set(PEFT_TARGETS[method])
@@ -68,7 +70,9 @@ def test_ours_and_trainer_take_the_same_steps_in_turns(folder):
     args = parse_args(["--batch_size", "4", "--device", "cpu"])
     arms = ["peak/tiny", "ours/lora_square", "trainer/lora_square"]
     works = [work(args, folder, "tiny", arm, [folder / "data.jsonl"]) for arm in arms]
+    kept = set(CACHE_DIR.glob("*"))
     said = in_turns(works, 1, folder)
+    assert list((folder / "cache").iterdir()) and set(CACHE_DIR.glob("*")) == kept
     peak, ours, theirs = (said[arm] for arm in arms)
     assert len(ours) == len(theirs) == len(peak) == bench.WARM_UP + 1
     assert [step["tokens"] for step in ours] == [step["tokens"] for step in theirs]

@@ -371,6 +371,8 @@ def test_process_that_dies_ends_the_run(place: Path, tmp_path: Path) -> None:
     assert error.endswith("the state of step 4 is kept: continue from it with --from_resume")
     record = record_of(tmp_path / "full_sft")
     assert (record["status"], record["step"]) == ("failed", 5)
+    assert record["reason"].startswith("another process of this run did not come, died or ")
+    assert record["reason"] in error
 
 
 # ---------------------------------------------------------------- disks

@@ -57,6 +57,37 @@ def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, monke
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_bfloat16_logits_are_near_those_of_float32_and_repeat(qk_norm, monkeypatch):
+    torch.manual_seed(0)
+    config = minimind_config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, qk_norm=qk_norm,
+    )  # fmt: skip
+    model = MiniMindForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    decoder, prompt = Decoder(model.bfloat16()), PROMPTS[1]
+    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(config).eval()
+    reference.load_state_dict(model.state_dict())  # the very numbers that bfloat16 holds
+    logits, computed = Decoder.logits, []
+
+    def spy(*args: object) -> torch.Tensor:
+        computed.append(logits(*args))
+        return computed[-1]
+
+    monkeypatch.setattr(Decoder, "logits", spy)
+    (answer,) = generate(decoder, [prompt], Decoding(12), no_draws([prompt], 12))
+    first = torch.cat(computed)  # from the prompt's last token but one, read apart
+    computed.clear()
+    assert generate(decoder, [prompt], Decoding(12), no_draws([prompt], 12)) == [answer]
+    assert torch.equal(torch.cat(computed), first)
+    with torch.no_grad():
+        expected = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 2 : -1]
+    assert first.shape == expected.shape and reference.dtype == torch.float32
+    assert ((first - expected).norm(dim=-1) <= 0.05 * expected.norm(dim=-1)).all()
+
+
 def test_an_adapted_model_continues_as_its_own_forward_pass():
     model = tiny_model()
     settings = LoraSettings(rank=4, alpha=8.0, targets="all-linear", train_tokens=(1, 2))

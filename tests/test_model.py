@@ -214,6 +214,28 @@ def test_blockwise_attention_and_its_gradients_equal_the_fused_kernels(
 def test_attention_operators_keep_to_their_contract() -> None:
     q, k, v = (torch.randn(2, 70, *rest, requires_grad=True) for rest in ((3, 4), (4,), (4,)))
     torch.library.opcheck(attention.attend, (q, k, v))
+    torch.library.opcheck(attention.attend, (q, k.detach(), v.detach()))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_of_queries_alone_equals_that_beside_keys_and_values(compiled: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 70, 8) for heads in (4, 2, 2))
+    attend = torch.compile(blockwise_attention, fullgraph=True) if compiled else blockwise_attention
+    called = []
+    gradients = {}
+    for trains in ((True, False, False), (True, True, True)):
+        inputs = [x.clone().requires_grad_(t) for x, t in zip((q, k, v), trains, strict=True)]
+        loss = attend(*inputs).square().sum()
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        called.append([event.key for event in profile.key_averages() if "attend" in event.key])
+        gradients[trains] = inputs[0].grad
+    alone, beside = gradients.values()
+    assert torch.equal(alone, beside)
+    assert "minimind::attend_backward_queries" in called[0]
+    assert "minimind::attend_backward" not in called[0]
+    assert "minimind::attend_backward" in called[1]
 
 
 @pytest.mark.parametrize("length", [7, 65])

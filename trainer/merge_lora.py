@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.untrusted import shown
-from evaluation.checkpoints import checkpoint_name, weights_sha256
 from model.model_lora import (
     AdapterError,
     LoraSettings,
@@ -38,6 +37,7 @@ from model.model_minimind import (
     weights_fingerprint,
     write_text,
 )
+from trainer.run_folder import checkpoint_name, weights_sha256
 from trainer.trainer_utils import code_and_machine, run_script
 
 

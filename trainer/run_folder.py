@@ -36,6 +36,20 @@ def printable_path(path: Path) -> str:
     return absolute.name
 
 
+def checkpoint_name(path: Path) -> str:
+    """The folder's name, or a .pth file's without its ending."""
+    path = path.resolve()
+    return path.stem if path.suffix == ".pth" else path.name
+
+
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of the file that holds a checkpoint's own weights."""
+    if path.is_file():
+        return file_sha256(path)
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return file_sha256(next(path / name for name in names if (path / name).is_file()))
+
+
 def base_reference(from_weight: str) -> str:
     """How an adapter names its base: a hub id, or a path that can be found again from here."""
     path = Path(from_weight)

@@ -835,8 +835,9 @@ def end_run(job: Job, progress: Progress, status: str, message: str) -> int:
 def record_failure(job: Job, progress: Progress, error: BaseException) -> None:
     """Ends a run that an error stopped, as far as the disk lets it."""
     status = "oom" if is_out_of_memory(error) else "failed"
+    told = lost_peer(error) if is_lost_peer(error) else f"{type(error).__name__}: {error}"
     try:
-        end_run(job, progress, status, f"{type(error).__name__}: {error}")
+        end_run(job, progress, status, told)
     except OSError as another:
         print(f"run.json still says running: {another}", file=sys.stderr)
 
