@@ -107,7 +107,7 @@ def check_controlled(results: dict[str, dict]) -> None:
 
     Arms of one variant must have read the same samples with the same template, masks and tokenizer
     (one token store, by its files' and tokenizer's hashes and its counts), and must have started
-    from the weights that their base's result names.
+    from the weights that their base's result names, computed in the same type.
 
     Raises:
         DataError: names a result that differs.
@@ -123,6 +123,8 @@ def check_controlled(results: dict[str, dict]) -> None:
         known = data.setdefault(key, result)
         if result["run"]["train_data"] != known["run"]["train_data"]:
             raise DataError(f"{name}: was trained on other data than {known['id']}")
+        if result["run"]["settings"]["dtype"] != known["run"]["settings"]["dtype"]:
+            raise DataError(f"{name}: was trained in another dtype than {known['id']}")
 
 
 # ---------------------------------------------------------------- recovery

@@ -327,6 +327,7 @@ def training_flags(study: dict, run: Run, data_dir: Path, save_dir: Path) -> tup
             "save_dir": save_dir,
             "from_weight": save_dir / run.base_id,
             "learning_rate": run.rate,
+            "dtype": study["sizes"][run.size]["dtype"],
             "seed": run.seed,
         }
     )

@@ -67,6 +67,7 @@ num_attention_heads = 2
 num_key_value_heads = 1
 intermediate_size = 32
 learning_rate = 1e-2
+dtype = "float32"
 epochs = 2
 [bases.plain]
 share = 0.5
@@ -306,12 +307,14 @@ def test_results_of_other_data_or_another_base_are_refused() -> None:
     name = "xs-plain42-fft-lr1e-3-s{}".format
     where = {"base_seed": 42, "variant": "main"}
     run = {"base_fingerprint": "w0", "train_data": {"tokenizer_sha256": "t", "samples": 16}}
+    run["settings"] = {"dtype": "float32"}
     one, other = (result_of(name(seed), seed, SWEEP[name(1)]) | where for seed in (1, 2))
     results = {"xs-plain42": base, name(1): one | {"run": run}, name(2): other | {"run": run}}
     check_controlled(results)
     for changed, told in (
         (run | {"train_data": {"tokenizer_sha256": "u", "samples": 16}}, "other data"),
         (run | {"base_fingerprint": "w1"}, "other weights"),
+        (run | {"settings": {"dtype": "bfloat16"}}, "another dtype"),
     ):
         with pytest.raises(DataError, match=f"{name(2)}: .*{told}"):
             check_controlled(results | {name(2): other | {"run": changed}})
@@ -382,7 +385,8 @@ def test_commands_are_what_the_scripts_take(study: dict) -> None:
         == (
             "--max_seq_len 64 --batch_size 8 --device cpu --lora_targets square --lora_rank 2 "
             "--max_train_samples 16 --epochs 3 --data_path data/chat.jsonl --lora_name "
-            f"{run.id} --save_dir out --from_weight out/xs-plain42 --learning_rate 1e-3 --seed 1"
+            f"{run.id} --save_dir out --from_weight out/xs-plain42 --learning_rate 1e-3 "
+            "--dtype float32 --seed 1"
         ).split()
     )
     assert as_words({"a": True, "b": [1, 2]}) == ["--a", "--b", "1", "2"]
