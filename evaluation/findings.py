@@ -253,8 +253,7 @@ class Contrast:
 class Judged:
     """A claim with its verdict."""
 
-    name: str
-    text: str
+    claim: dict  # of study.toml
     verdict: str  # supported, refuted, open with the reason, or not run
     evidence: list[str]  # each condition with its measured value
     seeds: int  # fewest of any condition
@@ -283,7 +282,7 @@ def judge(
             cells = [parse_cell(name, experiment, size, experiment["id"]) for name in names]
             found = contrast(study, cells, results)
             if found is None:
-                return Judged(claim["name"], claim["text"], "not run", [], 0)
+                return Judged(claim, "not run", [], 0)
             contrasts.append(found)
             holds[side] &= is_met(condition, found)
             evidence[told(names, found)] = None
@@ -294,7 +293,7 @@ def judge(
         verdict = "open: a rate at the edge of its grid"
     else:
         verdict = next((side for side, met in holds.items() if met), "open")
-    return Judged(claim["name"], claim["text"], verdict, list(evidence), seeds)
+    return Judged(claim, verdict, list(evidence), seeds)
 
 
 def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contrast | None:
@@ -343,10 +342,31 @@ def is_met(condition: dict, found: Contrast) -> bool:
 
 def told(cells: list[str], found: Contrast) -> str:
     """A measured contrast in words."""
-    name = f"R({cells[0]})" + (f" - R({cells[1]})" if len(cells) == 2 else "")
     interval = found.interval
-    words = f"{name} = {interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    words = f"{named(cells)} = {interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
     return words + (f", {found.failed} runs diverged" if found.failed else "")
+
+
+def named(cells: list[str]) -> str:
+    """R of a cell, or what R of one is above another's, as a formula."""
+    return " - ".join(f"R({cell})" for cell in cells)
+
+
+def rule_of(claim: dict) -> str:
+    """A claim's rule in words: both sides with their bounds."""
+    sides = []
+    for side in ("supported", "refuted"):
+        conditions = [
+            f"{named(cells_of(condition, claim['name']))} "
+            + (
+                f">= {condition['at_least']:.2f}"
+                if "at_least" in condition
+                else f"<= {condition['at_most']:.2f}"
+            )
+            for condition in claim[side]
+        ]
+        sides.append(f"{side} if {' and '.join(conditions)}")
+    return "; ".join(sides)
 
 
 # ---------------------------------------------------------------- rates, ladder, few prompts

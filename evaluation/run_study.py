@@ -4,14 +4,16 @@ Runs the study: what `study.toml` lists and `results/study/` has no result of, b
     python evaluation/run_study.py --dry_run           # what is left, with its commands and time
     python evaluation/run_study.py                     # all of it; what was stopped is continued
     python evaluation/run_study.py --jobs 2            # two runs at once, half of the cores each
+    python evaluation/run_study.py --experiment H1     # what one question asks for
     python evaluation/run_study.py --only 'xs-plain42-fft-*'
     python evaluation/run_study.py --list | parallel -j 4        # or as the lines of a Slurm array:
                                                       # what can start now; call again after it
     python evaluation/run_study.py --shard 1/4         # the first of four machines
 
 Each run trains under `out/study/<id>`, is measured by `eval_llm.py`, and leaves one JSON file (see
-study.py). A second call does nothing. It needs the files that `dataset/prepare.py` writes; no
-network.
+study.py). A second call does nothing. Base models that are published in `results/study/bases/` are
+taken from there: made anew on another machine they would round differently, and results of one base
+can't be mixed with another's. It needs the files that `dataset/prepare.py` writes; no network.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import fnmatch
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +73,7 @@ def parse_args() -> argparse.Namespace:
         metavar="ID",
         help="runs with such ids; * stands for any",
     )
+    add("--experiment", nargs="+", metavar="ID", help="experiments of study.toml (default: all)")
     add("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the runs")
     add("--jobs", type=int, default=1, help="runs at once (default 1)")
     add("--list", action="store_true", help="print one command a run that is left, and stop")
@@ -94,7 +98,30 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def chosen_experiments(study: dict, names: list[str]) -> list[dict]:
+    """The experiments with these names, in the study's order."""
+    known = [experiment["id"] for experiment in study["experiments"]]
+    for name in names:
+        if name not in known:
+            raise SettingsError(f"--experiment {name}: choose among {', '.join(known)}")
+    return [experiment for experiment in study["experiments"] if experiment["id"] in names]
+
+
 # ---------------------------------------------------------------- what is left
+
+
+def fetch_bases(args: argparse.Namespace) -> None:
+    """Copies the published bases to where runs start from, all of each or nothing."""
+    for published in sorted((args.results_dir / "bases").glob("*")):
+        place = args.save_dir / published.name
+        if place.exists():
+            continue
+        aside = place.with_name(f".{place.name}.{os.getpid()}")
+        shutil.copytree(published, aside)
+        if place.exists():  # another process was faster
+            remove_folder(aside)
+        else:
+            aside.rename(place)
 
 
 def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[str]]:
@@ -422,6 +449,10 @@ def main() -> int:
     study = read_study(args.study)
     if args.size not in study["sizes"]:
         raise SettingsError(f"--size {args.size}: choose among {', '.join(study['sizes'])}")
+    if args.experiment:
+        study["experiments"] = chosen_experiments(study, args.experiment)
+    if not args.dry_run:
+        fetch_bases(args)
     left, _ = runs_left(study, args)
     if left and not args.dry_run:
         check_data(study, args.data_dir)

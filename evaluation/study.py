@@ -41,6 +41,7 @@ DEFAULTS = {
     "claims": [],
 }
 CONDITIONS = ("recovery", "gain")
+CLAIM = ("name", "text", "not_shown", "supported", "refuted")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def check_experiment(study: dict, experiment: dict, path: Path) -> None:
     names = [(size, "sizes") for size in experiment["sizes"]] + [(experiment["base"], "bases")]
     texts = list(experiment["cells"])
     for claim in experiment["claims"]:
+        if missing := [name for name in CLAIM if name not in claim]:
+            raise SettingsError(f"{where}: a claim has no {missing[0]}")
         for condition in (*claim["supported"], *claim["refuted"]):
             texts += cells_of(condition, where)
     for text in texts:

@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 
 from evaluation.findings import (
     FEW_PROMPTS,
+    Judged,
     Row,
     describe_cell,
     judge_claims,
     known_cell,
+    rule_of,
     tuned_arms,
     wrong_winner_rate,
 )
@@ -53,17 +55,7 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
         + f". They took {hours:.1f} hours of runs.",
         "",
     ]
-    claims = [judged for judged in judge_claims(study, size, results)]
-    rows = [
-        (f"{c.name}: {c.text}", f"**{c.verdict}**", "; ".join(c.evidence) or "-", str(c.seeds))
-        for c in claims
-        if c.verdict != "not run"
-    ]
-    if rows:
-        lines += [*markdown_table(CLAIM_COLUMNS, rows), ""]
-    not_run = [judged.name for judged in claims if judged.verdict == "not run"]
-    if not_run:
-        lines += [f"Not run yet: {', '.join(not_run)}.", ""]
+    lines += claim_lines(judge_claims(study, size, results))
     for experiment in study["experiments"]:
         lines += experiment_lines(study, experiment, size, results)
     lines += rate_lines(study, size, results)
@@ -71,6 +63,29 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
         if name.startswith(f"study_{size}_"):
             lines += [f"![{title_of(name)}](evaluation/figures/{name})", ""]
     return lines
+
+
+def claim_lines(claims: list[Judged]) -> list[str]:
+    """The verdicts, each with its rule and what it leaves open."""
+    told = [judged for judged in claims if judged.verdict != "not run"]
+    rows = [
+        (
+            f"{judged.claim['name']}: {judged.claim['text']}",
+            f"**{judged.verdict}**",
+            "; ".join(judged.evidence),
+            str(judged.seeds),
+        )
+        for judged in told
+    ]
+    lines = [*markdown_table(CLAIM_COLUMNS, rows), ""] if rows else []
+    lines += [
+        f"- {judged.claim['name']}: {rule_of(judged.claim)}. It does not show "
+        f"{judged.claim['not_shown']}."
+        for judged in told
+    ]
+    lines += [""] if told else []
+    not_run = [judged.claim["name"] for judged in claims if judged.verdict == "not run"]
+    return lines + ([f"Not run yet: {', '.join(not_run)}.", ""] if not_run else [])
 
 
 def experiment_lines(
@@ -88,7 +103,8 @@ def experiment_lines(
         return []
     title = f"{experiment['id']}. {experiment['question']}"
     columns = (*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ()))
-    return [f"*{title}*", "", *markdown_table(columns, rows), ""]
+    again = f"`python evaluation/run_study.py --size {size} --experiment '{experiment['id']}'`"
+    return [f"*{title}* {again}", "", *markdown_table(columns, rows), ""]
 
 
 def rows_of_cells(

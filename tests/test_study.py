@@ -25,7 +25,14 @@ from evaluation.findings import (
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
-from evaluation.run_study import check_data, check_same_base, parse_shard
+from evaluation.run_study import (
+    check_data,
+    check_same_base,
+    chosen_experiments,
+    fetch_bases,
+    has_weights,
+    parse_shard,
+)
 from evaluation.study import (
     STUDY_FILE,
     Cell,
@@ -105,6 +112,7 @@ seeds = [1, 2, 3]
 [[experiments.claims]]
 name = "H"
 text = "square fails"
+not_shown = "why"
 supported = [{ recovery = "square@1e-3", at_most = 0.5 }]
 refuted = [{ recovery = "square@1e-3", at_least = 0.5 }]
 """
@@ -247,6 +255,13 @@ def test_broken_off_run_is_not_a_result_and_its_base_not_made_for_ever(tmp_path:
     assert done.stderr.startswith("error: xs-plain42: diverged, so nothing can start from it")
 
 
+def test_experiments_are_chosen_by_name(study: dict) -> None:
+    (chosen,) = chosen_experiments(study, ["rates"])
+    assert chosen["cells"] == ["fft@sweep"]
+    with pytest.raises(SettingsError, match="--experiment H9: choose among rates, H"):
+        chosen_experiments(study, ["H9"])
+
+
 def test_data_that_are_missing_are_named_before_anything_runs(study: dict, tmp_path: Path) -> None:
     for name in ("text", "chat"):
         (tmp_path / f"{name}.jsonl").touch()
@@ -263,6 +278,27 @@ def test_base_made_anew_must_be_the_one_that_there_are_results_of(tmp_path: Path
     check_same_base(run, {"weights": "w0"}, {"weights": "w0"}, args)
     with pytest.raises(SettingsError, match="made anew, its weights differ"):
         check_same_base(run, {"weights": "w1"}, {"weights": "w0"}, args)
+
+
+def test_published_base_is_taken_unless_there_is_one(tmp_path: Path) -> None:
+    for name in ("xs-plain42", "xs-plain43"):
+        published = tmp_path / "results" / "bases" / name
+        published.mkdir(parents=True)
+        (published / "run.json").write_text('{"status": "completed"}')
+        (published / "model.safetensors").write_text(f"published {name}")
+    made = tmp_path / "out" / "xs-plain43"
+    made.mkdir(parents=True)
+    (made / "model.safetensors").write_text("made here")
+    fetch_bases(argparse.Namespace(results_dir=tmp_path / "results", save_dir=tmp_path / "out"))
+    assert has_weights("xs-plain42", tmp_path / "out")
+    weights = (tmp_path / "out" / "xs-plain42" / "model.safetensors").read_text()
+    assert weights == "published xs-plain42"
+    assert [path.name for path in made.iterdir()] == ["model.safetensors"]
+    assert (made / "model.safetensors").read_text() == "made here"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "xs-plain42",
+        "xs-plain43",
+    ]
 
 
 def test_part_of_an_update_is_measured_against_the_whole(study: dict) -> None:
@@ -359,6 +395,7 @@ def test_few_prompts_name_the_wrong_winner_as_often_as_counted() -> None:
         ('"fft@tuned/long"', '"fft@tuned/short"', "'short' is not among main, long"),
         ('"fft@tuned/long"', '"fft@best"', "must be arm@rate"),
         ("at_most = 0.5", "below = 0.5", "one of at_least, at_most"),
+        ('not_shown = "why"', "", "a claim has no not_shown"),
         ("[common]", "[common", "study.toml"),
     ],
 )
@@ -398,6 +435,9 @@ def test_report_tells_what_was_run(study: dict) -> None:
     text = "\n".join(study_block(study, results, study_figures(study, results)))
     claim = "| H: square fails | **open: too few seeds** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |"
     assert claim in text
+    rule = "supported if R(square@1e-3) <= 0.50; refuted if R(square@1e-3) >= 0.50"
+    assert f"- H: {rule}. It does not show why." in text
+    assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
     assert "| square | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 |" in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
     assert "evaluation/figures/study_xs_rates.svg" in text
