@@ -42,6 +42,7 @@ class Measured:
     tokens: np.ndarray  # (conversations,)
     text_nll: list[float]  # by seed; empty for a part of an update
     rates: list[dict]  # by decoding, of the seeds that were probed; of a whole run
+    records: list[dict]  # what the training script recorded, by seed; of a whole run
 
     @property
     def nll(self) -> float:
@@ -80,6 +81,7 @@ def measure_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Measured 
         np.array(held_out[0]["tokens"][1::2]),
         [] if known.part else [result["text_nll"] for result in done],
         [] if known.part else [r["probe"]["rates"] for r in done if "probe" in r],
+        [] if known.part else [result["run"] for result in done],
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import combinations
-from statistics import fmean
+from statistics import fmean, median
 
 import matplotlib
 import numpy as np
@@ -25,7 +25,7 @@ from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.study import Cell, is_interior, parse_cell, planned_runs, runs_of, swept_seeds
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
-CELL_COLUMNS = ("trained", "rate", "seeds", "NLL", "R", "forgets")
+CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets", "tokens/s")
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
 RATES = {"runaway": "never stops", "blank": "blank", "check_strict": "check passed"}
 RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
@@ -138,10 +138,20 @@ def cell_row(experiment: dict, index: int, row: Row) -> list[str]:
     if measured.failed:
         seeds += f" ({measured.failed} diverged)"
     forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
-    cells = [name, cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery), forgets]
+    parameters, speed = costs(measured.records)
+    cells = [name, parameters, cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery)]
+    cells += [forgets, speed]
     return cells + (
         [mean_rates(measured.rates, key) for key in RATES] if experiment["probe"] else []
     )
+
+
+def costs(records: list[dict]) -> tuple[str, str]:
+    """How many parameters were trained, and how fast, the median of the seeds."""
+    if not records:
+        return "-", "-"
+    speed = median(record["tokens_per_second"] for record in records)
+    return f"{records[0]['trainable_parameters']:,}", f"{speed:,.0f}"
 
 
 def mean_rates(rates: list[dict], key: str) -> str:

@@ -132,7 +132,9 @@ def result_of(run_id: str, seed: int, nats: list[float] | None, arm: str | None 
     if nats is None:
         return base | {"status": "diverged"}
     held_out = {"general": {"nats": nats, "tokens": TOKENS}}
-    return base | {"status": "completed", "held_out": held_out, "text_nll": 4.0}
+    run = {"trainable_parameters": 1234, "tokens_per_second": 100.0 * seed}
+    measured = {"held_out": held_out, "text_nll": 4.0}
+    return base | {"status": "completed", "run": run} | measured
 
 
 def results_of(losses: dict[str, list[float] | None]) -> dict[str, dict]:
@@ -438,7 +440,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     rule = "supported if R(square@1e-3) <= 0.50; refuted if R(square@1e-3) >= 0.50"
     assert f"- H: {rule}. It does not show why." in text
     assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
-    assert "| square | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 |" in text
+    row = "| square | 1,234 | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 | 150 |"
+    assert row in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
     assert "evaluation/figures/study_xs_rates.svg" in text
 
