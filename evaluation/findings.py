@@ -28,6 +28,8 @@ from evaluation.study import (
 
 FULL = "fft"
 FEWEST_SEEDS = 3  # that a verdict may rest on
+SIDES = ("supported", "refuted")
+HYPOTHESIS = "H"  # what the names of claims begin with that are corrected for their number
 FEW_PROMPTS = 8  # what the reproduced study judged by
 
 
@@ -247,6 +249,7 @@ class Contrast:
 
     interval: Interval
     by_seed: list[float]
+    draws: np.ndarray  # what the interval is of
     failed: int  # runs that diverged
     is_tuned: bool  # every tuned rate has worse neighbors on both sides
 
@@ -258,17 +261,42 @@ class Judged:
     claim: dict  # of study.toml
     verdict: str  # supported, refuted, open with the reason, or not run
     evidence: list[str]  # each condition with its measured value
-    seeds: int  # fewest of any condition
+    seeds: int = 0  # fewest of any condition
+    p: float = 1.0  # of the side that the verdict takes, or that is nearer
 
 
 def judge_claims(study: dict, size: str, results: dict[str, dict]) -> list[Judged]:
     """The verdict of every claim of the experiments of this size, in their order."""
-    return [
+    claims = [
         judge(study, experiment, claim, size, results)
         for experiment in study["experiments"]
         if size in experiment["sizes"]
         for claim in experiment["claims"]
     ]
+    return corrected(claims)
+
+
+def corrected(claims: list[Judged]) -> list[Judged]:
+    """The claims, those of the hypotheses (H...) open again that many comparisons may explain."""
+    family = [
+        place
+        for place, judged in enumerate(claims)
+        if judged.claim["name"].startswith(HYPOTHESIS) and judged.seeds >= FEWEST_SEEDS
+    ]
+    claims = list(claims)
+    for place, p in zip(family, holm([claims[place].p for place in family]), strict=True):
+        if claims[place].verdict in SIDES and p > 1 - CONFIDENCE:
+            claims[place] = replace(claims[place], verdict=f"open: p = {p:.3f} after Holm")
+    return claims
+
+
+def holm(ps: list[float]) -> list[float]:
+    """p-values corrected for their number by Holm's method (1979, Scand. J. Statist. 6, 65-70)."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def judge(
@@ -276,26 +304,28 @@ def judge(
 ) -> Judged:
     """Supported if all its conditions hold, in their whole interval and every seed; or refuted."""
     evidence: dict[str, None] = {}
-    holds, contrasts = {}, []
-    for side in ("supported", "refuted"):
-        holds[side] = True
+    holds, ps, contrasts = {}, {}, []
+    for side in SIDES:
+        holds[side], ps[side] = True, 0.0
         for condition in claim[side]:
             names = cells_of(condition, experiment["id"])
             cells = [parse_cell(name, experiment, size, experiment["id"]) for name in names]
             found = contrast(study, cells, results)
             if found is None:
-                return Judged(claim, "not run", [], 0)
+                return Judged(claim, "not run", [])
             contrasts.append(found)
             holds[side] &= is_met(condition, found)
+            ps[side] = max(ps[side], p_value(condition, found))
             evidence[told(names, found)] = None
+    side = next((side for side in SIDES if holds[side]), None)
     seeds = min(len(found.by_seed) for found in contrasts)
     if seeds < FEWEST_SEEDS:
         verdict = "open: too few seeds"
     elif not all(found.is_tuned for found in contrasts):
         verdict = "open: a rate at the edge of its grid"
     else:
-        verdict = next((side for side, met in holds.items() if met), "open")
-    return Judged(claim, verdict, list(evidence), seeds)
+        verdict = side or "open"
+    return Judged(claim, verdict, list(evidence), seeds, ps[side] if side else min(ps.values()))
 
 
 def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contrast | None:
@@ -314,9 +344,11 @@ def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contra
         for seed in seeds
     ]
     reference = replace(cells[0], arm=FULL, rate="tuned", part="")
+    draws = difference(recovery_draws(base[0], arms, full))
     return Contrast(
-        interval_of(difference(recovery_draws(base[0], arms, full))),
-        [float(draws[0]) for draws in single],
+        interval_of(draws),
+        [float(of_one[0]) for of_one in single],
+        draws[1:],
         sum(arm.failed for arm in arms),
         all(is_well_tuned(study, cell, results) for cell in (*cells, reference)),
     )
@@ -342,6 +374,15 @@ def is_met(condition: dict, found: Contrast) -> bool:
     return max(found.interval.high, *found.by_seed) <= condition["at_most"]
 
 
+def p_value(condition: dict, found: Contrast) -> float:
+    """Two-sided: twice the share of draws beyond the condition's bound, never 0."""
+    if "at_least" in condition:
+        beyond = (found.draws < condition["at_least"]).sum()
+    else:
+        beyond = (found.draws > condition["at_most"]).sum()
+    return min(1.0, 2 * (int(beyond) + 1) / (len(found.draws) + 1))
+
+
 def told(cells: list[str], found: Contrast) -> str:
     """A measured contrast in words."""
     interval = found.interval
@@ -357,7 +398,7 @@ def named(cells: list[str]) -> str:
 def rule_of(claim: dict) -> str:
     """A claim's rule in words: both sides with their bounds."""
     sides = []
-    for side in ("supported", "refuted"):
+    for side in SIDES:
         conditions = [
             f"{named(cells_of(condition, claim['name']))} "
             + (

@@ -15,12 +15,16 @@ from dataset.command_line import SettingsError
 from dataset.lm_dataset import DataError
 from evaluation.findings import (
     Contrast,
+    Judged,
     check_controlled,
+    corrected,
     describe_cell,
+    holm,
     interval_of,
     is_met,
     judge_claims,
     measure_cell,
+    p_value,
     recovery_draws,
     wrong_winner_rate,
 )
@@ -233,6 +237,26 @@ def test_verdict_needs_three_seeds_that_agree_and_a_rate_inside_its_grid(study: 
     assert claim.verdict != "supported"
 
 
+def test_verdicts_are_corrected_for_the_number_of_hypotheses() -> None:
+    # Of 3: the smallest times 3, the next times 2, none below the one before.
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    named = {"H1": 0.04, "H2": 0.01, "H5": 0.03, "P0": 0.04}
+    claims = [Judged({"name": name}, "supported", [], 3, p) for name, p in named.items()]
+    claims.append(Judged({"name": "H7"}, "open: too few seeds", [], 2, 0.001))
+    verdicts = [judged.verdict for judged in corrected(claims)]
+    still_open = "open: p = 0.060 after Holm"
+    assert verdicts == [still_open, "supported", still_open, "supported", "open: too few seeds"]
+
+
+def test_p_value_counts_the_draws_beyond_the_bound() -> None:
+    draws = np.linspace(0.005, 0.995, 100)
+    found = Contrast(Interval(0.5, 0.1, 0.9), [0.5], draws, 0, True)
+    # 2 of the draws are below .02, 10 above .9.
+    assert p_value({"at_least": 0.02}, found) == pytest.approx(2 * 3 / 101)
+    assert p_value({"at_most": 0.9}, found) == pytest.approx(2 * 11 / 101)
+    assert p_value({"at_least": 0.6}, found) == 1.0
+
+
 def test_recovery_of_too_small_a_gain_is_not_told(study: dict) -> None:
     near = BASE["xs-plain42"] | {
         "held_out": {"general": {"nats": [50.0, 63.0, 150.0, 126.0], "tokens": TOKENS}}
@@ -373,9 +397,9 @@ def test_rule_needs_the_whole_interval_and_every_seed(
     middle = (low + high) / 2
     interval = Interval(middle, low, high)
     seeds = [low, middle, high]
-    assert is_met(condition, Contrast(interval, seeds, 0, is_tuned=True)) is met
+    assert is_met(condition, Contrast(interval, seeds, np.empty(0), 0, is_tuned=True)) is met
     far = [middle, middle, -9.0 if "at_least" in condition else 9.0]
-    assert not is_met(condition, Contrast(interval, far, 0, is_tuned=True))
+    assert not is_met(condition, Contrast(interval, far, np.empty(0), 0, is_tuned=True))
 
 
 def test_few_prompts_name_the_wrong_winner_as_often_as_counted() -> None:
