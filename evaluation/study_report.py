@@ -29,6 +29,7 @@ CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets",
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
 RATES = {"runaway": "never stops", "blank": "blank", "check_strict": "check passed"}
 RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
+UPDATE_COLUMNS = ("matrices", "of the update's squared norm", "of the parameters", "r90 / rank")
 NOT_RUN = "The study was not run yet: `python evaluation/run_study.py`."
 DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
 
@@ -104,7 +105,45 @@ def experiment_lines(
     title = f"{experiment['id']}. {experiment['question']}"
     columns = (*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ()))
     again = f"`python evaluation/run_study.py --size {size} --experiment '{experiment['id']}'`"
-    return [f"*{title}* {again}", "", *markdown_table(columns, rows), ""]
+    lines = [f"*{title}* {again}", "", *markdown_table(columns, rows), ""]
+    return lines + update_lines(study, experiment, size, results)
+
+
+def update_lines(study: dict, experiment: dict, size: str, results: dict[str, dict]) -> list[str]:
+    """Where the updates lie that were cut to parts, and of what rank they are; a mean over seeds.
+
+    r90 is the number of singular values that hold 90% of a matrix's squared norm.
+    """
+    runs = [
+        run
+        for text in experiment["cells"]
+        for run in runs_of(study, experiment, text, size, results)
+    ]
+    cut = {run.id: results.get(run.id, {}) for run in runs if run.parts}
+    updates = [result["update"] for result in cut.values() if "update" in result]
+    if not updates:
+        return []
+    rows = []
+    for kind in updates[0]["shares"]["by_kind"]:
+        shares = [update["shares"]["by_kind"][kind] for update in updates]
+        cells = [
+            f"{100 * fmean(share[of] for share in shares):.1f}%" for of in ("update", "parameters")
+        ]
+        ranks = [
+            matrix["r90"] / min(matrix["shape"])
+            for update in updates
+            for matrix in update["matrices"]
+            if matrix["name"].endswith(kind)
+        ]
+        told = f"{min(ranks):.2f} to {max(ranks):.2f}" if ranks else "-"
+        rows.append([kind, *cells, told])
+    return [
+        f"The update itself, of {len(updates)} seeds: where its squared norm lies, and the share "
+        "of a matrix's rank that holds 90% of it.",
+        "",
+        *markdown_table(UPDATE_COLUMNS, rows),
+        "",
+    ]
 
 
 def rows_of_cells(

@@ -470,6 +470,24 @@ def test_report_tells_what_was_run(study: dict) -> None:
     assert "evaluation/figures/study_xs_rates.svg" in text
 
 
+def test_report_tells_where_an_update_lies(study: dict) -> None:
+    study["experiments"][1]["cells"] = ["fft@1e-3+rank1"]
+    results = BASE | results_of(SWEEP)
+    for seed, share, r90 in ((1, 0.25, 2), (2, 0.75, 4)):
+        shares = {"by_kind": {"q_proj": {"update": share, "parameters": 0.125}}}
+        shares["by_kind"]["norm"] = {"update": 0.0, "parameters": 0.0}
+        matrix = {"name": "model.layers.0.self_attn.q_proj", "shape": [16, 8], "r90": r90}
+        update = {"shares": shares, "matrices": [matrix]}
+        results[f"xs-plain42-fft-lr1e-3-s{seed}"] |= {
+            "parts": {"rank1": [1.0] * 4},
+            "update": update,
+        }
+    text = "\n".join(study_block(study, results, {}))
+    assert "The update itself, of 2 seeds" in text
+    assert "| q_proj | 50.0% | 12.5% | 0.25 to 0.50 |" in text
+    assert "| norm | 0.0% | 0.0% | - |" in text
+
+
 def test_committed_study_is_sound() -> None:
     study = read_study(STUDY_FILE)
     for size in study["sizes"]:
