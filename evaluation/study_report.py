@@ -22,7 +22,15 @@ from evaluation.findings import (
 from evaluation.intervals import Interval
 from evaluation.outputs import markdown_table
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
-from evaluation.study import Cell, is_interior, parse_cell, planned_runs, runs_of, swept_seeds
+from evaluation.study import (
+    DEFAULTS,
+    Cell,
+    is_interior,
+    parse_cell,
+    planned_runs,
+    runs_of,
+    swept_seeds,
+)
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
 CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets", "tokens/s")
@@ -30,6 +38,7 @@ CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets",
 RATES = {"runaway": "never stops", "blank": "blank", "check_strict": "check passed"}
 RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
 UPDATE_COLUMNS = ("matrices", "of the update's squared norm", "of the parameters", "r90 / rank")
+R_AXIS = "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals"
 NOT_RUN = "The study was not run yet: `python evaluation/run_study.py`."
 DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
 
@@ -170,7 +179,7 @@ def known(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
 def cell_row(experiment: dict, index: int, row: Row) -> list[str]:
     """One row of `CELL_COLUMNS`."""
     cell, measured = row.measured.cell, row.measured
-    name = ", ".join(filter(None, (cell.arm, cell.variant.replace("main", ""), cell.part)))
+    name = short_name(cell)
     if "rungs" in experiment:
         name = f"{experiment['rungs'][index]}: {name}"
     seeds = str(len(measured.seeds))
@@ -238,12 +247,19 @@ def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
         for size in study["sizes"]:
             if tuned := tuned_arms(study, size, results):
                 drawn[f"study_{size}_rates.svg"] = draw_rates(tuned)
-            ladders = [
+            measured = [
                 (experiment, rows_of_cells(study, experiment, size, results))
                 for experiment in study["experiments"]
-                if experiment["ladder"] and size in experiment["sizes"]
+                if size in experiment["sizes"]
             ]
-            if any(row and row.recovery for _, rows in ladders for row in rows):
+            if recoveries := recovery_by_cell(measured):
+                drawn[f"study_{size}_recovery.svg"] = draw_recoveries(recoveries)
+            ladders = [
+                (experiment, rows)
+                for experiment, rows in measured
+                if experiment["ladder"] and all(row and row.recovery for row in rows)
+            ]
+            if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
             if pairs := few_prompt_rates(study, size, results):
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
@@ -254,6 +270,7 @@ def title_of(name: str) -> str:
     """What a figure shows, for those who cannot see it."""
     return {
         "rates": "Validation NLL by learning rate and what is trained",
+        "recovery": "Recovery of every arm that was run, with 95% intervals",
         "ladder": "Recovery after each change on the way from MiniMind's LoRA to full fine-tuning",
         "prompts": "How often eight prompts, judged once, name the worse of two arms",
     }[name.rsplit("_", 1)[1].removesuffix(".svg")]
@@ -278,6 +295,41 @@ def draw_rates(tuned: dict[str, dict]) -> Figure:
     return figure
 
 
+def recovery_by_cell(
+    measured: list[tuple[dict, list[Row | None]]],
+) -> list[tuple[str, Interval]]:
+    """Name and R of every whole run that was measured, from the lowest R to the highest."""
+    rows = [row for _, rows in measured for row in rows if row and row.recovery]
+    found = {
+        f"{short_name(row.measured.cell)}, {row.measured.cell.rate}": row.recovery
+        for row in rows
+        if not row.measured.cell.part
+    }
+    return sorted(found.items(), key=lambda item: item[1].estimate)
+
+
+def short_name(cell: Cell) -> str:
+    """A cell without what is the same for most."""
+    usual = (cell.base, cell.base_seed) == (DEFAULTS["base"], DEFAULTS["base_seed"])
+    base = "" if usual else f"from {cell.base}{cell.base_seed}"
+    variant = "" if cell.variant == DEFAULTS["variant"] else cell.variant
+    return ", ".join(filter(None, (cell.arm, variant, cell.part, base)))
+
+
+def draw_recoveries(recoveries: list[tuple[str, Interval]]) -> Figure:
+    """R of every arm with its 95% interval, between the base and full fine-tuning."""
+    figure = Figure(figsize=(8, 1 + 0.3 * len(recoveries)))
+    axes = figure.subplots()
+    for place, (_, recovery) in enumerate(recoveries):
+        draw_interval(axes, place, recovery)
+    for edge in (0, 1):
+        axes.axvline(edge, **GRID)
+    axes.set_yticks(range(len(recoveries)), [name for name, _ in recoveries])
+    axes.set_ylim(-0.5, len(recoveries) - 0.5)
+    axes.set_xlabel(R_AXIS)
+    return figure
+
+
 def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
     """A panel for every order of changes: R with its 95% interval after each."""
     heights = [len(rows) for _, rows in ladders]
@@ -292,7 +344,7 @@ def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
         axes.set_yticks(range(len(rows)), experiment["rungs"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(experiment["question"])
-    panels[-1, 0].set_xlabel("recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals")
+    panels[-1, 0].set_xlabel(R_AXIS)
     return figure
 
 

@@ -49,7 +49,7 @@ from evaluation.study import (
     training_flags,
     tuned_rate,
 )
-from evaluation.study_report import study_block, study_figures
+from evaluation.study_report import recovery_by_cell, study_block, study_figures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOML = """
@@ -467,7 +467,18 @@ def test_report_tells_what_was_run(study: dict) -> None:
     row = "| square | 1,234 | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 | 150 |"
     assert row in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
-    assert "evaluation/figures/study_xs_rates.svg" in text
+    for figure in ("rates", "recovery"):
+        assert f"evaluation/figures/study_xs_{figure}.svg" in text
+
+
+def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
+    square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    results = BASE | results_of(SWEEP | square)
+    cells = [CELL, replace(CELL, arm="fft", rate="tuned")]
+    rows = [describe_cell(study, cell, results) for cell in cells]
+    found = recovery_by_cell([({}, [rows[1], None]), ({}, rows)])
+    assert [name for name, _ in found] == ["square, 1e-3", "fft, 1e-2"]
+    assert [recovery.estimate for _, recovery in found] == pytest.approx([0.5, 1.0])
 
 
 def test_report_tells_where_an_update_lies(study: dict) -> None:
