@@ -27,6 +27,7 @@ from evaluation.study import (
     Cell,
     is_interior,
     parse_cell,
+    planned_bases,
     planned_runs,
     runs_of,
     swept_seeds,
@@ -65,6 +66,7 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
         + f". They took {hours:.1f} hours of runs.",
         "",
     ]
+    lines += base_lines(study, size, results)
     lines += claim_lines(judge_claims(study, size, results))
     for experiment in study["experiments"]:
         lines += experiment_lines(study, experiment, size, results)
@@ -73,6 +75,22 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
         if name.startswith(f"study_{size}_"):
             lines += [f"![{title_of(name)}](evaluation/figures/{name})", ""]
     return lines
+
+
+def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
+    """What the arms start from: a line for every base."""
+    lines = []
+    for run in planned_bases(study, size):
+        base = results.get(run.id, {})
+        if "text_nll" in base:
+            made = base["run"]
+            tokens, parameters = made["tokens"], made["parameters"]
+            lines.append(
+                f"- `{run.id}`: {parameters:,} parameters, pretrained on {tokens / 1e6:.1f}M "
+                f"tokens ({tokens / parameters:.1f} each) in {made['settings']['dtype']}; "
+                f"{base['text_nll']:.3f} nats a token of held-out text."
+            )
+    return [*lines, ""] if lines else []
 
 
 def claim_lines(claims: list[Judged]) -> list[str]:

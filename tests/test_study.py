@@ -137,6 +137,7 @@ def result_of(run_id: str, seed: int, nats: list[float] | None, arm: str | None 
         return base | {"status": "diverged"}
     held_out = {"general": {"nats": nats, "tokens": TOKENS}}
     run = {"trainable_parameters": 1234, "tokens_per_second": 100.0 * seed}
+    run |= {"parameters": 2000, "tokens": 3_000_000, "settings": {"dtype": "float32"}}
     measured = {"held_out": held_out, "text_nll": 4.0}
     return base | {"status": "completed", "run": run} | measured
 
@@ -461,6 +462,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     text = "\n".join(study_block(study, results, study_figures(study, results)))
     claim = "| H: square fails | **open: too few seeds** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |"
     assert claim in text
+    base = "`xs-plain42`: 2,000 parameters, pretrained on 3.0M tokens (1500.0 each) in float32"
+    assert f"- {base}; 4.000 nats a token of held-out text." in text
     rule = "supported if R(square@1e-3) <= 0.50; refuted if R(square@1e-3) >= 0.50"
     assert f"- H: {rule}. It does not show why." in text
     assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
