@@ -5,18 +5,20 @@ R = (L_base - L_arm) / (L_base - L_FFT) on the test conversations, those with an
 95% interval of a two-level paired bootstrap: every draw takes seeds and conversations, the same for
 all arms. A verdict follows from the rules in study.toml and from nothing else. With few seeds the
 interval is too narrow in what comes from seeds (drawing three with replacement has 2/3 of their
-variance), so a rule must hold for every single seed, too.
+variance), so a rule must hold for every single seed, too, and in the t-test of the seeds alone.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
 
 from dataset.lm_dataset import DataError
 from evaluation.intervals import CONFIDENCE, DRAWS, SEED, Interval, resampling_counts
 from evaluation.records import SMALLEST_GAIN
 from evaluation.study import (
+    FULL,
     Cell,
     cells_of,
     is_interior,
@@ -26,10 +28,11 @@ from evaluation.study import (
     tuned_rate,
 )
 
-FULL = "fft"
 FEWEST_SEEDS = 3  # that a verdict may rest on
+NOT_RUN = "not run"
 SIDES = ("supported", "refuted")
 HYPOTHESIS = "H"  # what the names of claims begin with that are corrected for their number
+GATES = ("P0", "P2")  # claims without which no hypothesis is concluded
 FEW_PROMPTS = 8  # what the reproduced study judged by
 
 
@@ -39,7 +42,7 @@ class Measured:
 
     cell: Cell  # with the rate that "tuned" stands for
     seeds: list[int]  # of the runs that completed
-    failed: int  # runs that diverged or broke off
+    failed: int  # runs that diverged
     nats: np.ndarray  # (seeds, conversations)
     tokens: np.ndarray  # (conversations,)
     text_nll: list[float]  # by seed; empty for a part of an update
@@ -111,13 +114,19 @@ def check_controlled(results: dict[str, dict]) -> None:
 
     Arms of one variant must have read the same samples with the same template, masks and tokenizer
     (one token store, by its files' and tokenizer's hashes and its counts), and must have started
-    from the weights that their base's result names, computed in the same type.
+    from the weights that their base's result names, computed in the same type. Everything of one
+    data set was measured on the same conversations.
 
     Raises:
         DataError: names a result that differs.
     """
     data: dict[tuple, dict] = {}
+    measured: dict[str, tuple[str, list[int]]] = {}
     for name, result in results.items():
+        for held_out, found in result.get("held_out", {}).items():
+            other, tokens = measured.setdefault(held_out, (name, found["tokens"]))
+            if found["tokens"] != tokens:
+                raise DataError(f"{name}: was measured on other conversations than {other}")
         if result["arm"] is None or "held_out" not in result:
             continue
         base = results.get(f"{result['size']}-{result['base']}{result['base_seed']}")
@@ -259,7 +268,7 @@ class Judged:
     """A claim with its verdict."""
 
     claim: dict  # of study.toml
-    verdict: str  # supported, refuted, open with the reason, or not run
+    verdict: str  # supported, refuted, open with the reason, or `NOT_RUN`
     evidence: list[str]  # each condition with its measured value
     seeds: int = 0  # fewest of any condition
     p: float = 1.0  # of the side that the verdict takes, or that is nearer
@@ -277,17 +286,32 @@ def judge_claims(study: dict, size: str, results: dict[str, dict]) -> list[Judge
 
 
 def corrected(claims: list[Judged]) -> list[Judged]:
-    """The claims, those of the hypotheses (H...) open again that many comparisons may explain."""
+    """The claims, those open again that chance may explain, or that wait for a gate.
+
+    The hypotheses (H...) are corrected for their number, and wait for `GATES`.
+    """
+    ps = [judged.p for judged in claims]
     family = [
         place
         for place, judged in enumerate(claims)
         if judged.claim["name"].startswith(HYPOTHESIS) and judged.seeds >= FEWEST_SEEDS
     ]
-    claims = list(claims)
-    for place, p in zip(family, holm([claims[place].p for place in family]), strict=True):
-        if claims[place].verdict in SIDES and p > 1 - CONFIDENCE:
-            claims[place] = replace(claims[place], verdict=f"open: p = {p:.3f} after Holm")
-    return claims
+    for place, p in zip(family, holm([ps[place] for place in family]), strict=True):
+        ps[place] = p
+    certain = [
+        replace(judged, verdict=f"open: p = {p:.3f}")
+        if judged.verdict in SIDES and p > 1 - CONFIDENCE
+        else judged
+        for judged, p in zip(claims, ps, strict=True)
+    ]
+    passed = {judged.claim["name"] for judged in certain if judged.verdict == "supported"}
+    waits = ", ".join(gate for gate in GATES if gate not in passed)
+    return [
+        replace(judged, verdict=f"open (gates not passed: {waits}): {judged.verdict}")
+        if waits and judged.verdict in SIDES and judged.claim["name"].startswith(HYPOTHESIS)
+        else judged
+        for judged in certain
+    ]
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -303,45 +327,61 @@ def judge(
     study: dict, experiment: dict, claim: dict, size: str, results: dict[str, dict]
 ) -> Judged:
     """Supported if all its conditions hold, in their whole interval and every seed; or refuted."""
-    evidence: dict[str, None] = {}
-    holds, ps, contrasts = {}, {}, []
+    holds, ps, contrasts = {}, {}, {}
     for side in SIDES:
         holds[side], ps[side] = True, 0.0
         for condition in claim[side]:
-            names = cells_of(condition, experiment["id"])
+            names = tuple(cells_of(condition, experiment["id"]))
             cells = [parse_cell(name, experiment, size, experiment["id"]) for name in names]
-            found = contrast(study, cells, results)
-            if found is None:
-                return Judged(claim, "not run", [])
-            contrasts.append(found)
-            holds[side] &= is_met(condition, found)
-            ps[side] = max(ps[side], p_value(condition, found))
-            evidence[told(names, found)] = None
+            if why := why_unknown(study, cells, results):
+                return Judged(claim, why, [])
+            if names not in contrasts:
+                contrasts[names] = contrast(study, cells, results)
+            holds[side] &= is_met(condition, contrasts[names])
+            ps[side] = max(ps[side], p_value(condition, contrasts[names]))
     side = next((side for side in SIDES if holds[side]), None)
-    seeds = min(len(found.by_seed) for found in contrasts)
+    seeds = min(len(found.by_seed) for found in contrasts.values())
     if seeds < FEWEST_SEEDS:
         verdict = "open: too few seeds"
-    elif not all(found.is_tuned for found in contrasts):
+    elif not all(found.is_tuned for found in contrasts.values()):
         verdict = "open: a rate at the edge of its grid"
     else:
         verdict = side or "open"
-    return Judged(claim, verdict, list(evidence), seeds, ps[side] if side else min(ps.values()))
+    evidence = [told(names, found) for names, found in contrasts.items()]
+    return Judged(claim, verdict, evidence, seeds, ps[side] if side else min(ps.values()))
 
 
-def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contrast | None:
-    """R of one cell, or of the first minus the second; None for want of a run."""
+def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:
+    """Why a contrast of these cells cannot be told; empty if it can."""
     arms = [measure_cell(study, cell, results) for cell in cells]
+    for cell, arm in zip(cells, arms, strict=True):
+        if arm is None and count_runs(study, cell, results):
+            return f"open: every run of {cell.arm} diverged"
     base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
     if base is None or full is None or any(arm is None for arm in arms):
-        return None
-    seeds = common_seeds(arms, full)
-    if not seeds or not gains_enough(base[0], full):
-        return None
+        return NOT_RUN
+    if not common_seeds(arms, full):
+        return NOT_RUN
+    if not gains_enough(base[0], full):
+        return f"open: full fine-tuning gains less than {SMALLEST_GAIN} nats"
+    return ""
+
+
+def count_runs(study: dict, cell: Cell, results: dict[str, dict]) -> int:
+    """How many runs of a cell have a result, those that diverged among them."""
+    known = known_cell(study, cell, results)
+    return 0 if known is None else sum(is_of(result, known) for result in results.values())
+
+
+def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contrast:
+    """R of one cell, or of the first minus the second, where nothing is unknown."""
+    arms = [measure_cell(study, cell, results) for cell in cells]
+    base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
     single = [
         difference(
             recovery_draws(base[0], [of_seed(a, seed) for a in arms], of_seed(full, seed), 0)
         )
-        for seed in seeds
+        for seed in common_seeds(arms, full)
     ]
     reference = replace(cells[0], arm=FULL, rate="tuned", part="")
     draws = difference(recovery_draws(base[0], arms, full))
@@ -375,12 +415,21 @@ def is_met(condition: dict, found: Contrast) -> bool:
 
 
 def p_value(condition: dict, found: Contrast) -> float:
-    """Two-sided: twice the share of draws beyond the condition's bound, never 0."""
+    """Two-sided, that the contrast is at the condition's bound and not on its right side.
+
+    The larger one of twice the share of draws beyond the bound, never 0, and the t-test of the
+    seeds, which knows how few they are.
+    """
     if "at_least" in condition:
-        beyond = (found.draws < condition["at_least"]).sum()
+        bound = condition["at_least"]
+        beyond = int((found.draws < bound).sum())
     else:
-        beyond = (found.draws > condition["at_most"]).sum()
-    return min(1.0, 2 * (int(beyond) + 1) / (len(found.draws) + 1))
+        bound = condition["at_most"]
+        beyond = int((found.draws > bound).sum())
+    p = min(1.0, 2 * (beyond + 1) / (len(found.draws) + 1))
+    if len(found.by_seed) < 2 or np.ptp(found.by_seed) == 0:
+        return p  # nothing to estimate a spread from
+    return max(p, float(stats.ttest_1samp(found.by_seed, bound).pvalue))
 
 
 def told(cells: list[str], found: Contrast) -> str:

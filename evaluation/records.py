@@ -31,7 +31,7 @@ from model.model_minimind import read_json
 
 # Left by `make demo`, not committed: what is made from committed results must not hold them.
 DEMO_PREFIX = "demo_"
-STUDY_FOLDER = "study"  # in results/, of run_study.py: one file a run, no folders
+STUDY_FOLDER = "study"  # in results/, of run_study.py: one file a run, and bases/
 RUN_KEYS = ("status", "stage", "settings")
 TRAINING_KEYS = ("parameters", "trainable_parameters", "steps", "train_data")
 # Stages of copies of a tuned checkpoint: with a part of its update, or with its adapter merged.

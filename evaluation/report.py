@@ -59,7 +59,7 @@ from evaluation.records import (
     where_best,
 )
 from evaluation.study import read_results, read_study
-from evaluation.study_report import NOT_RUN, study_block, study_figures
+from evaluation.study_report import NO_STUDY, study_block, study_figures
 from model.model_minimind import CheckpointError, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ def build(root: Path) -> dict[Path, str]:
     bench = evaluation / "bench.json"
     speed = read_keys(bench, BENCH_KEYS) if bench.is_file() else None
     parts = blocks(records, rates, list(drawn), kills, speed)
-    parts["study"] = study_block(study, results, drawn) if study else [NOT_RUN]
+    parts["study"] = study_block(study, results, drawn) if study else [NO_STUDY]
     for name, lines in parts.items():
         text = replace_block(text, name, lines, str(readme))
     return {

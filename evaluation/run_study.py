@@ -42,6 +42,7 @@ from evaluation.study import (
     Run,
     as_words,
     held_out_names,
+    ids_for,
     nll_flags,
     planned_runs,
     read_results,
@@ -98,15 +99,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def chosen_experiments(study: dict, names: list[str]) -> list[dict]:
-    """The experiments with these names, in the study's order."""
-    known = [experiment["id"] for experiment in study["experiments"]]
-    for name in names:
-        if name not in known:
-            raise SettingsError(f"--experiment {name}: choose among {', '.join(known)}")
-    return [experiment for experiment in study["experiments"] if experiment["id"] in names]
-
-
 # ---------------------------------------------------------------- what is left
 
 
@@ -114,21 +106,44 @@ def fetch_bases(args: argparse.Namespace) -> None:
     """Copies the published bases to where runs start from, all of each or nothing."""
     for published in sorted((args.results_dir / "bases").glob("*")):
         place = args.save_dir / published.name
-        if place.exists():
+        if has_weights(place.name, args.save_dir):
             continue
         aside = place.with_name(f".{place.name}.{os.getpid()}")
         shutil.copytree(published, aside)
-        if place.exists():  # another process was faster
-            remove_folder(aside)
-        else:
-            aside.rename(place)
+        remove_folder(place)  # of one that was begun here
+        aside.rename(place)
+
+
+def has_base(name: str, args: argparse.Namespace) -> bool:
+    """Whether a base is in `save_dir`, or published and so soon there."""
+    return has_weights(name, args.save_dir) or (args.results_dir / "bases" / name).is_dir()
+
+
+def chosen_ids(study: dict, args: argparse.Namespace, results: dict[str, dict]) -> set[str] | None:
+    """The runs of `--experiment`; None for all."""
+    if not args.experiment:
+        return None
+    experiments = {one["id"]: one for one in study["experiments"] if args.size in one["sizes"]}
+    for name in args.experiment:
+        if name not in experiments:
+            raise SettingsError(f"--experiment {name}: choose among {', '.join(experiments)}")
+    return set().union(
+        *(ids_for(study, experiments[name], args.size, results) for name in args.experiment)
+    )
 
 
 def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[str]]:
     """Runs without a result, after the bases that they need, and cells that wait for a rate."""
     results = read_results(args.results_dir)
     runs, waiting = planned_runs(study, args.size, results)
-    left = [run for run in runs if lacks(run, results.get(run.id)) and is_mine(run, args)]
+    chosen = chosen_ids(study, args, results)
+    left = [
+        run
+        for run in runs
+        if lacks(run, results.get(run.id))
+        and is_mine(run, args)
+        and (chosen is None or run.id in chosen)
+    ]
     needed = {run.base_id for run in left}
     for name in needed & results.keys():
         if results[name]["status"] != "completed":
@@ -136,7 +151,7 @@ def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[st
                 f"{name}: {results[name]['status']}, so nothing can start from it; mend it in "
                 f"{args.study} and delete {args.results_dir / name}.json"
             )
-    missing = [run for run in runs if run.id in needed and not has_weights(run.id, args.save_dir)]
+    missing = [run for run in runs if run.id in needed and not has_base(run.id, args)]
     if args.shard[1] > 1 and missing:
         raise SettingsError(
             f"--shard: {missing[0].id} is not in {args.save_dir}; make it first, or copy it there: "
@@ -188,7 +203,6 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
         SettingsError: it broke off, or is a base made anew that differs from the one that there are
             results of; nothing is filed.
     """
-    start = time.monotonic()
     stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
     folder = args.save_dir / run.id
     if not has_weights(run.id, args.save_dir):
@@ -199,15 +213,17 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     status = record.get("status", "not trained")
     if status not in ENDED:
         raise SettingsError(f"{run.id}: {status}; {args.save_dir / run.id}.log says why")
+    check_start(run, record, args)
     path = args.results_dir / f"{run.id}.json"
     known = read_json(path) if path.is_file() else {}
+    start = time.monotonic()
     result = describe(run, record, study)
     if status == "completed":
         result |= measure(run, study, args)
     check_same_base(run, result, known, args)
     result["curve"] = thinned_curve(folder / "metrics.jsonl")
-    # What was measured later, on weights that were there, adds to what the run took.
-    result["seconds"] = round(time.monotonic() - start + known.get("seconds", 0.0), 1)
+    # Of the training all that it took, though it may have been stopped; of the rest this call.
+    result["seconds"] = round(time.monotonic() - start + record.get("train_seconds", 0.0), 1)
     args.results_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, as_json(result))
     remove_folder(folder / "resume")  # thrice the weights, and nothing is left to continue
@@ -222,6 +238,18 @@ def check_same_base(run: Run, result: dict, known: dict, args: argparse.Namespac
         raise SettingsError(
             f"{run.id}: made anew, its weights differ from those of {args.results_dir}; restore "
             "them, or name another --results_dir for a study of its own"
+        )
+
+
+def check_start(run: Run, record: dict, args: argparse.Namespace) -> None:
+    """Refuses a run that started from other weights than those that its base's result names."""
+    path = args.results_dir / f"{run.base_id}.json"
+    if run.arm is None or not path.is_file():
+        return
+    if record["base_fingerprint"] != read_json(path)["weights"]:
+        raise SettingsError(
+            f"{run.id}: started from another {run.base_id} than the one in {path}; delete it and "
+            f"its base in {args.save_dir}, or name another --save_dir"
         )
 
 
@@ -391,7 +419,7 @@ def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list
     """Those of the runs left that can start now: not running, and their base is there."""
     busy = {run.id for run in running}
     bases = {name for name in {run.base_id for run in left} if name not in busy}
-    there = {name for name in bases if name is None or has_weights(name, args.save_dir)}
+    there = {name for name in bases if name is None or has_base(name, args)}
     return [run for run in left if run.id not in busy and run.base_id in there]
 
 
@@ -449,10 +477,6 @@ def main() -> int:
     study = read_study(args.study)
     if args.size not in study["sizes"]:
         raise SettingsError(f"--size {args.size}: choose among {', '.join(study['sizes'])}")
-    if args.experiment:
-        study["experiments"] = chosen_experiments(study, args.experiment)
-    if not args.dry_run:
-        fetch_bases(args)
     left, _ = runs_left(study, args)
     if left and not args.dry_run:
         check_data(study, args.data_dir)
@@ -461,6 +485,7 @@ def main() -> int:
     elif args.dry_run:
         print_plan(left, study, args)
     else:
+        fetch_bases(args)
         run_all(study, args)
     return 0
 

@@ -28,6 +28,7 @@ from dataset.command_line import SettingsError
 from model.model_minimind import read_json
 
 STUDY_FILE = Path(__file__).with_name("study.toml")
+FULL = "fft"  # the arm that recovery is a share of
 SCRIPTS = {"pretrain": "train_pretrain", "full_sft": "train_full_sft", "lora": "train_lora"}
 # What an experiment may leave out.
 DEFAULTS = {
@@ -201,8 +202,37 @@ def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list
 
 
 def joined(run: Run, known: Run) -> Run:
-    """The same run, with all that either asks for."""
+    """The same run, with all that either asks for.
+
+    Raises:
+        ValueError: they are two runs of one id.
+    """
+    if replace(run, probe=known.probe, parts=known.parts) != known:
+        raise ValueError(f"{run.id} stands for {run} and for {known}")
     return replace(run, probe=run.probe or known.probe, parts=run.parts or known.parts)
+
+
+def ids_for(study: dict, experiment: dict, size: str, results: dict[str, dict]) -> set[str]:
+    """The runs that an experiment's table and verdicts rest on.
+
+    With the sweeps that its tuned rates come from, and what its recoveries are a share of.
+    """
+    texts = [*experiment["cells"]]
+    for claim in experiment["claims"]:
+        for side in ("supported", "refuted"):
+            texts += [text for one in claim[side] for text in cells_of(one, experiment["id"])]
+    cells = [parse_cell(text, experiment, size, experiment["id"]) for text in texts]
+    references = {study["variants"][cell.variant]["reference"] for cell in cells}
+    texts += [f"{FULL}@tuned/{variant}" for variant in sorted(references)]
+    runs = [run for text in texts for run in runs_of(study, experiment, text, size, results)]
+    arms = {cell.arm for cell in cells if cell.rate == "tuned"} | {FULL}
+    runs += [
+        tuning_run(study, arm, rate, size, seed)
+        for arm in arms
+        for rate in rates_of(study, arm, size)
+        for seed in study["tuning"]["seeds"][size]
+    ]
+    return {run.id for run in runs} | {run.base_id for run in runs}
 
 
 def planned_bases(study: dict, size: str) -> list[Run]:
@@ -219,7 +249,7 @@ def runs_of(
     cell = parse_cell(text, experiment, size, experiment["id"])
     rates = [cell.rate]
     if cell.rate == "sweep":
-        rates = study["arms"][cell.arm]["rates"]
+        rates = rates_of(study, cell.arm, size)
     elif cell.rate == "tuned":
         rate = tuned_rate(study, cell.arm, size, results)
         rates = [] if rate is None else [rate]
@@ -258,12 +288,18 @@ def tuned_rate(
 
 def swept_seeds(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[int]:
     """The tuning seeds with which every rate of an arm's grid was run."""
-    rates = study["arms"][arm]["rates"]
+    rates = rates_of(study, arm, size)
     return [
         seed
         for seed in study["tuning"]["seeds"][size]
         if all(tuning_run(study, arm, rate, size, seed).id in results for rate in rates)
     ]
+
+
+def rates_of(study: dict, arm: str, size: str) -> list[str]:
+    """An arm's grid, at a size that may have its own."""
+    own = study["tuning"].get("rates", {}).get(size, {})
+    return own.get(arm, study["arms"][arm]["rates"])
 
 
 def tuning_run(study: dict, arm: str, rate: str, size: str, seed: int) -> Run:
@@ -279,7 +315,7 @@ def sweep_losses(study: dict, arm: str, size: str, results: dict[str, dict]) -> 
     A rate at which a seed diverged is infinitely bad.
     """
     seeds = swept_seeds(study, arm, size, results)
-    rates = study["arms"][arm]["rates"] if seeds else []
+    rates = rates_of(study, arm, size) if seeds else []
     return {
         rate: fmean(
             validation_nll(results[tuning_run(study, arm, rate, size, seed).id]) for seed in seeds

@@ -1,6 +1,7 @@
 """The study's part of the README and its figures, from `results/study/` and `study.toml` alone."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean, median
 
@@ -10,11 +11,12 @@ from matplotlib.figure import Figure
 
 from evaluation.findings import (
     FEW_PROMPTS,
+    NOT_RUN,
     Judged,
     Row,
+    count_runs,
     describe_cell,
     judge_claims,
-    known_cell,
     rule_of,
     tuned_arms,
     wrong_winner_rate,
@@ -36,11 +38,12 @@ from evaluation.study import (
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
 CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets", "tokens/s")
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
-RATES = {"runaway": "never stops", "blank": "blank", "check_strict": "check passed"}
+RATES = {"runaway": "never stops", "loop": "loops", "blank": "blank"}
+RATES |= {"check_strict": "check passed"}
 RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
 UPDATE_COLUMNS = ("matrices", "of the update's squared norm", "of the parameters", "r90 / rank")
 R_AXIS = "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals"
-NOT_RUN = "The study was not run yet: `python evaluation/run_study.py`."
+NO_STUDY = "The study was not run yet: `python evaluation/run_study.py`."
 DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
 
 
@@ -50,7 +53,7 @@ def study_block(study: dict, results: dict[str, dict], drawn: Iterable[str]) -> 
     for size in study["sizes"]:
         if any(result["size"] == size for result in results.values()):
             lines += size_lines(study, size, results, drawn)
-    return lines[:-1] or [NOT_RUN]
+    return lines[:-1] or [NO_STUDY]
 
 
 def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
@@ -61,7 +64,7 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
     hours = sum(result["seconds"] for result in done) / 3600
     lines = [
         f"**At `{size}`**: {len(done)} of {len(runs)} runs have a result"
-        + (f" ({broken} diverged or failed)" if broken else "")
+        + (f" ({broken} diverged)" if broken else "")
         + (f"; {len(waiting)} cells wait for a tuned rate" if waiting else "")
         + f". They took {hours:.1f} hours of runs.",
         "",
@@ -95,12 +98,12 @@ def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
 
 def claim_lines(claims: list[Judged]) -> list[str]:
     """The verdicts, each with its rule and what it leaves open."""
-    told = [judged for judged in claims if judged.verdict != "not run"]
+    told = [judged for judged in claims if judged.verdict != NOT_RUN]
     rows = [
         (
             f"{judged.claim['name']}: {judged.claim['text']}",
             f"**{judged.verdict}**",
-            "; ".join(judged.evidence),
+            "; ".join(judged.evidence) or "-",
             str(judged.seeds),
         )
         for judged in told
@@ -112,7 +115,7 @@ def claim_lines(claims: list[Judged]) -> list[str]:
         for judged in told
     ]
     lines += [""] if told else []
-    not_run = [judged.claim["name"] for judged in claims if judged.verdict == "not run"]
+    not_run = [judged.claim["name"] for judged in claims if judged.verdict == NOT_RUN]
     return lines + ([f"Not run yet: {', '.join(not_run)}.", ""] if not_run else [])
 
 
@@ -122,15 +125,19 @@ def experiment_lines(
     """The measured cells of an experiment, under its question."""
     if size not in experiment["sizes"]:
         return []
-    rows = [
-        cell_row(experiment, index, row)
-        for index, row in enumerate(rows_of_cells(study, experiment, size, results))
-        if row
-    ]
+    columns = (*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ()))
+    names = experiment.get("rungs", [""] * len(experiment["cells"]))
+    rows = []
+    for name, cell in zip(names, tuned_cells(experiment, size), strict=True):
+        start = [f"{name}: {short_name(cell)}" if name else short_name(cell)]
+        if row := describe_cell(study, cell, results):
+            rows.append(start + cell_row(row, experiment["probe"]))
+        elif diverged := count_runs(study, cell, results):
+            known = ["-", cell.rate, f"0 ({diverged} diverged)"]
+            rows.append([*start, *known, *["-"] * (len(columns) - len(known) - 1)])
     if not rows:
         return []
     title = f"{experiment['id']}. {experiment['question']}"
-    columns = (*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ()))
     again = f"`python evaluation/run_study.py --size {size} --experiment '{experiment['id']}'`"
     lines = [f"*{title}* {again}", "", *markdown_table(columns, rows), ""]
     return lines + update_lines(study, experiment, size, results)
@@ -173,43 +180,23 @@ def update_lines(study: dict, experiment: dict, size: str, results: dict[str, di
     ]
 
 
-def rows_of_cells(
-    study: dict, experiment: dict, size: str, results: dict[str, dict]
-) -> list[Row | None]:
-    """What was measured of each cell; a sweep is shown at its best rate."""
+def tuned_cells(experiment: dict, size: str) -> list[Cell]:
+    """The cells of an experiment, a sweep at its best rate."""
     cells = [parse_cell(text, experiment, size, experiment["id"]) for text in experiment["cells"]]
-    return [
-        describe_cell(study, as_tuned(cell), results) if known(study, cell, results) else None
-        for cell in cells
-    ]
+    return [replace(cell, rate="tuned") if cell.rate == "sweep" else cell for cell in cells]
 
 
-def as_tuned(cell: Cell) -> Cell:
-    """A sweep's cell at its best rate."""
-    return Cell(**vars(cell) | {"rate": "tuned"}) if cell.rate == "sweep" else cell
-
-
-def known(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
-    """Whether the cell's rate is known."""
-    return known_cell(study, as_tuned(cell), results) is not None
-
-
-def cell_row(experiment: dict, index: int, row: Row) -> list[str]:
-    """One row of `CELL_COLUMNS`."""
-    cell, measured = row.measured.cell, row.measured
-    name = short_name(cell)
-    if "rungs" in experiment:
-        name = f"{experiment['rungs'][index]}: {name}"
+def cell_row(row: Row, probed: bool) -> list[str]:
+    """What `CELL_COLUMNS` and, if it was probed, `RATES` tell of a cell after its name."""
+    measured = row.measured
     seeds = str(len(measured.seeds))
     if measured.failed:
         seeds += f" ({measured.failed} diverged)"
     forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
     parameters, speed = costs(measured.records)
-    cells = [name, parameters, cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery)]
-    cells += [forgets, speed]
-    return cells + (
-        [mean_rates(measured.rates, key) for key in RATES] if experiment["probe"] else []
-    )
+    cells = [parameters, measured.cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery)]
+    rates = [mean_rates(measured.rates, key) for key in RATES] if probed else []
+    return [*cells, forgets, speed, *rates]
 
 
 def costs(records: list[dict]) -> tuple[str, str]:
@@ -264,24 +251,30 @@ def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
     with matplotlib.rc_context(STYLE):
         for size in study["sizes"]:
             if tuned := tuned_arms(study, size, results):
-                drawn[f"study_{size}_rates.svg"] = draw_rates(tuned)
+                drawn[f"study_{size}_rates.svg"] = draw_rates(study, tuned)
             measured = [
-                (experiment, rows_of_cells(study, experiment, size, results))
-                for experiment in study["experiments"]
-                if size in experiment["sizes"]
+                (one, [describe_cell(study, cell, results) for cell in tuned_cells(one, size)])
+                for one in study["experiments"]
+                if size in one["sizes"]
             ]
             if recoveries := recovery_by_cell(measured):
                 drawn[f"study_{size}_recovery.svg"] = draw_recoveries(recoveries)
             ladders = [
                 (experiment, rows)
                 for experiment, rows in measured
-                if experiment["ladder"] and all(row and row.recovery for row in rows)
+                if experiment["ladder"] and is_whole(experiment, rows)
             ]
             if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
             if pairs := few_prompt_rates(study, size, results):
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
         return {name: as_svg(figure) for name, figure in drawn.items()}
+
+
+def is_whole(experiment: dict, rows: list[Row | None]) -> bool:
+    """Whether every rung was run with every seed."""
+    seeds = len(experiment["seeds"])
+    return all(row and row.recovery and len(row.measured.seeds) == seeds for row in rows)
 
 
 def title_of(name: str) -> str:
@@ -294,23 +287,35 @@ def title_of(name: str) -> str:
     }[name.rsplit("_", 1)[1].removesuffix(".svg")]
 
 
-def draw_rates(tuned: dict[str, dict]) -> Figure:
-    """Mean validation NLL by rate, a line for every arm, of the rates that did not diverge."""
-    figure = Figure(figsize=(8, 4.6))
-    axes = figure.subplots()
-    ends = []
-    for index, (arm, losses) in enumerate(tuned.items()):
-        points = [(float(rate), loss) for rate, loss in losses.items() if np.isfinite(loss)]
-        if not points:
-            continue  # all diverged, which the table says
-        axes.plot(*np.transpose(points), marker="o", markersize=3, **line_style(index))
-        ends.append((*points[-1], arm))
-    axes.set_xscale("log")
-    axes.grid(axis="y", **GRID)
-    label_ends(axes, ends)
-    axes.set_xlabel("peak learning rate")
-    axes.set_ylabel("validation NLL, nats a token")
+def draw_rates(study: dict, tuned: dict[str, dict]) -> Figure:
+    """Mean validation NLL by rate, a line for every arm, of the rates that did not diverge.
+
+    A panel for full fine-tuning and its parts, and one for adapters.
+    """
+    stages = [stage for stage in ("full_sft", "lora") if stage in stages_of(study, tuned)]
+    figure = Figure(figsize=(8, 3.8 * len(stages)))
+    panels = figure.subplots(len(stages), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, stage in zip(panels, stages, strict=True):
+        arms = {arm: tuned[arm] for arm in tuned if study["arms"][arm]["stage"] == stage}
+        ends = []
+        for index, (arm, losses) in enumerate(arms.items()):
+            points = [(float(rate), loss) for rate, loss in losses.items() if np.isfinite(loss)]
+            if not points:
+                continue  # all diverged, which the table says
+            axes.plot(*np.transpose(points), marker="o", markersize=3, **line_style(index))
+            ends.append((*points[-1], arm))
+        axes.set_xscale("log")
+        axes.grid(axis="y", **GRID)
+        label_ends(axes, ends)
+        axes.set_title("full fine-tuning, of all or of a part" if stage == "full_sft" else "LoRA")
+        axes.set_ylabel("validation NLL, nats a token")
+    panels[-1].set_xlabel("peak learning rate")
     return figure
+
+
+def stages_of(study: dict, arms: Iterable[str]) -> set[str]:
+    """The stages of these arms."""
+    return {study["arms"][arm]["stage"] for arm in arms}
 
 
 def recovery_by_cell(
@@ -319,7 +324,8 @@ def recovery_by_cell(
     """Name and R of every whole run that was measured, from the lowest R to the highest."""
     rows = [row for _, rows in measured for row in rows if row and row.recovery]
     found = {
-        f"{short_name(row.measured.cell)}, {row.measured.cell.rate}": row.recovery
+        f"{short_name(row.measured.cell)}, {row.measured.cell.rate} "
+        f"({len(row.measured.seeds)} seeds)": row.recovery
         for row in rows
         if not row.measured.cell.part
     }
