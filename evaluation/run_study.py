@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import median
@@ -424,10 +425,17 @@ def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list
 
 
 def print_waiting(study: dict, args: argparse.Namespace) -> None:
-    """Tells of cells that could not be run."""
+    """Tells how many cells of each experiment could not be run."""
     _, waiting = runs_left(study, args)
-    for cell in waiting:
-        print(f"waits for a tuned rate: {cell}")
+    counts = Counter(cell.partition(": ")[0] for cell in waiting)
+    told = [f"{name} ({count})" for name, count in counts.items() if is_asked(name, args)]
+    if told:
+        print(f"cells that wait for a tuned rate: {', '.join(told)}")
+
+
+def is_asked(experiment: str, args: argparse.Namespace) -> bool:
+    """Whether `--experiment` takes an experiment."""
+    return not args.experiment or experiment in args.experiment
 
 
 def check_data(study: dict, data_dir: Path) -> None:
