@@ -116,19 +116,27 @@ def claim_lines(claims: list[Judged]) -> list[str]:
     ]
     lines += [""] if told else []
     not_run = [judged.claim["name"] for judged in claims if judged.verdict == NOT_RUN]
-    return lines + ([f"Not run yet: {', '.join(not_run)}.", ""] if not_run else [])
+    return lines + ([f"Not run yet: {'; '.join(not_run)}.", ""] if not_run else [])
 
 
 def experiment_lines(
     study: dict, experiment: dict, size: str, results: dict[str, dict]
 ) -> list[str]:
-    """The measured cells of an experiment, under its question."""
-    if size not in experiment["sizes"]:
+    """The measured cells of an experiment, under its question; of a ladder, once it is whole.
+
+    What few prompts would say is shown by a figure alone.
+    """
+    if size not in experiment["sizes"] or experiment["few_prompts"]:
         return []
+    cells = tuned_cells(experiment, size)
+    if experiment["ladder"]:
+        rungs = [describe_cell(study, cell, results) for cell in cells]
+        if not is_whole(experiment, rungs):
+            return []
     columns = (*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ()))
     names = experiment.get("rungs", [""] * len(experiment["cells"]))
     rows = []
-    for name, cell in zip(names, tuned_cells(experiment, size), strict=True):
+    for name, cell in zip(names, cells, strict=True):
         start = [f"{name}: {short_name(cell)}" if name else short_name(cell)]
         if row := describe_cell(study, cell, results):
             rows.append(start + cell_row(row, experiment["probe"]))
