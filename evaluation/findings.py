@@ -355,7 +355,7 @@ def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str
     """Why a contrast of these cells cannot be told; empty if it can."""
     arms = [measure_cell(study, cell, results) for cell in cells]
     for cell, arm in zip(cells, arms, strict=True):
-        if arm is None and count_runs(study, cell, results):
+        if arm is None and count_diverged(study, cell, results):
             return f"open: every run of {cell.arm} diverged"
     base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
     if base is None or full is None or any(arm is None for arm in arms):
@@ -367,10 +367,12 @@ def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str
     return ""
 
 
-def count_runs(study: dict, cell: Cell, results: dict[str, dict]) -> int:
-    """How many runs of a cell have a result, those that diverged among them."""
+def count_diverged(study: dict, cell: Cell, results: dict[str, dict]) -> int:
+    """How many runs of a cell diverged."""
     known = known_cell(study, cell, results)
-    return 0 if known is None else sum(is_of(result, known) for result in results.values())
+    if known is None:
+        return 0
+    return sum(is_of(r, known) and "held_out" not in r for r in results.values())
 
 
 def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contrast:

@@ -14,7 +14,7 @@ from evaluation.findings import (
     NOT_RUN,
     Judged,
     Row,
-    count_runs,
+    count_diverged,
     describe_cell,
     judge_claims,
     rule_of,
@@ -31,8 +31,11 @@ from evaluation.study import (
     parse_cell,
     planned_bases,
     planned_runs,
+    rates_of,
     runs_of,
     swept_seeds,
+    tuning_run,
+    validation_nll,
 )
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
@@ -140,7 +143,7 @@ def experiment_lines(
         start = [f"{name}: {short_name(cell)}" if name else short_name(cell)]
         if row := describe_cell(study, cell, results):
             rows.append(start + cell_row(row, experiment["probe"]))
-        elif diverged := count_runs(study, cell, results):
+        elif diverged := count_diverged(study, cell, results):
             known = ["-", cell.rate, f"0 ({diverged} diverged)"]
             rows.append([*start, *known, *["-"] * (len(columns) - len(known) - 1)])
     if not rows:
@@ -244,10 +247,31 @@ def rate_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
         inside = "" if is_interior(losses, best) else ", at the edge of the grid"
         seeds = len(swept_seeds(study, arm, size, results))
         rows.append([arm, ", ".join(cells), best + inside, str(seeds)])
+    rows += [row for arm in study["arms"] if (row := unfinished_row(study, arm, size, results))]
     if not rows:
         return []
     title = "*Learning rates, tuned on the validation conversations; inf: a seed diverged*"
     return [title, "", *markdown_table(RATE_COLUMNS, rows), ""]
+
+
+def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[str]:
+    """What is known of an arm of whose grid no seed has every rate; empty if nothing is."""
+    if swept_seeds(study, arm, size, results):
+        return []
+    tuning, cells, told, seeds = study["tuning"], [], [], 0
+    for rate in rates_of(study, arm, size):
+        runs = [tuning_run(study, arm, rate, size, seed) for seed in tuning["seeds"][size]]
+        done = [results[run.id] for run in runs if run.id in results]
+        if not done:
+            continue
+        cells.append(f"{rate}: {fmean(map(validation_nll, done)):.3f}")
+        cell = Cell(size, tuning["base"], tuning["base_seed"], arm, rate, tuning["variant"])
+        row = describe_cell(study, cell, results)
+        told.append(f"R = {in_words(row.recovery if row else None)} at {rate}")
+        seeds = max(seeds, len(done))
+    if not cells:
+        return []
+    return [arm, ", ".join(cells), f"grid not finished; {', '.join(told)}", str(seeds)]
 
 
 # ---------------------------------------------------------------- figures

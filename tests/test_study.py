@@ -515,6 +515,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     row = "| square | 1,234 | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 | 150 |"
     assert row in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
+    unfinished = "grid not finished; R = 0.50 [0.50, 0.50] at 1e-3"  # square has two rates
+    assert f"| square | 1e-3: 0.000 | {unfinished} | 2 |" in text
     for figure in ("rates", "recovery"):
         assert f"evaluation/figures/study_xs_{figure}.svg" in text
 
@@ -532,6 +534,7 @@ def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
 def test_report_tells_where_an_update_lies(study: dict) -> None:
     study["experiments"][1]["cells"] = ["fft@1e-3+rank1"]
     results = BASE | results_of(SWEEP)
+    assert "rank1" not in "\n".join(study_block(study, results, {}))  # not measured yet
     for seed, share, r90 in ((1, 0.25, 2), (2, 0.75, 4)):
         shares = {"by_kind": {"q_proj": {"update": share, "parameters": 0.125}}}
         shares["by_kind"]["norm"] = {"update": 0.0, "parameters": 0.0}
