@@ -33,7 +33,7 @@ from evaluation.records import (
     where_best,
 )
 from evaluation.report import build, main, replace_block, runs_block, told, write_changed
-from evaluation.study_report import NOT_RUN
+from evaluation.study_report import NO_STUDY
 from model.model_minimind import load_tokenizer
 from tests.report_data import (
     HOSTILE,
@@ -266,7 +266,7 @@ def test_readme_tables_by_hand(tmp_path):
     assert "<!-- /report:runs -->\nbetween\n<!-- report:sweeps -->\n" in text
     unknown = "`make stress` was not run yet."
     assert f"<!-- report:reliability -->\n{unknown}\n<!-- /report:reliability -->\n" in text
-    assert f"<!-- report:study -->\n{NOT_RUN}\n<!-- /report:study -->\nend\n" in text
+    assert f"<!-- report:study -->\n{NO_STUDY}\n<!-- /report:study -->\nend\n" in text
     assert "old" not in text.split()
 
 
