@@ -38,10 +38,8 @@ def alone(model: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("group_tokens", [1, 8, 512])  # a prompt at a time, some, all at once
-def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, monkeypatch):
-    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
+def scaled_model(qk_norm: bool, factor: float) -> MiniMindForCausalLM:
+    """A tiny model whose larger weights make answers differ."""
     torch.manual_seed(0)
     config = minimind_config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -49,8 +47,16 @@ def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, monke
     )  # fmt: skip
     model = MiniMindForCausalLM(config).eval()
     for parameter in model.parameters():
-        parameter.data.mul_(8)
-    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(config).eval()
+        parameter.data.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("group_tokens", [1, 8, 512])  # a prompt at a time, some, all at once
+def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, monkeypatch):
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
+    model = scaled_model(qk_norm, 8)
+    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())
     answers = generate(Decoder(model), PROMPTS, Decoding(12), no_draws(PROMPTS, 12))
     assert answers == [alone(reference, prompt, 12) for prompt in PROMPTS]
@@ -59,16 +65,9 @@ def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, monke
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_bfloat16_logits_are_near_those_of_float32_and_repeat(qk_norm, monkeypatch):
-    torch.manual_seed(0)
-    config = minimind_config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, qk_norm=qk_norm,
-    )  # fmt: skip
-    model = MiniMindForCausalLM(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(2)
+    model = scaled_model(qk_norm, 2)
     decoder, prompt = Decoder(model.bfloat16()), PROMPTS[1]
-    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(config).eval()
+    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())  # the very numbers that bfloat16 holds
     logits, computed = Decoder.logits, []
 

@@ -139,7 +139,7 @@ def test_topic_measures_are_those_of_the_judges_logits():
     judge = Judge(Checkpoint("judge", Path("judge"), None), model, tokenizer)
     prompts = numbered(11, "Tell me about {}" + "!" * 3)
     texts = ["It is a dog.", "No", "  ", "Something that goes on"]
-    samples = [sample_of(prompt, text) for prompt, text in zip(prompts, texts, strict=False)]
+    samples = [sample_of(prompt, text) for prompt, text in zip(prompts[:4], texts, strict=True)]
     add_topic_measures(judge, prompts, samples, batch_size=7)
     candidates = draw_candidates(prompts)
     for index, sample in enumerate(samples):
