@@ -260,7 +260,7 @@ class Contrast:
     by_seed: list[float]
     draws: np.ndarray  # what the interval is of
     failed: int  # runs that diverged
-    is_tuned: bool  # every tuned rate has worse neighbors on both sides
+    is_tuned: bool  # every tuned rate has worse neighbors on both sides, by all tuning seeds
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def judge(
     if seeds < FEWEST_SEEDS:
         verdict = "open: too few seeds"
     elif not all(found.is_tuned for found in contrasts.values()):
-        verdict = "open: a rate at the edge of its grid"
+        verdict = "open: a rate at the edge of its grid, or not swept with all seeds"
     else:
         verdict = side or "open"
     evidence = [told(names, found) for names, found in contrasts.items()]
@@ -402,9 +402,11 @@ def difference(draws: list[np.ndarray]) -> np.ndarray:
 
 
 def is_well_tuned(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
-    """Whether a cell's tuned rate is inside its grid; a rate that was given is what it is."""
+    """Whether a cell's tuned rate is inside its grid, by all tuning seeds; a given rate is so."""
     if cell.rate != "tuned":
         return True
+    if tuned_rate(study, cell.arm, cell.size, results) is None:
+        return False
     losses = sweep_losses(study, cell.arm, cell.size, results)
     return is_interior(losses, min(losses, key=losses.__getitem__))
 

@@ -122,6 +122,7 @@ not_shown = "why"
 supported = [{ recovery = "square@1e-3", at_most = 0.5 }]
 refuted = [{ recovery = "square@1e-3", at_least = 0.5 }]
 """
+EDGE = "open: a rate at the edge of its grid, or not swept with all seeds"
 TOKENS = [10, 20, 30, 40]  # validation: 10 and 30; test: 20 and 40
 
 
@@ -237,11 +238,18 @@ def test_verdict_needs_three_seeds_that_agree_and_a_rate_inside_its_grid(study: 
 
 def test_no_verdict_with_a_rate_at_the_edge_of_its_grid(study: dict) -> None:
     best, worse = [10.0, 60.0, 30.0, 120.0], [20.0, 40.0, 60.0, 80.0]
-    arms = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2, 3)}
+    arms = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 96.0, 0.0, 192.0] for s in (1, 2, 3)}
     for rate, nats in (("1e-3", best), ("1e-2", worse), ("1e-1", worse)):
         arms |= {f"xs-plain42-fft-lr{rate}-s{seed}": nats for seed in (1, 2, 3)}
     (claim,) = judge_claims(study, "xs", BASE | results_of(arms))
-    assert (claim.verdict, claim.seeds) == ("open: a rate at the edge of its grid", 3)
+    assert (claim.verdict, claim.seeds) == (EDGE, 3)
+    arms |= {f"xs-plain42-fft-lr1e-3-s{seed}": worse for seed in (1, 2, 3)}
+    arms |= {f"xs-plain42-fft-lr1e-2-s{seed}": best for seed in (1, 2, 3)}
+    (claim,) = judge_claims(study, "xs", BASE | results_of(arms))
+    assert claim.verdict == "supported"
+    del arms["xs-plain42-fft-lr1e-1-s2"]
+    (claim,) = judge_claims(study, "xs", BASE | results_of(arms))
+    assert claim.verdict == EDGE
 
 
 def test_verdicts_are_corrected_for_the_number_of_hypotheses() -> None:
