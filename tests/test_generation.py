@@ -53,8 +53,11 @@ def scaled_model(qk_norm: bool, factor: float) -> MiniMindForCausalLM:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("group_tokens", [1, 8, 512])  # a prompt at a time, some, all at once
-def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, packed, monkeypatch):
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
+    if not packed:
+        monkeypatch.setattr(generation, "can_pack", lambda weight: False)
     model = scaled_model(qk_norm, 8)
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())
