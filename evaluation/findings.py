@@ -20,6 +20,7 @@ from evaluation.records import SMALLEST_GAIN
 from evaluation.study import (
     FULL,
     Cell,
+    best_rate,
     cells_of,
     is_interior,
     parse_cell,
@@ -344,7 +345,7 @@ def judge(
     if seeds < FEWEST_SEEDS:
         verdict = "open: too few seeds"
     elif not all(found.is_tuned for found in contrasts.values()):
-        verdict = "open: a rate at the edge of its grid, or not swept with all seeds"
+        verdict = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
     else:
         verdict = side or "open"
     evidence = [told(names, found) for names, found in contrasts.items()]
@@ -408,7 +409,7 @@ def is_well_tuned(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
     if tuned_rate(study, cell.arm, cell.size, results) is None:
         return False
     losses = sweep_losses(study, cell.arm, cell.size, results)
-    return is_interior(losses, min(losses, key=losses.__getitem__))
+    return is_interior(losses, best_rate(losses))
 
 
 def is_met(condition: dict, found: Contrast) -> bool:
@@ -469,7 +470,7 @@ def rule_of(claim: dict) -> str:
 
 
 def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """By arm the mean validation NLL by rate, of the arms whose whole grid was run."""
+    """By arm the mean validation NLL by rate, of the arms whose grid the first seed has run."""
     sweeps = {arm: sweep_losses(study, arm, size, results) for arm in study["arms"]}
     return {arm: losses for arm, losses in sweeps.items() if losses}
 

@@ -24,6 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -109,10 +110,16 @@ def fetch_bases(args: argparse.Namespace) -> None:
         place = args.save_dir / published.name
         if has_weights(place.name, args.save_dir):
             continue
-        aside = place.with_name(f".{place.name}.{os.getpid()}")
-        shutil.copytree(published, aside)
-        remove_folder(place)  # of one that was begun here
-        aside.rename(place)
+        args.save_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".base", dir=args.save_dir) as folder:
+            copy = shutil.copytree(published, Path(folder) / published.name)
+            try:
+                copy.rename(place)
+            except OSError:
+                if has_weights(place.name, args.save_dir):
+                    continue  # another process, started together with this one, was first
+                remove_folder(place)  # of one that was begun here
+                copy.rename(place)
 
 
 def has_base(name: str, args: argparse.Namespace) -> bool:

@@ -226,12 +226,7 @@ def ids_for(study: dict, experiment: dict, size: str, results: dict[str, dict]) 
     texts += [f"{FULL}@tuned/{variant}" for variant in sorted(references)]
     runs = [run for text in texts for run in runs_of(study, experiment, text, size, results)]
     arms = {cell.arm for cell in cells if cell.rate == "tuned"} | {FULL}
-    runs += [
-        tuning_run(study, arm, rate, size, seed)
-        for arm in arms
-        for rate in rates_of(study, arm, size)
-        for seed in study["tuning"]["seeds"][size]
-    ]
+    runs += [run for arm in arms for run in tuning_runs(study, arm, size, results)]
     return {run.id for run in runs} | {run.base_id for run in runs}
 
 
@@ -247,13 +242,13 @@ def runs_of(
 ) -> Iterator[Run]:
     """The runs of one of an experiment's cells; none while its tuned rate is unknown."""
     cell = parse_cell(text, experiment, size, experiment["id"])
-    rates = [cell.rate]
     if cell.rate == "sweep":
-        rates = rates_of(study, cell.arm, size)
-    elif cell.rate == "tuned":
+        yield from tuning_runs(study, cell.arm, size, results)
+        return
+    rate = cell.rate
+    if rate == "tuned":
         rate = tuned_rate(study, cell.arm, size, results)
-        rates = [] if rate is None else [rate]
-    for rate in rates:
+    if rate is not None:
         for seed in experiment["seeds"]:
             yield run_of(replace(cell, rate=rate), seed, experiment["probe"])
 
@@ -267,33 +262,50 @@ def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
 # ---------------------------------------------------------------- tuned rates
 
 
+def tuning_runs(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[Run]:
+    """An arm's sweep: the whole grid with the first tuning seed, the best part of it with all.
+
+    That part, a rate and its neighbors, is known once the first seed is through, and moves on if
+    the other seeds find another rate best.
+    """
+    first, *others = study["tuning"]["seeds"][size]
+    near = near_best(sweep_losses(study, arm, size, results))
+    runs = [tuning_run(study, arm, rate, size, first) for rate in rates_of(study, arm, size)]
+    return runs + [tuning_run(study, arm, rate, size, seed) for seed in others for rate in near]
+
+
 def tuned_rate(
     study: dict, arm: str, size: str, results: dict[str, dict], all_seeds: bool = True
 ) -> str | None:
     """The rate of an arm's grid with the lowest mean validation NLL.
 
     Args:
-        all_seeds: wait for every tuning seed. Without, take those whose whole grid was run, to
-            report on a study that is still running.
+        all_seeds: wait until it and its neighbors were run with every tuning seed. Without, the
+            first seed's grid is enough, to report on a study that is still running.
 
     Returns:
         None while runs are missing, and where each rate diverged.
     """
-    seeds = swept_seeds(study, arm, size, results)
-    if not seeds or (all_seeds and seeds != study["tuning"]["seeds"][size]):
-        return None
     losses = sweep_losses(study, arm, size, results)
-    return None if all(map(math.isinf, losses.values())) else min(losses, key=losses.__getitem__)
+    runs = tuning_runs(study, arm, size, results)
+    if not losses or (all_seeds and any(run.id not in results for run in runs)):
+        return None
+    best = best_rate(losses)
+    return None if math.isinf(losses[best]) else best
 
 
-def swept_seeds(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[int]:
-    """The tuning seeds with which every rate of an arm's grid was run."""
-    rates = rates_of(study, arm, size)
-    return [
-        seed
-        for seed in study["tuning"]["seeds"][size]
-        if all(tuning_run(study, arm, rate, size, seed).id in results for rate in rates)
-    ]
+def best_rate(losses: dict[str, float]) -> str:
+    """The rate with the lowest loss."""
+    return min(losses, key=losses.__getitem__)
+
+
+def near_best(losses: dict[str, float]) -> list[str]:
+    """The best rate and its neighbors, ascending; none of no losses."""
+    if not losses:
+        return []
+    rates = sorted(losses, key=float)
+    place = rates.index(best_rate(losses))
+    return rates[max(0, place - 1) : place + 2]
 
 
 def rates_of(study: dict, arm: str, size: str) -> list[str]:
@@ -310,17 +322,18 @@ def tuning_run(study: dict, arm: str, rate: str, size: str, seed: int) -> Run:
 
 
 def sweep_losses(study: dict, arm: str, size: str, results: dict[str, dict]) -> dict[str, float]:
-    """By rate the mean validation NLL over :func:`swept_seeds`; empty where there is none.
+    """By rate the mean validation NLL over the tuning seeds that it was run with.
 
-    A rate at which a seed diverged is infinitely bad.
+    Empty before the first seed has the whole grid. A rate at which a seed diverged is infinitely
+    bad.
     """
-    seeds = swept_seeds(study, arm, size, results)
-    rates = rates_of(study, arm, size) if seeds else []
+    seeds, rates = study["tuning"]["seeds"][size], rates_of(study, arm, size)
+    ids = {rate: [tuning_run(study, arm, rate, size, seed).id for seed in seeds] for rate in rates}
+    if any(of_rate[0] not in results for of_rate in ids.values()):
+        return {}
     return {
-        rate: fmean(
-            validation_nll(results[tuning_run(study, arm, rate, size, seed).id]) for seed in seeds
-        )
-        for rate in rates
+        rate: fmean(validation_nll(results[one]) for one in of_rate if one in results)
+        for rate, of_rate in ids.items()
     }
 
 

@@ -27,13 +27,14 @@ from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.study import (
     DEFAULTS,
     Cell,
+    best_rate,
     is_interior,
     parse_cell,
     planned_bases,
     planned_runs,
     rates_of,
     runs_of,
-    swept_seeds,
+    sweep_losses,
     tuning_run,
     validation_nll,
 )
@@ -241,22 +242,26 @@ def rate_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
     """The table of tuned rates."""
     rows = []
     for arm, losses in tuned_arms(study, size, results).items():
-        best = min(losses, key=losses.__getitem__)
+        best = best_rate(losses)
         cells = [f"{rate}: {loss:.3f}" for rate, loss in losses.items()]
         cells[list(losses).index(best)] = f"**{best}: {losses[best]:.3f}**"
         inside = "" if is_interior(losses, best) else ", at the edge of the grid"
-        seeds = len(swept_seeds(study, arm, size, results))
-        rows.append([arm, ", ".join(cells), best + inside, str(seeds)])
+        seeds = [tuning_run(study, arm, best, size, s) for s in study["tuning"]["seeds"][size]]
+        done = sum(run.id in results for run in seeds)
+        rows.append([arm, ", ".join(cells), best + inside, str(done)])
     rows += [row for arm in study["arms"] if (row := unfinished_row(study, arm, size, results))]
     if not rows:
         return []
-    title = "*Learning rates, tuned on the validation conversations; inf: a seed diverged*"
+    title = (
+        "*Learning rates, tuned on the validation conversations: all with the first seed, the best "
+        "and its neighbors with every one; inf: a seed diverged*"
+    )
     return [title, "", *markdown_table(RATE_COLUMNS, rows), ""]
 
 
 def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[str]:
-    """What is known of an arm of whose grid no seed has every rate; empty if nothing is."""
-    if swept_seeds(study, arm, size, results):
+    """What is known of an arm whose grid the first seed has not finished; empty if nothing is."""
+    if sweep_losses(study, arm, size, results):
         return []
     tuning, cells, told, seeds = study["tuning"], [], [], 0
     for rate in rates_of(study, arm, size):
