@@ -72,13 +72,13 @@ class Matrix:
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in) -> (N, out)."""
         if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, None, "none", [], "")
         return F.linear(x, self.weight)
 
     def add_to(self, rest: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``rest``, (N, out), and what :meth:`times` gives of ``x``."""
         if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, rest, self.weight, None, "add")
+            return torch.ops.mkldnn._linear_pointwise.binary(x, rest, self.weight, None, "add")
         return rest + F.linear(x, self.weight)
 
 
