@@ -20,12 +20,12 @@ from evaluation.records import SMALLEST_GAIN
 from evaluation.study import (
     FULL,
     Cell,
-    best_rate,
+    Sweep,
     cells_of,
     is_interior,
     parse_cell,
     run_of,
-    sweep_losses,
+    sweep_of,
     tuned_rate,
 )
 
@@ -406,10 +406,8 @@ def is_well_tuned(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
     """Whether a cell's tuned rate is inside its grid, by all tuning seeds; a given rate is so."""
     if cell.rate != "tuned":
         return True
-    if tuned_rate(study, cell.arm, cell.size, results) is None:
-        return False
-    losses = sweep_losses(study, cell.arm, cell.size, results)
-    return is_interior(losses, best_rate(losses))
+    sweep = sweep_of(study, cell.arm, cell.size, results)
+    return sweep is not None and sweep.is_whole and is_interior(sweep)
 
 
 def is_met(condition: dict, found: Contrast) -> bool:
@@ -469,10 +467,10 @@ def rule_of(claim: dict) -> str:
 # ---------------------------------------------------------------- rates, ladder, few prompts
 
 
-def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """By arm the mean validation NLL by rate, of the arms whose grid the first seed has run."""
-    sweeps = {arm: sweep_losses(study, arm, size, results) for arm in study["arms"]}
-    return {arm: losses for arm, losses in sweeps.items() if losses}
+def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, Sweep]:
+    """The sweeps whose grid the first seed has run, by arm."""
+    sweeps = {arm: sweep_of(study, arm, size, results) for arm in study["arms"]}
+    return {arm: sweep for arm, sweep in sweeps.items() if sweep}
 
 
 def wrong_winner_rate(

@@ -17,6 +17,7 @@ can't be mixed with another's. It needs the files that `dataset/prepare.py` writ
 """
 
 import argparse
+import fcntl
 import fnmatch
 import json
 import os
@@ -24,7 +25,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections import Counter
@@ -106,20 +106,18 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def fetch_bases(args: argparse.Namespace) -> None:
     """Copies the published bases to where runs start from, all of each or nothing."""
-    for published in sorted((args.results_dir / "bases").glob("*")):
-        place = args.save_dir / published.name
-        if has_weights(place.name, args.save_dir):
-            continue
-        args.save_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".base", dir=args.save_dir) as folder:
-            copy = shutil.copytree(published, Path(folder) / published.name)
-            try:
-                copy.rename(place)
-            except OSError:
-                if has_weights(place.name, args.save_dir):
-                    continue  # another process, started together with this one, was first
-                remove_folder(place)  # of one that was begun here
-                copy.rename(place)
+    args.save_dir.mkdir(parents=True, exist_ok=True)
+    with (args.save_dir / ".bases.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that start together one copies
+        for published in sorted((args.results_dir / "bases").glob("*")):
+            place = args.save_dir / published.name
+            if has_weights(place.name, args.save_dir):
+                continue
+            aside = place.with_name(f".{place.name}")
+            remove_folder(aside)  # of a copy that was killed
+            shutil.copytree(published, aside)
+            remove_folder(place)  # of one that was begun here
+            aside.rename(place)
 
 
 def has_base(name: str, args: argparse.Namespace) -> bool:
@@ -432,12 +430,12 @@ def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list
 
 
 def print_waiting(study: dict, args: argparse.Namespace) -> None:
-    """Tells how many cells of each experiment could not be run."""
+    """Tells of how many cells of each experiment more is to be run than is known yet."""
     _, waiting = runs_left(study, args)
     counts = Counter(cell.partition(": ")[0] for cell in waiting)
     told = [f"{name} ({count})" for name, count in counts.items() if is_asked(name, args)]
     if told:
-        print(f"cells that wait for a tuned rate: {', '.join(told)}")
+        print(f"cells that add more once a rate is known: {', '.join(told)}")
 
 
 def is_asked(experiment: str, args: argparse.Namespace) -> bool:

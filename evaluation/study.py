@@ -119,12 +119,25 @@ def check_experiment(study: dict, experiment: dict, path: Path) -> None:
     for text in texts:
         cell = parse_cell(text, experiment, experiment["sizes"][0], where)
         names += [(cell.arm, "arms"), (cell.variant, "variants")]
+        if cell.rate == "sweep":
+            check_sweep(study["tuning"], experiment, cell, where)
     for name, table in names:
         if name not in study[table]:
             raise SettingsError(f"{where}: {name!r} is not among {', '.join(study[table])}")
     rungs = experiment.get("rungs", experiment["cells"])
     if len(rungs) != len(experiment["cells"]):
         raise SettingsError(f"{where}: {len(rungs)} rungs for {len(experiment['cells'])} cells")
+
+
+def check_sweep(tuning: dict, experiment: dict, cell: Cell, where: str) -> None:
+    """Refuses a sweep of other runs than those that rates are tuned by."""
+    place = {"base": cell.base, "base_seed": cell.base_seed, "variant": cell.variant}
+    odd = [name for name, value in place.items() if value != tuning[name]]
+    if any(experiment["seeds"] != tuning["seeds"].get(size) for size in experiment["sizes"]):
+        odd.append("seeds")
+    odd += [name for name, value in (("part", cell.part), ("probe", experiment["probe"])) if value]
+    if odd:
+        raise SettingsError(f"{where}: {cell.arm}@sweep has {odd[0]} other than [tuning]'s")
 
 
 def cells_of(condition: dict, where: str) -> list[str]:
@@ -180,7 +193,7 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 
 def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list[Run], list[str]]:
-    """The runs of a size, each once, and what still waits for a tuned rate.
+    """The runs of a size, each once, and the cells of which more runs once a rate is known.
 
     Bases come first, then the first seed of all experiments, then the second: so there is a whole
     picture early, which further seeds make sharper.
@@ -192,7 +205,7 @@ def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list
             continue
         for text in experiment["cells"]:
             found = list(runs_of(study, experiment, text, size, results))
-            if not found:
+            if has_more(study, parse_cell(text, experiment, size, ""), results):
                 waiting.append(f"{experiment['id']}: {text}")
             for run in found:
                 known = runs.get(run.id)
@@ -253,6 +266,13 @@ def runs_of(
             yield run_of(replace(cell, rate=rate), seed, experiment["probe"])
 
 
+def has_more(study: dict, cell: Cell, results: dict[str, dict]) -> bool:
+    """Whether runs of a cell are still unknown, since they depend on others."""
+    if cell.rate == "sweep":
+        return sweep_of(study, cell.arm, cell.size, results) is None
+    return cell.rate == "tuned" and tuned_rate(study, cell.arm, cell.size, results) is None
+
+
 def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
     """The run of a cell with this seed."""
     place = (cell.base_seed, cell.arm, cell.rate, cell.variant)
@@ -262,14 +282,55 @@ def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
 # ---------------------------------------------------------------- tuned rates
 
 
-def tuning_runs(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[Run]:
-    """An arm's sweep: the whole grid with the first tuning seed, the best part of it with all.
+@dataclass(frozen=True)
+class Sweep:
+    """What is known of an arm's learning rates, see :func:`sweep_of`."""
 
-    That part, a rate and its neighbors, is known once the first seed is through, and moves on if
-    the other seeds find another rate best.
+    losses: dict[str, float]  # mean validation NLL by rate, over so many
+    seeds: dict[str, int]  # tuning seeds: all of them, or the first alone
+    best: str
+    near: list[str]  # the best and its neighbors, which take every seed
+    is_whole: bool  # whether they all have it
+
+
+def sweep_of(study: dict, arm: str, size: str, results: dict[str, dict]) -> Sweep | None:
+    """The sweep of an arm, or None while the first tuning seed has not run the whole grid.
+
+    The first seed says where to look: its best rate and the neighbors of that are run with every
+    seed. Then the best is chosen among the rates that have every seed, and its neighbors are run
+    with every seed, too, should it be another. So no mean over one set of seeds is ever weighed
+    against a mean over another. A rate at which a seed diverged is infinitely bad.
     """
+    seeds = study["tuning"]["seeds"][size]
+    found: dict[str, list[float]] = {}
+    for rate in rates_of(study, arm, size):
+        ids = [tuning_run(study, arm, rate, size, seed).id for seed in seeds]
+        if ids[0] not in results:
+            return None
+        known = ids if all(one in results for one in ids) else ids[:1]
+        found[rate] = [validation_nll(results[one]) for one in known]
+    losses = {rate: fmean(values) for rate, values in found.items()}
+    whole = {rate for rate, values in found.items() if len(values) == len(seeds)}
+    best = min(found, key=lambda rate: found[rate][0])
+    if whole.issuperset(beside(losses, best)):
+        best = min(whole, key=losses.__getitem__)
+    near = beside(losses, best)
+    counts = {rate: len(values) for rate, values in found.items()}
+    return Sweep(losses, counts, best, near, whole.issuperset(near))
+
+
+def beside(losses: dict[str, float], rate: str) -> list[str]:
+    """A rate between its neighbors in the grid."""
+    rates = sorted(losses, key=float)
+    place = rates.index(rate)
+    return rates[max(0, place - 1) : place + 2]
+
+
+def tuning_runs(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[Run]:
+    """The runs of an arm's sweep, as far as they are known."""
     first, *others = study["tuning"]["seeds"][size]
-    near = near_best(sweep_losses(study, arm, size, results))
+    sweep = sweep_of(study, arm, size, results)
+    near = sweep.near if sweep and math.isfinite(sweep.losses[sweep.best]) else []
     runs = [tuning_run(study, arm, rate, size, first) for rate in rates_of(study, arm, size)]
     return runs + [tuning_run(study, arm, rate, size, seed) for seed in others for rate in near]
 
@@ -286,26 +347,10 @@ def tuned_rate(
     Returns:
         None while runs are missing, and where each rate diverged.
     """
-    losses = sweep_losses(study, arm, size, results)
-    runs = tuning_runs(study, arm, size, results)
-    if not losses or (all_seeds and any(run.id not in results for run in runs)):
+    sweep = sweep_of(study, arm, size, results)
+    if sweep is None or math.isinf(sweep.losses[sweep.best]):
         return None
-    best = best_rate(losses)
-    return None if math.isinf(losses[best]) else best
-
-
-def best_rate(losses: dict[str, float]) -> str:
-    """The rate with the lowest loss."""
-    return min(losses, key=losses.__getitem__)
-
-
-def near_best(losses: dict[str, float]) -> list[str]:
-    """The best rate and its neighbors, ascending; none of no losses."""
-    if not losses:
-        return []
-    rates = sorted(losses, key=float)
-    place = rates.index(best_rate(losses))
-    return rates[max(0, place - 1) : place + 2]
+    return sweep.best if sweep.is_whole or not all_seeds else None
 
 
 def rates_of(study: dict, arm: str, size: str) -> list[str]:
@@ -321,22 +366,6 @@ def tuning_run(study: dict, arm: str, rate: str, size: str, seed: int) -> Run:
     return run_of(Cell(size, *place, arm, rate, tuning["variant"]), seed)
 
 
-def sweep_losses(study: dict, arm: str, size: str, results: dict[str, dict]) -> dict[str, float]:
-    """By rate the mean validation NLL over the tuning seeds that it was run with.
-
-    Empty before the first seed has the whole grid. A rate at which a seed diverged is infinitely
-    bad.
-    """
-    seeds, rates = study["tuning"]["seeds"][size], rates_of(study, arm, size)
-    ids = {rate: [tuning_run(study, arm, rate, size, seed).id for seed in seeds] for rate in rates}
-    if any(of_rate[0] not in results for of_rate in ids.values()):
-        return {}
-    return {
-        rate: fmean(validation_nll(results[one]) for one in of_rate if one in results)
-        for rate, of_rate in ids.items()
-    }
-
-
 def validation_nll(result: dict) -> float:
     """Nats a token of the conversations with an even index; infinite for a run that diverged."""
     if "held_out" not in result:
@@ -345,12 +374,10 @@ def validation_nll(result: dict) -> float:
     return sum(measured["nats"][::2]) / sum(measured["tokens"][::2])
 
 
-def is_interior(losses: dict[str, float], rate: str) -> bool:
-    """Whether both neighbors of `rate` in its grid are there and worse."""
-    rates = sorted(losses, key=float)
-    place = rates.index(rate)
-    beside = [losses[other] for other in rates[max(0, place - 1) : place + 2] if other != rate]
-    return len(beside) == 2 and all(loss > losses[rate] for loss in beside)
+def is_interior(sweep: Sweep) -> bool:
+    """Whether both neighbors of the best rate are in the grid and worse."""
+    others = [sweep.losses[rate] for rate in sweep.near if rate != sweep.best]
+    return len(others) == 2 and all(loss > sweep.losses[sweep.best] for loss in others)
 
 
 # ---------------------------------------------------------------- commands

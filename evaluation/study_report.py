@@ -27,14 +27,14 @@ from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.study import (
     DEFAULTS,
     Cell,
-    best_rate,
+    Sweep,
     is_interior,
     parse_cell,
     planned_bases,
     planned_runs,
     rates_of,
     runs_of,
-    sweep_losses,
+    sweep_of,
     tuning_run,
     validation_nll,
 )
@@ -63,13 +63,14 @@ def study_block(study: dict, results: dict[str, dict], drawn: Iterable[str]) -> 
 def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
     """The lines of one size."""
     runs, waiting = planned_runs(study, size, results)
-    done = [results[run.id] for run in runs if run.id in results]
+    done = [result for result in results.values() if result["size"] == size]
+    known = {run.id for run in runs} | {result["id"] for result in done}
     broken = sum(result["status"] != "completed" for result in done)
     hours = sum(result["seconds"] for result in done) / 3600
     lines = [
-        f"**At `{size}`**: {len(done)} of {len(runs)} runs have a result"
+        f"**At `{size}`**: {len(done)} of {len(known)} runs have a result"
         + (f" ({broken} diverged)" if broken else "")
-        + (f"; {len(waiting)} cells wait for a tuned rate" if waiting else "")
+        + (f"; {len(waiting)} cells add more once a rate is known" if waiting else "")
         + f". They took {hours:.1f} hours of runs.",
         "",
     ]
@@ -241,29 +242,30 @@ def in_words(interval: Interval | None) -> str:
 def rate_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
     """The table of tuned rates."""
     rows = []
-    for arm, losses in tuned_arms(study, size, results).items():
-        best = best_rate(losses)
-        cells = [f"{rate}: {loss:.3f}" for rate, loss in losses.items()]
-        cells[list(losses).index(best)] = f"**{best}: {losses[best]:.3f}**"
-        inside = "" if is_interior(losses, best) else ", at the edge of the grid"
-        seeds = [tuning_run(study, arm, best, size, s) for s in study["tuning"]["seeds"][size]]
-        done = sum(run.id in results for run in seeds)
-        rows.append([arm, ", ".join(cells), best + inside, str(done)])
+    every = len(study["tuning"]["seeds"][size])
+    for arm, sweep in tuned_arms(study, size, results).items():
+        cells = []
+        for rate, loss in sweep.losses.items():
+            text = f"{rate}: {loss:.3f}" + ("" if sweep.seeds[rate] == every else "\\*")
+            cells.append(f"**{text}**" if rate == sweep.best else text)
+        inside = "" if is_interior(sweep) else ", at the edge of the grid"
+        seeds = min(sweep.seeds[rate] for rate in sweep.near)
+        rows.append([arm, ", ".join(cells), sweep.best + inside, str(seeds)])
     rows += [row for arm in study["arms"] if (row := unfinished_row(study, arm, size, results))]
     if not rows:
         return []
     title = (
-        "*Learning rates, tuned on the validation conversations: all with the first seed, the best "
-        "and its neighbors with every one; inf: a seed diverged*"
+        "*Learning rates, tuned on the validation conversations; \\*: with the first seed only, "
+        "`seeds`: of the best rate and its neighbors; inf: a seed diverged*"
     )
     return [title, "", *markdown_table(RATE_COLUMNS, rows), ""]
 
 
 def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -> list[str]:
     """What is known of an arm whose grid the first seed has not finished; empty if nothing is."""
-    if sweep_losses(study, arm, size, results):
+    if sweep_of(study, arm, size, results):
         return []
-    tuning, cells, told, seeds = study["tuning"], [], [], 0
+    tuning, cells, told, seeds = study["tuning"], [], [], []
     for rate in rates_of(study, arm, size):
         runs = [tuning_run(study, arm, rate, size, seed) for seed in tuning["seeds"][size]]
         done = [results[run.id] for run in runs if run.id in results]
@@ -273,10 +275,10 @@ def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -
         cell = Cell(size, tuning["base"], tuning["base_seed"], arm, rate, tuning["variant"])
         row = describe_cell(study, cell, results)
         told.append(f"R = {in_words(row.recovery if row else None)} at {rate}")
-        seeds = max(seeds, len(done))
+        seeds.append(len(done))
     if not cells:
         return []
-    return [arm, ", ".join(cells), f"grid not finished; {', '.join(told)}", str(seeds)]
+    return [arm, ", ".join(cells), f"grid not finished; {', '.join(told)}", str(min(seeds))]
 
 
 # ---------------------------------------------------------------- figures
@@ -324,7 +326,7 @@ def title_of(name: str) -> str:
     }[name.rsplit("_", 1)[1].removesuffix(".svg")]
 
 
-def draw_rates(study: dict, tuned: dict[str, dict]) -> Figure:
+def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
     """Mean validation NLL by rate, a line for every arm, of the rates that did not diverge.
 
     A panel for full fine-tuning and its parts, and one for adapters.
@@ -335,8 +337,10 @@ def draw_rates(study: dict, tuned: dict[str, dict]) -> Figure:
     for axes, stage in zip(panels, stages, strict=True):
         arms = {arm: tuned[arm] for arm in tuned if study["arms"][arm]["stage"] == stage}
         ends = []
-        for index, (arm, losses) in enumerate(arms.items()):
-            points = [(float(rate), loss) for rate, loss in losses.items() if np.isfinite(loss)]
+        for index, (arm, sweep) in enumerate(arms.items()):
+            points = [
+                (float(rate), loss) for rate, loss in sweep.losses.items() if np.isfinite(loss)
+            ]
             if not points:
                 continue  # all diverged, which the table says
             axes.plot(*np.transpose(points), marker="o", markersize=3, **line_style(index))

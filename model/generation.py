@@ -2,9 +2,10 @@
 
 transformers' ``generate`` works with the model too, and gives the same greedy answers in float32
 (tests/test_generation.py). Here a token costs little beside reading the weights: q, k and v are one
-matrix, gate and up another, a CPU has them packed, an adapter is merged into its weight, the cache
-is allocated once, no key head is copied, what all prompts begin with is read once, prompts are
-padded to the longest of some neighbors only, and answers that ended leave the batch.
+matrix, gate and up another, a CPU gets them packed for oneDNN, an adapter is merged into its
+weight, the cache is allocated once, no key head is copied, what all prompts begin with is read
+once, prompts are padded to the longest of some neighbors only, and answers that ended leave the
+batch.
 
 Shapes as in model_minimind.py: B batch, T new tokens, S tokens seen, D hidden size, H heads, K
 key/value heads, d head dimension, V vocabulary.
@@ -58,9 +59,9 @@ def effective_weight(module: nn.Module) -> torch.Tensor:
 class Matrix:
     """The linears side by side as one, applied to (N, in).
 
-    A CPU's oneDNN gets them packed once, as ``torch.compile`` packs frozen linears. At the shapes
-    of a 26M model 1 to 100 rows then take .43 to .69 of the time of ``F.linear`` in float32, and
-    .55 to .87 in bfloat16.
+    On a CPU they are packed once for oneDNN, as ``torch.compile`` packs frozen linears whose batch
+    varies. At the shapes of a 26M model 1 to 100 rows then take .43 to .69 of the time of
+    ``F.linear`` in float32, and .55 to .87 in bfloat16.
     """
 
     def __init__(self, *linears: nn.Module):
@@ -83,8 +84,13 @@ class Matrix:
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN has fast products of this type here; bfloat16's need AVX512."""
+    """Whether this CPU has fast packed products of this type.
+
+    Where they are those of ARM's Compute Library, torch itself does not pack so.
+    """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not torch.backends.mkldnn.enabled or torch.ops.mkldnn._is_mkldnn_acl_supported():
         return False
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -167,25 +173,38 @@ class Decoder:
         shape = (batch, new, self.heads + 2 * self.kv_heads, self.head_dim)
         # All views of the cache at once: a view costs as much as a small product.
         places = cache[..., seen - new : seen, :].unbind()
-        seen_by = [self.seen_by(cache, group, seen) for group in groups]
-        biases = [self.stacked_bias(bias, group, seen) for group in groups]
+        # Of one float32 token plain products take a CPU two thirds of SDPA's time. In bfloat16 they
+        # would copy keys and values, and the scores of many tokens would take much memory.
+        is_plain = new == 1 and cache.dtype == torch.float32
+        attend = attend_plainly if is_plain else attend_by_sdpa
+        seen_by = [self.seen_by(cache, group, seen, is_plain) for group in groups]
+        biases = [self.stacked_bias(bias, group, seen, is_plain) for group in groups]
         x = F.embedding(ids.view(-1), self.embedding)  # (B * T, D)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv.times(layer.input_norm(x)).view(shape)
             q = self.turn_and_store(layer, qkv, rope, places[index])
             out = [
-                attend(q[group.rows].flatten(0, 1), *views[2 * index : 2 * index + 2], added, new)
+                attend(q[group.rows], *views[2 * index : 2 * index + 2], added)
                 for group, views, added in zip(groups, seen_by, biases, strict=True)
             ]
             mixed = out[0] if len(out) == 1 else torch.cat(out)
-            x = layer.out.add_to(x, unstacked(mixed, self.kv_heads, new))
+            x = layer.out.add_to(x, unstacked(mixed, new))
             gate, up = layer.gate_up.times(layer.mlp_norm(x)).chunk(2, dim=-1)
             x = layer.down.add_to(x, F.silu(gate) * up)
         return self.head.times(self.norm(x.view(batch, new, -1)[:, -1])).float()
 
-    def seen_by(self, cache: torch.Tensor, group: "Group", seen: int) -> tuple[torch.Tensor, ...]:
-        """A group's keys and values of all layers, by turns: (B * K, S, d) each."""
-        return cache[:, :, group.rows, :, group.start : seen].flatten(2, 3).flatten(0, 1).unbind()
+    def seen_by(
+        self, cache: torch.Tensor, group: "Group", seen: int, is_plain: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        A group's keys and values of all layers, by turns: (B, K, S, d) each, or (B * K, S, d).
+
+        They are views, since the new places are written after they are taken.
+        """
+        part = cache[:, :, group.rows, :, group.start : seen]
+        layers, pair, batch, kv_heads, length, size = part.shape
+        rows = (batch * kv_heads,) if is_plain else (batch, kv_heads)
+        return part.view(layers * pair, *rows, length, size).unbind()
 
     def turn_and_store(
         self,
@@ -211,37 +230,38 @@ class Decoder:
         return q.reshape(batch, kv_heads, -1, size)
 
     def stacked_bias(
-        self, bias: torch.Tensor | None, group: "Group", seen: int
+        self, bias: torch.Tensor | None, group: "Group", seen: int, is_plain: bool
     ) -> torch.Tensor | None:
-        """What a group's part of ``bias`` adds to its stacked queries, (B * K, groups * T, S)."""
+        """A group's part of ``bias`` for stacked queries: (B, 1, groups * T, S) or (B * K, ...)."""
         if bias is None:
             return None
-        groups = self.heads // self.kv_heads
-        part = bias[group.rows, ..., group.start : seen].repeat(1, self.kv_heads, groups, 1)
-        return part.flatten(0, 1)
+        heads = self.kv_heads if is_plain else 1
+        part = bias[group.rows, ..., group.start : seen]
+        part = part.repeat(1, heads, self.heads // self.kv_heads, 1)
+        return part.flatten(0, 1) if is_plain else part
 
 
-def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, new: int
+def attend_by_sdpa(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """
-    Attention of scaled queries, (N, groups * T, d), to (N, S, d): (N, groups * T, d).
-
-    For one new token in float32 plain products take a CPU a third of the time of SDPA; in bfloat16
-    they would copy keys and values, and scores of many tokens would take much memory.
-    """
-    if new > 1 or q.dtype != torch.float32:
-        mask = None if bias is None else bias[None]
-        return F.scaled_dot_product_attention(q[None], keys[None], values[None], mask, scale=1.0)[0]
-    scores = torch.bmm(q, keys.mT) if bias is None else torch.baddbmm(bias, q, keys.mT)
-    return torch.bmm(scores.softmax(dim=-1), values)
+    """Attention of scaled queries, (B, K, groups * T, d), to (B, K, S, d)."""
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1.0)
 
 
-def unstacked(out: torch.Tensor, kv_heads: int, new: int) -> torch.Tensor:
-    """Attention's (B * K, groups * T, d), ``new`` being T, as (B * T, H * d)."""
-    rows, stacked, size = out.shape
-    out = out.view(rows // kv_heads, kv_heads, stacked // new, new, size).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows // kv_heads * new, kv_heads * (stacked // new) * size)
+def attend_plainly(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The same with keys and values (B * K, S, d) and a bias (B * K, groups, S), of one token."""
+    rows = q.flatten(0, 1)
+    scores = torch.bmm(rows, keys.mT) if bias is None else torch.baddbmm(bias, rows, keys.mT)
+    return torch.bmm(scores.softmax(dim=-1), values).view_as(q)
+
+
+def unstacked(out: torch.Tensor, new: int) -> torch.Tensor:
+    """Attention's (B, K, groups * T, d), ``new`` being T, as (B * T, H * d)."""
+    batch, kv_heads, stacked, size = out.shape
+    out = out.view(batch, kv_heads, -1, new, size).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch * new, kv_heads * (stacked // new) * size)
 
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from model.model_minimind import MiniMindForCausalLM, minimind_config
 from tests.tiny import tiny_model
 
 PROMPTS = [[1, 9, 50, 60], [1, 9, 90, 91, 92, 93, 94, 95, 96], [1, 9, 70], [1, 9, 50, 61]]
+NO_PACKING = (generation, "can_pack", lambda weight: False)
 
 
 def no_draws(prompts: list[list[int]], steps: int) -> torch.Tensor:
@@ -38,11 +39,11 @@ def alone(model: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def scaled_model(qk_norm: bool, factor: float) -> MiniMindForCausalLM:
+def scaled_model(qk_norm: bool, factor: float, kv_heads: int = 2) -> MiniMindForCausalLM:
     """A tiny model whose larger weights make answers differ."""
     torch.manual_seed(0)
     config = minimind_config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
         intermediate_size=48, qk_norm=qk_norm,
     )  # fmt: skip
     model = MiniMindForCausalLM(config).eval()
@@ -57,17 +58,32 @@ def scaled_model(qk_norm: bool, factor: float) -> MiniMindForCausalLM:
 def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, packed, monkeypatch):
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
     if not packed:
-        monkeypatch.setattr(generation, "can_pack", lambda weight: False)
+        monkeypatch.setattr(*NO_PACKING)
     model = scaled_model(qk_norm, 8)
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())
-    answers = generate(Decoder(model), PROMPTS, Decoding(12), no_draws(PROMPTS, 12))
+    decoder = Decoder(model)
+    assert decoder.head.is_packed == (packed and generation.can_pack(decoder.embedding))
+    answers = generate(decoder, PROMPTS, Decoding(12), no_draws(PROMPTS, 12))
     assert answers == [alone(reference, prompt, 12) for prompt in PROMPTS]
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[9]], [[9], [1, 50, 60]]])  # one token, too
+def test_key_heads_and_prompts_of_every_number(kv_heads, prompts):
+    model = scaled_model(False, 8, kv_heads)
+    reference = LlamaForCausalLM(model.config).eval()
+    reference.load_state_dict(model.state_dict())
+    answers = generate(Decoder(model), prompts, Decoding(12), no_draws(prompts, 12))
+    assert answers == [alone(reference, prompt, 12) for prompt in prompts]
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_bfloat16_logits_are_near_those_of_float32_and_repeat(qk_norm, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_logits_are_near_those_of_float32_and_repeat(qk_norm, packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(*NO_PACKING)
     model = scaled_model(qk_norm, 2)
     decoder, prompt = Decoder(model.bfloat16()), PROMPTS[1]
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()

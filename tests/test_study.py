@@ -49,7 +49,7 @@ from evaluation.study import (
     planned_runs,
     rates_of,
     read_study,
-    sweep_losses,
+    sweep_of,
     training_flags,
     tuned_rate,
     tuning_runs,
@@ -179,7 +179,7 @@ def test_runs_come_once_in_order_after_their_base(study: dict) -> None:
         "xs-plain42-square-lr1e-3-s2",
         "xs-plain42-square-lr1e-3-s3",
     ]
-    assert waiting == ["H: fft@tuned/long"]
+    assert waiting == ["H: fft@tuned/long", "rates: fft@sweep"]
     runs, waiting = planned_runs(study, "xs", results_of(SWEEP))
     assert [run.id for run in runs if run.variant == "long"] == [
         f"xs-plain42-fft-long-lr1e-2-s{seed}" for seed in (1, 2, 3)
@@ -189,37 +189,60 @@ def test_runs_come_once_in_order_after_their_base(study: dict) -> None:
 
 def test_rate_is_tuned_on_validation_and_no_diverged_rate_wins(study: dict) -> None:
     results = results_of(SWEEP)
-    losses = sweep_losses(study, "fft", "xs", results)
-    assert losses == {"1e-3": 2.0, "1e-2": 1.0, "1e-1": float("inf")}
+    sweep = sweep_of(study, "fft", "xs", results)
+    assert sweep.losses == {"1e-3": 2.0, "1e-2": 1.0, "1e-1": float("inf")}
+    assert (sweep.best, sweep.is_whole, is_interior(sweep)) == ("1e-2", True, True)
     assert tuned_rate(study, "fft", "xs", results) == "1e-2"
-    assert is_interior(losses, "1e-2") and not is_interior(losses, "1e-3")
     del results["xs-plain42-fft-lr1e-3-s2"]
     assert tuned_rate(study, "fft", "xs", results) is None
-    # A report of what there is takes it as it is.
+    # A report of what there is takes the best that has every seed.
     assert tuned_rate(study, "fft", "xs", results, all_seeds=False) == "1e-2"
+    del results["xs-plain42-fft-lr1e-3-s1"]
+    assert sweep_of(study, "fft", "xs", results) is None
+
+
+def sweep_with(study: dict, found: dict[str, float | None]) -> tuple[list[str], str | None]:
+    """What a sweep of fft has left to run, and its tuned rate, by NLL of "rate-seed"."""
+    name = "xs-plain42-fft-lr"
+    results = results_of(
+        {name + key: nll and [nll * tokens for tokens in TOKENS] for key, nll in found.items()}
+    )
+    runs = tuning_runs(study, "fft", "xs", results)
+    left = [run.id.removeprefix(name) for run in runs if run.id not in results]
+    return left, tuned_rate(study, "fft", "xs", results)
 
 
 def test_sweep_takes_every_seed_to_the_best_rate_and_its_neighbors_only(study: dict) -> None:
     study["arms"]["fft"]["rates"] = ["1e-4", "1e-3", "1e-2", "1e-1"]
+    assert sweep_with(study, {}) == (["1e-4-s1", "1e-3-s1", "1e-2-s1", "1e-1-s1"], None)
+    found = {"1e-4-s1": 3.0, "1e-3-s1": 2.0, "1e-2-s1": 1.0, "1e-1-s1": 2.0}
+    assert sweep_with(study, found) == (["1e-3-s2", "1e-2-s2", "1e-1-s2"], None)
+    # One more seed at some of them moves nothing, though with it their means would.
+    found |= {"1e-2-s2": 3.2}
+    assert sweep_with(study, found) == (["1e-3-s2", "1e-1-s2"], None)
+    # The mean at 1e-2 is 2.1, at 1e-3 2.05: the best moves, and wants its other neighbor.
+    found |= {"1e-3-s2": 2.1, "1e-1-s2": 3.0}
+    assert sweep_with(study, found) == (["1e-4-s2"], None)
+    assert sweep_with(study, found | {"1e-4-s2": 3.0}) == ([], "1e-3")
 
-    def ids(found: dict[str, float]) -> list[str]:
-        results = results_of({f"xs-plain42-fft-{key}": [4 * nll] * 4 for key, nll in found.items()})
-        runs = tuning_runs(study, "fft", "xs", results)
-        left = [run.id.removeprefix("xs-plain42-fft-") for run in runs if run.id not in results]
-        assert (tuned_rate(study, "fft", "xs", results) is None) == bool(left)
-        return left
 
-    found = {}  # nats a sequence of 10 and 30 tokens, over 4
-    assert ids(found) == ["lr1e-4-s1", "lr1e-3-s1", "lr1e-2-s1", "lr1e-1-s1"]
-    found |= {"lr1e-4-s1": 3.0, "lr1e-3-s1": 2.0, "lr1e-2-s1": 1.0}
-    assert ids(found) == ["lr1e-1-s1"]
-    found["lr1e-1-s1"] = 2.0
-    assert ids(found) == ["lr1e-3-s2", "lr1e-2-s2", "lr1e-1-s2"]
-    # With these the mean at 1e-3 is 1.05, at 1e-2 1.2: the best moves, and wants another neighbor.
-    found |= {"lr1e-3-s2": 0.1, "lr1e-2-s2": 1.4, "lr1e-1-s2": 2.0}
-    assert ids(found) == ["lr1e-4-s2"]
-    found["lr1e-4-s2"] = 3.0
-    assert ids(found) == []
+def test_sweep_of_one_seed_and_one_that_diverged_everywhere(study: dict) -> None:
+    diverged = {f"{rate}-s1": None for rate in ("1e-3", "1e-2", "1e-1")}
+    assert sweep_with(study, diverged) == ([], None)
+    study["tuning"]["seeds"]["xs"] = [1]
+    found = {"1e-3-s1": 2.0, "1e-2-s1": 1.0, "1e-1-s1": 2.0}
+    assert sweep_with(study, found) == ([], "1e-2")
+
+
+def test_sweep_of_other_runs_than_rates_are_tuned_by_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    for old, new, named in (
+        ("fft@sweep", "fft@sweep/long", "variant"),
+        ("seeds = [1, 2]\n[[", "seeds = [1, 2, 3]\n[[", "seeds"),
+    ):
+        path.write_text(TOML.replace(old, new))
+        with pytest.raises(SettingsError, match=f"'rates': fft@sweep has {named} other than"):
+            read_study(path)
 
 
 def test_recovery_of_a_cell_by_hand(study: dict) -> None:
@@ -396,16 +419,20 @@ def test_published_base_is_taken_unless_there_is_one(tmp_path: Path) -> None:
     assert weights == "published xs-plain42"
     assert (made / "model.safetensors").read_text() == "made here"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".bases.lock",
         "xs-plain42",
         "xs-plain43",
     ]
 
 
-def test_runs_that_start_together_take_one_copy_of_a_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_runs_that_start_together_take_one_copy_of_a_base(tmp_path: Path, begun: bool) -> None:
     published = tmp_path / "results" / "bases" / "xs-plain42"
     published.mkdir(parents=True)
     (published / "run.json").write_text('{"status": "completed"}')
     args = argparse.Namespace(results_dir=tmp_path / "results", save_dir=tmp_path / "out")
+    if begun:
+        (args.save_dir / "xs-plain42").mkdir(parents=True)
     start = threading.Barrier(8)
 
     def fetch(_: int) -> bool:
@@ -415,7 +442,7 @@ def test_runs_that_start_together_take_one_copy_of_a_base(tmp_path: Path) -> Non
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(fetch, range(8)))
-    assert [path.name for path in args.save_dir.iterdir()] == ["xs-plain42"]
+    assert sorted(path.name for path in args.save_dir.iterdir()) == [".bases.lock", "xs-plain42"]
 
 
 def test_part_of_an_update_is_measured_against_the_whole(study: dict) -> None:
