@@ -32,7 +32,7 @@ from model.model_minimind import (
     save_model,
     weights_fingerprint,
 )
-from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
+from trainer import run_folder, train_full_sft, train_lora, train_pretrain, trainer_utils
 from trainer.arguments import DEFAULT_SHAPE
 from trainer.trainer_utils import (
     SettingsError,
@@ -145,6 +145,25 @@ def sha256(path: Path) -> str:
 
 
 # ---------------------------------------------------------------- whole runs
+
+
+def test_code_is_dirty_when_it_was_changed_not_when_there_are_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(run_folder, "REPO_DIR", tmp_path)
+    code = tmp_path / "trainer" / "loop.py"
+    code.parent.mkdir()
+    code.write_text("a = 1\n")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
+    (tmp_path / "result.json").write_text("{}")
+    assert run_folder.git_state()["dirty"] is False
+    code.write_text("a = 2\n")
+    assert run_folder.git_state()["dirty"] is True
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -75,7 +75,10 @@ def printable_settings(args: argparse.Namespace) -> dict:
 
 
 def git_state() -> dict:
-    """The commit of this code and whether files differ from it; empty outside a checkout."""
+    """The commit of this code and whether any of it differs from that; empty outside a checkout.
+
+    New results do not make the code another.
+    """
 
     def git(*words: str) -> str | None:
         command = ["git", "-C", str(REPO_DIR), *words]
@@ -84,7 +87,7 @@ def git_state() -> dict:
 
     if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
         return {}
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", "*.py"))}
 
 
 def describe_machine(device: str) -> dict:
