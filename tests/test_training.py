@@ -160,8 +160,13 @@ def test_code_is_dirty_when_it_was_changed_not_when_there_are_results(
     git("init")
     git("add", ".")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
-    (tmp_path / "result.json").write_text("{}")
+    result = tmp_path / "evaluation" / "results" / "run.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
     assert run_folder.git_state()["dirty"] is False
+    code.with_name("tokenizer.json").write_text("{}")
+    assert run_folder.git_state()["dirty"] is True
+    code.with_name("tokenizer.json").unlink()
     code.write_text("a = 2\n")
     assert run_folder.git_state()["dirty"] is True
 

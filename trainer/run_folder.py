@@ -24,6 +24,7 @@ from dataset.lm_dataset import file_sha256
 from model.model_minimind import CheckpointError, read_json, sync, write_text
 
 REPO_DIR = Path(__file__).resolve().parents[1]
+RESULTS = ":(exclude)evaluation/results"  # as git names all but these
 MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
 
 
@@ -75,9 +76,9 @@ def printable_settings(args: argparse.Namespace) -> dict:
 
 
 def git_state() -> dict:
-    """The commit of this code and whether any of it differs from that; empty outside a checkout.
+    """The commit of this code and whether files differ from it; empty outside a checkout.
 
-    New results do not make the code another.
+    Results apart: those that a study files beside its code do not make it another.
     """
 
     def git(*words: str) -> str | None:
@@ -87,7 +88,7 @@ def git_state() -> dict:
 
     if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
         return {}
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", "*.py"))}
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", ".", RESULTS))}
 
 
 def describe_machine(device: str) -> dict:
