@@ -3,9 +3,9 @@
 transformers' ``generate`` works with the model too, and gives the same greedy answers in float32
 (tests/test_generation.py). Here a token costs little beside reading the weights: q, k and v are one
 matrix, gate and up another, a CPU gets them packed for oneDNN, an adapter is merged into its
-weight, the cache is allocated once, no key head is copied, what all prompts begin with is read
-once, prompts are padded to the longest of some neighbors only, and answers that ended leave the
-batch.
+weight, the cache grows by blocks, no key head is copied, what all prompts begin with is read once,
+prompts are read with padding to the longest of some neighbors only, and answers that ended leave
+the batch.
 
 Shapes as in model_minimind.py: B batch, T new tokens, S tokens seen, D hidden size, H heads, K
 key/value heads, d head dimension, V vocabulary.
@@ -13,7 +13,6 @@ key/value heads, d head dimension, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,12 @@ GROUP_TOKENS = 512
 RUNNING_SHARE = 0.75
 # Tokens among which a nucleus is looked for first: finding these costs a tenth of sorting all.
 LIKELY_TOKENS = 256
+# Tokens by which the cache grows. It is attended to whole, since a CPU's bfloat16 products would
+# copy a part of it, and prepare themselves anew for every length.
+CACHE_BLOCK = 32
+# Prompts from which plain products take a CPU less time for a token's attention than SDPA does: two
+# thirds at 32, in bfloat16 as in float32; at one prompt twice as much.
+PLAIN_FROM = 8
 # Rows that oneDNN lays packed matrices out for; a layout for one row is slower at all others.
 PACKED_FOR = 32
 
@@ -122,12 +127,13 @@ class Decoder:
         self.layers = [Layer(block) for block in model.model.layers]
         self.norm = model.model.norm
         self.head = Matrix(model.lm_head)
+        self.attends_plainly = can_pack(self.embedding)
 
-    def new_cache(self, batch: int, length: int) -> torch.Tensor:
-        """Room for the keys and values of every layer: (layers, 2, B, K, length, d)."""
+    def new_cache(self, batch: int, length: int) -> list[torch.Tensor]:
+        """Room for the keys and values of every layer: (2, B, K, length, d) each."""
         # Zeros, not what was in memory: a masked value still gets multiplied by 0.
-        shape = (len(self.layers), 2, batch, self.kv_heads, length, self.head_dim)
-        return self.embedding.new_zeros(shape)
+        shape = (2, batch, self.kv_heads, length, self.head_dim)
+        return [self.embedding.new_zeros(shape) for _ in self.layers]
 
     def rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -154,10 +160,9 @@ class Decoder:
         self,
         ids: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        cache: torch.Tensor,
-        groups: list["Group"],
+        cache: list[torch.Tensor],
         seen: int,
-        bias: torch.Tensor | None,
+        bias: torch.Tensor,
     ) -> torch.Tensor:
         """
         The last position's logits, (B, V) float32; fills T places of ``cache`` up to ``seen``.
@@ -165,46 +170,27 @@ class Decoder:
         Args:
             ids: (B, T).
             rope: rows of :meth:`rope` for these tokens, (B, T, H + 2K, d).
-            cache: (layers, 2, B, K, S, d).
-            groups: rows that attend to the same places, those from their group's start on.
-            bias: (B, 1, T, S), added to the attention scores; None: all is visible.
+            cache: of every layer (2, B, K, S, d), all of which is attended to but for ``bias``.
+            bias: (B, 1, T, S), added to the attention scores, see :meth:`bias`.
         """
         batch, new = ids.shape
         shape = (batch, new, self.heads + 2 * self.kv_heads, self.head_dim)
-        # All views of the cache at once: a view costs as much as a small product.
-        places = cache[..., seen - new : seen, :].unbind()
-        # Of one float32 token plain products take a CPU two thirds of SDPA's time. In bfloat16 they
-        # would copy keys and values, and the scores of many tokens would take much memory.
-        is_plain = new == 1 and cache.dtype == torch.float32
+        # The scores of many tokens would take much memory.
+        is_plain = new == 1 and batch >= PLAIN_FROM and self.attends_plainly
         attend = attend_plainly if is_plain else attend_by_sdpa
-        seen_by = [self.seen_by(cache, group, seen, is_plain) for group in groups]
-        biases = [self.stacked_bias(bias, group, seen, is_plain) for group in groups]
+        # Bfloat16 products would copy a part of the cache; they take all of it.
+        is_whole = is_plain and self.embedding.dtype == torch.bfloat16
+        end = cache[0].shape[3] if is_whole else seen
+        bias = self.stacked_bias(bias[..., :end], is_plain)
         x = F.embedding(ids.view(-1), self.embedding)  # (B * T, D)
-        for index, layer in enumerate(self.layers):
+        for layer, seen_by in zip(self.layers, cache, strict=True):
             qkv = layer.qkv.times(layer.input_norm(x)).view(shape)
-            q = self.turn_and_store(layer, qkv, rope, places[index])
-            out = [
-                attend(q[group.rows], *views[2 * index : 2 * index + 2], added)
-                for group, views, added in zip(groups, seen_by, biases, strict=True)
-            ]
-            mixed = out[0] if len(out) == 1 else torch.cat(out)
-            x = layer.out.add_to(x, unstacked(mixed, new))
+            q = self.turn_and_store(layer, qkv, rope, seen_by[..., seen - new : seen, :])
+            keys, values = seen_by[..., :end, :].unbind()
+            x = layer.out.add_to(x, unstacked(attend(q, keys, values, bias), new))
             gate, up = layer.gate_up.times(layer.mlp_norm(x)).chunk(2, dim=-1)
             x = layer.down.add_to(x, F.silu(gate) * up)
         return self.head.times(self.norm(x.view(batch, new, -1)[:, -1])).float()
-
-    def seen_by(
-        self, cache: torch.Tensor, group: "Group", seen: int, is_plain: bool
-    ) -> tuple[torch.Tensor, ...]:
-        """
-        A group's keys and values of all layers, by turns: (B, K, S, d) each, or (B * K, S, d).
-
-        They are views, since the new places are written after they are taken.
-        """
-        part = cache[:, :, group.rows, :, group.start : seen]
-        layers, pair, batch, kv_heads, length, size = part.shape
-        rows = (batch * kv_heads,) if is_plain else (batch, kv_heads)
-        return part.view(layers * pair, *rows, length, size).unbind()
 
     def turn_and_store(
         self,
@@ -229,32 +215,26 @@ class Decoder:
         q = q.view(batch, new, kv_heads, -1, size).permute(0, 2, 3, 1, 4)
         return q.reshape(batch, kv_heads, -1, size)
 
-    def stacked_bias(
-        self, bias: torch.Tensor | None, group: "Group", seen: int, is_plain: bool
-    ) -> torch.Tensor | None:
-        """A group's part of ``bias`` for stacked queries: (B, 1, groups * T, S) or (B * K, ...)."""
-        if bias is None:
-            return None
-        heads = self.kv_heads if is_plain else 1
-        part = bias[group.rows, ..., group.start : seen]
-        part = part.repeat(1, heads, self.heads // self.kv_heads, 1)
-        return part.flatten(0, 1) if is_plain else part
+    def stacked_bias(self, bias: torch.Tensor, is_plain: bool) -> torch.Tensor:
+        """``bias`` for stacked queries: (B, 1, groups * T, S), or (B * K, 1, S) of one token."""
+        if is_plain:
+            return bias.expand(-1, self.kv_heads, -1, -1).flatten(0, 1)
+        return bias.repeat(1, 1, self.heads // self.kv_heads, 1)
 
 
 def attend_by_sdpa(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """Attention of scaled queries, (B, K, groups * T, d), to (B, K, S, d)."""
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1.0)
 
 
 def attend_plainly(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """The same with keys and values (B * K, S, d) and a bias (B * K, groups, S), of one token."""
-    rows = q.flatten(0, 1)
-    scores = torch.bmm(rows, keys.mT) if bias is None else torch.baddbmm(bias, rows, keys.mT)
-    return torch.bmm(scores.softmax(dim=-1), values).view_as(q)
+    """The same with plain products; the bias is (B * K, 1, S)."""
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1).mT)
+    return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).view_as(q)
 
 
 def unstacked(out: torch.Tensor, new: int) -> torch.Tensor:
@@ -272,18 +252,6 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 # ---------------------------------------------------------------- batches
 
 
-@dataclass(frozen=True)
-class Group:
-    """Neighbors in a batch whose prompts are padded to the longest among them.
-
-    In the cache their places begin at ``start``: first what all prompts begin with, then padding,
-    then the rest of each prompt, so that all end at the same place.
-    """
-
-    rows: slice
-    start: int
-
-
 def shared_length(prompts: list[list[int]]) -> int:
     """How many tokens all prompts begin with; at least one of each is left to be read."""
     first, last = min(prompts), max(prompts)
@@ -291,47 +259,38 @@ def shared_length(prompts: list[list[int]]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def group_prompts(prompts: list[list[int]], shared: int) -> list[Group]:
-    """Groups of at most ``GROUP_TOKENS`` tokens to be read, padding included, or of one prompt."""
-    width = max(map(len, prompts))
+def groups_of(prompts: list[list[int]], shared: int) -> list[slice]:
+    """Neighbors of at most ``GROUP_TOKENS`` tokens to be read, padding included, or one prompt."""
     groups, first, longest = [], 0, len(prompts[0])
     for row, ids in enumerate(prompts):
-        wider = max(longest, len(ids))
-        if row > first and (row + 1 - first) * (wider - shared) > GROUP_TOKENS:
-            groups.append(Group(slice(first, row), width - longest))
-            first, wider = row, len(ids)
-        longest = wider
-    return [*groups, Group(slice(first, len(prompts)), width - longest)]
-
-
-def kept_groups(groups: list[Group], kept: torch.Tensor) -> list[Group]:
-    """The groups of what is left of a batch; ``kept`` is (B,) bool."""
-    counts = [int(kept[group.rows].sum()) for group in groups]
-    ends = list(accumulate(counts))
-    return [
-        Group(slice(end - count, end), group.start)
-        for group, count, end in zip(groups, counts, ends, strict=True)
-        if count
-    ]
+        longest = max(longest, len(ids))
+        if row > first and (row + 1 - first) * (longest - shared) > GROUP_TOKENS:
+            groups.append(slice(first, row))
+            first, longest = row, len(ids)
+    return [*groups, slice(first, len(prompts))]
 
 
 def read_prompts(
     decoder: Decoder,
     prompts: list[list[int]],
-    groups: list[Group],
     shared: int,
     rope: tuple[torch.Tensor, torch.Tensor],
-    cache: torch.Tensor,
+    cache: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Logits (B, V) after each prompt; ``cache`` (layers, 2, B, K, S, d) is filled up to S."""
-    common = decoder.new_cache(1, shared)
+    """Logits (B, V) after each prompt; fills ``cache``, of every layer (2, B, K, S, d).
+
+    First what all prompts begin with, ``shared`` tokens, then padding, then the rest of each, so
+    that all end at the same place.
+    """
     if shared:
+        common = decoder.new_cache(1, shared)
         read_group(decoder, [prompts[0][:shared]], 0, rope, common)
-    found = []
-    for group in groups:
-        view = cache[:, :, group.rows, :, group.start :]
-        view[..., :shared, :] = common
-        found.append(read_group(decoder, prompts[group.rows], shared, rope, view))
+        for layer, places in zip(cache, common, strict=True):
+            layer[..., :shared, :] = places
+    found = [
+        read_group(decoder, prompts[rows], shared, rope, [layer[:, rows] for layer in cache])
+        for rows in groups_of(prompts, shared)
+    ]
     return torch.cat(found)
 
 
@@ -340,22 +299,22 @@ def read_group(
     prompts: list[list[int]],
     shared: int,
     rope: tuple[torch.Tensor, torch.Tensor],
-    cache: torch.Tensor,
+    cache: list[torch.Tensor],
 ) -> torch.Tensor:
     """Logits (B, V) after each prompt, whose first ``shared`` tokens are in ``cache`` already."""
-    width, device = cache.shape[4], cache.device
-    rest = [ids[shared:] for ids in prompts]
+    width, device = cache[0].shape[3], cache[0].device
+    new = max(map(len, prompts)) - shared
+    ids = [[0] * (new + shared - len(ids)) + ids[shared:] for ids in prompts]
     padding = torch.tensor([width - len(ids) for ids in prompts], device=device)[:, None]
-    ids = torch.tensor([[0] * (width - shared - len(ids)) + ids for ids in rest], device=device)
     places = torch.arange(width, device=device)
-    queries = places[shared:, None]
+    queries = places[width - new :, None]
     # A padding query sees itself: a row without any key would be NaN.
     real = is_real(places, padding, shared)[:, None] | (places == queries)
     visible = (real & (places <= queries))[:, None]
-    positions = (places[shared:] - padding).clamp(min=0)
-    groups = [Group(slice(0, len(prompts)), 0)]
+    positions = (places[width - new :] - padding).clamp(min=0)
     turning = (rope[0][positions], rope[1][positions])
-    return decoder.logits(ids, turning, cache, groups, width, decoder.bias(visible))
+    ids = torch.tensor(ids, device=device)
+    return decoder.logits(ids, turning, cache, width, decoder.bias(visible))
 
 
 def is_real(places: torch.Tensor, padding: torch.Tensor, shared: int) -> torch.Tensor:
@@ -420,14 +379,18 @@ def continue_prompts(
         draws: (B, max_new_tokens) uniform numbers, see :func:`choose`.
     """
     width, shared = max(map(len, prompts)), shared_length(prompts)
-    groups = group_prompts(prompts, shared)
-    cache = decoder.new_cache(len(prompts), width + decoding.max_new_tokens)
-    rope = decoder.rope(cache.shape[4])
-    logits = read_prompts(decoder, prompts, groups, shared, rope, cache[..., :width, :])
-    device = cache.device
+    size = width + CACHE_BLOCK
+    cache = decoder.new_cache(len(prompts), size)
+    rope = decoder.rope(width + decoding.max_new_tokens)
+    read = [layer[..., :width, :] for layer in cache]
+    logits = read_prompts(decoder, prompts, shared, rope, read)
+    device = decoder.embedding.device
     draws, rows = draws.to(device), torch.arange(len(prompts), device=device)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    bias = padding_bias(decoder, groups, lengths, shared, cache.shape[4])
+    padding = (width - lengths)[:, None]
+    places = torch.arange(size, device=device)
+    visible = is_real(places, padding, shared) & (places < width)
+    bias = decoder.bias(visible[:, None, None])  # (B, 1, 1, S)
     running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(decoding.max_new_tokens):
         tokens = choose(logits, decoding, draws[rows, step])
@@ -438,26 +401,17 @@ def continue_prompts(
         if left == 0 or step + 1 == decoding.max_new_tokens:
             return
         if left <= RUNNING_SHARE * len(rows):
-            groups, cache = kept_groups(groups, running), cache[:, :, running]
-            bias = bias if bias is None else bias[running]
+            cache, bias = [layer[:, running] for layer in cache], bias[running]
             rows, lengths, tokens = rows[running], lengths[running], tokens[running]
             running = running[running]
         positions, seen = (lengths + step)[:, None], width + step + 1
+        if seen > size:
+            size += CACHE_BLOCK
+            cache = [F.pad(layer, (0, 0, 0, CACHE_BLOCK)) for layer in cache]
+            bias = F.pad(bias, (0, CACHE_BLOCK), value=-torch.inf)
+        bias[..., seen - 1] = 0
         turning = (rope[0][positions], rope[1][positions])
-        logits = decoder.logits(tokens[:, None], turning, cache, groups, seen, bias)
-
-
-def padding_bias(
-    decoder: Decoder, groups: list[Group], lengths: torch.Tensor, shared: int, size: int
-) -> torch.Tensor | None:
-    """The bias (B, 1, 1, size) that hides padding from new tokens; None where there is none."""
-    width = int(lengths.max())
-    starts = torch.cat([torch.full_like(lengths[group.rows], group.start) for group in groups])
-    padding = (width - lengths - starts)[:, None]
-    if not padding.any():
-        return None
-    places = torch.arange(size, device=lengths.device) - starts[:, None]
-    return decoder.bias(is_real(places, padding, shared)[:, None, None])
+        logits = decoder.logits(tokens[:, None], turning, cache, seen, bias)
 
 
 def generate(

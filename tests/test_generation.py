@@ -9,13 +9,11 @@ from model import generation
 from model.generation import (
     Decoder,
     Decoding,
-    Group,
     choose,
     continue_prompts,
     effective_weight,
     generate,
-    group_prompts,
-    kept_groups,
+    groups_of,
     nucleus,
     shared_length,
 )
@@ -25,6 +23,7 @@ from tests.tiny import tiny_model
 
 PROMPTS = [[1, 9, 50, 60], [1, 9, 90, 91, 92, 93, 94, 95, 96], [1, 9, 70], [1, 9, 50, 61]]
 NO_PACKING = (generation, "can_pack", lambda weight: False)
+PLAIN_ATTENTION = (generation, "PLAIN_FROM", 1)  # whatever the number of prompts
 
 
 def no_draws(prompts: list[list[int]], steps: int) -> torch.Tensor:
@@ -57,8 +56,8 @@ def scaled_model(qk_norm: bool, factor: float, kv_heads: int = 2) -> MiniMindFor
 @pytest.mark.parametrize("packed", [False, True])
 def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, packed, monkeypatch):
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
-    if not packed:
-        monkeypatch.setattr(*NO_PACKING)
+    monkeypatch.setattr(generation, "CACHE_BLOCK", 5)  # grows twice
+    monkeypatch.setattr(*(PLAIN_ATTENTION if packed else NO_PACKING))
     model = scaled_model(qk_norm, 8)
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())
@@ -82,8 +81,8 @@ def test_key_heads_and_prompts_of_every_number(kv_heads, prompts):
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_bfloat16_logits_are_near_those_of_float32_and_repeat(qk_norm, packed, monkeypatch):
-    if not packed:
-        monkeypatch.setattr(*NO_PACKING)
+    monkeypatch.setattr(*(PLAIN_ATTENTION if packed else NO_PACKING))
+    monkeypatch.setattr(generation, "CACHE_BLOCK", 5)
     model = scaled_model(qk_norm, 2)
     decoder, prompt = Decoder(model.bfloat16()), PROMPTS[1]
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
@@ -185,13 +184,4 @@ def test_groups():
     assert shared_length(PROMPTS) == 2
     assert shared_length([[1, 2], [1, 2]]) == 1  # a token of each is left to be read
     prompts = [[0] * length for length in (200, 240, 300, 900)]
-    assert group_prompts(prompts, 0) == [
-        Group(slice(0, 2), 660),
-        Group(slice(2, 3), 600),
-        Group(slice(3, 4), 0),
-    ]
-    kept = torch.tensor([False, True, False, True])
-    assert kept_groups(group_prompts(prompts, 0), kept) == [
-        Group(slice(0, 1), 660),
-        Group(slice(1, 2), 0),
-    ]
+    assert groups_of(prompts, 0) == [slice(0, 2), slice(2, 3), slice(3, 4)]
