@@ -99,6 +99,7 @@ from evaluation.translations import (
 from model.generation import Decoder
 from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, MiniMindForCausalLM
+from trainer.machine import keep_freed_memory
 from trainer.run_folder import checkpoint_name, weights_sha256
 
 RUN_FACTS = ("stage", "status", "settings", "steps", "trainable_parameters", "eval_loss", "git")
@@ -350,6 +351,8 @@ def run_chat(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(__doc__, argv)
+        if args.device == "cpu":
+            keep_freed_memory()
         if args.list:
             run_list(args)
         elif args.interactive:

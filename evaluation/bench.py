@@ -15,6 +15,7 @@ its own (its memory is its own), and takes its steps when this one says so:
     trainer   transformers' Trainer on LlamaForCausalLM, with PEFT, from the same weights, on the
               same batches: bf16 autocast, dynamic padding, fused AdamW, the same clipping
     peak      torch.mm at the shapes of a training step, weighted by their FLOPs
+    answers, transformers     our generation as eval_llm.py sets it up, and LlamaForCausalLM's own
 
 A time is from one step's start to the next one's: loading and bookkeeping are in it. The first
 three steps, which compile, are not counted; what they cost more than others is shown apart. Tokens
@@ -75,9 +76,16 @@ from model.model_minimind import (
     write_text,
 )
 from trainer import train_full_sft, train_lora, trainer_utils
-from trainer.run_folder import describe_machine, git_state, peak_memory_bytes
+from trainer.machine import (
+    choose_device,
+    choose_dtype,
+    describe_machine,
+    keep_freed_memory,
+    peak_memory_bytes,
+)
+from trainer.run_folder import git_state
 from trainer.train_tokenizer import corpus_texts
-from trainer.trainer_utils import PlannedSteps, choose_device, choose_dtype
+from trainer.trainer_utils import PlannedSteps
 
 RESULT = Path(__file__).resolve().parent / "bench.json"
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -167,7 +175,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         print(f"{size}: trained after {(time.perf_counter() - started) / 60:.1f} minutes")
     last = args.sizes[-1]
     result["startup"] = startup(args, folder, last)
-    result["generation"] = {"size": last} | generation(args, folder / last)
+    result["generation"] = generation(args, folder, last)
     result["tokenizing"] = tokenizing(args.data_path, folder, 1 if args.quick else 3)
     result["loader"] = loader(load_sft(data, folder / CACHE), args.batch_size, args.workers)
     if args.sweep:
@@ -220,7 +228,7 @@ def describe_data(paths: list[Path], folder: Path) -> dict:
 class Work:
     """What one process measures; passed to it as JSON."""
 
-    arm: str  # "ours/fft", "trainer/lora_all", "peak/base"...
+    arm: str  # "ours/fft", "trainer/lora_all", "peak/base", "answers/float32/batch"...
     size: str
     weights: str  # folder
     data: list[str]
@@ -335,7 +343,14 @@ def run_worker(work: Work) -> int:
     """Measures in this process until it is let go."""
     pace = Pace(work.device)
     engine, _, method = work.arm.partition("/")
-    {"ours": run_ours, "trainer": run_trainer, "peak": run_peak}[engine](work, method, pace)
+    engines = {
+        "ours": run_ours,
+        "trainer": run_trainer,
+        "peak": run_peak,
+        "answers": run_answers,
+        "transformers": run_transformers,
+    }
+    engines[engine](work, method, pace)
     return 0
 
 
@@ -583,55 +598,61 @@ class Utilization:
 # ---------------------------------------------------------------- generation
 
 
-def generation(args: argparse.Namespace, weights: Path) -> dict:
+def generation(args: argparse.Namespace, folder: Path, size: str) -> dict:
     """Tokens/s of greedy answers: ours and transformers', by type, alone and in a batch."""
-    tokenizer = load_tokenizer()
-    encoded = sorted(encode_prompts(tokenizer, read_prompts(PROMPTS_FILE, PROMPTS)), key=len)
-    asked = {"alone": encoded[len(encoded) // 2 :][:1], "batch": encoded}
-    repeats = {"alone": 1 if args.quick else 7, "batch": 1 if args.quick else 3}
-    engines = {
-        (dtype, name): engine
-        for dtype in ("float32", "bfloat16")
-        for name, engine in make_generators(weights, dtype, args.device).items()
-    }
-    found: dict = {"prompts": len(encoded), "new_tokens": NEW_TOKENS}
-    found["mean_prompt_tokens"] = round(sum(map(len, encoded)) / len(encoded), 1)
-    for way, prompts in asked.items():
-        speeds: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
-        for repeat in range(repeats[way] + 1):
-            for key, engine in engines.items():
-                seconds = timed(partial(engine, prompts), args.device)
-                if repeat:  # the first warms up
-                    speeds[key].append(len(prompts) * NEW_TOKENS / seconds)
-        for (dtype, name), values in speeds.items():
-            found.setdefault(way, {}).setdefault(dtype, {})[name] = spread(values)
+    prompts = bench_prompts("batch")
+    found: dict = {"size": size, "prompts": len(prompts), "new_tokens": NEW_TOKENS}
+    found["mean_prompt_tokens"] = round(sum(map(len, prompts)) / len(prompts), 1)
+    for way, repeats in {"alone": 7, "batch": 3}.items():
+        works = [
+            work(args, folder, size, f"{engine}/{dtype}/{way}", [])
+            for dtype in ("float32", "bfloat16")
+            for engine in ("answers", "transformers")
+        ]
+        for arm, steps in in_turns(works, 1 if args.quick else repeats, folder).items():
+            engine, dtype, _ = arm.split("/")
+            speeds = [step["tokens"] / step["seconds"] for step in steps[WARM_UP:]]
+            name = "ours" if engine == "answers" else engine
+            found.setdefault(way, {}).setdefault(dtype, {})[name] = spread(speeds)
     return found
 
 
-def make_generators(
-    weights: Path, dtype: str, device: str
-) -> dict[str, Callable[[list[list[int]]], object]]:
-    """Functions that continue prompts by `NEW_TOKENS` tokens each, whatever these are."""
+def bench_prompts(way: str) -> list[list[int]]:
+    """The probe's first prompts by length, or one of middle length alone."""
+    encoded = sorted(encode_prompts(load_tokenizer(), read_prompts(PROMPTS_FILE, PROMPTS)), key=len)
+    return encoded if way == "batch" else [encoded[len(encoded) // 2]]
+
+
+def run_answers(work: Work, method: str, pace: Pace) -> None:
+    """Our generation as eval_llm.py sets it up, ending at no token."""
+    if work.device == "cpu":
+        keep_freed_memory()
+    dtype, way = method.split("/")
+    decoder = Decoder(load_model(Path(work.weights)).to(work.device, getattr(torch, dtype)).eval())
+    prompts = bench_prompts(way)
+    draws = torch.zeros(len(prompts), NEW_TOKENS)
+    while True:
+        pace.next_step()
+        answers = generate_ours(decoder, prompts, Decoding(NEW_TOKENS), draws)
+        pace.facts |= {"tokens": len(prompts) * NEW_TOKENS, "first_answer": answers[0]}
+
+
+def run_transformers(work: Work, method: str, pace: Pace) -> None:
+    """transformers' own generation from the same weights."""
     from transformers import LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    kind, tokenizer = getattr(torch, dtype), load_tokenizer()
-    decoder = Decoder(load_model(weights).to(device, kind).eval())
-    theirs = LlamaForCausalLM.from_pretrained(weights, dtype=kind).to(device).eval()
+    dtype, way = method.split("/")
+    model = LlamaForCausalLM.from_pretrained(work.weights, dtype=getattr(torch, dtype))
+    model.to(work.device).eval()
+    tokenizer = load_tokenizer()
     tokenizer.padding_side = "left"
-
-    def ours(prompts: list[list[int]]) -> object:
-        draws = torch.zeros(len(prompts), NEW_TOKENS)
-        return generate_ours(decoder, prompts, Decoding(NEW_TOKENS), draws)
-
-    def transformers(prompts: list[list[int]]) -> object:
-        inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device)
-        return theirs.generate(
-            **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-        )
-
-    return {"ours": ours, "transformers": transformers}
+    prompts = bench_prompts(way)
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(work.device)
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    while True:
+        pace.next_step()
+        answers = model.generate(**inputs, **length, do_sample=False)[:, -NEW_TOKENS:]
+        pace.facts |= {"tokens": len(prompts) * NEW_TOKENS, "first_answer": answers[0].tolist()}
 
 
 # ---------------------------------------------------------------- tokenizing, loading

@@ -50,7 +50,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import load_dataset
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
-from trainer.run_folder import MANIFEST, describe_machine, git_state
+from trainer.machine import describe_machine
+from trainer.run_folder import MANIFEST, git_state
 
 SUMMARY = Path(__file__).with_suffix(".json")
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}

@@ -30,6 +30,7 @@ from model.model_minimind import (
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"intermediate_size": 48}
+GENERATORS = ("answers", "transformers")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,11 @@ def folder(tmp_path_factory):
     """Tiny weights and short data."""
     folder = tmp_path_factory.mktemp("bench")
     torch.manual_seed(0)
-    save_model(MiniMindForCausalLM(minimind_config(**TINY)), TOKENIZER_DIR, folder / "tiny")
+    model = MiniMindForCausalLM(minimind_config(**TINY))
+    save_model(model, TOKENIZER_DIR, folder / "tiny")
+    for parameter in model.parameters():
+        parameter.data.mul_(8)  # so that it says more than the last token again
+    save_model(model, TOKENIZER_DIR, folder / "scaled")
     write_random_data(folder / "data.jsonl", 40)
     return folder
 
@@ -78,6 +83,17 @@ def test_ours_and_trainer_take_the_same_steps_in_turns(folder):
     assert [step["tokens"] for step in ours] == [step["tokens"] for step in theirs]
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=2e-3)
     assert all(step["flops_per_second"] > 0 for step in peak)
+
+
+def test_both_generate_the_same_answers(folder):
+    args = parse_args(["--device", "cpu"])
+    works = [work(args, folder, "scaled", f"{engine}/float32/alone", []) for engine in GENERATORS]
+    ours, theirs = in_turns(works, 1, folder).values()
+    assert len(ours) == len(theirs) == bench.WARM_UP + 1
+    for step, other in zip(ours, theirs, strict=True):
+        assert step["tokens"] == other["tokens"] == 64
+        assert step["first_answer"] == other["first_answer"] == ours[0]["first_answer"]
+        assert len(set(step["first_answer"])) > 1
 
 
 def step(seconds: float, tokens: int = 100) -> dict:

@@ -1,22 +1,17 @@
-"""A run's folder: its record, its metrics, and what the record tells of code and machine."""
+"""A run's folder: its record, its metrics, and what the record tells of the code."""
 
 import argparse
 import errno
 import fcntl
 import json
 import os
-import platform
-import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from accelerate import Accelerator
 
 from dataset.command_line import SettingsError, check_writable
@@ -89,33 +84,6 @@ def git_state() -> dict:
     if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
         return {}
     return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", ".", RESULTS))}
-
-
-def describe_machine(device: str) -> dict:
-    """Processor, cores and versions that a run's numbers depend on."""
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device == "cpu" and cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
-    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "safetensors")
-    return {
-        "device": device,
-        "processor": processor,
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def peak_memory_bytes(device: str) -> int:
-    """The most memory held so far: allocated on the GPU, or resident on the CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass

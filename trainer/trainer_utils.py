@@ -14,15 +14,12 @@ A run leaves ``<save_dir>/<run_name>/``:
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
-import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -65,13 +62,19 @@ from model.model_minimind import (
     write_text,
 )
 from trainer.arguments import DEFAULT_SHAPE
+from trainer.machine import (
+    can_compile,
+    choose_device,
+    choose_dtype,
+    describe_machine,
+    keep_freed_memory,
+    peak_memory_bytes,
+)
 from trainer.run_folder import (
     RunFolder,
     check_state,
-    describe_machine,
     differences,
     git_state,
-    peak_memory_bytes,
     printable_settings,
     remove_folder,
 )
@@ -83,9 +86,6 @@ COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 PEER_TIMEOUT = timedelta(minutes=10)
 TOKENIZING_TIMEOUT = timedelta(hours=12)
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
-# Options of glibc's mallopt (malloc.h): how much free memory it keeps before it gives some back to
-# the system, and how many blocks it may map one by one.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 # torch tells these by a RuntimeError's text alone.
 CPU_IS_FULL = "DefaultCPUAllocator"
 DISK_IS_FULL = "inline_container.cc"  # its file writer: some write fell short
@@ -138,35 +138,6 @@ def lost_peer(error: BaseException) -> str:
 # ---------------------------------------------------------------- start
 
 
-def choose_device(name: str) -> str:
-    """The device to train on; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return next(device for device, found in there.items() if found)
-    if not there[name]:
-        raise SettingsError(f"--device {name}: this machine has none; use --device cpu")
-    return name
-
-
-def choose_dtype(name: str, device: str) -> str:
-    """The type of matrix products; ``auto`` takes bfloat16 where the processor computes it."""
-    if device == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu":
-        has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        has_bfloat16 = False
-    if name == "auto":
-        return "bfloat16" if has_bfloat16 else "float32"
-    if name == "float16" and device != "cuda":
-        raise SettingsError(f"--dtype float16: needs CUDA, not {device}; use bfloat16 or float32")
-    return name
-
-
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Sets the seed and the device, and resolves ``auto`` in ``args`` to what is used."""
     args.device = choose_device(args.device)
@@ -189,18 +160,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     set_seed(args.seed)  # the same on every process, for the same initial weights
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next step, where it is the C library.
-
-    Each step frees what the next allocates. By default glibc returns large blocks to the system,
-    which hands them out again page by page, each cleared: 6% of a step at the default shape.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
@@ -310,14 +269,6 @@ def show_sample(tokenizer_dir: Path, dataset: PackedDataset | ConversationDatase
     """Prints the first sample's tokens beside what each position predicts."""
     print(describe_sample(load_tokenizer(tokenizer_dir), dataset, 0))
     return 0
-
-
-def can_compile(device: str) -> bool:
-    """Whether generated code can be built here: C++ on the CPU, C launchers on CUDA."""
-    has_header = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
-    return has_header and any(
-        map(shutil.which, ("g++", "clang++") if device == "cpu" else ("gcc", "cc"))
-    )
 
 
 def compile_blocks(model: MiniMindForCausalLM, mode: str, flops: float, device: str) -> bool:
