@@ -21,17 +21,17 @@ from torch import nn
 from model.model_lora import LoRALinear, TokenRowsEmbedding
 from model.model_minimind import MiniMindForCausalLM, rope_tables
 
-# Prompt tokens that go through the model at once: their activations stay in a CPU's cache.
+# Prompt tokens that go through the model at once: their activations stay in a CPU's cache, and the
+# attention scores of a long prompt in its memory.
 GROUP_TOKENS = 512
 # The batch is made smaller, which copies the cache, when so many of its answers are still running.
 RUNNING_SHARE = 0.75
 # Tokens among which a nucleus is looked for first: finding these costs a tenth of sorting all.
 LIKELY_TOKENS = 256
-# Tokens by which the cache grows. It is attended to whole, since a CPU's bfloat16 products would
-# copy a part of it, and prepare themselves anew for every length.
-CACHE_BLOCK = 32
-# Prompts from which plain products take a CPU less time for a token's attention than SDPA does: two
-# thirds at 32, in bfloat16 as in float32; at one prompt twice as much.
+CACHE_BLOCK = 32  # tokens by which the cache grows
+# Prompts from which plain products take a CPU less time for a token's attention than SDPA does.
+# SDPA's and theirs at 1, 8 and 32 prompts, 2 key heads and 80 tokens, in microseconds: 23 and 28,
+# 91 and 72, 440 and 324 in float32; 15 and 40, 50 and 55, 308 and 235 in bfloat16.
 PLAIN_FROM = 8
 # Rows that oneDNN lays packed matrices out for; a layout for one row is slower at all others.
 PACKED_FOR = 32
@@ -127,7 +127,11 @@ class Decoder:
         self.layers = [Layer(block) for block in model.model.layers]
         self.norm = model.model.norm
         self.head = Matrix(model.lm_head)
-        self.attends_plainly = can_pack(self.embedding)
+        self.has_fast_products = can_pack(self.embedding)
+
+    def attends_plainly(self, batch: int) -> bool:
+        """Whether new tokens of so many prompts get their attention from plain products."""
+        return self.has_fast_products and batch >= PLAIN_FROM
 
     def new_cache(self, batch: int, length: int) -> list[torch.Tensor]:
         """Room for the keys and values of every layer: (2, B, K, length, d) each."""
@@ -162,7 +166,7 @@ class Decoder:
         rope: tuple[torch.Tensor, torch.Tensor],
         cache: list[torch.Tensor],
         seen: int,
-        bias: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """
         The last position's logits, (B, V) float32; fills T places of ``cache`` up to ``seen``.
@@ -170,18 +174,20 @@ class Decoder:
         Args:
             ids: (B, T).
             rope: rows of :meth:`rope` for these tokens, (B, T, H + 2K, d).
-            cache: of every layer (2, B, K, S, d), all of which is attended to but for ``bias``.
-            bias: (B, 1, T, S), added to the attention scores, see :meth:`bias`.
+            cache: of every layer (2, B, K, room, d).
+            bias: (B, 1, T, room) or up to ``seen``, see :meth:`bias`, added to the attention
+                scores; minus infinity from ``seen`` on. None, for T = 1: all that is seen is
+                visible.
         """
         batch, new = ids.shape
         shape = (batch, new, self.heads + 2 * self.kv_heads, self.head_dim)
-        # The scores of many tokens would take much memory.
-        is_plain = new == 1 and batch >= PLAIN_FROM and self.attends_plainly
+        is_plain = new == 1 and self.attends_plainly(batch)
         attend = attend_plainly if is_plain else attend_by_sdpa
-        # Bfloat16 products would copy a part of the cache; they take all of it.
+        # Bfloat16 products would copy a part of the cache, and prepare themselves anew for every
+        # length; they take all of it.
         is_whole = is_plain and self.embedding.dtype == torch.bfloat16
         end = cache[0].shape[3] if is_whole else seen
-        bias = self.stacked_bias(bias[..., :end], is_plain)
+        bias = None if bias is None else self.stacked_bias(bias[..., :end], is_plain)
         x = F.embedding(ids.view(-1), self.embedding)  # (B * T, D)
         for layer, seen_by in zip(self.layers, cache, strict=True):
             qkv = layer.qkv.times(layer.input_norm(x)).view(shape)
@@ -219,11 +225,13 @@ class Decoder:
         """``bias`` for stacked queries: (B, 1, groups * T, S), or (B * K, 1, S) of one token."""
         if is_plain:
             return bias.expand(-1, self.kv_heads, -1, -1).flatten(0, 1)
+        if bias.shape[2] == 1:
+            return bias
         return bias.repeat(1, 1, self.heads // self.kv_heads, 1)
 
 
 def attend_by_sdpa(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Attention of scaled queries, (B, K, groups * T, d), to (B, K, S, d)."""
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1.0)
@@ -253,7 +261,9 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def shared_length(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with; at least one of each is left to be read."""
+    """How many tokens several prompts begin with; at least one of each is left to be read."""
+    if len(prompts) == 1:
+        return 0
     first, last = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
@@ -304,17 +314,21 @@ def read_group(
     """Logits (B, V) after each prompt, whose first ``shared`` tokens are in ``cache`` already."""
     width, device = cache[0].shape[3], cache[0].device
     new = max(map(len, prompts)) - shared
-    ids = [[0] * (new + shared - len(ids)) + ids[shared:] for ids in prompts]
     padding = torch.tensor([width - len(ids) for ids in prompts], device=device)[:, None]
-    places = torch.arange(width, device=device)
-    queries = places[width - new :, None]
-    # A padding query sees itself: a row without any key would be NaN.
-    real = is_real(places, padding, shared)[:, None] | (places == queries)
-    visible = (real & (places <= queries))[:, None]
-    positions = (places[width - new :] - padding).clamp(min=0)
-    turning = (rope[0][positions], rope[1][positions])
-    ids = torch.tensor(ids, device=device)
-    return decoder.logits(ids, turning, cache, width, decoder.bias(visible))
+    rest = [[0] * (new + shared - len(ids)) + ids[shared:] for ids in prompts]
+    rest = torch.tensor(rest, device=device)
+    for piece in rest.split(GROUP_TOKENS, dim=1):  # several of one long prompt only
+        new -= piece.shape[1]
+        places = torch.arange(width - new, device=device)
+        queries = places[-piece.shape[1] :]
+        # A padding query sees itself: a row without any key would be NaN.
+        own = places == queries[:, None]
+        visible = is_real(places, padding, shared)[:, None] & (places <= queries[:, None]) | own
+        positions = (queries - padding).clamp(min=0)
+        turning = (rope[0][positions], rope[1][positions])
+        bias = decoder.bias(visible[:, None])
+        logits = decoder.logits(piece, turning, cache, len(places), bias)
+    return logits
 
 
 def is_real(places: torch.Tensor, padding: torch.Tensor, shared: int) -> torch.Tensor:
@@ -379,18 +393,19 @@ def continue_prompts(
         draws: (B, max_new_tokens) uniform numbers, see :func:`choose`.
     """
     width, shared = max(map(len, prompts)), shared_length(prompts)
+    device = decoder.embedding.device
+    draws, rows = draws.to(device), torch.arange(len(prompts), device=device)
     size = width + CACHE_BLOCK
     cache = decoder.new_cache(len(prompts), size)
     rope = decoder.rope(width + decoding.max_new_tokens)
     read = [layer[..., :width, :] for layer in cache]
     logits = read_prompts(decoder, prompts, shared, rope, read)
-    device = decoder.embedding.device
-    draws, rows = draws.to(device), torch.arange(len(prompts), device=device)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
     padding = (width - lengths)[:, None]
     places = torch.arange(size, device=device)
     visible = is_real(places, padding, shared) & (places < width)
-    bias = decoder.bias(visible[:, None, None])  # (B, 1, 1, S)
+    bias = decoder.bias(visible[:, None, None])  # (B, 1, 1, size)
+    is_masked = bool(padding.any()) or decoder.attends_plainly(len(prompts))
     running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(decoding.max_new_tokens):
         tokens = choose(logits, decoding, draws[rows, step])
@@ -407,11 +422,12 @@ def continue_prompts(
         positions, seen = (lengths + step)[:, None], width + step + 1
         if seen > size:
             size += CACHE_BLOCK
-            cache = [F.pad(layer, (0, 0, 0, CACHE_BLOCK)) for layer in cache]
+            for index, layer in enumerate(cache):  # not all at once, which would take twice as much
+                cache[index] = F.pad(layer, (0, 0, 0, CACHE_BLOCK))
             bias = F.pad(bias, (0, CACHE_BLOCK), value=-torch.inf)
         bias[..., seen - 1] = 0
         turning = (rope[0][positions], rope[1][positions])
-        logits = decoder.logits(tokens[:, None], turning, cache, seen, bias)
+        logits = decoder.logits(tokens[:, None], turning, cache, seen, bias if is_masked else None)
 
 
 def generate(

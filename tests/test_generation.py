@@ -22,8 +22,8 @@ from model.model_minimind import MiniMindForCausalLM, minimind_config
 from tests.tiny import tiny_model
 
 PROMPTS = [[1, 9, 50, 60], [1, 9, 90, 91, 92, 93, 94, 95, 96], [1, 9, 70], [1, 9, 50, 61]]
+CROWD = [[*prompt, extra] for prompt in PROMPTS for extra in (40, 41, 42)]  # takes plain attention
 NO_PACKING = (generation, "can_pack", lambda weight: False)
-PLAIN_ATTENTION = (generation, "PLAIN_FROM", 1)  # whatever the number of prompts
 
 
 def no_draws(prompts: list[list[int]], steps: int) -> torch.Tensor:
@@ -54,10 +54,15 @@ def scaled_model(qk_norm: bool, factor: float, kv_heads: int = 2) -> MiniMindFor
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("group_tokens", [1, 8, 512])  # a prompt at a time, some, all at once
 @pytest.mark.parametrize("packed", [False, True])
-def test_greedy_answers_equal_those_of_transformers(qk_norm, group_tokens, packed, monkeypatch):
+@pytest.mark.parametrize("plain_from", [1, 100])
+def test_greedy_answers_equal_those_of_transformers(
+    qk_norm, group_tokens, packed, plain_from, monkeypatch
+):
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
     monkeypatch.setattr(generation, "CACHE_BLOCK", 5)  # grows twice
-    monkeypatch.setattr(*(PLAIN_ATTENTION if packed else NO_PACKING))
+    monkeypatch.setattr(generation, "PLAIN_FROM", plain_from)
+    if not packed:
+        monkeypatch.setattr(*NO_PACKING)
     model = scaled_model(qk_norm, 8)
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())
@@ -80,11 +85,15 @@ def test_key_heads_and_prompts_of_every_number(kv_heads, prompts):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_bfloat16_logits_are_near_those_of_float32_and_repeat(qk_norm, packed, monkeypatch):
-    monkeypatch.setattr(*(PLAIN_ATTENTION if packed else NO_PACKING))
+@pytest.mark.parametrize("prompts", [PROMPTS[1:2], CROWD])
+def test_bfloat16_logits_are_near_those_of_float32_and_repeat(
+    qk_norm, packed, prompts, monkeypatch
+):
+    if not packed:
+        monkeypatch.setattr(*NO_PACKING)
     monkeypatch.setattr(generation, "CACHE_BLOCK", 5)
     model = scaled_model(qk_norm, 2)
-    decoder, prompt = Decoder(model.bfloat16()), PROMPTS[1]
+    decoder = Decoder(model.bfloat16())
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())  # the very numbers that bfloat16 holds
     logits, computed = Decoder.logits, []
@@ -94,15 +103,30 @@ def test_bfloat16_logits_are_near_those_of_float32_and_repeat(qk_norm, packed, m
         return computed[-1]
 
     monkeypatch.setattr(Decoder, "logits", spy)
-    (answer,) = generate(decoder, [prompt], Decoding(12), no_draws([prompt], 12))
-    first = torch.cat(computed)  # from the prompt's last token but one, read apart
+    answers = generate(decoder, prompts, Decoding(12), no_draws(prompts, 12))
+    first = torch.stack(computed[-12:])  # (12, B, V); what is read once comes before
     computed.clear()
-    assert generate(decoder, [prompt], Decoding(12), no_draws([prompt], 12)) == [answer]
-    assert torch.equal(torch.cat(computed), first)
-    with torch.no_grad():
-        expected = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 2 : -1]
-    assert first.shape == expected.shape and reference.dtype == torch.float32
-    assert ((first - expected).norm(dim=-1) <= 0.05 * expected.norm(dim=-1)).all()
+    assert generate(decoder, prompts, Decoding(12), no_draws(prompts, 12)) == answers
+    assert torch.equal(torch.stack(computed[-12:]), first)
+    assert reference.dtype == torch.float32
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        with torch.no_grad():
+            expected = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        distance = (first[:, row] - expected).norm(dim=-1)
+        assert (distance <= 0.05 * expected.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("block", [3, 32])
+def test_a_crowd_that_ends_at_many_times_equals_each_alone(block, monkeypatch):
+    monkeypatch.setattr(generation, "CACHE_BLOCK", block)
+    model = scaled_model(False, 8)
+    expected = [alone(model, prompt, 40) for prompt in CROWD]
+    found = [token for answer in expected for token in set(answer)]
+    end = max(found, key=found.count)  # most answers meet it, by and by
+    cut = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
+    lengths = sorted(map(len, cut))
+    assert len(set(lengths)) > 3 and lengths[4] < lengths[8]  # fewer than PLAIN_FROM, in the end
+    assert generate(Decoder(model), CROWD, Decoding(40, end), no_draws(CROWD, 40)) == cut
 
 
 def test_an_adapted_model_continues_as_its_own_forward_pass():
@@ -183,5 +207,6 @@ def test_draws_choose_tokens_by_cumulated_probability():
 def test_groups():
     assert shared_length(PROMPTS) == 2
     assert shared_length([[1, 2], [1, 2]]) == 1  # a token of each is left to be read
+    assert shared_length([[1, 2]]) == 0  # nothing to share it with
     prompts = [[0] * length for length in (200, 240, 300, 900)]
     assert groups_of(prompts, 0) == [slice(0, 2), slice(2, 3), slice(3, 4)]
