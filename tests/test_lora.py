@@ -39,6 +39,7 @@ from model.model_minimind import (
 )
 from tests.test_model import make_model
 from trainer import merge_lora as merge_lora_script
+from trainer.train_lora import freeze_in_half
 
 IDS = torch.tensor([[5, 1, 300, 2, 17, 1, 4000, 99]])
 
@@ -346,6 +347,27 @@ def test_compile_works_with_the_adapter_in_place(base: Path) -> None:
         model(IDS, labels=IDS).loss.backward()
     for (name, ours), (_, fast) in zip(lora_layers(plain), lora_layers(compiled), strict=True):
         assert torch.allclose(ours.lora_A.grad, fast.lora_A.grad, atol=1e-5), name
+
+
+def test_frozen_weights_in_bfloat16_train_as_if_cast_at_every_step(base: Path) -> None:
+    cast, kept = load_model(base), load_model(base)
+    losses = []
+    for model in (cast, kept):
+        torch.manual_seed(0)
+        apply_lora(model, LoraSettings(rank=4, modules_to_save=("norms",)))
+        randomize(model)
+    freeze_in_half(kept, "bfloat16")
+    assert kept.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert kept.model.embed_tokens.weight.dtype == torch.float32
+    for model in (cast, kept):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(IDS, labels=IDS).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    names = [name for name, parameter in kept.named_parameters() if parameter.requires_grad]
+    assert len(names) == 2 * 21 + 7  # matrices' A and B, norms
+    for name in names:
+        assert torch.equal(cast.get_parameter(name).grad, kept.get_parameter(name).grad), name
 
 
 # ---------------------------------------------------------------- refusals

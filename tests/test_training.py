@@ -37,6 +37,7 @@ from trainer.arguments import DEFAULT_SHAPE
 from trainer.trainer_utils import (
     SettingsError,
     choose_dtype,
+    compile_blocks,
     flops_per_token,
     learning_rate_at,
     parameter_groups,
@@ -724,6 +725,28 @@ def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
         assert choose_dtype("auto", "cpu") == dtype
     assert choose_dtype("float16", "cuda") == "float16"
+
+
+@pytest.mark.parametrize(
+    ("mode", "flops", "has_compiler", "compiles"),
+    [
+        ("auto", 2e14, True, True),
+        ("auto", 2e14, False, False),  # falls back
+        ("auto", 5e13, True, False),  # would not earn it back
+        ("on", 5e13, True, True),
+        ("off", 2e14, True, False),
+    ],
+)
+def test_blocks_are_compiled_where_it_pays(
+    mode: str, flops: float, has_compiler: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = "/usr/bin/g++" if has_compiler else None
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
+    model = tiny_model()
+    assert compile_blocks(model, mode, flops, "cpu") is compiles
+    calls = {layer._compiled_call_impl is not None for layer in model.model.layers}
+    assert calls == {compiles}
 
 
 # ---------------------------------------------------------------- refusals
