@@ -33,7 +33,7 @@ FEWEST_SEEDS = 3  # that a verdict may rest on
 NOT_RUN = "not run"
 SIDES = ("supported", "refuted")
 HYPOTHESIS = "H"  # what the names of claims begin with that are corrected for their number
-GATES = ("P0", "P2")  # claims without which no hypothesis is concluded
+GATES = ("P0", "P2", "P3")  # claims without which no hypothesis is concluded
 FEW_PROMPTS = 8  # what the reproduced study judged by
 
 
@@ -289,13 +289,12 @@ def judge_claims(study: dict, size: str, results: dict[str, dict]) -> list[Judge
 def corrected(claims: list[Judged]) -> list[Judged]:
     """The claims, those open again that chance may explain, or that wait for a gate.
 
-    The hypotheses (H...) are corrected for their number, and wait for `GATES`.
+    The hypotheses (H...) are corrected for the number that is planned, so that a verdict does not
+    hang on which of them were run first, and wait for `GATES`.
     """
-    ps = [judged.p for judged in claims]
+    ps = [judged.p if judged.seeds >= FEWEST_SEEDS else 1.0 for judged in claims]
     family = [
-        place
-        for place, judged in enumerate(claims)
-        if judged.claim["name"].startswith(HYPOTHESIS) and judged.seeds >= FEWEST_SEEDS
+        place for place, judged in enumerate(claims) if judged.claim["name"].startswith(HYPOTHESIS)
     ]
     for place, p in zip(family, holm([ps[place] for place in family]), strict=True):
         ps[place] = p

@@ -301,19 +301,27 @@ def test_no_verdict_with_a_rate_at_the_edge_of_its_grid(study: dict) -> None:
 def test_verdicts_are_corrected_for_the_number_of_hypotheses() -> None:
     # Of 3: the smallest times 3, the next times 2, none below the one before.
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    named = {"H1": 0.04, "H2": 0.01, "H5": 0.03, "P0": 0.04, "P2": 0.04, "E1": 0.06}
+    named = {"H1": 0.03, "H2": 0.01, "H5": 0.02, "P0": 0.04, "P2": 0.04, "P3": 0.04}
+    named |= {"E1": 0.06, "X": 0.04}
     claims = [Judged({"name": name}, "supported", [], 3, p) for name, p in named.items()]
+    assert [judged.verdict for judged in corrected(claims)] == [
+        *["supported", "supported", "supported"],  # .04, .03 and .04 of 3
+        *["supported", "supported", "supported", "open: p = 0.060", "supported"],
+    ]
     claims.append(Judged({"name": "H7"}, "open: too few seeds", [], 2, 0.001))
-    verdicts = [judged.verdict for judged in corrected(claims)]
-    still_open = ["open: p = 0.060", "supported", "open: p = 0.060"]
-    rest = ["supported", "supported", "open: p = 0.060", "open: too few seeds"]
-    assert verdicts == still_open + rest
+    claims.append(Judged({"name": "H8"}, "not run", []))
+    # What is planned counts, too: 5 times .01, 4 times .02, 3 times .03.
+    assert [judged.verdict for judged in corrected(claims)[:3]] == [
+        *["open: p = 0.090", "supported", "open: p = 0.080"]
+    ]
 
 
 def test_no_hypothesis_is_concluded_before_the_gates() -> None:
-    claims = [Judged({"name": name}, "supported", [], 3, 0.001) for name in ("P0", "H1", "E1")]
+    names = ("P0", "P3", "H1", "E1", "X")
+    claims = [Judged({"name": name}, "supported", [], 3, 0.001) for name in names]
     verdicts = [judged.verdict for judged in corrected(claims)]
-    assert verdicts == ["supported", "open (gates not passed: P2): supported", "supported"]
+    waits = "open (gates not passed: P2): supported"
+    assert verdicts == ["supported", "supported", waits, "supported", "supported"]
 
 
 def test_p_value_counts_the_draws_beyond_the_bound() -> None:
