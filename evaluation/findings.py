@@ -190,9 +190,16 @@ def common_seeds(arms: list[Measured], full: Measured) -> list[int]:
     return sorted(set(full.seeds).intersection(*(arm.seeds for arm in arms)))
 
 
-def of_seed(arm: Measured, seed: int) -> Measured:
-    """One seed's run of a cell."""
-    return replace(arm, seeds=[seed], nats=rows_of(arm, [seed]))
+def of_seeds(arm: Measured, seeds: list[int]) -> Measured:
+    """Some seeds' runs of a cell; their rates of answers stay those of all that were probed."""
+    places = [arm.seeds.index(seed) for seed in seeds]
+    return replace(
+        arm,
+        seeds=seeds,
+        nats=rows_of(arm, seeds),
+        text_nll=[arm.text_nll[place] for place in places] if arm.text_nll else [],
+        records=[arm.records[place] for place in places] if arm.records else [],
+    )
 
 
 def gains_enough(base: np.ndarray, full: Measured) -> bool:
@@ -220,7 +227,7 @@ def interval_of(draws: np.ndarray) -> Interval:
 class Row:
     """A cell's line in a table."""
 
-    measured: Measured
+    measured: Measured  # the seeds that full fine-tuning was run with, too, if any was
     recovery: Interval | None  # None for want of a base or of full fine-tuning
     forgetting: float | None  # nats a token of pretraining text, above the base's
 
@@ -236,6 +243,8 @@ def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | No
     forgetting = float(np.mean(arm.text_nll) - base[1]) if arm.text_nll else None
     if full is None or not common_seeds([arm], full) or not gains_enough(base[0], full):
         return Row(arm, None, forgetting)
+    arm = of_seeds(arm, common_seeds([arm], full))
+    forgetting = float(np.mean(arm.text_nll) - base[1]) if arm.text_nll else None
     if arm.cell == full.cell:
         return Row(arm, Interval(1.0, 1.0, 1.0), forgetting)
     (draws,) = recovery_draws(base[0], [arm], full)
@@ -381,7 +390,7 @@ def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contra
     base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
     single = [
         difference(
-            recovery_draws(base[0], [of_seed(a, seed) for a in arms], of_seed(full, seed), 0)
+            recovery_draws(base[0], [of_seeds(a, [seed]) for a in arms], of_seeds(full, [seed]), 0)
         )
         for seed in common_seeds(arms, full)
     ]
@@ -478,8 +487,8 @@ def wrong_winner_rate(
     """How often a few prompts, judged once, name the worse of two arms, and how often neither.
 
     Args:
-        better: (seeds, prompts) 1 where the arm that passes more checks over all prompts passed,
-            else 0; `worse` likewise, of the same prompts.
+        better: (seeds, prompts) 1 where an answer of the better arm is fine, else 0; `worse`
+            likewise, of the same prompts.
     """
     generator = np.random.default_rng(SEED)
     chosen = generator.random((draws, better.shape[1])).argsort(axis=1)[:, :few]

@@ -34,6 +34,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from tqdm import tqdm
 
 from dataset.command_line import Parser, SettingsError
@@ -61,6 +62,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS_DIR = REPOSITORY / "evaluation" / "results" / "study"
 ENDED = ("completed", "diverged")  # what a result can tell of a run; others are run again
 CURVE_EVERY = 5  # logged steps a point of a result's curve
+UNKEPT = ("max_cos", "top")  # of what update_analysis.py says of intruders and amplification
 OUTCOMES = ("check_strict", "check_loose", "runaway", "loop", "blank")
 
 
@@ -358,9 +360,21 @@ def measure_parts(run: Run, study: dict, args: argparse.Namespace) -> dict:
 
 
 def summarize_update(update: dict) -> dict:
-    """Where the update lies, and the ranks of each matrix, of what update_analysis.py wrote."""
-    facts = ("name", "shape", "relative", "r90", "effective_rank", "stable_rank")
-    matrices = [{fact: matrix[fact] for fact in facts} for matrix in update["matrices"]]
+    """Where the update lies, and each matrix's spectrum, of what update_analysis.py wrote.
+
+    `energy` is the share of the squared norm in the first 1, 2, 4... singular values.
+    """
+    facts = ("name", "kind", "shape", "relative", "r90", "effective_rank", "stable_rank")
+    matrices = []
+    for matrix in update["matrices"]:
+        energy = np.cumsum(np.square(matrix["singular_values"]))
+        ranks = [2**power for power in range(len(energy).bit_length())]
+        kept = {fact: matrix[fact] for fact in facts}
+        kept["energy"] = [round(float(energy[rank - 1] / energy[-1]), 5) for rank in ranks]
+        for fact in ("intruders", "amplification"):  # of linears only
+            if fact in matrix:
+                kept[fact] = {k: v for k, v in matrix[fact].items() if k not in UNKEPT}
+        matrices.append(kept)
     return {"shares": update["shares"], "matrices": matrices}
 
 
@@ -406,6 +420,7 @@ def run_all(study: dict, args: argparse.Namespace) -> None:
     """Runs what is left, `--jobs` at once; rates that become known add runs on the way."""
     left, _ = runs_left(study, args)
     running: dict[Future, Run] = {}
+    failed: dict[str, SettingsError] = {}
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(left), desc="study") as bar:
         while left or running:
             for run in ready(left, list(running.values()), args)[: args.jobs - len(running)]:
@@ -413,12 +428,18 @@ def run_all(study: dict, args: argparse.Namespace) -> None:
             bar.set_postfix_str(", ".join(run.id for run in running.values()))
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                del running[future]
-                future.result()
+                run = running.pop(future)
+                try:
+                    future.result()
+                except SettingsError as error:  # the others may well be run
+                    failed[run.id] = error
+                    bar.write(str(error), file=sys.stderr)
                 bar.update()
-            left, _ = runs_left(study, args)
+            left = [run for run in runs_left(study, args)[0] if run.id not in failed]
             bar.total = bar.n + len(left)
     print_waiting(study, args)
+    if failed:
+        raise SettingsError(f"{len(failed)} runs broke off: {', '.join(failed)}; call again")
 
 
 def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list[Run]:

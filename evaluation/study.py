@@ -37,7 +37,7 @@ DEFAULTS = {
     "base_seed": 42,
     "variant": "main",
     "probe": False,
-    "ladder": False,
+    "ladder": "",  # or "steps", "without"
     "few_prompts": False,
     "claims": [],
 }

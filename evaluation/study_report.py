@@ -1,7 +1,7 @@
 """The study's part of the README and its figures, from `results/study/` and `study.toml` alone."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean, median
 
@@ -14,11 +14,14 @@ from evaluation.findings import (
     NOT_RUN,
     Judged,
     Row,
+    contrast,
     count_diverged,
     describe_cell,
+    full_of,
     judge_claims,
     rule_of,
     tuned_arms,
+    why_unknown,
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
@@ -45,10 +48,15 @@ CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets",
 RATES = {"runaway": "never stops", "loop": "loops", "blank": "blank"}
 RATES |= {"check_strict": "check passed"}
 RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
+# What a rung of a ladder is above another, by how it is compared.
+CHANGE_COLUMNS = {"steps": "adds to R", "without": "R above the first"}
 UPDATE_COLUMNS = ("matrices", "of the update's squared norm", "of the parameters", "r90 / rank")
+UPDATE_COLUMNS += ("effective rank / rank", "intruders (of random directions)")
+FEW_COLUMNS = ("better, by R", "worse", "the worse is named", "a tie", "seeds", "prompts")
 R_AXIS = "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals"
 NO_STUDY = "The study was not run yet: `python evaluation/run_study.py`."
 DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
+FAULTS = ("runaway", "loop", "blank")  # of an answer, which the study saw by eye
 
 
 def study_block(study: dict, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
@@ -96,9 +104,26 @@ def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
             lines.append(
                 f"- `{run.id}`: {parameters:,} parameters, pretrained on {tokens / 1e6:.1f}M "
                 f"tokens ({tokens / parameters:.1f} each) in {made['settings']['dtype']}; "
-                f"{base['text_nll']:.3f} nats a token of held-out text."
+                f"{base['text_nll']:.3f} nats a token of held-out text, {told_starts(base)} a "
+                f"response token (the test half, from which R counts){told_answers(base)}."
             )
     return [*lines, ""] if lines else []
+
+
+def told_starts(base: dict) -> str:
+    """A base's NLL on the test conversations of each data set."""
+    return ", ".join(
+        f"{sum(found['nats'][1::2]) / sum(found['tokens'][1::2]):.3f} on {data}"
+        for data, found in base["held_out"].items()
+    )
+
+
+def told_answers(base: dict) -> str:
+    """How a base answers, if it was asked."""
+    if "probe" not in base:
+        return ""
+    rates = [f"{name} {mean_rates([base['probe']['rates']], key)}" for key, name in RATES.items()]
+    return f"; answers of {base['probe']['prompts']['count']} prompts: {', '.join(rates)}"
 
 
 def claim_lines(claims: list[Judged]) -> list[str]:
@@ -127,33 +152,59 @@ def claim_lines(claims: list[Judged]) -> list[str]:
 def experiment_lines(
     study: dict, experiment: dict, size: str, results: dict[str, dict]
 ) -> list[str]:
-    """The measured cells of an experiment, under its question; of a ladder, once it is whole.
-
-    What few prompts would say is shown by a figure alone.
-    """
-    if size not in experiment["sizes"] or experiment["few_prompts"]:
+    """The measured cells of an experiment, under its question; of a ladder, once it is whole."""
+    if size not in experiment["sizes"]:
         return []
-    cells = tuned_cells(experiment, size)
-    if experiment["ladder"]:
-        rungs = [describe_cell(study, cell, results) for cell in cells]
-        if not is_whole(experiment, rungs):
-            return []
-    columns = (*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ()))
-    names = experiment.get("rungs", [""] * len(experiment["cells"]))
-    rows = []
-    for name, cell in zip(names, cells, strict=True):
-        start = [f"{name}: {short_name(cell)}" if name else short_name(cell)]
-        if row := describe_cell(study, cell, results):
-            rows.append(start + cell_row(row, experiment["probe"]))
-        elif diverged := count_diverged(study, cell, results):
-            known = ["-", cell.rate, f"0 ({diverged} diverged)"]
-            rows.append([*start, *known, *["-"] * (len(columns) - len(known) - 1)])
+    if experiment["few_prompts"]:
+        columns, rows = FEW_COLUMNS, few_rows(few_prompt_rates(study, size, results))
+    else:
+        columns, rows = cell_table(study, experiment, size, results)
     if not rows:
         return []
     title = f"{experiment['id']}. {experiment['question']}"
     again = f"`python evaluation/run_study.py --size {size} --experiment '{experiment['id']}'`"
     lines = [f"*{title}* {again}", "", *markdown_table(columns, rows), ""]
     return lines + update_lines(study, experiment, size, results)
+
+
+def cell_table(
+    study: dict, experiment: dict, size: str, results: dict[str, dict]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of an experiment's cells; no rows of a ladder that is not whole."""
+    cells, ladder = tuned_cells(experiment, size), experiment["ladder"]
+    columns = [*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ())]
+    if ladder:
+        columns.append(CHANGE_COLUMNS[ladder])
+        if not is_whole(study, experiment, cells, results):
+            return columns, []
+    names = experiment.get("rungs", [""] * len(experiment["cells"]))
+    rows = []
+    for place, (name, cell) in enumerate(zip(names, cells, strict=True)):
+        row = [f"{name}: {short_name(cell)}" if name else short_name(cell)]
+        if found := describe_cell(study, cell, results):
+            row += cell_row(found, experiment["probe"])
+            if ladder:
+                row.append(told_change(study, cells, place, ladder, results))
+        elif diverged := count_diverged(study, cell, results):
+            row += ["-", cell.rate, f"0 ({diverged} diverged)"]
+            row += ["-"] * (len(columns) - len(row))
+        else:
+            continue
+        rows.append(row)
+    return columns, rows
+
+
+def told_change(
+    study: dict, cells: list[Cell], place: int, ladder: str, results: dict[str, dict]
+) -> str:
+    """What R of a rung is above the one before, or of "without", above the first; paired."""
+    if place == 0:
+        return "-"
+    pair = [cells[place], cells[place - 1 if ladder == "steps" else 0]]
+    if why_unknown(study, pair, results):
+        return "-"
+    interval = contrast(study, pair, results).interval
+    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def update_lines(study: dict, experiment: dict, size: str, results: dict[str, dict]) -> list[str]:
@@ -176,21 +227,34 @@ def update_lines(study: dict, experiment: dict, size: str, results: dict[str, di
         cells = [
             f"{100 * fmean(share[of] for share in shares):.1f}%" for of in ("update", "parameters")
         ]
-        ranks = [
-            matrix["r90"] / min(matrix["shape"])
-            for update in updates
-            for matrix in update["matrices"]
-            if matrix["name"].endswith(kind)
+        found = [
+            matrix for update in updates for matrix in update["matrices"] if matrix["kind"] == kind
         ]
-        told = f"{min(ranks):.2f} to {max(ranks):.2f}" if ranks else "-"
-        rows.append([kind, *cells, told])
+        rows.append([kind, *cells, *told_spectra(found)])
     return [
-        f"The update itself, of {len(updates)} seeds: where its squared norm lies, and the share "
-        "of a matrix's rank that holds 90% of it.",
+        f"The update itself, of {len(updates)} seeds: where its squared norm lies, the share of a "
+        "matrix's rank that holds 90% of it, and the intruder dimensions of a matrix, which the "
+        "base's singular vectors hardly hold "
+        "([`update_analysis.py`](evaluation/update_analysis.py) defines all).",
         "",
         *markdown_table(UPDATE_COLUMNS, rows),
         "",
     ]
+
+
+def told_spectra(matrices: list[dict]) -> list[str]:
+    """From the smallest to the largest r90 and effective rank of some matrices; mean intruders."""
+    if not matrices:
+        return ["-", "-", "-"]
+    told = []
+    for fact in ("r90", "effective_rank"):
+        shares = [matrix[fact] / min(matrix["shape"]) for matrix in matrices]
+        told.append(f"{min(shares):.2f} to {max(shares):.2f}")
+    known = [matrix["intruders"] for matrix in matrices if "intruders" in matrix]
+    if not known:
+        return [*told, "-"]
+    count, chance = (fmean(one[name] for one in known) for name in ("count", "random"))
+    return [*told, f"{count:.1f} ({chance:.1f}) of {known[0]['k']}"]
 
 
 def tuned_cells(experiment: dict, size: str) -> list[Cell]:
@@ -291,17 +355,20 @@ def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
         for size in study["sizes"]:
             if tuned := tuned_arms(study, size, results):
                 drawn[f"study_{size}_rates.svg"] = draw_rates(study, tuned)
-            measured = [
-                (one, [describe_cell(study, cell, results) for cell in tuned_cells(one, size)])
+            cells = [
+                (one, tuned_cells(one, size))
                 for one in study["experiments"]
                 if size in one["sizes"]
+            ]
+            measured = [
+                (one, [describe_cell(study, cell, results) for cell in mine]) for one, mine in cells
             ]
             if recoveries := recovery_by_cell(measured):
                 drawn[f"study_{size}_recovery.svg"] = draw_recoveries(recoveries)
             ladders = [
-                (experiment, rows)
-                for experiment, rows in measured
-                if experiment["ladder"] and is_whole(experiment, rows)
+                found
+                for (one, mine), found in zip(cells, measured, strict=True)
+                if one["ladder"] and is_whole(study, one, mine, results)
             ]
             if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
@@ -310,10 +377,16 @@ def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
         return {name: as_svg(figure) for name, figure in drawn.items()}
 
 
-def is_whole(experiment: dict, rows: list[Row | None]) -> bool:
-    """Whether every rung was run with every seed."""
+def is_whole(study: dict, experiment: dict, cells: list[Cell], results: dict[str, dict]) -> bool:
+    """Whether every rung has its seeds, those counted that diverged, of full fine-tuning too."""
     seeds = len(experiment["seeds"])
-    return all(row and row.recovery and len(row.measured.seeds) == seeds for row in rows)
+    for cell in cells:
+        row, full = describe_cell(study, cell, results), full_of(study, cell, results)
+        done = len(row.measured.seeds) if row and row.recovery else 0
+        diverged = count_diverged(study, cell, results) + (full.failed if full else 0)
+        if done + diverged < seeds:
+            return False
+    return True
 
 
 def title_of(name: str) -> str:
@@ -343,14 +416,24 @@ def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
             ]
             if not points:
                 continue  # all diverged, which the table says
-            axes.plot(*np.transpose(points), marker="o", markersize=3, **line_style(index))
+            axes.plot(*np.transpose(points), **line_style(index))
+            every = max(sweep.seeds.values())
+            for whole, face in ((True, None), (False, "white")):
+                some = [
+                    (float(rate), loss)
+                    for rate, loss in sweep.losses.items()
+                    if np.isfinite(loss) and (sweep.seeds[rate] == every) == whole
+                ]
+                if some:
+                    style = line_style(index) | {"linestyle": "", "markerfacecolor": face}
+                    axes.plot(*np.transpose(some), marker="o", markersize=3.5, **style)
             ends.append((*points[-1], arm))
         axes.set_xscale("log")
         axes.grid(axis="y", **GRID)
         label_ends(axes, ends)
         axes.set_title("full fine-tuning, of all or of a part" if stage == "full_sft" else "LoRA")
         axes.set_ylabel("validation NLL, nats a token")
-    panels[-1].set_xlabel("peak learning rate")
+    panels[-1].set_xlabel("peak learning rate; hollow: one seed where others have all")
     return figure
 
 
@@ -404,13 +487,22 @@ def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
         for place, row in enumerate(rows):
             if row and row.recovery:
                 draw_interval(axes, place, row.recovery)
+            else:
+                axes.annotate("every run diverged", (0, place), va="center", fontsize=7)
         for edge in (0, 1):
             axes.axvline(edge, **GRID)
-        axes.set_yticks(range(len(rows)), experiment["rungs"])
+        names = zip(experiment["rungs"], rows, strict=True)
+        axes.set_yticks(range(len(rows)), [rung_name(name, row) for name, row in names])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(experiment["question"])
     panels[-1, 0].set_xlabel(R_AXIS)
     return figure
+
+
+def rung_name(name: str, row: Row | None) -> str:
+    """A rung's name, with the runs that diverged."""
+    failed = row.measured.failed if row else 0
+    return f"{name} ({failed} diverged)" if failed else name
 
 
 def draw_interval(axes: matplotlib.axes.Axes, place: int, interval: Interval) -> None:
@@ -422,51 +514,78 @@ def draw_interval(axes: matplotlib.axes.Axes, place: int, interval: Interval) ->
     axes.annotate(f"{interval.estimate:.2f}", (interval.estimate, place), **where)
 
 
-def few_prompt_rates(
-    study: dict, size: str, results: dict[str, dict]
-) -> list[tuple[str, str, float, float]]:
-    """Better and worse cell, and how often a few prompts name the worse and neither."""
-    passed = {}
+@dataclass(frozen=True)
+class Pair:
+    """Two arms that few prompts are to tell apart."""
+
+    better: str  # by R
+    worse: str
+    wrong: float  # how often the worse is named
+    tied: float
+    seeds: int  # fewest of both
+    prompts: int
+
+
+def few_prompt_rates(study: dict, size: str, results: dict[str, dict]) -> list[Pair]:
+    """How often few prompts name the worse of two arms, for every pair that R tells apart."""
+    found: dict[str, tuple[float, np.ndarray]] = {}
     for experiment in study["experiments"]:
         if experiment["few_prompts"] and size in experiment["sizes"]:
-            passed |= passed_checks(study, experiment, size, results)
+            for text in experiment["cells"]:
+                cell = parse_cell(text, experiment, size, experiment["id"])
+                row = describe_cell(study, cell, results)
+                marks = fine_answers(study, experiment, text, size, results)
+                if row and row.recovery and len(marks):
+                    found[text] = (row.recovery.estimate, marks)
     pairs = []
-    for one, other in combinations(passed, 2):
-        better, worse = sorted((one, other), key=lambda name: -passed[name].mean())
-        pairs.append((better, worse, *wrong_winner_rate(passed[better], passed[worse])))
+    for one, other in combinations(found, 2):
+        better, worse = sorted((one, other), key=lambda name: -found[name][0])
+        first, second = found[better][1], found[worse][1]
+        rates = wrong_winner_rate(first, second)
+        pairs.append(Pair(better, worse, *rates, min(len(first), len(second)), first.shape[1]))
     return pairs
 
 
-def passed_checks(
-    study: dict, experiment: dict, size: str, results: dict[str, dict]
-) -> dict[str, np.ndarray]:
-    """By cell, (seeds, prompts with a check): 1 where the answer passed it, else 0."""
-    found = {}
-    for text in experiment["cells"]:
-        runs = runs_of(study, experiment, text, size, results)
-        probes = [results[run.id].get("probe") for run in runs if run.id in results]
-        marks = [
-            probe["outcomes"][DECODING]["check_strict"].replace("-", "")
-            for probe in probes
-            if probe
+def fine_answers(
+    study: dict, experiment: dict, text: str, size: str, results: dict[str, dict]
+) -> np.ndarray:
+    """(seeds, prompts): 1 where an answer ends, does not loop and is not blank, else 0."""
+    runs = runs_of(study, experiment, text, size, results)
+    probes = [results[run.id]["probe"] for run in runs if "probe" in results.get(run.id, {})]
+    fine = []
+    for probe in probes:
+        faults = [probe["outcomes"][DECODING][fault] for fault in FAULTS]
+        fine.append([int("1" not in of_one) for of_one in zip(*faults, strict=True)])
+    return np.array(fine)
+
+
+def few_rows(pairs: list[Pair]) -> list[list[str]]:
+    """The rows of `FEW_COLUMNS`."""
+    return [
+        [
+            pair.better,
+            pair.worse,
+            f"{100 * pair.wrong:.0f}%",
+            f"{100 * pair.tied:.0f}%",
+            str(pair.seeds),
+            str(pair.prompts),
         ]
-        if marks:
-            found[text] = np.array([[int(mark) for mark in of_run] for of_run in marks])
-    return found
+        for pair in pairs
+    ]
 
 
-def draw_few_prompts(pairs: list[tuple[str, str, float, float]]) -> Figure:
+def draw_few_prompts(pairs: list[Pair]) -> Figure:
     """A bar for every pair of arms: the worse named, neither, the better named."""
     figure = Figure(figsize=(8, 1 + 0.5 * len(pairs)))
     axes = figure.subplots()
-    for place, (_, _, wrong, tied) in enumerate(pairs):
-        left = 0.0
-        parts = zip((wrong, tied, 1 - wrong - tied), (COLORS[1], "#bbbbbb", COLORS[0]), strict=True)
+    for place, pair in enumerate(pairs):
+        left, right = 0.0, 1 - pair.wrong - pair.tied
+        parts = zip((pair.wrong, pair.tied, right), (COLORS[1], "#bbbbbb", COLORS[0]), strict=True)
         for share, color in parts:
             axes.barh(place, 100 * share, left=100 * left, color=color, height=0.6)
             axes.annotate(f"{100 * share:.0f}%", (100 * (left + share / 2), place), ha="center")
             left += share
-    names = [f"{better} over {worse}" for better, worse, _, _ in pairs]
+    names = [f"{pair.better} over {pair.worse}" for pair in pairs]
     axes.set_yticks(range(len(pairs)), names)
     axes.set_xlabel(f"{FEW_PROMPTS} prompts judged once: wrong winner, tie, right winner (%)")
     axes.set_xlim(0, 100)

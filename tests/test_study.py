@@ -41,6 +41,7 @@ from evaluation.run_study import (
     parse_shard,
 )
 from evaluation.study import (
+    DEFAULTS,
     STUDY_FILE,
     Cell,
     Run,
@@ -54,7 +55,12 @@ from evaluation.study import (
     tuned_rate,
     tuning_runs,
 )
-from evaluation.study_report import recovery_by_cell, study_block, study_figures
+from evaluation.study_report import (
+    few_prompt_rates,
+    recovery_by_cell,
+    study_block,
+    study_figures,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOML = """
@@ -258,6 +264,11 @@ def test_recovery_of_a_cell_by_hand(study: dict) -> None:
     assert row.forgetting == 0.0
     full = describe_cell(study, replace(CELL, arm="fft", rate="tuned"), results)
     assert full.recovery == Interval(1.0, 1.0, 1.0)
+    # A seed that full fine-tuning was not run with counts in nothing that stands beside R.
+    third = {"xs-plain42-square-lr1e-3-s3": [0.0, 10.0, 0.0, 10.0]}
+    row = describe_cell(study, CELL, results | results_of(third))
+    assert (row.measured.seeds, row.measured.nll) == ([1, 2], pytest.approx(4.0))
+    assert [record["tokens_per_second"] for record in row.measured.records] == [100.0, 200.0]
 
 
 def three_seeds(square: list[list[float]]) -> dict[str, dict]:
@@ -591,7 +602,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     claim = "| C: square fails | **open: too few seeds** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |"
     assert claim in text
     base = "`xs-plain42`: 2,000 parameters, pretrained on 3.0M tokens (1500.0 each) in float32"
-    assert f"- {base}; 4.000 nats a token of held-out text." in text
+    start = "5.000 on general a response token (the test half, from which R counts)"
+    assert f"- {base}; 4.000 nats a token of held-out text, {start}." in text
     rule = "supported if R(square@1e-3) <= 0.50; refuted if R(square@1e-3) >= 0.50"
     assert f"- C: {rule}. It does not show why." in text
     assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
@@ -621,7 +633,8 @@ def test_report_tells_where_an_update_lies(study: dict) -> None:
     for seed, share, r90 in ((1, 0.25, 2), (2, 0.75, 4)):
         shares = {"by_kind": {"q_proj": {"update": share, "parameters": 0.125}}}
         shares["by_kind"]["norm"] = {"update": 0.0, "parameters": 0.0}
-        matrix = {"name": "model.layers.0.self_attn.q_proj", "shape": [16, 8], "r90": r90}
+        matrix = {"kind": "q_proj", "shape": [16, 8], "r90": r90, "effective_rank": r90 + 2}
+        matrix["intruders"] = {"k": 3, "count": seed, "random": 0.25}
         update = {"shares": shares, "matrices": [matrix]}
         results[f"xs-plain42-fft-lr1e-3-s{seed}"] |= {
             "parts": {"rank1": [1.0] * 4},
@@ -629,8 +642,56 @@ def test_report_tells_where_an_update_lies(study: dict) -> None:
         }
     text = "\n".join(study_block(study, results, {}))
     assert "The update itself, of 2 seeds" in text
-    assert "| q_proj | 50.0% | 12.5% | 0.25 to 0.50 |" in text
-    assert "| norm | 0.0% | 0.0% | - |" in text
+    assert "| q_proj | 50.0% | 12.5% | 0.25 to 0.50 | 0.50 to 0.75 | 1.5 (0.2) of 3 |" in text
+    assert "| norm | 0.0% | 0.0% | - | - | - |" in text
+
+
+LADDER = {
+    "id": "ladder",
+    "question": "What does each change add?",
+    "cells": ["square@1e-3", "fft@1e-3", "fft@tuned"],
+    "rungs": ["LoRA", "all of it", "tuned"],
+    "seeds": [1, 2],
+}
+
+
+@pytest.mark.parametrize(("kind", "last"), [("steps", "-0.50"), ("without", "+0.50")])
+def test_ladder_tells_what_each_change_adds(study: dict, kind: str, last: str) -> None:
+    # On test conversations: base 5, square 4, FFT 2 at 1e-3 and 3 at the rate tuned on the others.
+    study["experiments"] = [study["experiments"][0], DEFAULTS | LADDER | {"ladder": kind}]
+    square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    results = BASE | results_of(SWEEP | square)
+    text = "\n".join(study_block(study, results, {}))
+    column = {"steps": "adds to R", "without": "R above the first"}[kind]
+    assert f"tokens/s | {column} |" in text
+    assert "0.50 [0.50, 0.50] | +0.00 | 150 | - |" in text
+    assert "1.50 [1.50, 1.50] | +0.00 | 150 | +1.00 [+1.00, +1.00] |" in text
+    assert f"150 | {last} [{last}, {last}] |" in text
+    assert "study_xs_ladder.svg" in study_figures(study, results)
+    results["xs-plain42-square-lr1e-3-s2"] = result_of("xs-plain42-square-lr1e-3-s2", 2, None)
+    text = "\n".join(study_block(study, results, {}))
+    assert "| LoRA: square | 1,234 | 1e-3 | 1 (1 diverged) |" in text  # counted, not left out
+    assert "LoRA (1 diverged)" in study_figures(study, results)["study_xs_ladder.svg"]
+    del results["xs-plain42-square-lr1e-3-s2"]
+    assert "LoRA: square" not in "\n".join(study_block(study, results, {}))
+    assert "study_xs_ladder.svg" not in study_figures(study, results)
+
+
+def test_few_prompts_are_to_name_the_arm_of_higher_recovery(study: dict) -> None:
+    """Its answers loop less; that fewer of them pass a check does not count."""
+    cells = {"cells": ["square@1e-3", "fft@tuned"], "seeds": [1, 2], "few_prompts": True}
+    study["experiments"] = [study["experiments"][0], DEFAULTS | LADDER | cells]
+    square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    results = BASE | results_of(SWEEP | square)
+    for seed in (1, 2):
+        for name, loops in (("square-lr1e-3", "1110"), ("fft-lr1e-2", "0000")):
+            faults = {"runaway": "0000", "loop": loops, "blank": "0000", "check_strict": loops}
+            probe = {"outcomes": {"t0.85p0.85": faults}, "rates": {}}
+            results[f"xs-plain42-{name}-s{seed}"]["probe"] = probe
+    (pair,) = few_prompt_rates(study, "xs", results)
+    assert (pair.better, pair.worse) == ("fft@tuned", "square@1e-3")
+    assert (pair.wrong, pair.tied, pair.seeds, pair.prompts) == (0.0, 0.0, 2, 4)
+    assert "| fft@tuned | square@1e-3 | 0% | 0% | 2 | 4 |" in study_block(study, results, {})
 
 
 def test_committed_study_is_sound() -> None:
