@@ -8,6 +8,7 @@ Makes the README's tables, the figures and the page from committed results, and 
     README.md                             what stands between <!-- report:NAME --> and its end;
                                           of reliability, from tests/stress_resume.json, and of
                                           speed, from evaluation/bench.json
+    evaluation/results/study/README.md    the study's rules, cells and rates
     evaluation/figures/*.svg              made with matplotlib (plots.py)
     evaluation/model_outputs/index.html   the page to read and compare outputs on (page/)
 
@@ -59,7 +60,14 @@ from evaluation.records import (
     where_best,
 )
 from evaluation.study import read_results, read_study
-from evaluation.study_report import NO_STUDY, study_block, study_figures
+from evaluation.study_report import (
+    DETAILS,
+    NO_STUDY,
+    study_block,
+    study_details,
+    study_figures,
+    verdicts_by_size,
+)
 from model.model_minimind import CheckpointError, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -139,11 +147,16 @@ def build(root: Path) -> dict[Path, str]:
     bench = evaluation / "bench.json"
     speed = read_keys(bench, BENCH_KEYS) if bench.is_file() else None
     parts = blocks(records, rates, list(drawn), kills, speed)
-    parts["study"] = study_block(study, results, drawn) if study else [NO_STUDY]
+    parts["study"], details = [NO_STUDY], {}
+    if study and results:
+        verdicts = verdicts_by_size(study, results)
+        parts["study"] = study_block(study, results, verdicts, drawn)
+        details[root / DETAILS] = "\n".join(study_details(study, results, verdicts)) + "\n"
     for name, lines in parts.items():
         text = replace_block(text, name, lines, str(readme))
     return {
         readme: text,
+        **details,
         **{evaluation / "figures" / name: svg for name, svg in drawn.items()},
         evaluation / "model_outputs" / "index.html": page_html(records, rates),
     }

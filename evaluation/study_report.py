@@ -1,4 +1,9 @@
-"""The study's part of the README and its figures, from `results/study/` and `study.toml` alone."""
+"""
+The study's part of the README, its tables and its figures, from `results/study/` and `study.toml`.
+
+The README gets the verdicts and the figures (:func:`study_block`); every rule, cell and rate stands
+in `results/study/README.md` (:func:`study_details`).
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -59,17 +64,50 @@ DECODING = "t0.85p0.85"  # how the reproduced study judged its eight prompts
 FAULTS = ("runaway", "loop", "blank")  # of an answer, which the study saw by eye
 
 
-def study_block(study: dict, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
-    """Markdown lines: for each size what was run, the verdicts, the cells, the tuned rates."""
+DETAILS = "evaluation/results/study/README.md"
+
+
+def verdicts_by_size(study: dict, results: dict[str, dict]) -> dict[str, list[Judged]]:
+    """The claims of each size of which some run has a result, judged."""
+    found = {result["size"] for result in results.values()}
+    return {size: judge_claims(study, size, results) for size in study["sizes"] if size in found}
+
+
+def study_block(
+    study: dict, results: dict[str, dict], verdicts: dict[str, list[Judged]], drawn: Iterable[str]
+) -> list[str]:
+    """Markdown lines for the README: for each size what was run, the verdicts, the figures."""
     lines = []
-    for size in study["sizes"]:
-        if any(result["size"] == size for result in results.values()):
-            lines += size_lines(study, size, results, drawn)
-    return lines[:-1] or [NO_STUDY]
+    for size, claims in verdicts.items():
+        lines += size_lines(study, size, results, claims, drawn)
+    return lines[:-1]
 
 
-def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
-    """The lines of one size."""
+def study_details(
+    study: dict, results: dict[str, dict], verdicts: dict[str, list[Judged]]
+) -> list[str]:
+    """Markdown lines of `DETAILS`: for each size the rules, the cells, the tuned rates."""
+    lines = [
+        "# The study's results",
+        "",
+        "Made by `python evaluation/report.py` from the JSON files beside this one, one a run "
+        "([`study.py`](../../study.py) says what they hold), and from the rules in "
+        "[`study.toml`](../../study.toml). What they come to is told in the "
+        "[README](../../../README.md#what-we-found-so-far).",
+        "",
+    ]
+    for size, claims in verdicts.items():
+        lines += [f"## At `{size}`", "", *rule_lines(claims)]
+        for experiment in study["experiments"]:
+            lines += experiment_lines(study, experiment, size, results)
+        lines += rate_lines(study, size, results)
+    return lines[:-1]
+
+
+def size_lines(
+    study: dict, size: str, results: dict[str, dict], claims: list[Judged], drawn: Iterable[str]
+) -> list[str]:
+    """The README's lines of one size."""
     runs, waiting = planned_runs(study, size, results)
     done = [result for result in results.values() if result["size"] == size]
     known = {run.id for run in runs} | {result["id"] for result in done}
@@ -83,10 +121,8 @@ def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable
         "",
     ]
     lines += base_lines(study, size, results)
-    lines += claim_lines(judge_claims(study, size, results))
-    for experiment in study["experiments"]:
-        lines += experiment_lines(study, experiment, size, results)
-    lines += rate_lines(study, size, results)
+    lines += claim_lines(claims)
+    lines += [f"Every rule, cell, tuned rate, and their commands: [`{DETAILS}`]({DETAILS}).", ""]
     for name in drawn:
         if name.startswith(f"study_{size}_"):
             lines += [f"![{title_of(name)}](evaluation/figures/{name})", ""]
@@ -127,7 +163,7 @@ def told_answers(base: dict) -> str:
 
 
 def claim_lines(claims: list[Judged]) -> list[str]:
-    """The verdicts, each with its rule and what it leaves open."""
+    """The verdicts, and which claims have none yet."""
     told = [judged for judged in claims if judged.verdict != NOT_RUN]
     rows = [
         (
@@ -139,14 +175,19 @@ def claim_lines(claims: list[Judged]) -> list[str]:
         for judged in told
     ]
     lines = [*markdown_table(CLAIM_COLUMNS, rows), ""] if rows else []
-    lines += [
-        f"- {judged.claim['name']}: {rule_of(judged.claim)}. It does not show "
-        f"{judged.claim['not_shown']}."
-        for judged in told
-    ]
-    lines += [""] if told else []
     not_run = [judged.claim["name"] for judged in claims if judged.verdict == NOT_RUN]
     return lines + ([f"Not run yet: {'; '.join(not_run)}.", ""] if not_run else [])
+
+
+def rule_lines(claims: list[Judged]) -> list[str]:
+    """The rule of each claim that was judged, and what its verdict leaves open."""
+    lines = [
+        f"- {judged.claim['name']}: {rule_of(judged.claim)}. It does not show "
+        f"{judged.claim['not_shown']}."
+        for judged in claims
+        if judged.verdict != NOT_RUN
+    ]
+    return [*lines, ""] if lines else []
 
 
 def experiment_lines(
@@ -235,7 +276,7 @@ def update_lines(study: dict, experiment: dict, size: str, results: dict[str, di
         f"The update itself, of {len(updates)} seeds: where its squared norm lies, the share of a "
         "matrix's rank that holds 90% of it, and the intruder dimensions of a matrix, which the "
         "base's singular vectors hardly hold "
-        "([`update_analysis.py`](evaluation/update_analysis.py) defines all).",
+        "([`update_analysis.py`](../../update_analysis.py) defines all).",
         "",
         *markdown_table(UPDATE_COLUMNS, rows),
         "",

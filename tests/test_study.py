@@ -59,7 +59,9 @@ from evaluation.study_report import (
     few_prompt_rates,
     recovery_by_cell,
     study_block,
+    study_details,
     study_figures,
+    verdicts_by_size,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -595,10 +597,17 @@ def test_commands_are_what_the_scripts_take(study: dict) -> None:
     assert as_words({"a": True, "b": [1, 2]}) == ["--a", "--b", "1", "2"]
 
 
+def report_of(study: dict, results: dict) -> str:
+    """All that the README and the page of details say of the study."""
+    verdicts = verdicts_by_size(study, results)
+    block = study_block(study, results, verdicts, study_figures(study, results))
+    return "\n".join([*block, *study_details(study, results, verdicts)])
+
+
 def test_report_tells_what_was_run(study: dict) -> None:
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     results = BASE | results_of(SWEEP | square)
-    text = "\n".join(study_block(study, results, study_figures(study, results)))
+    text = report_of(study, results)
     claim = "| C: square fails | **open: too few seeds** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |"
     assert claim in text
     base = "`xs-plain42`: 2,000 parameters, pretrained on 3.0M tokens (1500.0 each) in float32"
@@ -629,7 +638,7 @@ def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
 def test_report_tells_where_an_update_lies(study: dict) -> None:
     study["experiments"][1]["cells"] = ["fft@1e-3+rank1"]
     results = BASE | results_of(SWEEP)
-    assert "rank1" not in "\n".join(study_block(study, results, {}))  # not measured yet
+    assert "rank1" not in report_of(study, results)  # not measured yet
     for seed, share, r90 in ((1, 0.25, 2), (2, 0.75, 4)):
         shares = {"by_kind": {"q_proj": {"update": share, "parameters": 0.125}}}
         shares["by_kind"]["norm"] = {"update": 0.0, "parameters": 0.0}
@@ -640,7 +649,7 @@ def test_report_tells_where_an_update_lies(study: dict) -> None:
             "parts": {"rank1": [1.0] * 4},
             "update": update,
         }
-    text = "\n".join(study_block(study, results, {}))
+    text = report_of(study, results)
     assert "The update itself, of 2 seeds" in text
     assert "| q_proj | 50.0% | 12.5% | 0.25 to 0.50 | 0.50 to 0.75 | 1.5 (0.2) of 3 |" in text
     assert "| norm | 0.0% | 0.0% | - | - | - |" in text
@@ -661,7 +670,7 @@ def test_ladder_tells_what_each_change_adds(study: dict, kind: str, last: str) -
     study["experiments"] = [study["experiments"][0], DEFAULTS | LADDER | {"ladder": kind}]
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     results = BASE | results_of(SWEEP | square)
-    text = "\n".join(study_block(study, results, {}))
+    text = report_of(study, results)
     column = {"steps": "adds to R", "without": "R above the first"}[kind]
     assert f"tokens/s | {column} |" in text
     assert "0.50 [0.50, 0.50] | +0.00 | 150 | - |" in text
@@ -669,11 +678,11 @@ def test_ladder_tells_what_each_change_adds(study: dict, kind: str, last: str) -
     assert f"150 | {last} [{last}, {last}] |" in text
     assert "study_xs_ladder.svg" in study_figures(study, results)
     results["xs-plain42-square-lr1e-3-s2"] = result_of("xs-plain42-square-lr1e-3-s2", 2, None)
-    text = "\n".join(study_block(study, results, {}))
+    text = report_of(study, results)
     assert "| LoRA: square | 1,234 | 1e-3 | 1 (1 diverged) |" in text  # counted, not left out
     assert "LoRA (1 diverged)" in study_figures(study, results)["study_xs_ladder.svg"]
     del results["xs-plain42-square-lr1e-3-s2"]
-    assert "LoRA: square" not in "\n".join(study_block(study, results, {}))
+    assert "LoRA: square" not in report_of(study, results)
     assert "study_xs_ladder.svg" not in study_figures(study, results)
 
 
@@ -691,7 +700,7 @@ def test_few_prompts_are_to_name_the_arm_of_higher_recovery(study: dict) -> None
     (pair,) = few_prompt_rates(study, "xs", results)
     assert (pair.better, pair.worse) == ("fft@tuned", "square@1e-3")
     assert (pair.wrong, pair.tied, pair.seeds, pair.prompts) == (0.0, 0.0, 2, 4)
-    assert "| fft@tuned | square@1e-3 | 0% | 0% | 2 | 4 |" in study_block(study, results, {})
+    assert "| fft@tuned | square@1e-3 | 0% | 0% | 2 | 4 |" in report_of(study, results)
 
 
 def test_committed_study_is_sound() -> None:
