@@ -221,7 +221,8 @@ def cell_table(
     names = experiment.get("rungs", [""] * len(experiment["cells"]))
     rows = []
     for place, (name, cell) in enumerate(zip(names, cells, strict=True)):
-        row = [f"{name}: {short_name(cell)}" if name else short_name(cell)]
+        title = study["arms"][cell.arm]["title"]
+        row = [f"{name}: {short_name(cell)}" if name else f"{short_name(cell)}: {title}"]
         if found := describe_cell(study, cell, results):
             row += cell_row(found, experiment["probe"])
             if ladder:
@@ -404,7 +405,7 @@ def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
             measured = [
                 (one, [describe_cell(study, cell, results) for cell in mine]) for one, mine in cells
             ]
-            if recoveries := recovery_by_cell(measured):
+            if recoveries := recovery_by_cell(study, measured):
                 drawn[f"study_{size}_recovery.svg"] = draw_recoveries(recoveries)
             ladders = [
                 found
@@ -484,12 +485,13 @@ def stages_of(study: dict, arms: Iterable[str]) -> set[str]:
 
 
 def recovery_by_cell(
+    study: dict,
     measured: list[tuple[dict, list[Row | None]]],
 ) -> list[tuple[str, Interval]]:
     """Name and R of every whole run that was measured, from the lowest R to the highest."""
     rows = [row for _, rows in measured for row in rows if row and row.recovery]
     found = {
-        f"{short_name(row.measured.cell)}, {row.measured.cell.rate} "
+        f"{full_name(study, row.measured.cell)}, {row.measured.cell.rate} "
         f"({len(row.measured.seeds)} seeds)": row.recovery
         for row in rows
         if not row.measured.cell.part
@@ -503,6 +505,11 @@ def short_name(cell: Cell) -> str:
     base = "" if usual else f"from {cell.base}{cell.base_seed}"
     variant = "" if cell.variant == DEFAULTS["variant"] else cell.variant
     return ", ".join(filter(None, (cell.arm, variant, cell.part, base)))
+
+
+def full_name(study: dict, cell: Cell) -> str:
+    """A cell as figures name it, by its arm's title."""
+    return short_name(replace(cell, arm=study["arms"][cell.arm]["title"]))
 
 
 def draw_recoveries(recoveries: list[tuple[str, Interval]]) -> Figure:

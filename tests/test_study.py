@@ -97,9 +97,11 @@ epochs = 2
 share = 0.5
 flags = { log_interval = 1 }
 [arms.fft]
+title = "all of it"
 stage = "full_sft"
 rates = ["1e-3", "1e-2", "1e-1"]
 [arms.square]
+title = "LoRA on q and o"
 stage = "lora"
 rates = ["1e-3", "1e-2"]
 flags = { lora_targets = "square", lora_rank = 2 }
@@ -616,7 +618,7 @@ def test_report_tells_what_was_run(study: dict) -> None:
     rule = "supported if R(square@1e-3) <= 0.50; refuted if R(square@1e-3) >= 0.50"
     assert f"- C: {rule}. It does not show why." in text
     assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
-    row = "| square | 1,234 | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 | 150 |"
+    row = "| square: LoRA on q and o | 1,234 | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 | 150 |"
     assert row in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
     unfinished = "grid not finished; R = 0.50 [0.50, 0.50] at 1e-3"  # square has two rates
@@ -630,8 +632,11 @@ def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
     results = BASE | results_of(SWEEP | square)
     cells = [CELL, replace(CELL, arm="fft", rate="tuned")]
     rows = [describe_cell(study, cell, results) for cell in cells]
-    found = recovery_by_cell([({}, [rows[1], None]), ({}, rows)])
-    assert [name for name, _ in found] == ["square, 1e-3 (2 seeds)", "fft, 1e-2 (2 seeds)"]
+    found = recovery_by_cell(study, [({}, [rows[1], None]), ({}, rows)])
+    assert [name for name, _ in found] == [
+        "LoRA on q and o, 1e-3 (2 seeds)",
+        "all of it, 1e-2 (2 seeds)",
+    ]
     assert [recovery.estimate for _, recovery in found] == pytest.approx([0.5, 1.0])
 
 
