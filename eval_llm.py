@@ -151,6 +151,7 @@ def run_probes(args: argparse.Namespace) -> None:
     print_table([row for found in probed for row in table_rows(found.name, found.results)])
     print_nll_counts(probed[0].nll)  # the same data for all
     print_differences(probed, probe.hidden)
+    print(f"wrote {', '.join(map(str, folders))}")
 
 
 def prepare(
