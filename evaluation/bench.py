@@ -4,7 +4,7 @@ Measures speed and memory of training, generation and loading, beside transforme
     python evaluation/bench.py                            # or: make bench; about 15 minutes
     python evaluation/bench.py --sizes xs --quick         # two minutes: does it run?
     python evaluation/bench.py --data_path dataset/data/medquad.jsonl.gz
-    python evaluation/bench.py --sweep 1 2 4 8 16 32 64 128    # does a small batch keep a GPU busy?
+    python evaluation/bench.py --sweep 1 8 32    # does a small batch keep it busy? On a GPU, always
 
 Everything is measured in one run on one machine, in turns: every arm takes a step, then every arm
 takes the next, so that a slow moment of the machine falls on all of them. An arm is a process of
@@ -18,7 +18,7 @@ its own (its memory is its own), and takes its steps when this one says so:
     answers, transformers     our generation as eval_llm.py sets it up, and LlamaForCausalLM's own
 
 A time is from one step's start to the next one's: loading and bookkeeping are in it. The first
-three steps, which compile, are not counted; what they cost more than others is shown apart. Tokens
+five steps, which compile, are not counted; what they cost more than others is shown apart. Tokens
 are those of samples, no padding. The share of the peak counts 6 N FLOPs a token for full
 fine-tuning and 4 N for adapters, attention left out.
 
@@ -99,7 +99,9 @@ PEFT_TARGETS = {
 RANK, ALPHA = 8, 32.0
 MAX_SEQ_LEN = 340
 SEED = 42
-WARM_UP = 3  # steps: the first compiles for its length, the next ones for any
+# Steps: the first compiles for its length, the next ones for any, and the fifth of the plan that
+# SEED makes is so short that full fine-tuning's norms compile once more.
+WARM_UP = 5
 # A long run, of which the first steps are measured: ours compiles only what earns that back.
 PLANNED_STEPS = 10_000
 # Deciles of conversation lengths in tokens, from the shortest to the longest.
@@ -109,6 +111,9 @@ TEMPLATE_TOKENS = 18  # of the chat template, and of first words, whose space is
 PROMPT_SHARE = 0.15  # of a conversation's tokens are the user's
 NEW_TOKENS = 64
 PROMPTS = 100
+GPU_SWEEP = [1, 2, 4, 8, 16, 32, 64, 128]
+# FLOP/s of dense bfloat16 products by a part of the card's name, as its maker states them.
+CARD_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 CACHE = "cache"  # of tokens, in the temporary folder
 
 
@@ -120,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=5, help="measured steps of every arm (5)")
     add("--quick", action="store_true", help="one measured step, one repetition")
     add("--data_path", type=Path, nargs="+", help="JSONL of conversations (default: random words)")
-    add("--sweep", type=int, nargs="+", default=[], help="batch sizes to try at the last size")
+    add("--sweep", type=int, nargs="+", help="batches to try at the last size (GPU: 1 to 128)")
     add("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try (0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--output", type=Path, default=RESULT, help="default: evaluation/bench.json")
@@ -137,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.worker:
             return run_worker(Work(**json.loads(args.worker)))
         args.device = choose_device(args.device)
+        if args.sweep is None:
+            args.sweep = GPU_SWEEP if args.device == "cuda" else []
         with tempfile.TemporaryDirectory(prefix="bench") as folder:
             result = measure(args, Path(folder))
         print("\n".join(["", *bench_lines(result), ""]))
@@ -156,6 +163,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "git": git_state(),
         "machine": describe_machine(args.device),
         "dtype": choose_dtype("auto", args.device),
+        "card_peak": card_peak(args.device),
         "batch_size": args.batch_size,
         "data": describe_data(data, folder),
         "training": {},
@@ -170,7 +178,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             for method in METHODS
             for engine in ("ours", "trainer")
         ]
-        measured = in_turns(works, args.steps, folder)
+        measured = in_turns(works, WARM_UP + args.steps, folder)
         result["training"][size] = training_result(weights, measured)
         print(f"{size}: trained after {(time.perf_counter() - started) / 60:.1f} minutes")
     last = args.sizes[-1]
@@ -182,6 +190,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         result["sweep"] = {"size": last, "batches": sweep(args, folder, last, data)}
     result["minutes"] = round((time.perf_counter() - started) / 60, 1)
     return result
+
+
+def card_peak(device: str) -> float | None:
+    """What a GPU's maker says of its bfloat16 products; None of others, and of a CPU."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((peak for part, peak in CARD_PEAKS.items() if part in name), None)
 
 
 # ---------------------------------------------------------------- data
@@ -303,12 +317,12 @@ class Arm:
 
 
 def in_turns(works: list[Work], steps: int, folder: Path) -> dict[str, list[dict]]:
-    """What every arm says of `WARM_UP` steps and of `steps` more, one arm after the other."""
+    """What every arm says of its steps, one arm after the other."""
     arms = [Arm(work, folder) for work in works]
     for arm in arms:
         arm.wait()
     said: dict[str, list[dict]] = {arm.work.arm: [] for arm in arms}
-    for _ in range(WARM_UP + steps):
+    for _ in range(steps):
         for arm in arms:
             said[arm.work.arm].append(arm.step())
     for arm in arms:
@@ -534,20 +548,25 @@ def arm_result(steps: list[dict], flops_per_token: int, peak: float) -> dict:
 # ---------------------------------------------------------------- start, sweep
 
 
-def startup(args: argparse.Namespace, folder: Path, size: str) -> dict[str, float]:
+def startup(args: argparse.Namespace, folder: Path, size: str) -> dict[str, dict[str, float]]:
     """Seconds from a process's start to its first optimizer step, and what that one takes.
 
-    Cold: neither tokens nor compiled code are there yet. Warm: the same again.
+    Cold: neither tokens nor compiled code are there yet. Warm: the same again, three times.
     """
     data = write_random_data(folder / "startup.jsonl", SAMPLES, seed=time.time_ns())
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    found = {}
-    for state in ("cold", "warm"):
+    waits, steps = [], []
+    for _ in range(2 if args.quick else 4):
         arm = Arm(work(args, folder, size, "ours/fft", [data]), folder, **cache)
-        found[state] = arm.wait()
-        found[f"{state}_first_step"] = arm.step()["seconds"]
+        waits.append(arm.wait())
+        steps.append(arm.step()["seconds"])
         arm.end()
-    return found
+    return {
+        "cold": spread(waits[:1]),
+        "cold_first_step": spread(steps[:1]),
+        "warm": spread(waits[1:]),
+        "warm_first_step": spread(steps[1:]),
+    }
 
 
 def sweep(args: argparse.Namespace, folder: Path, size: str, data: list[Path]) -> dict:
@@ -599,7 +618,10 @@ class Utilization:
 
 
 def generation(args: argparse.Namespace, folder: Path, size: str) -> dict:
-    """Tokens/s of greedy answers: ours and transformers', by type, alone and in a batch."""
+    """Tokens/s of greedy answers: ours and transformers', by type, alone and in a batch.
+
+    The first turn warms up.
+    """
     prompts = bench_prompts("batch")
     found: dict = {"size": size, "prompts": len(prompts), "new_tokens": NEW_TOKENS}
     found["mean_prompt_tokens"] = round(sum(map(len, prompts)) / len(prompts), 1)
@@ -609,9 +631,9 @@ def generation(args: argparse.Namespace, folder: Path, size: str) -> dict:
             for dtype in ("float32", "bfloat16")
             for engine in ("answers", "transformers")
         ]
-        for arm, steps in in_turns(works, 1 if args.quick else repeats, folder).items():
+        for arm, steps in in_turns(works, 2 if args.quick else 1 + repeats, folder).items():
             engine, dtype, _ = arm.split("/")
-            speeds = [step["tokens"] / step["seconds"] for step in steps[WARM_UP:]]
+            speeds = [step["tokens"] / step["seconds"] for step in steps[1:]]
             name = "ours" if engine == "answers" else engine
             found.setdefault(way, {}).setdefault(dtype, {})[name] = spread(speeds)
     return found
@@ -648,17 +670,17 @@ def run_transformers(work: Work, method: str, pace: Pace) -> None:
     tokenizer.padding_side = "left"
     prompts = bench_prompts(way)
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(work.device)
-    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
     while True:
         pace.next_step()
-        answers = model.generate(**inputs, **length, do_sample=False)[:, -NEW_TOKENS:]
+        answers = model.generate(**inputs, **settings)[:, -NEW_TOKENS:]
         pace.facts |= {"tokens": len(prompts) * NEW_TOKENS, "first_answer": answers[0].tolist()}
 
 
 # ---------------------------------------------------------------- tokenizing, loading
 
 
-def tokenizing(data_path: list[Path] | None, folder: Path, repeats: int) -> dict[str, float]:
+def tokenizing(data_path: list[Path] | None, folder: Path, repeats: int) -> dict:
     """MB/s of text: ours from JSONL to the cache of tokens, and the tokenizer's own call alone.
 
     Of --data_path, or of the demo corpus's documents: random words are no text.
@@ -675,7 +697,8 @@ def tokenizing(data_path: list[Path] | None, folder: Path, repeats: int) -> dict
         ways["ours"].append(timed(load))
         encode = partial(encode_whole, tokenizer.backend_tokenizer, texts, special=False)
         ways["encode_batch"].append(timed(encode))
-    return {name: megabytes / median(seconds) for name, seconds in ways.items()}
+    found = {"files": [path.name for path in paths], "megabytes": megabytes}
+    return found | {name: spread([megabytes / s for s in times]) for name, times in ways.items()}
 
 
 def loader(dataset: ConversationDataset, batch_size: int, workers: list[int]) -> dict[str, float]:

@@ -17,7 +17,7 @@ def bench_lines(result: dict) -> list[str]:
         for size, measured in result["training"].items()
         for method in METHODS
     ]
-    lines += [*markdown_table(TRAINING_COLUMNS, rows), "", peak_sentence(result["training"]), ""]
+    lines += [*markdown_table(TRAINING_COLUMNS, rows), "", peak_sentence(result), ""]
     lines += [*markdown_table(GENERATION_COLUMNS, generation_rows(result["generation"])), ""]
     lines += [generation_sentence(result["generation"]), "", *other_sentences(result)]
     if "sweep" in result:
@@ -40,9 +40,10 @@ def machine_sentence(result: dict) -> str:
     )
 
 
-def told_spread(values: dict[str, float]) -> str:
-    """`1,234 (1,200-1,300)`."""
-    return f"{values['median']:,.0f} ({values['min']:,.0f}-{values['max']:,.0f})"
+def told_spread(values: dict[str, float], digits: int = 0) -> str:
+    """`1,234 (1,200-1,300)`; one value stands alone."""
+    median, low, high = (f"{values[name]:,.{digits}f}" for name in ("median", "min", "max"))
+    return median if values["min"] == values["max"] else f"{median} ({low}-{high})"
 
 
 def training_row(size: str, method: str, measured: dict) -> list[str]:
@@ -64,13 +65,21 @@ def training_row(size: str, method: str, measured: dict) -> list[str]:
     ]
 
 
-def peak_sentence(training: dict) -> str:
-    """What the matrix peak is at each size."""
+def peak_sentence(result: dict) -> str:
+    """What the matrix peak is at each size, and FFT's share of what the card's maker states."""
     peaks = [
         f"{measured['peak_flops_per_second']['median'] / 1e9:,.0f} at {size}"
-        for size, measured in training.items()
+        for size, measured in result["training"].items()
     ]
-    return f"The matrix peak, in GFLOP/s at a step's own shapes: {', '.join(peaks)}."
+    text = f"The matrix peak, in GFLOP/s at a step's own shapes: {', '.join(peaks)}."
+    if result["card_peak"] is None:
+        return text
+    shares = []
+    for size, measured in result["training"].items():
+        speed = measured["arms"]["ours/fft"]["tokens_per_second"]["median"]
+        share = speed * flops_per_token("fft", measured) / result["card_peak"]
+        shares.append(f"{share:.0%} at {size}")
+    return f"{text} FFT's MFU, of {result['card_peak'] / 1e12:,.0f} TFLOP/s: {', '.join(shares)}."
 
 
 def generation_rows(generation: dict) -> list[list[str]]:
@@ -96,12 +105,14 @@ def other_sentences(result: dict) -> list[str]:
     """Start, tokenizing and loading, a sentence each."""
     start, tokens, loader = result["startup"], result["tokenizing"], result["loader"]
     loading = ", ".join(f"{time:.1f} ms with {count}" for count, time in loader.items())
+    told = {name: told_spread(values, 1) for name, values in start.items()}
+    ours, theirs = (told_spread(tokens[name], 1) for name in ("ours", "encode_batch"))
     return [
-        f"From a process's start to its first step: {start['cold']:.1f} s, {start['warm']:.1f} s "
+        f"From a process's start to its first step: {told['cold']} s, {told['warm']} s "
         "with tokens cached; that step, which compiles, took "
-        f"{start['cold_first_step']:.1f} s, {start['warm_first_step']:.1f} s with code cached.",
-        f"Tokenizing: {tokens['ours']:.1f} MB/s from JSONL to the cache, "
-        f"{tokens['encode_batch']:.1f} MB/s by the tokenizer's own `encode_batch` alone.",
+        f"{told['cold_first_step']} s, {told['warm_first_step']} s with code cached.",
+        f"Tokenizing {', '.join(tokens['files'])} ({tokens['megabytes']:.1f} MB): {ours} MB/s from "
+        f"JSONL to the cache, {theirs} MB/s by the tokenizer's own `encode_batch` alone.",
         f"Loading a step's batch, by data processes: {loading}.",
     ]
 

@@ -73,7 +73,7 @@ from model.model_minimind import CheckpointError, write_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = ("run.json", "metrics.jsonl")
 BENCH_KEYS = ("git", "machine", "dtype", "batch_size", "data", "training", "generation")
-BENCH_KEYS += ("startup", "tokenizing", "loader")
+BENCH_KEYS += ("startup", "tokenizing", "loader", "card_peak")
 STRESS_KEYS = ("git", "seed", "kills", "survived", "cases", "memory_bytes_by_step")
 RUN_COLUMNS = ("checkpoint", "trained", "on", "parameters", "learning rate", "steps", "NLL", "R")
 SWEEP_COLUMNS = ("trained", "on", "steps", "validation NLL by rate", "best rate")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -306,6 +307,21 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
         assert path.is_file(), f"{path.name}: run make report and commit it"
         if path.suffix != ".svg":  # whose bytes depend on matplotlib's version
             assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make report"
+
+
+def test_findings_name_the_verdicts_that_the_table_has():
+    """`(H1: open; X rate: supported)` in the README's prose, against its generated table."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    findings = text.partition("## What we found so far")[2]
+    prose, _, table = findings.partition("<!-- report:study -->")
+    table = table.partition("<!-- /report:study -->")[0]
+    verdicts = dict(re.findall(r"^\| ([PHEX][^:|]*): .*? \| \*\*(\w+)", table, re.MULTILINE))
+    missing = table.partition("Not run yet: ")[2].partition(".\n")[0].split("; ")
+    verdicts |= dict.fromkeys(missing, "not run")
+    words = "supported|refuted|open|not run"
+    named = re.findall(rf"([PHEX][^().;:]*): ({words})[;)]", " ".join(prose.split()))
+    assert len(named) > 10
+    assert {name: verdicts[name.strip()] for name, _ in named} == dict(named)
 
 
 def test_what_the_stress_command_measured_is_told():
