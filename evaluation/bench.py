@@ -1,8 +1,8 @@
 r"""
 Measures speed and memory of training, generation and loading, beside transformers and PEFT.
 
-    python evaluation/bench.py                            # or: make bench; about 15 minutes
-    python evaluation/bench.py --sizes xs --quick         # two minutes: does it run?
+    python evaluation/bench.py                            # or: make bench; about 20 minutes
+    python evaluation/bench.py --sizes xs --quick         # some minutes: does it run?
     python evaluation/bench.py --data_path dataset/data/medquad.jsonl.gz
     python evaluation/bench.py --sweep 1 8 32    # does a small batch keep it busy? On a GPU, always
 
@@ -317,8 +317,12 @@ class Arm:
 
 
 def in_turns(works: list[Work], steps: int, folder: Path) -> dict[str, list[dict]]:
-    """What every arm says of its steps, one arm after the other."""
-    arms = [Arm(work, folder) for work in works]
+    """What every arm says of its steps, one arm after the other.
+
+    They compile with a cache of this call's own, so that compiling costs what it costs at first.
+    """
+    cache = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(prefix="compiled", dir=folder)}
+    arms = [Arm(work, folder, **cache) for work in works]
     for arm in arms:
         arm.wait()
     said: dict[str, list[dict]] = {arm.work.arm: [] for arm in arms}

@@ -240,11 +240,11 @@ def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | No
     base, full = base_of(study, cell, results), full_of(study, cell, results)
     if base is None:
         return Row(arm, None, None)
+    seeds = common_seeds([arm], full) if full and gains_enough(base[0], full) else []
+    arm = of_seeds(arm, seeds) if seeds else arm
     forgetting = float(np.mean(arm.text_nll) - base[1]) if arm.text_nll else None
-    if full is None or not common_seeds([arm], full) or not gains_enough(base[0], full):
+    if not seeds:
         return Row(arm, None, forgetting)
-    arm = of_seeds(arm, common_seeds([arm], full))
-    forgetting = float(np.mean(arm.text_nll) - base[1]) if arm.text_nll else None
     if arm.cell == full.cell:
         return Row(arm, Interval(1.0, 1.0, 1.0), forgetting)
     (draws,) = recovery_draws(base[0], [arm], full)
