@@ -192,11 +192,15 @@ class Decoder:
         for layer, seen_by in zip(self.layers, cache, strict=True):
             qkv = layer.qkv.times(layer.input_norm(x)).view(shape)
             q = self.turn_and_store(layer, qkv, rope, seen_by[..., seen - new : seen, :])
+            if layer is self.layers[-1] and new > 1:
+                # Nothing reads the other positions' output: their keys and values are stored.
+                q, bias, x = last_positions(q, bias, x, new)
+                new = 1
             keys, values = seen_by[..., :end, :].unbind()
             x = layer.out.add_to(x, unstacked(attend(q, keys, values, bias), new))
             gate, up = layer.gate_up.times(layer.mlp_norm(x)).chunk(2, dim=-1)
             x = layer.down.add_to(x, F.silu(gate) * up)
-        return self.head.times(self.norm(x.view(batch, new, -1)[:, -1])).float()
+        return self.head.times(self.norm(x)).float()
 
     def turn_and_store(
         self,
@@ -243,6 +247,20 @@ def attend_plainly(
     """The same with plain products; the bias is (B * K, 1, S)."""
     scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1).mT)
     return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).view_as(q)
+
+
+def last_positions(
+    q: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, new: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Of T = ``new`` positions the last one's: (B, K, groups, d), (B, 1, 1, S) and (B, D).
+
+    Args:
+        q: (B, K, groups * T, d).
+        bias: (B, 1, groups * T, S).
+        x: (B * T, D).
+    """
+    return q[:, :, new - 1 :: new], bias[:, :, -1:], x[new - 1 :: new]
 
 
 def unstacked(out: torch.Tensor, new: int) -> torch.Tensor:
