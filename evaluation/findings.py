@@ -6,6 +6,7 @@ R = (L_base - L_arm) / (L_base - L_FFT) on the test conversations, those with an
 all arms. A verdict follows from the rules in study.toml and from nothing else. With few seeds the
 interval is too narrow in what comes from seeds (drawing three with replacement has 2/3 of their
 variance), so a rule must hold for every single seed, too, and in the t-test of the seeds alone.
+Answers that never end or are blank, bad ones, are drawn likewise: seeds and prompts.
 """
 
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from evaluation.study import (
     Sweep,
     cells_of,
     is_interior,
+    kind_of,
     parse_cell,
     run_of,
     sweep_of,
@@ -34,6 +36,7 @@ NOT_RUN = "not run"
 SIDES = ("supported", "refuted")
 HYPOTHESIS = "H"  # what the names of claims begin with that are corrected for their number
 GATES = ("P0", "P2", "P3")  # claims without which no hypothesis is concluded
+BAD = ("runaway", "blank")  # answers that the protocol counts together
 FEW_PROMPTS = 8  # what the reproduced study judged by
 
 
@@ -264,7 +267,7 @@ def full_of(study: dict, cell: Cell, results: dict[str, dict]) -> Measured | Non
 
 @dataclass(frozen=True)
 class Contrast:
-    """R of a cell, or what R of one is above another's."""
+    """What a condition bounds."""
 
     interval: Interval
     by_seed: list[float]
@@ -340,14 +343,18 @@ def judge(
     for side in SIDES:
         holds[side], ps[side] = True, 0.0
         for condition in claim[side]:
-            names = tuple(cells_of(condition, experiment["id"]))
+            kind, names = kind_of(condition), cells_of(condition, experiment["id"])
             cells = [parse_cell(name, experiment, size, experiment["id"]) for name in names]
-            if why := why_unknown(study, cells, results):
+            is_of_answers = kind == "bad_answers"
+            why = (why_no_answers if is_of_answers else why_unknown)(study, cells, results)
+            if why:
                 return Judged(claim, why, [])
-            if names not in contrasts:
-                contrasts[names] = contrast(study, cells, results)
-            holds[side] &= is_met(condition, contrasts[names])
-            ps[side] = max(ps[side], p_value(condition, contrasts[names]))
+            formula = named(kind, names)
+            if formula not in contrasts:
+                compare = contrast_answers if is_of_answers else contrast
+                contrasts[formula] = compare(study, cells, results)
+            holds[side] &= is_met(condition, contrasts[formula])
+            ps[side] = max(ps[side], p_value(condition, contrasts[formula]))
     side = next((side for side in SIDES if holds[side]), None)
     seeds = min(len(found.by_seed) for found in contrasts.values())
     if seeds < FEWEST_SEEDS:
@@ -356,7 +363,7 @@ def judge(
         verdict = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
     else:
         verdict = side or "open"
-    evidence = [told(names, found) for names, found in contrasts.items()]
+    evidence = [told(formula, found) for formula, found in contrasts.items()]
     return Judged(claim, verdict, evidence, seeds, ps[side] if side else min(ps.values()))
 
 
@@ -405,6 +412,46 @@ def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contra
     )
 
 
+def bad_answers(study: dict, cell: Cell, results: dict[str, dict]) -> dict[int, np.ndarray]:
+    """By seed that was probed: how many of each prompt's answers never end or are blank."""
+    known = known_cell(study, cell, results)
+    if known is None:
+        return {}
+    probes = {r["seed"]: r["probe"] for r in results.values() if "probe" in r and is_of(r, known)}
+    return {seed: sum(map(marked, probe["outcomes"].values())) for seed, probe in probes.items()}
+
+
+def marked(outcomes: dict[str, str]) -> np.ndarray:
+    """(prompts,): 1 where the answer under one decoding is among `BAD`, else 0."""
+    return np.array([int("1" in marks) for marks in zip(*(outcomes[b] for b in BAD), strict=True)])
+
+
+def why_no_answers(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:
+    """Why a ratio of bad answers cannot be told; empty if it can."""
+    first, second = (bad_answers(study, cell, results) for cell in cells)
+    seeds = first.keys() & second.keys()
+    if not seeds:
+        return NOT_RUN
+    if not all(second[seed].any() for seed in seeds):
+        return f"open: a seed of {cells[1].arm} has no answer that never ends or is blank"
+    return ""
+
+
+def contrast_answers(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contrast:
+    """The first cell's bad answers as a share of the second's, where nothing is unknown."""
+    first, second = (bad_answers(study, cell, results) for cell in cells)
+    seeds = sorted(first.keys() & second.keys())
+    counts = [np.array([found[seed] for seed in seeds]) for found in (first, second)]
+    of_seeds = with_all(resampling_counts(len(seeds), DRAWS, SEED))
+    of_prompts = with_all(resampling_counts(counts[0].shape[1], DRAWS, SEED + 1))
+    ours, others = ((of_seeds * (of_prompts @ bad.T)).sum(axis=1) for bad in counts)
+    draws = np.divide(ours, others, out=np.full(len(ours), np.inf), where=others > 0)
+    single = [float(ours.sum() / others.sum()) for ours, others in zip(*counts, strict=True)]
+    failed = sum(count_diverged(study, cell, results) for cell in cells)
+    is_tuned = all(is_well_tuned(study, cell, results) for cell in cells)
+    return Contrast(interval_of(draws), single, draws[1:], failed, is_tuned)
+
+
 def difference(draws: list[np.ndarray]) -> np.ndarray:
     """The first minus the second, or the only one."""
     return draws[0] - draws[1] if len(draws) == 2 else draws[0]
@@ -443,15 +490,17 @@ def p_value(condition: dict, found: Contrast) -> float:
     return max(p, float(stats.ttest_1samp(found.by_seed, bound).pvalue))
 
 
-def told(cells: list[str], found: Contrast) -> str:
+def told(formula: str, found: Contrast) -> str:
     """A measured contrast in words."""
     interval = found.interval
-    words = f"{named(cells)} = {interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    words = f"{formula} = {interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
     return words + (f", {found.failed} runs diverged" if found.failed else "")
 
 
-def named(cells: list[str]) -> str:
-    """R of a cell, or what R of one is above another's, as a formula."""
+def named(kind: str, cells: list[str]) -> str:
+    """What a condition bounds, as a formula."""
+    if kind == "bad_answers":
+        return " / ".join(f"bad({cell})" for cell in cells)
     return " - ".join(f"R({cell})" for cell in cells)
 
 
@@ -460,7 +509,7 @@ def rule_of(claim: dict) -> str:
     sides = []
     for side in SIDES:
         conditions = [
-            f"{named(cells_of(condition, claim['name']))} "
+            f"{named(kind_of(condition), cells_of(condition, claim['name']))} "
             + (
                 f">= {condition['at_least']:.2f}"
                 if "at_least" in condition

@@ -41,7 +41,9 @@ DEFAULTS = {
     "few_prompts": False,
     "claims": [],
 }
-CONDITIONS = ("recovery", "gain")
+# What a rule may bound: R of a cell, what R of one is above another's, or how many answers of one
+# never end or are blank, as a share of the other's.
+CONDITIONS = ("recovery", "gain", "bad_answers")
 CLAIM = ("name", "text", "not_shown", "supported", "refuted")
 
 
@@ -155,6 +157,11 @@ def cells_of(condition: dict, where: str) -> list[str]:
         )
     cells = condition[kinds[0]]
     return [cells] if kinds[0] == "recovery" else list(cells)
+
+
+def kind_of(condition: dict) -> str:
+    """Which of `CONDITIONS` a condition is."""
+    return next(kind for kind in CONDITIONS if kind in condition)
 
 
 def parse_cell(text: str, experiment: dict, size: str, where: str) -> Cell:

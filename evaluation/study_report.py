@@ -93,7 +93,8 @@ def study_details(
         "Made by `python evaluation/report.py` from the JSON files beside this one, one a run "
         "([`study.py`](../../study.py) says what they hold), and from the rules in "
         "[`study.toml`](../../study.toml). What they come to is told in the "
-        "[README](../../../README.md#what-we-found-so-far).",
+        "[README](../../../README.md#what-we-found-so-far). R(a) is the recovery of a cell; "
+        "bad(a) / bad(b) compares how many answers, under all decodings, never end or are blank.",
         "",
     ]
     for size, claims in verdicts.items():

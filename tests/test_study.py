@@ -16,18 +16,23 @@ import pytest
 from dataset.command_line import SettingsError
 from dataset.lm_dataset import DataError
 from evaluation.findings import (
+    NOT_RUN,
     Contrast,
     Judged,
     check_controlled,
+    contrast_answers,
     corrected,
     describe_cell,
     holm,
     interval_of,
     is_met,
+    judge,
     judge_claims,
     measure_cell,
     p_value,
     recovery_draws,
+    rule_of,
+    why_no_answers,
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
@@ -544,6 +549,60 @@ def test_rule_needs_the_whole_interval_and_every_seed(
     assert is_met(condition, Contrast(interval, seeds, np.empty(0), 0, is_tuned=True)) is met
     far = [middle, middle, -9.0 if "at_least" in condition else 9.0]
     assert not is_met(condition, Contrast(interval, far, np.empty(0), 0, is_tuned=True))
+
+
+def test_bad_answers_of_one_arm_are_told_as_a_share_of_anothers() -> None:
+    # By prompt and decoding: endless or blank. Arm a has 1 of 6, arm b 1 + 1 + 2 of 6, each seed.
+    outcomes = {
+        "square": {"greedy": ("010", "000"), "sampled": ("000", "000")},
+        "fft": {"greedy": ("101", "100"), "sampled": ("000", "011")},
+    }
+    results = {}
+    for arm, by_decoding in outcomes.items():
+        for seed in (1, 2, 3):
+            result = result_of(f"xs-plain42-{arm}-lr1e-3-s{seed}", seed, [1.0] * 4, arm)
+            named = {
+                decoding: {"runaway": runaway, "blank": blank, "loop": "111"}
+                for decoding, (runaway, blank) in by_decoding.items()
+            }
+            results[result["id"]] = result | {"probe": {"outcomes": named}}
+    cells = [replace(CELL, arm=arm) for arm in outcomes]
+    found = contrast_answers({}, cells, results)
+    assert found.interval.estimate == pytest.approx(1 / 4)
+    assert found.by_seed == pytest.approx([1 / 4] * 3)
+    assert found.is_tuned and len(found.draws) == 10_000
+    # Prompts drawn thrice alike: the first has 0 of 1, the second 1 of 1, the third 0 of 2.
+    assert set(np.round(found.draws, 6)) >= {0.0, 1.0}
+    assert (found.draws > 1).sum() == 0
+    for name in list(results):
+        if name.endswith(("fft-lr1e-3-s1", "fft-lr1e-3-s2", "square-lr1e-3-s3")):
+            del results[name]["probe"]
+    assert why_no_answers({}, cells, results) == NOT_RUN
+
+
+def test_claim_of_answers_is_judged_by_its_bound(study: dict) -> None:
+    claim = {"name": "C", "supported": [], "refuted": []}
+    claim["supported"] = [{"bad_answers": ["square@1e-3", "fft@1e-3"], "at_most": 0.5}]
+    claim["refuted"] = [{"bad_answers": ["square@1e-3", "fft@1e-3"], "at_least": 0.8}]
+    assert rule_of(claim) == (
+        "supported if bad(square@1e-3) / bad(fft@1e-3) <= 0.50; "
+        "refuted if bad(square@1e-3) / bad(fft@1e-3) >= 0.80"
+    )
+    results = {}
+    for arm, runaway in (("square", "0010000000"), ("fft", "1111111111")):
+        for seed in (1, 2, 3):
+            result = result_of(f"xs-plain42-{arm}-lr1e-3-s{seed}", seed, [1.0] * 4, arm)
+            outcomes = {"greedy": {"runaway": runaway, "blank": "0000000000"}}
+            results[result["id"]] = result | {"probe": {"outcomes": outcomes}}
+    experiment = study["experiments"][1]
+    found = judge(study, experiment, claim, "xs", results)
+    assert (found.verdict, found.seeds) == ("supported", 3)
+    assert found.evidence[0].startswith("bad(square@1e-3) / bad(fft@1e-3) = 0.10 [0.00, 0.30]")
+    for name in list(results):
+        if "fft" in name:
+            results[name]["probe"]["outcomes"]["greedy"]["runaway"] = "0000000000"
+    found = judge(study, experiment, claim, "xs", results)
+    assert found.verdict == "open: a seed of fft has no answer that never ends or is blank"
 
 
 def test_few_prompts_name_the_wrong_winner_as_often_as_counted() -> None:
