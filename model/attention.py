@@ -2,7 +2,7 @@
 
 torch's fused kernel keeps no attention weights and computes them anew for the gradient, which is
 right on a GPU and for long sequences. On a CPU, at the few hundred tokens that are trained on here,
-plain batched matrix products take a third of its time:
+plain batched matrix products take under half of its time:
 
     S = Q K^T,  P = softmax(S),  O = P V                                          forward
     dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),
