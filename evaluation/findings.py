@@ -493,7 +493,7 @@ def p_value(condition: dict, found: Contrast) -> float:
 def told(formula: str, found: Contrast) -> str:
     """A measured contrast in words."""
     interval = found.interval
-    words = f"{formula} = {interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    words = f"{formula} = {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
     return words + (f", {found.failed} runs diverged" if found.failed else "")
 
 
@@ -509,16 +509,18 @@ def rule_of(claim: dict) -> str:
     sides = []
     for side in SIDES:
         conditions = [
-            f"{named(kind_of(condition), cells_of(condition, claim['name']))} "
-            + (
-                f">= {condition['at_least']:.2f}"
-                if "at_least" in condition
-                else f"<= {condition['at_most']:.2f}"
-            )
+            f"{named(kind_of(condition), cells_of(condition, claim['name']))} {bound_of(condition)}"
             for condition in claim[side]
         ]
         sides.append(f"{side} if {' and '.join(conditions)}")
     return "; ".join(sides)
+
+
+def bound_of(condition: dict) -> str:
+    """`>= 0.10` or `<= 0.10`."""
+    if "at_least" in condition:
+        return f">= {condition['at_least']:.2f}"
+    return f"<= {condition['at_most']:.2f}"
 
 
 # ---------------------------------------------------------------- rates, ladder, few prompts

@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from evaluation.findings import (
     FEW_PROMPTS,
     NOT_RUN,
+    SIDES,
     Judged,
     Row,
+    bound_of,
     contrast,
     count_diverged,
     describe_cell,
@@ -47,7 +49,7 @@ from evaluation.study import (
     validation_nll,
 )
 
-CLAIM_COLUMNS = ("claim", "verdict", "measured", "seeds")
+CLAIM_COLUMNS = ("claim", "verdict", "measured", "supported if; refuted if", "seeds")
 CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets", "tokens/s")
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
 RATES = {"runaway": "never stops", "loop": "loops", "blank": "blank"}
@@ -171,6 +173,7 @@ def claim_lines(claims: list[Judged]) -> list[str]:
             f"{judged.claim['name']}: {judged.claim['text']}",
             f"**{judged.verdict}**",
             "; ".join(judged.evidence) or "-",
+            "; ".join(" and ".join(map(bound_of, judged.claim[side])) for side in SIDES),
             str(judged.seeds),
         )
         for judged in told

@@ -293,7 +293,7 @@ def test_verdict_needs_three_seeds_that_agree_and_a_rate_inside_its_grid(study: 
     low = [0, 96, 0, 192]  # R = .1
     (claim,) = judge_claims(study, "xs", three_seeds([low, low, base]))
     assert (claim.verdict, claim.seeds) == ("supported", 3)
-    assert claim.evidence[0].startswith("R(square@1e-3) = 0.07 [")
+    assert claim.evidence[0].startswith("R(square@1e-3) = 0.067 [")
     (claim,) = judge_claims(study, "xs", three_seeds([good, good]))
     assert (claim.verdict, claim.seeds) == ("open: too few seeds", 2)
     (claim,) = judge_claims(study, "xs", three_seeds([base, base, bad]))
@@ -597,7 +597,7 @@ def test_claim_of_answers_is_judged_by_its_bound(study: dict) -> None:
     experiment = study["experiments"][1]
     found = judge(study, experiment, claim, "xs", results)
     assert (found.verdict, found.seeds) == ("supported", 3)
-    assert found.evidence[0].startswith("bad(square@1e-3) / bad(fft@1e-3) = 0.10 [0.00, 0.30]")
+    assert found.evidence[0].startswith("bad(square@1e-3) / bad(fft@1e-3) = 0.100 [0.000, 0.300]")
     for name in list(results):
         if "fft" in name:
             results[name]["probe"]["outcomes"]["greedy"]["runaway"] = "0000000000"
@@ -669,7 +669,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     results = BASE | results_of(SWEEP | square)
     text = report_of(study, results)
-    claim = "| C: square fails | **open: too few seeds** | R(square@1e-3) = 0.50 [0.50, 0.50] | 2 |"
+    claim = "| C: square fails | **open: too few seeds** | R(square@1e-3) = 0.500 "
+    claim += "[0.500, 0.500] | <= 0.50; >= 0.50 | 2 |"
     assert claim in text
     base = "`xs-plain42`: 2,000 parameters, pretrained on 3.0M tokens (1500.0 each) in float32"
     start = "5.000 on general a response token (the test half, from which R counts)"
