@@ -18,9 +18,11 @@ its own (its memory is its own), and takes its steps when this one says so:
     answers, transformers     our generation as eval_llm.py sets it up, and LlamaForCausalLM's own
 
 A time is from one step's start to the next one's: loading and bookkeeping are in it. The first
-five steps, which compile, are not counted; what they cost more than others is shown apart. Tokens
-are those of samples, no padding. The share of the peak counts 6 N FLOPs a token for full
-fine-tuning and 4 N for adapters, attention left out.
+five steps, and later ones in which an arm compiles, are not counted; what they cost more than
+others is shown apart. Tokens are those of samples, no padding. How many times as fast, or as long,
+and the share of the peak are the median of the turns' own ratios. The share counts 6 N FLOPs a
+token for full fine-tuning and 4 N for adapters, attention left out. Beside LoRA stands its floor:
+one adapter, on the first block's q.
 
 Without --data_path, conversations of random words are made, with lengths as of medical question
 answering cut at 340 tokens: mean 276. Writes evaluation/bench.json, which report.py tells of.
@@ -29,6 +31,7 @@ answering cut at 340 tokens: mean 276. Writes evaluation/bench.json, which repor
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
@@ -60,7 +64,7 @@ from dataset.lm_dataset import (
 )
 from dataset.untrusted import error_line
 from evaluation.arguments import PROMPTS_FILE
-from evaluation.bench_tables import METHODS, bench_lines, flops_per_token
+from evaluation.bench_tables import METHODS, bench_lines, flops_per_token, spread
 from evaluation.prompts import encode_prompts, read_prompts
 from model.generation import Decoder, Decoding
 from model.generation import generate as generate_ours
@@ -77,6 +81,7 @@ from model.model_minimind import (
 )
 from trainer import train_full_sft, train_lora, trainer_utils
 from trainer.machine import (
+    can_compile,
     choose_device,
     choose_dtype,
     describe_machine,
@@ -92,6 +97,8 @@ SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 STUDY_SIZES = tomllib.loads((Path(__file__).resolve().parent / "study.toml").read_text())["sizes"]
 SIZES = {name: {key: size[key] for key in SHAPE} for name, size in STUDY_SIZES.items()}
 LORA_TARGETS = {"lora_square": "square", "lora_all": "all-linear"}
+# As little as trains in the first block: the least that a step of an adapter there can cost.
+LORA_TARGETS["lora_floor"] = "model.layers.0.self_attn.q_proj"
 PEFT_TARGETS = {
     "lora_square": ["q_proj", "o_proj"],
     "lora_all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -99,9 +106,7 @@ PEFT_TARGETS = {
 RANK, ALPHA = 8, 32.0
 MAX_SEQ_LEN = 340
 SEED = 42
-# Steps: the first compiles for its length, the next ones for any, and the fifth of the plan that
-# SEED makes is so short that full fine-tuning's norms compile once more.
-WARM_UP = 5
+WARM_UP = 5  # turns; most of what is compiled is compiled in these
 # A long run, of which the first steps are measured: ours compiles only what earns that back.
 PLANNED_STEPS = 10_000
 # Deciles of conversation lengths in tokens, from the shortest to the longest.
@@ -111,6 +116,9 @@ TEMPLATE_TOKENS = 18  # of the chat template, and of first words, whose space is
 PROMPT_SHARE = 0.15  # of a conversation's tokens are the user's
 NEW_TOKENS = 64
 PROMPTS = 100
+REPEATS = 7  # of generation
+# Of a GPU's sweep, in which its utilization is asked: nvidia-smi's own mean is over up to a second.
+LEAST_SECONDS = {"cpu": 0, "cuda": 5}
 GPU_SWEEP = [1, 2, 4, 8, 16, 32, 64, 128]
 # FLOP/s of dense bfloat16 products by a part of the card's name, as its maker states them.
 CARD_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -122,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--sizes", nargs="+", choices=SIZES, default=["xs", "s", "base"], help="xs s base")
     add("--batch_size", type=int, default=32, help="conversations a step (32)")
-    add("--steps", type=int, default=5, help="measured steps of every arm (5)")
+    add("--steps", type=int, default=6, help="measured steps of every arm (6)")
     add("--quick", action="store_true", help="one measured step, one repetition")
     add("--data_path", type=Path, nargs="+", help="JSONL of conversations (default: random words)")
     add("--sweep", type=int, nargs="+", help="batches to try at the last size (GPU: 1 to 128)")
@@ -178,8 +186,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             for method in METHODS
             for engine in ("ours", "trainer")
         ]
-        measured = in_turns(works, WARM_UP + args.steps, folder)
-        result["training"][size] = training_result(weights, measured)
+        steps = WARM_UP + args.steps
+        found = training_result(weights, in_turns(works, steps, folder))
+        # Apart: all processes at once would not fit into 24 GiB.
+        works = [work(args, folder, size, f"ours/{name}", data) for name in ("fft", "lora_floor")]
+        found["floor"] = step_ratio(*in_turns(works, steps, folder).values())
+        result["training"][size] = found
         print(f"{size}: trained after {(time.perf_counter() - started) / 60:.1f} minutes")
     last = args.sizes[-1]
     result["startup"] = startup(args, folder, last)
@@ -317,7 +329,7 @@ class Arm:
 
 
 def in_turns(works: list[Work], steps: int, folder: Path) -> dict[str, list[dict]]:
-    """What every arm says of its steps, one arm after the other.
+    """What every arm says of its steps, one arm after the other, every other turn backward.
 
     They compile with a cache of this call's own, so that compiling costs what it costs at first.
     """
@@ -326,8 +338,8 @@ def in_turns(works: list[Work], steps: int, folder: Path) -> dict[str, list[dict
     for arm in arms:
         arm.wait()
     said: dict[str, list[dict]] = {arm.work.arm: [] for arm in arms}
-    for _ in range(steps):
-        for arm in arms:
+    for turn in range(steps):
+        for arm in arms if turn % 2 else reversed(arms):
             said[arm.work.arm].append(arm.step())
     for arm in arms:
         arm.end()
@@ -379,7 +391,8 @@ def run_ours(work: Work, method: str, pace: Pace) -> None:
     def paced(*args: object) -> tuple[float, float, int, int]:
         pace.next_step()
         loss, norm, tokens, labeled = take_step(*args)
-        pace.facts |= {"loss": loss, "tokens": tokens}
+        graphs = counters["stats"]["unique_graphs"]
+        pace.facts |= {"loss": loss, "tokens": tokens, "graphs": graphs}
         return loss, norm, tokens, labeled
 
     trainer_utils.train_step = paced
@@ -388,6 +401,8 @@ def run_ours(work: Work, method: str, pace: Pace) -> None:
     flags += ["--data_path", *work.data, "--batch_size", str(work.batch_size), "--seed", str(SEED)]
     flags += ["--max_steps", str(PLANNED_STEPS), "--max_seq_len", str(MAX_SEQ_LEN), "--overwrite"]
     flags += ["--learning_rate", "1e-4", "--log_interval", str(PLANNED_STEPS)]
+    if work.device == "cuda" and can_compile("cuda"):
+        flags += ["--use_compile", "on"]  # by default of the longest runs only, so not of all arms
     name = f"{work.size}_{method}_{work.batch_size}"
     if method == "fft":
         sys.argv = ["train_full_sft.py", *flags, "--run_name", name]
@@ -418,7 +433,10 @@ def run_trainer(work: Work, method: str, pace: Pace) -> None:
             plan = StepSampler(data.lengths, work.batch_size, seed=SEED, max_steps=PLANNED_STEPS)
             batches = [batch for step in plan for batch in step]
             return DataLoader(
-                self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator
+                self.train_dataset,
+                batch_sampler=batches,
+                collate_fn=self.data_collator,
+                pin_memory=work.device == "cuda",  # Trainer's default
             )
 
         def training_step(self, model: nn.Module, inputs: dict, *rest: object) -> torch.Tensor:
@@ -466,6 +484,8 @@ def matrix_shapes(config: LlamaConfig) -> list[tuple[int, int, int]]:
 
 def run_peak(work: Work, _: str, pace: Pace) -> None:
     """Each product of a step once (forward, both gradients): FLOP/s, weighted by FLOPs."""
+    if work.device == "cpu":
+        keep_freed_memory()  # as our steps do: else new memory is a part of what is timed
     dtype = getattr(torch, choose_dtype("auto", work.device))
     shapes = matrix_shapes(load_model(Path(work.weights)).config)
     tokens = int(work.batch_size * np.mean(LENGTH_DECILES))
@@ -491,7 +511,8 @@ def time_products(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, de
         torch.mm(y.T, x)
 
     products()
-    return min(timed(products, device) for _ in range(3))
+    calls = 20 if device == "cuda" else 1  # their launches overlap with what runs
+    return min(timed(lambda: [products() for _ in range(calls)], device) for _ in range(3)) / calls
 
 
 def timed(function: Callable[[], object], device: str = "cpu") -> float:
@@ -508,11 +529,6 @@ def timed(function: Callable[[], object], device: str = "cpu") -> float:
 # ---------------------------------------------------------------- results of training
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
 def training_result(weights: Path, said: dict[str, list[dict]]) -> dict:
     """What one size's arms said, as bench.json holds it.
 
@@ -520,33 +536,63 @@ def training_result(weights: Path, said: dict[str, list[dict]]) -> dict:
         DataError: arms did not take the same batches.
     """
     total = count_parameters(load_model(weights))[0]
+    turns = measured_turns(said)
     (peak,) = [steps for arm, steps in said.items() if arm.startswith("peak/")]
-    rate = spread([step["flops_per_second"] for step in peak[WARM_UP:]])
+    peaks = [step["flops_per_second"] for step in peak]
     arms = {arm: steps for arm, steps in said.items() if not arm.startswith("peak/")}
     plans = {tuple(step["tokens"] for step in steps) for steps in arms.values()}
     if len(plans) != 1:
         raise DataError(f"{weights.name}: the arms took different batches: {sorted(plans)}")
-    found = {"parameters": total, "peak_flops_per_second": rate}
+    found = {"parameters": total, "peak_flops_per_second": spread([peaks[turn] for turn in turns])}
     found["arms"] = {
-        arm: arm_result(steps, flops_per_token(arm.partition("/")[2], found), rate["median"])
+        arm: arm_result(steps, turns, flops_per_token(arm.partition("/")[2], found), peaks)
         for arm, steps in arms.items()
     }
     return found
 
 
-def arm_result(steps: list[dict], flops_per_token: int, peak: float) -> dict:
-    """What one arm said of its steps, the first of which compiled."""
-    first, rest = steps[:WARM_UP], steps[WARM_UP:]
-    speed = spread([step["tokens"] / step["seconds"] for step in rest])
-    usual = sum(step["tokens"] for step in first) / speed["median"]
+def measured_turns(said: dict[str, list[dict]]) -> list[int]:
+    """The turns after `WARM_UP` in which no arm compiled.
+
+    Raises:
+        DataError: there is none.
+    """
+    arms = list(said.values())
+    turns = [
+        turn
+        for turn in range(WARM_UP, len(arms[0]))
+        if all(arm[turn].get("graphs") == arm[turn - 1].get("graphs") for arm in arms)
+    ]
+    if not turns:
+        raise DataError("some arm compiled in every measured step: use more --steps")
+    return turns
+
+
+def arm_result(
+    steps: list[dict], turns: list[int], flops_per_token: int, peaks: list[float]
+) -> dict:
+    """What one arm said of its steps, the measured turns apart from those that compiled."""
+    rest = [steps[turn] for turn in turns]
+    first = [step for turn, step in enumerate(steps) if turn not in turns]
+    speeds = [step["tokens"] / step["seconds"] for step in rest]
+    usual = sum(step["tokens"] for step in first) / median(speeds)
+    shares = [
+        speed * flops_per_token / peaks[turn] for turn, speed in zip(turns, speeds, strict=True)
+    ]
     return {
-        "tokens_per_second": speed,
-        "step_seconds": spread([step["seconds"] for step in rest]),
+        "tokens_per_second": spread(speeds),
+        "seconds": [step["seconds"] for step in rest],
         "compile_seconds": sum(step["seconds"] for step in first) - usual,
-        "share_of_peak": speed["median"] * flops_per_token / peak,
+        "share_of_peak": spread(shares),
         "peak_memory_bytes": rest[-1]["peak_memory_bytes"],
-        "first_loss": first[0]["loss"],
+        "first_loss": steps[0]["loss"],
     }
+
+
+def step_ratio(full: list[dict], other: list[dict]) -> dict[str, float]:
+    """How many times as long as full fine-tuning's step another arm's takes, by turn."""
+    turns = measured_turns({"full": full, "other": other})
+    return spread([other[turn]["seconds"] / full[turn]["seconds"] for turn in turns])
 
 
 # ---------------------------------------------------------------- start, sweep
@@ -583,8 +629,10 @@ def sweep(args: argparse.Namespace, folder: Path, size: str, data: list[Path]) -
             arm.wait()
             for _ in range(WARM_UP):
                 arm.step()
+            steps: list[dict] = []
             with Utilization(args.device) as utilization:
-                steps = [arm.step() for _ in range(args.steps)]
+                while len(steps) < args.steps or seconds_of(steps) < LEAST_SECONDS[args.device]:
+                    steps.append(arm.step())
             arm.end()
             speed = spread([step["tokens"] / step["seconds"] for step in steps])
             memory = steps[-1]["peak_memory_bytes"]
@@ -593,28 +641,35 @@ def sweep(args: argparse.Namespace, folder: Path, size: str, data: list[Path]) -
     return found
 
 
+def seconds_of(steps: list[dict]) -> float:
+    """What steps took together."""
+    return sum(step["seconds"] for step in steps)
+
+
 class Utilization:
     """The share of time in which the GPU runs a kernel, asked of nvidia-smi ten times a second."""
 
     COMMAND = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
 
     def __init__(self, device: str):
-        self.is_gpu = device == "cuda"
+        self.is_asked = device == "cuda" and shutil.which("nvidia-smi") is not None
         self.percents: list[float] = []
 
     def __enter__(self) -> "Utilization":
-        if self.is_gpu:
-            command = [*self.COMMAND, "-lms", "100"]
+        if self.is_asked:
+            card = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+            command = [*self.COMMAND, "--id", card, "--loop-ms=100"]
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.is_gpu:
+        if self.is_asked:
             self.process.terminate()
-            self.percents = [float(line) for line in self.process.communicate()[0].split()]
+            lines = self.process.communicate()[0].split()
+            self.percents = [float(line) for line in lines if line.isdecimal()]  # not "[N/A]"
 
     def mean(self) -> float | None:
-        """From 0 to 1; None without a GPU."""
+        """From 0 to 1; None without a GPU that tells it."""
         return sum(self.percents) / len(self.percents) / 100 if self.percents else None
 
 
@@ -629,17 +684,19 @@ def generation(args: argparse.Namespace, folder: Path, size: str) -> dict:
     prompts = bench_prompts("batch")
     found: dict = {"size": size, "prompts": len(prompts), "new_tokens": NEW_TOKENS}
     found["mean_prompt_tokens"] = round(sum(map(len, prompts)) / len(prompts), 1)
-    for way, repeats in {"alone": 7, "batch": 3}.items():
+    for way in ("alone", "batch"):
         works = [
             work(args, folder, size, f"{engine}/{dtype}/{way}", [])
             for dtype in ("float32", "bfloat16")
             for engine in ("answers", "transformers")
         ]
-        for arm, steps in in_turns(works, 2 if args.quick else 1 + repeats, folder).items():
+        for arm, steps in in_turns(works, 2 if args.quick else 1 + REPEATS, folder).items():
             engine, dtype, _ = arm.split("/")
-            speeds = [step["tokens"] / step["seconds"] for step in steps[1:]]
             name = "ours" if engine == "answers" else engine
-            found.setdefault(way, {}).setdefault(dtype, {})[name] = spread(speeds)
+            found.setdefault(way, {}).setdefault(dtype, {})[name] = {
+                "tokens_per_second": spread([s["tokens"] / s["seconds"] for s in steps[1:]]),
+                "seconds": [step["seconds"] for step in steps[1:]],
+            }
     return found
 
 

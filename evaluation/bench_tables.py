@@ -1,12 +1,14 @@
 """What bench.py measured, as Markdown: for the screen, and for the README through report.py."""
 
+from statistics import median
+
 from evaluation.outputs import markdown_table
 
 METHODS = {"fft": "FFT", "lora_square": "LoRA, square r8", "lora_all": "LoRA, all-linear r8"}
 TRAINING_COLUMNS = ("size", "trained", "tokens/s", "of the matrix peak", "Trainer's tokens/s")
 TRAINING_COLUMNS += ("times as fast", "step beside FFT's", "compiling, s", "MiB", "Trainer's MiB")
 GENERATION_COLUMNS = ("prompts", "type", "tokens/s", "transformers' tokens/s", "times as fast")
-SWEEP_COLUMNS = ("batch", "trained", "tokens/s", "of the matrix peak", "GPU busy", "MiB")
+SWEEP_COLUMNS = ("batch", "trained", "tokens/s", "of the matrix peak", "MFU", "GPU busy", "MiB")
 
 
 def bench_lines(result: dict) -> list[str]:
@@ -17,7 +19,8 @@ def bench_lines(result: dict) -> list[str]:
         for size, measured in result["training"].items()
         for method in METHODS
     ]
-    lines += [*markdown_table(TRAINING_COLUMNS, rows), "", peak_sentence(result), ""]
+    lines += [*markdown_table(TRAINING_COLUMNS, rows), "", peak_sentence(result)]
+    lines += [floor_sentence(result), ""]
     lines += [*markdown_table(GENERATION_COLUMNS, generation_rows(result["generation"])), ""]
     lines += [generation_sentence(result["generation"]), "", *other_sentences(result)]
     if "sweep" in result:
@@ -32,12 +35,18 @@ def machine_sentence(result: dict) -> str:
     if machine["device"] == "cpu":
         where += f", {machine['threads']} threads"
     commit = result["git"].get("commit", "unknown")[:7]
+    commit += " with changes" if result["git"].get("dirty") else ""
     return (
         f"`make bench`, at commit {commit} on {where}, in {result['dtype']}: batch "
         f"{result['batch_size']}, {data['conversations']:,} conversations of "
         f"{data['mean_tokens']:.0f} tokens in the mean and {data['max_tokens']} at most; medians "
         "(smallest and largest)."
     )
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def told_spread(values: dict[str, float], digits: int = 0) -> str:
@@ -49,20 +58,40 @@ def told_spread(values: dict[str, float], digits: int = 0) -> str:
 def training_row(size: str, method: str, measured: dict) -> list[str]:
     """One row of `TRAINING_COLUMNS`."""
     ours, theirs = (measured["arms"][f"{engine}/{method}"] for engine in ("ours", "trainer"))
-    full = measured["arms"]["ours/fft"]
-    speed, other = ours["tokens_per_second"], theirs["tokens_per_second"]
+    full, share = measured["arms"]["ours/fft"], ours["share_of_peak"]
     return [
         f"{size}, {measured['parameters'] / 1e6:.1f}M",
         METHODS[method],
-        told_spread(speed),
-        f"{ours['share_of_peak']:.0%}",
-        told_spread(other),
-        f"{speed['median'] / other['median']:.2f}",
-        f"{full['tokens_per_second']['median'] / speed['median']:.2f}",
+        told_spread(ours["tokens_per_second"]),
+        f"{share['median']:.0%} ({share['min']:.0%}-{share['max']:.0%})",
+        told_spread(theirs["tokens_per_second"]),
+        told_spread(time_ratio(theirs, ours), 2),
+        "1" if method == "fft" else told_spread(time_ratio(ours, full), 2),
         f"{ours['compile_seconds']:.0f}",
         f"{ours['peak_memory_bytes'] / 2**20:,.0f}",
         f"{theirs['peak_memory_bytes'] / 2**20:,.0f}",
     ]
+
+
+def time_ratio(arm: dict, other: dict) -> dict[str, float]:
+    """How many times as long as ``other`` an arm takes: median, smallest and largest.
+
+    Of the turns, in each of which both take the same batch: a slow minute of the machine is in
+    both.
+    """
+    return spread([a / b for a, b in zip(arm["seconds"], other["seconds"], strict=True)])
+
+
+def floor_sentence(result: dict) -> str:
+    """The least that an adapter's step can cost beside full fine-tuning's."""
+    floors = [
+        f"{told_spread(measured['floor'], 2)} at {size}"
+        for size, measured in result["training"].items()
+    ]
+    return (
+        "The floor of an adapter's step beside FFT's, with one adapter on the first block's q: "
+        f"{', '.join(floors)}. Ratios are medians of the turns' own."
+    )
 
 
 def peak_sentence(result: dict) -> str:
@@ -88,8 +117,9 @@ def generation_rows(generation: dict) -> list[list[str]]:
     for way, title in {"alone": "1", "batch": str(generation["prompts"])}.items():
         for dtype, engines in generation[way].items():
             ours, theirs = engines["ours"], engines["transformers"]
-            ratio = ours["median"] / theirs["median"]
-            rows.append([title, dtype, told_spread(ours), told_spread(theirs), f"{ratio:.2f}"])
+            ratio = told_spread(time_ratio(theirs, ours), 2)
+            speeds = (told_spread(found["tokens_per_second"]) for found in (ours, theirs))
+            rows.append([title, dtype, *speeds, ratio])
     return rows
 
 
@@ -108,8 +138,8 @@ def other_sentences(result: dict) -> list[str]:
     told = {name: told_spread(values, 1) for name, values in start.items()}
     ours, theirs = (told_spread(tokens[name], 1) for name in ("ours", "encode_batch"))
     return [
-        f"From a process's start to its first step: {told['cold']} s, {told['warm']} s "
-        "with tokens cached; that step, which compiles, took "
+        f"A process begins its first step {told['cold']} s after its start, {told['warm']} s with "
+        "tokens cached; that step, which compiles, takes another "
         f"{told['cold_first_step']} s, {told['warm_first_step']} s with code cached.",
         f"Tokenizing {', '.join(tokens['files'])} ({tokens['megabytes']:.1f} MB): {ours} MB/s from "
         f"JSONL to the cache, {theirs} MB/s by the tokenizer's own `encode_batch` alone.",
@@ -123,14 +153,15 @@ def sweep_rows(result: dict) -> list[list[str]]:
     measured = result["training"][sweep["size"]]
     for batch, methods in sweep["batches"].items():
         for method, found in methods.items():
-            share = found["tokens_per_second"]["median"] * flops_per_token(method, measured)
-            busy = found["gpu_utilization"]
+            flops = found["tokens_per_second"]["median"] * flops_per_token(method, measured)
+            busy, card = found["gpu_utilization"], result["card_peak"]
             rows.append(
                 [
                     batch,
                     METHODS[method],
                     told_spread(found["tokens_per_second"]),
-                    f"{share / measured['peak_flops_per_second']['median']:.0%}",
+                    f"{flops / measured['peak_flops_per_second']['median']:.0%}",
+                    "-" if card is None else f"{flops / card:.0%}",
                     "-" if busy is None else f"{busy:.0%}",
                     f"{found['peak_memory_bytes'] / 2**20:,.0f}",
                 ]
