@@ -3,7 +3,7 @@
 # make stress kills training runs at random moments, continues and compares them, minutes
 # make study  every run of evaluation/study.toml at xs that has no result yet, all of them in about a
 #             day on two cores; needs dataset/data/ (README, "What we found so far")
-# make bench  speed beside transformers and PEFT, about 20 minutes on two CPU cores
+# make bench  speed beside transformers and PEFT, about half an hour on two CPU cores
 # make report the README's tables, the figures and the page, from the committed results
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment

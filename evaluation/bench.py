@@ -1,7 +1,7 @@
 r"""
 Measures speed and memory of training, generation and loading, beside transformers and PEFT.
 
-    python evaluation/bench.py                            # or: make bench; about 20 minutes
+    python evaluation/bench.py                            # or: make bench; about half an hour
     python evaluation/bench.py --sizes xs --quick         # some minutes: does it run?
     python evaluation/bench.py --data_path dataset/data/medquad.jsonl.gz
     python evaluation/bench.py --sweep 1 8 32    # does a small batch keep it busy? On a GPU, always
