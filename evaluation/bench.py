@@ -118,7 +118,7 @@ NEW_TOKENS = 64
 PROMPTS = 100
 REPEATS = 7  # of generation
 # Of a GPU's sweep, in which its utilization is asked: nvidia-smi's own mean is over up to a second.
-LEAST_SECONDS = {"cpu": 0, "cuda": 5}
+GPU_SECONDS = 5
 GPU_SWEEP = [1, 2, 4, 8, 16, 32, 64, 128]
 # FLOP/s of dense bfloat16 products by a part of the card's name, as its maker states them.
 CARD_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -630,8 +630,9 @@ def sweep(args: argparse.Namespace, folder: Path, size: str, data: list[Path]) -
             for _ in range(WARM_UP):
                 arm.step()
             steps: list[dict] = []
+            least = GPU_SECONDS if args.device == "cuda" else 0
             with Utilization(args.device) as utilization:
-                while len(steps) < args.steps or seconds_of(steps) < LEAST_SECONDS[args.device]:
+                while len(steps) < args.steps or sum(s["seconds"] for s in steps) < least:
                     steps.append(arm.step())
             arm.end()
             speed = spread([step["tokens"] / step["seconds"] for step in steps])
@@ -639,11 +640,6 @@ def sweep(args: argparse.Namespace, folder: Path, size: str, data: list[Path]) -
             found[str(batch)][method] = {"tokens_per_second": speed, "peak_memory_bytes": memory}
             found[str(batch)][method]["gpu_utilization"] = utilization.mean()
     return found
-
-
-def seconds_of(steps: list[dict]) -> float:
-    """What steps took together."""
-    return sum(step["seconds"] for step in steps)
 
 
 class Utilization:

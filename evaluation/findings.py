@@ -345,13 +345,14 @@ def judge(
         for condition in claim[side]:
             kind, names = kind_of(condition), cells_of(condition, experiment["id"])
             cells = [parse_cell(name, experiment, size, experiment["id"]) for name in names]
-            is_of_answers = kind == "bad_answers"
-            why = (why_no_answers if is_of_answers else why_unknown)(study, cells, results)
-            if why:
+            if kind == "bad_answers":
+                explain, compare = why_no_answers, contrast_answers
+            else:
+                explain, compare = why_unknown, contrast
+            if why := explain(study, cells, results):
                 return Judged(claim, why, [])
             formula = named(kind, names)
             if formula not in contrasts:
-                compare = contrast_answers if is_of_answers else contrast
                 contrasts[formula] = compare(study, cells, results)
             holds[side] &= is_met(condition, contrasts[formula])
             ps[side] = max(ps[side], p_value(condition, contrasts[formula]))
