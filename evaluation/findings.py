@@ -11,6 +11,7 @@ Answers that never end or are blank, bad ones, are drawn likewise: seeds and pro
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -177,8 +178,8 @@ def recovery_draws(
     seeds = common_seeds(arms, full)
     if not seeds:
         raise ValueError("no seed is common to all arms")
-    of_seeds = with_all(resampling_counts(len(seeds), draws, SEED))
-    of_conversations = with_all(resampling_counts(len(base), draws, SEED + 1))
+    of_seeds = counts_with_all(len(seeds), draws, SEED)
+    of_conversations = counts_with_all(len(base), draws, SEED + 1)
     losses = [
         mean_nll_draws(rows_of(arm, seeds), full.tokens, of_seeds, of_conversations)
         for arm in (full, *arms)
@@ -210,9 +211,10 @@ def gains_enough(base: np.ndarray, full: Measured) -> bool:
     return base.sum() / full.tokens.sum() - full.nll >= SMALLEST_GAIN
 
 
-def with_all(counts: np.ndarray) -> np.ndarray:
-    """The counts after a first row that takes each unit once: the estimate itself."""
-    return np.vstack([np.ones(counts.shape[1]), counts])
+@lru_cache(maxsize=16)
+def counts_with_all(units: int, draws: int, seed: int) -> np.ndarray:
+    """Counts of :func:`resampling_counts` after a row of ones: the estimate itself."""
+    return np.vstack([np.ones(units), resampling_counts(units, draws, seed)])
 
 
 def rows_of(arm: Measured, seeds: Iterable[int]) -> np.ndarray:
@@ -443,8 +445,8 @@ def contrast_answers(study: dict, cells: list[Cell], results: dict[str, dict]) -
     first, second = (bad_answers(study, cell, results) for cell in cells)
     seeds = sorted(first.keys() & second.keys())
     counts = [np.array([found[seed] for seed in seeds]) for found in (first, second)]
-    of_seeds = with_all(resampling_counts(len(seeds), DRAWS, SEED))
-    of_prompts = with_all(resampling_counts(counts[0].shape[1], DRAWS, SEED + 1))
+    of_seeds = counts_with_all(len(seeds), DRAWS, SEED)
+    of_prompts = counts_with_all(counts[0].shape[1], DRAWS, SEED + 1)
     ours, others = ((of_seeds * (of_prompts @ bad.T)).sum(axis=1) for bad in counts)
     draws = np.divide(ours, others, out=np.full(len(ours), np.inf), where=others > 0)
     single = [float(ours.sum() / others.sum()) for ours, others in zip(*counts, strict=True)]
