@@ -63,6 +63,7 @@ from evaluation.study import read_results, read_study
 from evaluation.study_report import (
     DETAILS,
     NO_STUDY,
+    describe_cells,
     study_block,
     study_details,
     study_figures,
@@ -139,7 +140,8 @@ def build(root: Path) -> dict[Path, str]:
     study = read_study(study_file) if study_file.is_file() else None
     results = read_results(study_results)
     check_controlled(results)
-    drawn = figures(records, rates) | (study_figures(study, results) if study else {})
+    rows = describe_cells(study, results) if study else {}
+    drawn = figures(records, rates) | (study_figures(study, results, rows) if study else {})
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     stress = root / "tests" / "stress_resume.json"
@@ -151,7 +153,7 @@ def build(root: Path) -> dict[Path, str]:
     if study and results:
         verdicts = verdicts_by_size(study, results)
         parts["study"] = study_block(study, results, verdicts, drawn)
-        details[root / DETAILS] = "\n".join(study_details(study, results, verdicts)) + "\n"
+        details[root / DETAILS] = "\n".join(study_details(study, results, rows, verdicts)) + "\n"
     for name, lines in parts.items():
         text = replace_block(text, name, lines, str(readme))
     return {

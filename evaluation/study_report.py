@@ -21,11 +21,13 @@ from evaluation.findings import (
     Judged,
     Row,
     bound_of,
+    common_seeds,
     contrast,
     count_diverged,
     describe_cell,
     full_of,
     judge_claims,
+    measure_cell,
     rule_of,
     tuned_arms,
     why_unknown,
@@ -75,6 +77,20 @@ def verdicts_by_size(study: dict, results: dict[str, dict]) -> dict[str, list[Ju
     return {size: judge_claims(study, size, results) for size in study["sizes"] if size in found}
 
 
+def describe_cells(study: dict, results: dict[str, dict]) -> dict[Cell, Row | None]:
+    """What was measured of every cell of an experiment, a sweep's at its best rate.
+
+    Each is bootstrapped once, though tables and figures of several experiments tell of it.
+    """
+    cells = {
+        cell
+        for experiment in study["experiments"]
+        for size in experiment["sizes"]
+        for cell in tuned_cells(experiment, size)
+    }
+    return {cell: describe_cell(study, cell, results) for cell in cells}
+
+
 def study_block(
     study: dict, results: dict[str, dict], verdicts: dict[str, list[Judged]], drawn: Iterable[str]
 ) -> list[str]:
@@ -86,9 +102,16 @@ def study_block(
 
 
 def study_details(
-    study: dict, results: dict[str, dict], verdicts: dict[str, list[Judged]]
+    study: dict,
+    results: dict[str, dict],
+    rows: dict[Cell, Row | None],
+    verdicts: dict[str, list[Judged]],
 ) -> list[str]:
-    """Markdown lines of `DETAILS`: for each size the rules, the cells, the tuned rates."""
+    """Markdown lines of `DETAILS`: for each size the rules, the cells, the tuned rates.
+
+    Args:
+        rows: what :func:`describe_cells` found.
+    """
     lines = [
         "# The study's results",
         "",
@@ -102,7 +125,7 @@ def study_details(
     for size, claims in verdicts.items():
         lines += [f"## At `{size}`", "", *rule_lines(claims)]
         for experiment in study["experiments"]:
-            lines += experiment_lines(study, experiment, size, results)
+            lines += experiment_lines(study, experiment, size, results, rows)
         lines += rate_lines(study, size, results)
     return lines[:-1]
 
@@ -195,25 +218,33 @@ def rule_lines(claims: list[Judged]) -> list[str]:
 
 
 def experiment_lines(
-    study: dict, experiment: dict, size: str, results: dict[str, dict]
+    study: dict,
+    experiment: dict,
+    size: str,
+    results: dict[str, dict],
+    rows: dict[Cell, Row | None],
 ) -> list[str]:
     """The measured cells of an experiment, under its question; of a ladder, once it is whole."""
     if size not in experiment["sizes"]:
         return []
     if experiment["few_prompts"]:
-        columns, rows = FEW_COLUMNS, few_rows(few_prompt_rates(study, size, results))
+        columns, lines = FEW_COLUMNS, few_rows(few_prompt_rates(study, size, results, rows))
     else:
-        columns, rows = cell_table(study, experiment, size, results)
-    if not rows:
+        columns, lines = cell_table(study, experiment, size, results, rows)
+    if not lines:
         return []
     title = f"{experiment['id']}. {experiment['question']}"
     again = f"`python evaluation/run_study.py --size {size} --experiment '{experiment['id']}'`"
-    lines = [f"*{title}* {again}", "", *markdown_table(columns, rows), ""]
-    return lines + update_lines(study, experiment, size, results)
+    table = [f"*{title}* {again}", "", *markdown_table(columns, lines), ""]
+    return table + update_lines(study, experiment, size, results)
 
 
 def cell_table(
-    study: dict, experiment: dict, size: str, results: dict[str, dict]
+    study: dict,
+    experiment: dict,
+    size: str,
+    results: dict[str, dict],
+    rows: dict[Cell, Row | None],
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of an experiment's cells; no rows of a ladder that is not whole."""
     cells, ladder = tuned_cells(experiment, size), experiment["ladder"]
@@ -223,21 +254,21 @@ def cell_table(
         if not is_whole(study, experiment, cells, results):
             return columns, []
     names = experiment.get("rungs", [""] * len(experiment["cells"]))
-    rows = []
+    lines = []
     for place, (name, cell) in enumerate(zip(names, cells, strict=True)):
         title = study["arms"][cell.arm]["title"]
-        row = [f"{name}: {short_name(cell)}" if name else f"{short_name(cell)}: {title}"]
-        if found := describe_cell(study, cell, results):
-            row += cell_row(found, experiment["probe"])
+        line = [f"{name}: {short_name(cell)}" if name else f"{short_name(cell)}: {title}"]
+        if found := rows[cell]:
+            line += cell_row(found, experiment["probe"])
             if ladder:
-                row.append(told_change(study, cells, place, ladder, results))
+                line.append(told_change(study, cells, place, ladder, results))
         elif diverged := count_diverged(study, cell, results):
-            row += ["-", cell.rate, f"0 ({diverged} diverged)"]
-            row += ["-"] * (len(columns) - len(row))
+            line += ["-", cell.rate, f"0 ({diverged} diverged)"]
+            line += ["-"] * (len(columns) - len(line))
         else:
             continue
-        rows.append(row)
-    return columns, rows
+        lines.append(line)
+    return columns, lines
 
 
 def told_change(
@@ -394,7 +425,9 @@ def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -
 # ---------------------------------------------------------------- figures
 
 
-def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
+def study_figures(
+    study: dict, results: dict[str, dict], rows: dict[Cell, Row | None]
+) -> dict[str, str]:
     """SVG text of every figure that there are results for, by its file's name."""
     drawn: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
@@ -406,19 +439,17 @@ def study_figures(study: dict, results: dict[str, dict]) -> dict[str, str]:
                 for one in study["experiments"]
                 if size in one["sizes"]
             ]
-            measured = [
-                (one, [describe_cell(study, cell, results) for cell in mine]) for one, mine in cells
-            ]
+            measured = [rows[cell] for _, mine in cells for cell in mine]
             if recoveries := recovery_by_cell(study, measured):
                 drawn[f"study_{size}_recovery.svg"] = draw_recoveries(recoveries)
             ladders = [
-                found
-                for (one, mine), found in zip(cells, measured, strict=True)
+                (one, [rows[cell] for cell in mine])
+                for one, mine in cells
                 if one["ladder"] and is_whole(study, one, mine, results)
             ]
             if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
-            if pairs := few_prompt_rates(study, size, results):
+            if pairs := few_prompt_rates(study, size, results, rows):
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
         return {name: as_svg(figure) for name, figure in drawn.items()}
 
@@ -427,8 +458,8 @@ def is_whole(study: dict, experiment: dict, cells: list[Cell], results: dict[str
     """Whether every rung has its seeds, those counted that diverged, of full fine-tuning too."""
     seeds = len(experiment["seeds"])
     for cell in cells:
-        row, full = describe_cell(study, cell, results), full_of(study, cell, results)
-        done = len(row.measured.seeds) if row and row.recovery else 0
+        arm, full = measure_cell(study, cell, results), full_of(study, cell, results)
+        done = 0 if why_unknown(study, [cell], results) else len(common_seeds([arm], full))
         diverged = count_diverged(study, cell, results) + (full.failed if full else 0)
         if done + diverged < seeds:
             return False
@@ -488,12 +519,9 @@ def stages_of(study: dict, arms: Iterable[str]) -> set[str]:
     return {study["arms"][arm]["stage"] for arm in arms}
 
 
-def recovery_by_cell(
-    study: dict,
-    measured: list[tuple[dict, list[Row | None]]],
-) -> list[tuple[str, Interval]]:
+def recovery_by_cell(study: dict, measured: list[Row | None]) -> list[tuple[str, Interval]]:
     """Name and R of every whole run that was measured, from the lowest R to the highest."""
-    rows = [row for _, rows in measured for row in rows if row and row.recovery]
+    rows = [row for row in measured if row and row.recovery]
     found = {
         f"{full_name(study, row.measured.cell)}, {row.measured.cell.rate} "
         f"({len(row.measured.seeds)} seeds)": row.recovery
@@ -578,14 +606,16 @@ class Pair:
     prompts: int
 
 
-def few_prompt_rates(study: dict, size: str, results: dict[str, dict]) -> list[Pair]:
+def few_prompt_rates(
+    study: dict, size: str, results: dict[str, dict], rows: dict[Cell, Row | None]
+) -> list[Pair]:
     """How often few prompts name the worse of two arms, for every pair that R tells apart."""
     found: dict[str, tuple[float, np.ndarray]] = {}
     for experiment in study["experiments"]:
         if experiment["few_prompts"] and size in experiment["sizes"]:
             for text in experiment["cells"]:
                 cell = parse_cell(text, experiment, size, experiment["id"])
-                row = describe_cell(study, cell, results)
+                row = rows[cell]
                 marks = fine_answers(study, experiment, text, size, results)
                 if row and row.recovery and len(marks):
                     found[text] = (row.recovery.estimate, marks)

@@ -61,6 +61,7 @@ from evaluation.study import (
     tuning_runs,
 )
 from evaluation.study_report import (
+    describe_cells,
     few_prompt_rates,
     recovery_by_cell,
     study_block,
@@ -661,8 +662,14 @@ def test_commands_are_what_the_scripts_take(study: dict) -> None:
 def report_of(study: dict, results: dict) -> str:
     """All that the README and the page of details say of the study."""
     verdicts = verdicts_by_size(study, results)
-    block = study_block(study, results, verdicts, study_figures(study, results))
-    return "\n".join([*block, *study_details(study, results, verdicts)])
+    rows = describe_cells(study, results)
+    block = study_block(study, results, verdicts, study_figures(study, results, rows))
+    return "\n".join([*block, *study_details(study, results, rows, verdicts)])
+
+
+def figures_of(study: dict, results: dict) -> dict[str, str]:
+    """The figures of these results."""
+    return study_figures(study, results, describe_cells(study, results))
 
 
 def test_report_tells_what_was_run(study: dict) -> None:
@@ -692,7 +699,7 @@ def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
     results = BASE | results_of(SWEEP | square)
     cells = [CELL, replace(CELL, arm="fft", rate="tuned")]
     rows = [describe_cell(study, cell, results) for cell in cells]
-    found = recovery_by_cell(study, [({}, [rows[1], None]), ({}, rows)])
+    found = recovery_by_cell(study, [rows[1], None, *rows])
     assert [name for name, _ in found] == [
         "LoRA on q and o, 1e-3 (2 seeds)",
         "all of it, 1e-2 (2 seeds)",
@@ -741,14 +748,14 @@ def test_ladder_tells_what_each_change_adds(study: dict, kind: str, last: str) -
     assert "0.50 [0.50, 0.50] | +0.00 | 150 | - |" in text
     assert "1.50 [1.50, 1.50] | +0.00 | 150 | +1.00 [+1.00, +1.00] |" in text
     assert f"150 | {last} [{last}, {last}] |" in text
-    assert "study_xs_ladder.svg" in study_figures(study, results)
+    assert "study_xs_ladder.svg" in figures_of(study, results)
     results["xs-plain42-square-lr1e-3-s2"] = result_of("xs-plain42-square-lr1e-3-s2", 2, None)
     text = report_of(study, results)
     assert "| LoRA: square | 1,234 | 1e-3 | 1 (1 diverged) |" in text  # counted, not left out
-    assert "LoRA (1 diverged)" in study_figures(study, results)["study_xs_ladder.svg"]
+    assert "LoRA (1 diverged)" in figures_of(study, results)["study_xs_ladder.svg"]
     del results["xs-plain42-square-lr1e-3-s2"]
     assert "LoRA: square" not in report_of(study, results)
-    assert "study_xs_ladder.svg" not in study_figures(study, results)
+    assert "study_xs_ladder.svg" not in figures_of(study, results)
 
 
 def test_few_prompts_are_to_name_the_arm_of_higher_recovery(study: dict) -> None:
@@ -762,7 +769,7 @@ def test_few_prompts_are_to_name_the_arm_of_higher_recovery(study: dict) -> None
             faults = {"runaway": "0000", "loop": loops, "blank": "0000", "check_strict": loops}
             probe = {"outcomes": {"t0.85p0.85": faults}, "rates": {}}
             results[f"xs-plain42-{name}-s{seed}"]["probe"] = probe
-    (pair,) = few_prompt_rates(study, "xs", results)
+    (pair,) = few_prompt_rates(study, "xs", results, describe_cells(study, results))
     assert (pair.better, pair.worse) == ("fft@tuned", "square@1e-3")
     assert (pair.wrong, pair.tied, pair.seeds, pair.prompts) == (0.0, 0.0, 2, 4)
     assert "| fft@tuned | square@1e-3 | 0% | 0% | 2 | 4 |" in report_of(study, results)
