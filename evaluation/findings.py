@@ -17,7 +17,15 @@ import numpy as np
 from scipy import stats
 
 from dataset.lm_dataset import DataError
-from evaluation.intervals import CONFIDENCE, DRAWS, SEED, Interval, resampling_counts
+from evaluation.intervals import (
+    CONFIDENCE,
+    DRAWS,
+    SEED,
+    Interval,
+    most_unseen,
+    paired_bootstrap,
+    resampling_counts,
+)
 from evaluation.records import SMALLEST_GAIN
 from evaluation.study import (
     FULL,
@@ -415,13 +423,38 @@ def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contra
     )
 
 
-def bad_answers(study: dict, cell: Cell, results: dict[str, dict]) -> dict[int, np.ndarray]:
-    """By seed that was probed: how many of each prompt's answers never end or are blank."""
+def probes_of(study: dict, cell: Cell, results: dict[str, dict]) -> dict[int, dict]:
+    """How a cell's runs answered, by the seed of those that were asked."""
     known = known_cell(study, cell, results)
     if known is None:
         return {}
-    probes = {r["seed"]: r["probe"] for r in results.values() if "probe" in r and is_of(r, known)}
+    return {r["seed"]: r["probe"] for r in results.values() if "probe" in r and is_of(r, known)}
+
+
+def bad_answers(study: dict, cell: Cell, results: dict[str, dict]) -> dict[int, np.ndarray]:
+    """By seed that was probed: how many of each prompt's answers never end or are blank."""
+    probes = probes_of(study, cell, results)
     return {seed: sum(map(marked, probe["outcomes"].values())) for seed, probe in probes.items()}
+
+
+def bad_shares(probes: Iterable[dict]) -> dict[str, Interval]:
+    """By decoding: the share of answers that never end or are blank, over seeds and prompts.
+
+    Where all prompts agree, which no draw can doubt, the interval is the exact one of one seed.
+    """
+    marks = [
+        {name: marked(outcomes) for name, outcomes in probe["outcomes"].items()} for probe in probes
+    ]
+    return {name: share_interval(np.array([one[name] for one in marks])) for name in marks[0]}
+
+
+def share_interval(marks: np.ndarray) -> Interval:
+    """Interval of the mean of (seeds, prompts) zeros and ones."""
+    found = paired_bootstrap(marks)
+    unseen = most_unseen(marks.shape[1], CONFIDENCE)
+    if not marks.any():
+        return replace(found, high=unseen)
+    return replace(found, low=1 - unseen) if marks.all() else found
 
 
 def marked(outcomes: dict[str, str]) -> np.ndarray:

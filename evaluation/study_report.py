@@ -20,6 +20,7 @@ from evaluation.findings import (
     SIDES,
     Judged,
     Row,
+    bad_shares,
     bound_of,
     common_seeds,
     contrast,
@@ -27,7 +28,9 @@ from evaluation.findings import (
     describe_cell,
     full_of,
     judge_claims,
+    known_cell,
     measure_cell,
+    probes_of,
     rule_of,
     tuned_arms,
     why_unknown,
@@ -36,6 +39,7 @@ from evaluation.findings import (
 from evaluation.intervals import Interval
 from evaluation.outputs import markdown_table
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
+from evaluation.records import DECODINGS
 from evaluation.study import (
     DEFAULTS,
     Cell,
@@ -449,6 +453,8 @@ def study_figures(
             ]
             if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
+            if shares := shares_by_cell(study, size, results):
+                drawn[f"study_{size}_answers.svg"] = draw_answers(shares)
             if pairs := few_prompt_rates(study, size, results, rows):
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
         return {name: as_svg(figure) for name, figure in drawn.items()}
@@ -471,6 +477,7 @@ def title_of(name: str) -> str:
     return {
         "rates": "Validation NLL by learning rate and what is trained",
         "recovery": "Recovery of every arm that was run, with 95% intervals",
+        "answers": "Share of answers that never end or are blank, of every arm that was asked",
         "ladder": "Recovery after each change on the way from MiniMind's LoRA to full fine-tuning",
         "prompts": "How often eight prompts, judged once, name the worse of two arms",
     }[name.rsplit("_", 1)[1].removesuffix(".svg")]
@@ -592,6 +599,53 @@ def draw_interval(axes: matplotlib.axes.Axes, place: int, interval: Interval) ->
     axes.errorbar([interval.estimate], [place], xerr=spread, fmt="o", color=COLORS[0], markersize=4)
     where = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 7}
     axes.annotate(f"{interval.estimate:.2f}", (interval.estimate, place), **where)
+
+
+def shares_by_cell(
+    study: dict, size: str, results: dict[str, dict]
+) -> list[tuple[str, dict[str, Interval]]]:
+    """Name and shares of bad answers, by decoding, of the bases and arms that were asked.
+
+    From the most of sampled ones to the fewest.
+    """
+    bases = {run.id: results.get(run.id, {}) for run in planned_bases(study, size)}
+    found = {
+        f"{name}, the base": [base["probe"]] for name, base in bases.items() if "probe" in base
+    }
+    experiments = [one for one in study["experiments"] if size in one["sizes"] and one["probe"]]
+    for cell in {cell for one in experiments for cell in tuned_cells(one, size)}:
+        if probes := list(probes_of(study, cell, results).values()):
+            known = known_cell(study, cell, results)
+            seeds = "1 seed" if len(probes) == 1 else f"{len(probes)} seeds"
+            found[f"{full_name(study, known)}, {known.rate} ({seeds})"] = probes
+    shares = {name: bad_shares(probes) for name, probes in found.items()}
+    return sorted(shares.items(), key=lambda item: (-item[1][DECODING].estimate, item[0]))
+
+
+def draw_answers(shares: list[tuple[str, dict[str, Interval]]]) -> Figure:
+    """Bad answers of every arm that was asked, in percent with 95% intervals."""
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(shares)))
+    axes = figure.subplots()
+    for index, (decoding, label) in enumerate(DECODINGS.items()):
+        found = [of_cell[decoding] for _, of_cell in shares]
+        below = [100 * (one.estimate - one.low) for one in found]
+        above = [100 * (one.high - one.estimate) for one in found]
+        axes.errorbar(
+            [100 * one.estimate for one in found],
+            [place + 0.3 * index - 0.15 for place in range(len(found))],
+            xerr=np.maximum([below, above], 0),
+            fmt="Do"[index],
+            color=COLORS[index],
+            markersize=4,
+            label=label,
+        )
+    axes.set_yticks(range(len(shares)), [name for name, _ in shares])
+    axes.set_ylim(len(shares) - 0.5, -0.5)
+    axes.set_xlim(-2, 102)
+    axes.grid(axis="x", **GRID)
+    axes.set_xlabel("answers that never end or are blank (%); bars: 95% intervals")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return figure
 
 
 @dataclass(frozen=True)

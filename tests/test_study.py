@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from evaluation.findings import (
     NOT_RUN,
     Contrast,
     Judged,
+    bad_shares,
     check_controlled,
     contrast_answers,
     corrected,
@@ -61,9 +63,11 @@ from evaluation.study import (
     tuning_runs,
 )
 from evaluation.study_report import (
+    RATES,
     describe_cells,
     few_prompt_rates,
     recovery_by_cell,
+    shares_by_cell,
     study_block,
     study_details,
     study_figures,
@@ -579,6 +583,47 @@ def test_bad_answers_of_one_arm_are_told_as_a_share_of_anothers() -> None:
         if name.endswith(("fft-lr1e-3-s1", "fft-lr1e-3-s2", "square-lr1e-3-s3")):
             del results[name]["probe"]
     assert why_no_answers({}, cells, results) == NOT_RUN
+
+
+def test_shares_of_bad_answers_have_intervals_over_seeds_and_prompts() -> None:
+    probes = [
+        {"outcomes": {name: {"runaway": runaway, "blank": blank} for name, (runaway, blank) in one}}
+        for one in (
+            [("a", ("0110", "0100")), ("b", ("1111", "0000")), ("c", ("0000", "0000"))],
+            [("a", ("0000", "0100")), ("b", ("0101", "1010")), ("c", ("0000", "0000"))],
+        )
+    ]
+    shares = bad_shares(probes)
+    # Seed 1 has prompts 2 and 3, seed 2 has prompt 2. Of all draws 13% are 0, 1.9% are 1, and 2.6%
+    # 7/8 or more.
+    assert (shares["a"].estimate, shares["a"].low) == (3 / 8, 0.0)
+    assert shares["a"].high in (7 / 8, 1.0)
+    # Clopper and Pearson's of 4 of 4 and 0 of 4, by hand: 1 - .025^(1/4) = .602.
+    assert shares["b"] == Interval(1.0, pytest.approx(0.398, abs=1e-3), 1.0)
+    assert shares["c"] == Interval(0.0, 0.0, pytest.approx(0.602, abs=1e-3))
+
+
+def test_arms_that_were_asked_are_drawn_by_their_bad_answers(study: dict) -> None:
+    results = deepcopy(BASE) | results_of(SWEEP)
+    study["experiments"][1] |= {"cells": ["square@1e-3", "fft@tuned"], "probe": True}
+    assert "study_xs_answers.svg" not in figures_of(study, results)
+    square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    results |= results_of(square)
+    marks = {"xs-plain42": "11", "square-lr1e-3-s1": "10", "square-lr1e-3-s2": "11"}
+    for name, endless in (marks | {"fft-lr1e-2-s1": "00"}).items():
+        outcomes = {"runaway": endless, "loop": "00", "blank": "00", "check_strict": "--"}
+        decodings = ("greedy", "t0.85p0.85")
+        rates = {decoding: {key: {"rate": 0.0} for key in RATES} for decoding in decodings}
+        probe = {"outcomes": dict.fromkeys(decodings, outcomes), "rates": rates}
+        probe["prompts"] = {"count": 2}
+        results[name if name == "xs-plain42" else f"xs-plain42-{name}"]["probe"] = probe
+    shares = shares_by_cell(study, "xs", results)
+    assert [(name, found["greedy"].estimate) for name, found in shares] == [
+        ("xs-plain42, the base", 1.0),
+        ("LoRA on q and o, 1e-3 (2 seeds)", 0.75),
+        ("all of it, 1e-2 (1 seed)", 0.0),
+    ]
+    assert "![Share of answers" in report_of(study, results)
 
 
 def test_claim_of_answers_is_judged_by_its_bound(study: dict) -> None:
