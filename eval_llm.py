@@ -135,6 +135,9 @@ def run_probes(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts, args.limit)
     folders = [args.output_dir / found.name for found in checkpoints]
     stores = [{} if args.rates_only else read_store(folder, prompts) for folder in folders]
+    for folder in folders:
+        if not args.rates_only and (folder / "samples.jsonl").is_file():
+            print(f"{folder}: its answers will be replaced; another --output_dir keeps them")
     probe = prepare(checkpoints, prompts, args)
     probed = []
     for checkpoint, folder, store in zip(checkpoints, folders, stores, strict=True):

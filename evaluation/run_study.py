@@ -466,12 +466,16 @@ def is_asked(experiment: str, args: argparse.Namespace) -> bool:
 
 def check_data(study: dict, data_dir: Path) -> None:
     """Refuses to begin a study whose data are not all there."""
-    for name in sorted({name for names in study["data"].values() for name in names}):
-        if not (data_dir / name).is_file():
-            raise SettingsError(
-                f"{data_dir / name}: no such file; make it with dataset/prepare.py, or mend "
-                "--data_dir"
-            )
+    if missing := missing_data(study, data_dir):
+        raise SettingsError(
+            f"{missing[0]}: no such file; make it with dataset/prepare.py, or mend --data_dir"
+        )
+
+
+def missing_data(study: dict, data_dir: Path) -> list[Path]:
+    """The files of the study's data that are not there."""
+    paths = {data_dir / name for names in study["data"].values() for name in names}
+    return sorted(path for path in paths if not path.is_file())
 
 
 def print_list(left: list[Run], args: argparse.Namespace) -> None:
@@ -504,6 +508,8 @@ def print_plan(left: list[Run], study: dict, args: argparse.Namespace) -> None:
     if unknown:
         print(f"{unknown} of these are of kinds of which none was finished yet: time unknown")
     print_waiting(study, args)
+    if left and (missing := missing_data(study, args.data_dir)):
+        print(f"first make, with dataset/prepare.py: {', '.join(map(str, missing))}")
 
 
 def main() -> int:

@@ -78,6 +78,17 @@ def write_lines(path: Path, samples: list[dict]) -> None:
 # ------------------------------------------------------------------------------------- the files
 
 
+def test_it_is_told_before_answers_are_replaced(home, tmp_path, capsys):
+    flags = ["--decoding", "greedy"]
+    folder = probe(home, tmp_path, *flags)
+    assert "replaced" not in capsys.readouterr().out
+    probe(home, tmp_path, *flags, "--rates_only")  # has a file of its own
+    assert "replaced" not in capsys.readouterr().out
+    probe(home, tmp_path, *flags)
+    told = f"{folder}: its answers will be replaced; another --output_dir keeps them\n"
+    assert capsys.readouterr().out.startswith(told)
+
+
 def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path):
     first = probe(home, tmp_path / "a", "--seeds", "0", "1")
     torch.rand(7)  # what else was drawn in between must not matter

@@ -45,6 +45,7 @@ from evaluation.run_study import (
     chosen_ids,
     fetch_bases,
     has_weights,
+    missing_data,
     parse_shard,
 )
 from evaluation.study import (
@@ -422,6 +423,7 @@ def test_data_that_are_missing_are_named_before_anything_runs(study: dict, tmp_p
         (tmp_path / f"{name}.jsonl").touch()
     with pytest.raises(SettingsError, match=r"chat_valid\.jsonl: no such file"):
         check_data(study, tmp_path)
+    assert missing_data(study, tmp_path) == [tmp_path / "chat_valid.jsonl"]
     (tmp_path / "chat_valid.jsonl").touch()
     check_data(study, tmp_path)
 
