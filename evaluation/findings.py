@@ -12,11 +12,12 @@ Answers that never end or are blank, bad ones, are drawn likewise: seeds and pro
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from dataset.lm_dataset import DataError
+from dataset.lm_dataset import DataError, file_sha256
 from evaluation.intervals import (
     CONFIDENCE,
     DRAWS,
@@ -151,6 +152,21 @@ def check_controlled(results: dict[str, dict]) -> None:
             raise DataError(f"{name}: was trained on other data than {known['id']}")
         if result["run"]["settings"]["dtype"] != known["run"]["settings"]["dtype"]:
             raise DataError(f"{name}: was trained in another dtype than {known['id']}")
+
+
+def check_prompts(results: dict[str, dict], path: Path) -> None:
+    """Refuses answers to other prompts than those of a file, by whose text they are told apart.
+
+    Raises:
+        DataError: names a result that differs.
+    """
+    expected = file_sha256(path)
+    for name, result in results.items():
+        if "probe" in result and result["probe"]["prompts"]["sha256"] != expected:
+            raise DataError(
+                f"{name}: was asked other prompts than {path}; restore that file, and keep prompts "
+                "of your own in another (eval_llm.py --prompts)"
+            )
 
 
 # ---------------------------------------------------------------- recovery
@@ -437,19 +453,25 @@ def bad_answers(study: dict, cell: Cell, results: dict[str, dict]) -> dict[int, 
     return {seed: sum(map(marked, probe["outcomes"].values())) for seed, probe in probes.items()}
 
 
-def bad_shares(probes: Iterable[dict]) -> dict[str, Interval]:
+def bad_shares(probes: list[dict], chosen: np.ndarray) -> dict[str, Interval]:
     """By decoding: the share of answers that never end or are blank, over seeds and prompts.
 
-    Where all prompts agree, which no draw can doubt, the interval is the exact one of one seed.
+    Args:
+        chosen: (prompts,) True for those that count.
     """
-    marks = [
-        {name: marked(outcomes) for name, outcomes in probe["outcomes"].items()} for probe in probes
-    ]
-    return {name: share_interval(np.array([one[name] for one in marks])) for name in marks[0]}
+    return {
+        name: share_interval(
+            np.array([marked(probe["outcomes"][name])[chosen] for probe in probes])
+        )
+        for name in probes[0]["outcomes"]
+    }
 
 
 def share_interval(marks: np.ndarray) -> Interval:
-    """Interval of the mean of (seeds, prompts) zeros and ones."""
+    """Interval of the mean of (seeds, prompts) zeros and ones.
+
+    Where all agree, which no draw can doubt, it is the exact one of a single seed.
+    """
     found = paired_bootstrap(marks)
     unseen = most_unseen(marks.shape[1], CONFIDENCE)
     if not marks.any():

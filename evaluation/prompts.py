@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import DataError, encode_conversations, read_jsonl, record_messages
@@ -50,6 +51,12 @@ class Prompt:
         if len(self.messages) == 1:
             return self.messages[0]["content"]
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
+
+def by_language(prompts: list[Prompt]) -> dict[str, np.ndarray]:
+    """Which prompts, (prompts,) bool, are in English, and which in Chinese."""
+    chinese = np.array([has_cjk(prompt.text) for prompt in prompts])
+    return {"English": ~chinese, "Chinese": chinese}
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:

@@ -4,10 +4,12 @@ Makes the README's tables, the figures and the page from committed results, and 
     python evaluation/report.py                  # or: make report
     python evaluation/report.py --add out/full_sft out/lora_all    # file these runs' records first
     python evaluation/report.py --root FOLDER    # another folder with README.md and evaluation/
+    python evaluation/report.py --show_study out/again    # print another folder's study
 
     README.md                             what stands between <!-- report:NAME --> and its end;
                                           of reliability, from tests/stress_resume.json, and of
                                           speed, from evaluation/bench.json
+    evaluation/results/README.md          likewise, single runs and sweeps of learning rates
     evaluation/results/study/README.md    the study's rules, cells and rates
     evaluation/figures/*.svg              made with matplotlib (plots.py)
     evaluation/model_outputs/index.html   the page to read and compare outputs on (page/)
@@ -34,10 +36,11 @@ from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
 from evaluation.bench_tables import bench_lines
-from evaluation.findings import check_controlled
+from evaluation.findings import check_controlled, check_prompts
 from evaluation.outputs import inline, markdown_table
 from evaluation.page.build import page_html
 from evaluation.plots import figures
+from evaluation.prompts import PROMPTS_FILE, by_language, read_prompts
 from evaluation.records import (
     DECODINGS,
     STUDY_FOLDER,
@@ -67,11 +70,13 @@ from evaluation.study_report import (
     study_block,
     study_details,
     study_figures,
+    summary_block,
     verdicts_by_size,
 )
 from model.model_minimind import CheckpointError, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RUNS = "evaluation/results/README.md"  # what is told of single runs
 RUN_FILES = ("run.json", "metrics.jsonl")
 BENCH_KEYS = ("git", "machine", "dtype", "batch_size", "data", "training", "generation")
 BENCH_KEYS += ("startup", "tokenizing", "loader", "card_peak")
@@ -96,7 +101,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="RUN",
         help="run folders whose run.json and metrics.jsonl are copied to evaluation/results/ first",
     )
+    parser.add_argument(
+        "--show_study",
+        type=Path,
+        metavar="FOLDER",
+        help="print what this folder of run_study.py's results comes to, and write nothing",
+    )
     args = parser.parse_args(argv)
+    if args.show_study and not args.show_study.is_dir():
+        parser.error(f"--show_study {args.show_study}: no such folder")
+    if args.show_study and args.add:
+        parser.error("--show_study writes nothing, and so files no run: leave out --add")
     for run in args.add:
         if not all((run / name).is_file() for name in RUN_FILES):
             raise SettingsError(f"--add {run}: lacks {' or '.join(RUN_FILES)}; train it first")
@@ -106,6 +121,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
+        if args.show_study:
+            show_study(args.root / "evaluation" / "study.toml", args.show_study)
+            return 0
         for run in args.add:
             add_run(run, args.root / "evaluation" / "results")
         files = build(args.root)
@@ -136,32 +154,60 @@ def build(root: Path) -> dict[Path, str]:
     if not records:
         raise DataError(f"{evaluation}: holds no results; run eval_llm.py or mend --root")
     rates = measured_rates(records, read_shown_rates(evaluation / "calibration.json"))
-    study_file, study_results = evaluation / "study.toml", evaluation / "results" / STUDY_FOLDER
-    study = read_study(study_file) if study_file.is_file() else None
-    results = read_results(study_results)
-    check_controlled(results)
-    rows = describe_cells(study, results) if study else {}
-    drawn = figures(records, rates) | (study_figures(study, results, rows) if study else {})
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    study_blocks, details, study_drawn = study_parts(
+        evaluation / "study.toml", evaluation / "results" / STUDY_FOLDER
+    )
+    drawn = figures(records, rates) | study_drawn
     stress = root / "tests" / "stress_resume.json"
     kills = read_keys(stress, STRESS_KEYS) if stress.is_file() else None
     bench = evaluation / "bench.json"
     speed = read_keys(bench, BENCH_KEYS) if bench.is_file() else None
-    parts = blocks(records, rates, list(drawn), kills, speed)
-    parts["study"], details = [NO_STUDY], {}
-    if study and results:
-        verdicts = verdicts_by_size(study, results)
-        parts["study"] = study_block(study, results, verdicts, drawn)
-        details[root / DETAILS] = "\n".join(study_details(study, results, rows, verdicts)) + "\n"
-    for name, lines in parts.items():
-        text = replace_block(text, name, lines, str(readme))
-    return {
-        readme: text,
-        **details,
-        **{evaluation / "figures" / name: svg for name, svg in drawn.items()},
-        evaluation / "model_outputs" / "index.html": page_html(records, rates),
+    files = fill(root / "README.md", measured_blocks(kills, speed) | study_blocks)
+    files |= fill(root / RUNS, run_blocks(records, rates, list(drawn)))
+    if details:
+        files[root / DETAILS] = "\n".join(details) + "\n"
+    files |= {evaluation / "figures" / name: svg for name, svg in drawn.items()}
+    return files | {evaluation / "model_outputs" / "index.html": page_html(records, rates)}
+
+
+def study_parts(
+    study_file: Path, folder: Path
+) -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
+    """What a folder of the study's results comes to.
+
+    Returns:
+        Its parts of the README, the lines of `DETAILS`, and its figures by file name.
+    """
+    results = read_results(folder)
+    if not results:
+        return {"summary": [NO_STUDY], "study": [NO_STUDY]}, [], {}
+    study = read_study(study_file)
+    check_controlled(results)
+    check_prompts(results, PROMPTS_FILE)
+    languages = by_language(read_prompts(PROMPTS_FILE))
+    rows = describe_cells(study, results)
+    verdicts = verdicts_by_size(study, results)
+    drawn = study_figures(study, results, rows, languages)
+    parts = {
+        "summary": summary_block(study, results, rows, languages),
+        "study": study_block(study, results, verdicts, drawn),
     }
+    return parts, study_details(study, results, rows, languages, verdicts), drawn
+
+
+def show_study(study_file: Path, folder: Path) -> None:
+    """Prints what a folder of the study's results comes to."""
+    parts, details, _ = study_parts(study_file, folder)
+    lines = [*parts["summary"], "", *parts["study"], "", *details]
+    print("\n".join(line for line in lines if not line.startswith("![")))  # figures are not saved
+
+
+def fill(path: Path, parts: dict[str, list[str]]) -> dict[Path, str]:
+    """The text of a file with its generated parts made anew, by its path."""
+    text = path.read_text(encoding="utf-8")
+    for name, lines in parts.items():
+        text = replace_block(text, name, lines, str(path))
+    return {path: text}
 
 
 def write_changed(files: dict[Path, str]) -> list[Path]:
@@ -175,32 +221,34 @@ def write_changed(files: dict[Path, str]) -> list[Path]:
     return changed
 
 
-# ----------------------------------------------------------------------------------- README blocks
+# ------------------------------------------------------------------------------- generated parts
 
 
-def blocks(
-    records: list[Record],
-    rates: dict[str, str],
-    drawn: Iterable[str],
-    stress: dict | None,
-    bench: dict | None,
-) -> dict[str, list[str]]:
-    """Markdown lines of each generated part of the README.
+def measured_blocks(stress: dict | None, bench: dict | None) -> dict[str, list[str]]:
+    """Markdown lines of what was measured of the code itself, for the README.
 
     Args:
-        rates: the rates that are shown, with their labels.
-        drawn: names of the figures that there are.
         stress: what `make stress` wrote; None if it was not run.
         bench: what `make bench` wrote; None if it was not run.
     """
     return {
-        "runs": runs_block(records, rates, drawn),
-        "sweeps": sweeps_block(records, drawn),
         "bench": ["`make bench` was not run yet."] if bench is None else bench_block(bench),
         "reliability": ["`make stress` was not run yet."]
         if stress is None
         else wrapped(told(stress)),
     }
+
+
+def run_blocks(
+    records: list[Record], rates: dict[str, str], drawn: Iterable[str]
+) -> dict[str, list[str]]:
+    """Markdown lines of single runs, for `RUNS`.
+
+    Args:
+        rates: the rates that are shown, with their labels.
+        drawn: names of the figures that there are.
+    """
+    return {"runs": runs_block(records, rates, drawn), "sweeps": sweeps_block(records, drawn)}
 
 
 def replace_block(text: str, name: str, lines: list[str], where: str) -> str:
@@ -219,7 +267,7 @@ def replace_block(text: str, name: str, lines: list[str], where: str) -> str:
 
 def figure_line(name: str, drawn: Iterable[str], alt: str) -> list[str]:
     """The figure called `name`, if it was drawn."""
-    return [f"![{alt}](evaluation/figures/{name})", ""] if name in drawn else []
+    return [f"![{alt}](../figures/{name})", ""] if name in drawn else []
 
 
 def runs_block(records: list[Record], rates: dict[str, str], drawn: Iterable[str]) -> list[str]:
@@ -331,7 +379,7 @@ def family_title(base: Record) -> str:
 def run_row(record: Record, shares: dict[str, Recovery], rates: dict[str, str]) -> list[str]:
     """One row of `RUN_COLUMNS` and `rates`."""
     name = record.name
-    outputs = f"evaluation/model_outputs/{quote(name)}/samples.md"
+    outputs = f"../model_outputs/{quote(name)}/samples.md"
     trained = record.run if record.stage in ("full_sft", "lora") else {}
     return [
         f"[{inline(name)}]({outputs})" if record.samples else inline(name),

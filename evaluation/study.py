@@ -39,6 +39,7 @@ DEFAULTS = {
     "probe": False,
     "ladder": "",  # or "steps", "without"
     "few_prompts": False,
+    "summary": False,  # the README's first table
     "claims": [],
 }
 # What a rule may bound: R of a cell, what R of one is above another's, or how many answers of one

@@ -43,6 +43,7 @@ from evaluation.records import DECODINGS
 from evaluation.study import (
     DEFAULTS,
     Cell,
+    Run,
     Sweep,
     is_interior,
     parse_cell,
@@ -56,6 +57,8 @@ from evaluation.study import (
 )
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "supported if; refuted if", "seeds")
+SUMMARY_COLUMNS = ("trained", "parameters", "learning rate", "seeds", "R")
+SUMMARY_COLUMNS += ("never end or blank, English prompts: greedy / T=.85",)
 CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets", "tokens/s")
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
 RATES = {"runaway": "never stops", "loop": "loops", "blank": "blank"}
@@ -95,6 +98,55 @@ def describe_cells(study: dict, results: dict[str, dict]) -> dict[Cell, Row | No
     return {cell: describe_cell(study, cell, results) for cell in cells}
 
 
+def summary_block(
+    study: dict,
+    results: dict[str, dict],
+    rows: dict[Cell, Row | None],
+    languages: dict[str, np.ndarray],
+) -> list[str]:
+    """Markdown lines of the README's first table: what little is to be remembered."""
+    lines = []
+    for size in study["sizes"]:
+        for experiment in study["experiments"]:
+            if experiment["summary"] and size in experiment["sizes"]:
+                lines += summary_table(study, experiment, size, results, rows, languages)
+    return lines[:-1] or [NO_STUDY]
+
+
+def summary_table(
+    study: dict,
+    experiment: dict,
+    size: str,
+    results: dict[str, dict],
+    rows: dict[Cell, Row | None],
+    languages: dict[str, np.ndarray],
+) -> list[str]:
+    """The base and the measured cells of a summary, with their answers to English prompts."""
+    told = []
+    for cell in tuned_cells(experiment, size):
+        if (row := rows[cell]) and row.recovery:
+            measured = row.measured
+            name = ", ".join([study["arms"][cell.arm]["title"], *variant_of(cell)])
+            facts = [costs(measured.records)[0], measured.cell.rate, str(len(measured.seeds))]
+            probes = list(probes_of(study, cell, results).values())
+            told.append([name, *facts, in_words(row.recovery), bad_rates(probes, languages)])
+    if not told:
+        return []
+    base = Run(size, experiment["base"], experiment["base_seed"])
+    probes = [result["probe"] for result in [results.get(base.id, {})] if "probe" in result]
+    start = ["nothing: the base", "-", "-", "-", "0", bad_rates(probes, languages)]
+    steps = f"*At `{size}`. {experiment['question']}*"
+    return [steps, "", *markdown_table(SUMMARY_COLUMNS, [start, *told]), ""]
+
+
+def bad_rates(probes: list[dict], languages: dict[str, np.ndarray]) -> str:
+    """The share of answers to English prompts that never end or are blank, by decoding."""
+    if not probes:
+        return "-"
+    shares = bad_shares(probes, languages["English"])
+    return " / ".join(f"{100 * share.estimate:.0f}%" for share in shares.values())
+
+
 def study_block(
     study: dict, results: dict[str, dict], verdicts: dict[str, list[Judged]], drawn: Iterable[str]
 ) -> list[str]:
@@ -109,12 +161,14 @@ def study_details(
     study: dict,
     results: dict[str, dict],
     rows: dict[Cell, Row | None],
+    languages: dict[str, np.ndarray],
     verdicts: dict[str, list[Judged]],
 ) -> list[str]:
     """Markdown lines of `DETAILS`: for each size the rules, the cells, the tuned rates.
 
     Args:
         rows: what :func:`describe_cells` found.
+        languages: which prompts are in each.
     """
     lines = [
         "# The study's results",
@@ -129,7 +183,7 @@ def study_details(
     for size, claims in verdicts.items():
         lines += [f"## At `{size}`", "", *rule_lines(claims)]
         for experiment in study["experiments"]:
-            lines += experiment_lines(study, experiment, size, results, rows)
+            lines += experiment_lines(study, experiment, size, results, rows, languages)
         lines += rate_lines(study, size, results)
     return lines[:-1]
 
@@ -227,12 +281,14 @@ def experiment_lines(
     size: str,
     results: dict[str, dict],
     rows: dict[Cell, Row | None],
+    languages: dict[str, np.ndarray],
 ) -> list[str]:
     """The measured cells of an experiment, under its question; of a ladder, once it is whole."""
-    if size not in experiment["sizes"]:
+    if size not in experiment["sizes"] or experiment["summary"]:
         return []
     if experiment["few_prompts"]:
-        columns, lines = FEW_COLUMNS, few_rows(few_prompt_rates(study, size, results, rows))
+        pairs = few_prompt_rates(study, size, results, rows, languages["English"])
+        columns, lines = FEW_COLUMNS, few_rows(pairs)
     else:
         columns, lines = cell_table(study, experiment, size, results, rows)
     if not lines:
@@ -430,9 +486,17 @@ def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -
 
 
 def study_figures(
-    study: dict, results: dict[str, dict], rows: dict[Cell, Row | None]
+    study: dict,
+    results: dict[str, dict],
+    rows: dict[Cell, Row | None],
+    languages: dict[str, np.ndarray],
 ) -> dict[str, str]:
-    """SVG text of every figure that there are results for, by its file's name."""
+    """SVG text of every figure that there are results for, by its file's name.
+
+    Args:
+        rows: what :func:`describe_cells` found.
+        languages: which prompts are in each; a panel of answers for each.
+    """
     drawn: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
         for size in study["sizes"]:
@@ -453,9 +517,10 @@ def study_figures(
             ]
             if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
-            if shares := shares_by_cell(study, size, results):
-                drawn[f"study_{size}_answers.svg"] = draw_answers(shares)
-            if pairs := few_prompt_rates(study, size, results, rows):
+            if probes := probes_by_cell(study, size, results):
+                drawn[f"study_{size}_answers.svg"] = draw_answers(probes, languages)
+            pairs = few_prompt_rates(study, size, results, rows, languages["English"])
+            if len(pairs) > 1:  # one pair is a line of the table
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
         return {name: as_svg(figure) for name, figure in drawn.items()}
 
@@ -542,8 +607,12 @@ def short_name(cell: Cell) -> str:
     """A cell without what is the same for most."""
     usual = (cell.base, cell.base_seed) == (DEFAULTS["base"], DEFAULTS["base_seed"])
     base = "" if usual else f"from {cell.base}{cell.base_seed}"
-    variant = "" if cell.variant == DEFAULTS["variant"] else cell.variant
-    return ", ".join(filter(None, (cell.arm, variant, cell.part, base)))
+    return ", ".join(filter(None, (cell.arm, *variant_of(cell), cell.part, base)))
+
+
+def variant_of(cell: Cell) -> list[str]:
+    """A cell's variant, if it is not what most have."""
+    return [] if cell.variant == DEFAULTS["variant"] else [cell.variant]
 
 
 def full_name(study: dict, cell: Cell) -> str:
@@ -601,51 +670,62 @@ def draw_interval(axes: matplotlib.axes.Axes, place: int, interval: Interval) ->
     axes.annotate(f"{interval.estimate:.2f}", (interval.estimate, place), **where)
 
 
-def shares_by_cell(
-    study: dict, size: str, results: dict[str, dict]
-) -> list[tuple[str, dict[str, Interval]]]:
-    """Name and shares of bad answers, by decoding, of the bases and arms that were asked.
-
-    From the most of sampled ones to the fewest.
-    """
+def probes_by_cell(study: dict, size: str, results: dict[str, dict]) -> dict[str, list[dict]]:
+    """How the bases and the arms that were asked answered, by name."""
     bases = {run.id: results.get(run.id, {}) for run in planned_bases(study, size)}
     found = {
         f"{name}, the base": [base["probe"]] for name, base in bases.items() if "probe" in base
     }
     experiments = [one for one in study["experiments"] if size in one["sizes"] and one["probe"]]
-    for cell in {cell for one in experiments for cell in tuned_cells(one, size)}:
+    for cell in (cell for one in experiments for cell in tuned_cells(one, size)):
         if probes := list(probes_of(study, cell, results).values()):
             known = known_cell(study, cell, results)
             seeds = "1 seed" if len(probes) == 1 else f"{len(probes)} seeds"
             found[f"{full_name(study, known)}, {known.rate} ({seeds})"] = probes
-    shares = {name: bad_shares(probes) for name, probes in found.items()}
-    return sorted(shares.items(), key=lambda item: (-item[1][DECODING].estimate, item[0]))
+    return found
 
 
-def draw_answers(shares: list[tuple[str, dict[str, Interval]]]) -> Figure:
-    """Bad answers of every arm that was asked, in percent with 95% intervals."""
-    figure = Figure(figsize=(8, 1.2 + 0.3 * len(shares)))
-    axes = figure.subplots()
-    for index, (decoding, label) in enumerate(DECODINGS.items()):
-        found = [of_cell[decoding] for _, of_cell in shares]
-        below = [100 * (one.estimate - one.low) for one in found]
-        above = [100 * (one.high - one.estimate) for one in found]
-        axes.errorbar(
-            [100 * one.estimate for one in found],
-            [place + 0.3 * index - 0.15 for place in range(len(found))],
-            xerr=np.maximum([below, above], 0),
-            fmt="Do"[index],
-            color=COLORS[index],
-            markersize=4,
-            label=label,
-        )
-    axes.set_yticks(range(len(shares)), [name for name, _ in shares])
-    axes.set_ylim(len(shares) - 0.5, -0.5)
-    axes.set_xlim(-2, 102)
-    axes.grid(axis="x", **GRID)
-    axes.set_xlabel("answers that never end or are blank (%); bars: 95% intervals")
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+def draw_answers(probes: dict[str, list[dict]], languages: dict[str, np.ndarray]) -> Figure:
+    """Bad answers of every arm that was asked, in percent with 95% intervals.
+
+    A panel for each language, arms from the most of sampled bad ones in the first to the fewest.
+    """
+    shares = {
+        language: {name: bad_shares(found, chosen) for name, found in probes.items()}
+        for language, chosen in languages.items()
+    }
+    first = next(iter(shares.values()))
+    names = sorted(first, key=lambda name: (-first[name][DECODING].estimate, name))
+    figure = Figure(figsize=(9, 1.4 + 0.3 * len(names)))
+    panels = figure.subplots(1, len(languages), sharey=True, squeeze=False)[0]
+    for axes, (language, chosen) in zip(panels, languages.items(), strict=True):
+        for index, decoding in enumerate(DECODINGS):
+            draw_shares(axes, index, [shares[language][name][decoding] for name in names])
+        axes.set_xlim(-4, 104)
+        axes.set_xticks([0, 50, 100], ["0%", "50%", "100%"])
+        axes.grid(axis="x", **GRID)
+        axes.set_title(f"{chosen.sum()} {language} prompts")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("answers that never end or are blank; bars: 95% intervals", fontsize=9)
+    marks, labels = panels[0].get_legend_handles_labels()
+    figure.legend(marks, labels, loc="outside upper right", ncols=2, frameon=False)
     return figure
+
+
+def draw_shares(axes: matplotlib.axes.Axes, index: int, shares: list[Interval]) -> None:
+    """The shares of one decoding, the `index`-th of `DECODINGS`, a row for each."""
+    below = [100 * (one.estimate - one.low) for one in shares]
+    above = [100 * (one.high - one.estimate) for one in shares]
+    axes.errorbar(
+        [100 * one.estimate for one in shares],
+        [row + 0.3 * index - 0.15 for row in range(len(shares))],
+        xerr=np.maximum([below, above], 0),
+        fmt="Do"[index],
+        color=COLORS[index],
+        markersize=4,
+        label=list(DECODINGS.values())[index],
+    )
 
 
 @dataclass(frozen=True)
@@ -661,9 +741,17 @@ class Pair:
 
 
 def few_prompt_rates(
-    study: dict, size: str, results: dict[str, dict], rows: dict[Cell, Row | None]
+    study: dict,
+    size: str,
+    results: dict[str, dict],
+    rows: dict[Cell, Row | None],
+    chosen: np.ndarray,
 ) -> list[Pair]:
-    """How often few prompts name the worse of two arms, for every pair that R tells apart."""
+    """How often few prompts name the worse of two arms, for every pair that R tells apart.
+
+    Args:
+        chosen: (prompts,) True for those that they are drawn from.
+    """
     found: dict[str, tuple[float, np.ndarray]] = {}
     for experiment in study["experiments"]:
         if experiment["few_prompts"] and size in experiment["sizes"]:
@@ -672,7 +760,7 @@ def few_prompt_rates(
                 row = rows[cell]
                 marks = fine_answers(study, experiment, text, size, results)
                 if row and row.recovery and len(marks):
-                    found[text] = (row.recovery.estimate, marks)
+                    found[text] = (row.recovery.estimate, marks[:, chosen])
     pairs = []
     for one, other in combinations(found, 2):
         better, worse = sorted((one, other), key=lambda name: -found[name][0])

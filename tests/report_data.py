@@ -6,21 +6,25 @@ from pathlib import Path
 from evaluation.records import Record, read_records
 
 README = """# Title
+<!-- report:bench -->
+old
+<!-- /report:bench -->
+<!-- report:reliability -->
+<!-- /report:reliability -->
+
+<!-- report:summary -->
+<!-- /report:summary -->
+<!-- report:study -->
+<!-- /report:study -->
+end
+"""
+RUNS = """# Results
 <!-- report:runs -->
 old
 <!-- /report:runs -->
 between
 <!-- report:sweeps -->
 <!-- /report:sweeps -->
-
-<!-- report:bench -->
-<!-- /report:bench -->
-<!-- report:reliability -->
-<!-- /report:reliability -->
-
-<!-- report:study -->
-<!-- /report:study -->
-end
 """
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -177,6 +181,8 @@ def make_tree(root: Path) -> Path:
     """A base, LoRA, FFT, a LoRA run that diverged and was not probed; README and all."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "README.md").write_text(README)
+    (root / "evaluation" / "results").mkdir(parents=True)
+    (root / "evaluation" / "results" / "README.md").write_text(RUNS)
     write_run(root, "base", run_record("base", "pretrain"))
     write_run(root, "lora", run_record("lora", "lora"))
     write_run(root, "fft", run_record("fft", "full_sft"))

@@ -117,7 +117,7 @@ def test_rates_of_unpublished_prompts_are_told_with_intervals(tmp_path):
     probe = results_of(None) | {"nll": None}
     path = root / "evaluation" / "model_outputs" / "fft" / "rates_private.json"
     path.write_text(json.dumps(probe))
-    text = build(root)[root / "README.md"]
+    text = build(root)[root / "evaluation" / "results" / "README.md"]
     assert "| checkpoint | check passed | never stops | loops | blank |" in text
     assert "| fft | 0% [0, 79] / 0% [0, 79] | 33% [6, 79] / 33% [6, 79] |" in text
 
@@ -240,10 +240,10 @@ def test_rates_that_the_calibration_hides_or_nobody_measured_are_not_shown(tmp_p
 
 def test_readme_tables_by_hand(tmp_path):
     root = make_tree(tmp_path)
-    text = build(root)[root / "README.md"]
+    text = build(root)[root / "evaluation" / "results" / "README.md"]
     head = "| checkpoint | trained | on | parameters | learning rate | steps | NLL | R | "
     rates = "0% / 0% | 33% / 33% | 67% / 67% | 0% / 0% |"
-    link = "(evaluation/model_outputs/{0}/samples.md)"
+    link = "(../model_outputs/{0}/samples.md)"
     for line in (
         head + "check passed | never stops | loops | blank |",
         f"| [base]{link.format('base')} | nothing: the base | - | - | - | - | 4.000 | - | {rates}",
@@ -252,7 +252,7 @@ def test_readme_tables_by_hand(tmp_path):
         f"| [fft]{link.format('fft')} | FFT | sft | 1,000 | 1e-3 | 40 | 3.000 | 1.00 | {rates}",
         "| LoRA on square, r=8, alpha 8, from base | sft | 40 | **1e-3: 3.500**, 1e-1: diverged | "
         "1e-3, at the edge of the grid |",
-        "![Energy by rank of updates of base](evaluation/figures/spectra_base.svg)",
+        "![Energy by rank of updates of base](../figures/spectra_base.svg)",
     ):
         assert line in text.splitlines(), line
     for sentence in (
@@ -263,8 +263,11 @@ def test_readme_tables_by_hand(tmp_path):
         "conversations of valid.jsonl.",
     ):
         assert sentence in " ".join(text.split()), sentence
-    assert text.startswith("# Title\n<!-- report:runs -->\n")
+    assert text.startswith("# Results\n<!-- report:runs -->\n")
     assert "<!-- /report:runs -->\nbetween\n<!-- report:sweeps -->\n" in text
+    assert "old" not in text.split()
+    text = build(root)[root / "README.md"]
+    assert text.startswith("# Title\n<!-- report:bench -->\n`make bench` was not run yet.\n")
     unknown = "`make stress` was not run yet."
     assert f"<!-- report:reliability -->\n{unknown}\n<!-- /report:reliability -->\n" in text
     assert f"<!-- report:study -->\n{NO_STUDY}\n<!-- /report:study -->\nend\n" in text
@@ -366,7 +369,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     (root / "evaluation" / "results" / "demo_x").mkdir()  # make demo's are not committed
     files = build(root)
     assert {path.name for path in write_changed(files)} == {
-        "README.md",
+        "README.md",  # two of this name
         "index.html",
         "rates_base.svg",
         "curves_base.svg",
@@ -541,9 +544,28 @@ def test_a_run_is_filed(tmp_path, capsys):
     run = tmp_path / "elsewhere" / "evaluation" / "results" / "lora_new"
     write_probe(root, "lora_new", results_of(3.2), [sample("facts-01", "Paris.")])
     assert main(["--root", str(root), "--add", str(run)]) == 0
-    assert "| 3.200 | 0.80 |" in (root / "README.md").read_text()
+    assert "| 3.200 | 0.80 |" in (root / "evaluation" / "results" / "README.md").read_text()
     assert main(["--root", str(root), "--add", str(tmp_path)]) == 2
     assert "lacks run.json or metrics.jsonl" in capsys.readouterr().err
+
+
+def test_another_folder_of_the_study_is_shown_and_nothing_written(tmp_path, capsys):
+    root = make_tree(tmp_path / "root")
+    study = REPOSITORY / "evaluation" / "study.toml"
+    shutil.copyfile(study, root / "evaluation" / "study.toml")
+    before = set(root.rglob("*"))
+    again = tmp_path / "again"
+    again.mkdir()
+    assert main(["--root", str(root), "--show_study", str(again)]) == 0
+    assert capsys.readouterr().out.startswith(NO_STUDY)
+    base = REPOSITORY / "evaluation" / "results" / "study" / "xs-plain42.json"
+    shutil.copyfile(base, again / base.name)
+    assert main(["--root", str(root), "--show_study", str(again)]) == 0
+    out = capsys.readouterr().out
+    assert "**At `xs`**: 1 of " in out and "# The study's results" in out and "![" not in out
+    assert before == set(root.rglob("*"))
+    assert main(["--show_study", str(again), "--add", str(again)]) == 2
+    assert "--show_study writes nothing" in capsys.readouterr().err
 
 
 def test_results_of_a_probe_without_a_run_are_shown(tmp_path):

@@ -1,6 +1,7 @@
 """The study: what is planned, what is known, what the rules say, and one run of it from nothing."""
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ from evaluation.findings import (
     Judged,
     bad_shares,
     check_controlled,
+    check_prompts,
     contrast_answers,
     corrected,
     describe_cell,
@@ -67,11 +69,12 @@ from evaluation.study_report import (
     RATES,
     describe_cells,
     few_prompt_rates,
+    probes_by_cell,
     recovery_by_cell,
-    shares_by_cell,
     study_block,
     study_details,
     study_figures,
+    summary_block,
     verdicts_by_size,
 )
 
@@ -186,6 +189,7 @@ SWEEP = {
     "xs-plain42-fft-lr1e-1-s2": None,  # so much better, but for the seed that diverged
 }
 CELL = Cell("xs", "plain", 42, "square", "1e-3", "main")
+LANGUAGES = {"English": np.arange(4) < 3, "Chinese": np.arange(4) == 3}
 BASE = {"xs-plain42": result_of("xs-plain42", 42, [50.0, 100.0, 150.0, 200.0], None)}
 
 
@@ -595,7 +599,8 @@ def test_shares_of_bad_answers_have_intervals_over_seeds_and_prompts() -> None:
             [("a", ("0000", "0100")), ("b", ("0101", "1010")), ("c", ("0000", "0000"))],
         )
     ]
-    shares = bad_shares(probes)
+    everything = np.ones(4, dtype=bool)
+    shares = bad_shares(probes, everything)
     # Seed 1 has prompts 2 and 3, seed 2 has prompt 2. Of all draws 13% are 0, 1.9% are 1, and 2.6%
     # 7/8 or more.
     assert (shares["a"].estimate, shares["a"].low) == (3 / 8, 0.0)
@@ -603,29 +608,60 @@ def test_shares_of_bad_answers_have_intervals_over_seeds_and_prompts() -> None:
     # Clopper and Pearson's of 4 of 4 and 0 of 4, by hand: 1 - .025^(1/4) = .602.
     assert shares["b"] == Interval(1.0, pytest.approx(0.398, abs=1e-3), 1.0)
     assert shares["c"] == Interval(0.0, 0.0, pytest.approx(0.602, abs=1e-3))
+    assert bad_shares(probes, np.array([1, 0, 1, 0], dtype=bool))["a"].estimate == 1 / 4
 
 
-def test_arms_that_were_asked_are_drawn_by_their_bad_answers(study: dict) -> None:
-    results = deepcopy(BASE) | results_of(SWEEP)
-    study["experiments"][1] |= {"cells": ["square@1e-3", "fft@tuned"], "probe": True}
-    assert "study_xs_answers.svg" not in figures_of(study, results)
+def answers(endless: str) -> dict:
+    """A probe of four prompts under both decodings, 1 where an answer never ends."""
+    outcomes = {"runaway": endless, "loop": "0000", "blank": "0000", "check_strict": "----"}
+    decodings = ("greedy", "t0.85p0.85")
+    rates = {decoding: {key: {"rate": 0.0} for key in RATES} for decoding in decodings}
+    prompts = {"count": 4, "sha256": "x"}
+    return {"outcomes": dict.fromkeys(decodings, outcomes), "rates": rates, "prompts": prompts}
+
+
+def test_arms_that_were_asked_are_told_by_their_bad_answers(study: dict) -> None:
+    cells = {"cells": ["square@1e-3", "fft@tuned"]}
+    study["experiments"][1] |= cells | {"probe": True}
+    study["experiments"].append(DEFAULTS | cells | {"id": "S", "question": "Q.", "seeds": [1]})
+    study["experiments"][2]["summary"] = True
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
-    results |= results_of(square)
-    marks = {"xs-plain42": "11", "square-lr1e-3-s1": "10", "square-lr1e-3-s2": "11"}
-    for name, endless in (marks | {"fft-lr1e-2-s1": "00"}).items():
-        outcomes = {"runaway": endless, "loop": "00", "blank": "00", "check_strict": "--"}
-        decodings = ("greedy", "t0.85p0.85")
-        rates = {decoding: {key: {"rate": 0.0} for key in RATES} for decoding in decodings}
-        probe = {"outcomes": dict.fromkeys(decodings, outcomes), "rates": rates}
-        probe["prompts"] = {"count": 2}
-        results[name if name == "xs-plain42" else f"xs-plain42-{name}"]["probe"] = probe
-    shares = shares_by_cell(study, "xs", results)
-    assert [(name, found["greedy"].estimate) for name, found in shares] == [
-        ("xs-plain42, the base", 1.0),
-        ("LoRA on q and o, 1e-3 (2 seeds)", 0.75),
-        ("all of it, 1e-2 (1 seed)", 0.0),
-    ]
+    results = deepcopy(BASE) | results_of(SWEEP | square)
+    assert "study_xs_answers.svg" not in figures_of(study, results)
+    for name, endless in (
+        ("xs-plain42", "1111"),
+        ("xs-plain42-square-lr1e-3-s1", "1000"),
+        ("xs-plain42-square-lr1e-3-s2", "1110"),
+        ("xs-plain42-fft-lr1e-2-s1", "0001"),
+    ):
+        results[name]["probe"] = answers(endless)
+    found = probes_by_cell(study, "xs", results)
+    assert {name: len(probes) for name, probes in found.items()} == {
+        "xs-plain42, the base": 1,
+        "LoRA on q and o, 1e-3 (2 seeds)": 2,
+        "all of it, 1e-2 (1 seed)": 1,
+    }
+    drawn = figures_of(study, results)["study_xs_answers.svg"]
+    for text in (*found, "3 English prompts", "1 Chinese prompts"):
+        assert f"<!-- {text} -->" in drawn
     assert "![Share of answers" in report_of(study, results)
+    summary = summary_block(study, results, describe_cells(study, results), LANGUAGES)
+    assert summary[0] == "*At `xs`. Q.*"
+    assert summary[-3:] == [  # of the three English prompts
+        "| nothing: the base | - | - | - | 0 | 100% / 100% |",
+        "| LoRA on q and o | 1,234 | 1e-3 | 2 | 0.50 [0.50, 0.50] | 67% / 67% |",
+        "| all of it | 1,234 | 1e-2 | 2 | 1 (what R is a share of) | 0% / 0% |",
+    ]
+    assert "*S. Q.*" not in report_of(study, results)
+
+
+def test_answers_to_other_prompts_are_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.md"
+    prompts.write_text("## Facts")
+    known = {"prompts": {"sha256": hashlib.sha256(b"## Facts").hexdigest()}}
+    check_prompts({"one": {"probe": known}, "not asked": {}}, prompts)
+    with pytest.raises(DataError, match=f"two: was asked other prompts than {prompts}"):
+        check_prompts({"one": {"probe": known}, "two": {"probe": answers("0000")}}, prompts)
 
 
 def test_claim_of_answers_is_judged_by_its_bound(study: dict) -> None:
@@ -710,13 +746,13 @@ def report_of(study: dict, results: dict) -> str:
     """All that the README and the page of details say of the study."""
     verdicts = verdicts_by_size(study, results)
     rows = describe_cells(study, results)
-    block = study_block(study, results, verdicts, study_figures(study, results, rows))
-    return "\n".join([*block, *study_details(study, results, rows, verdicts)])
+    block = study_block(study, results, verdicts, figures_of(study, results))
+    return "\n".join([*block, *study_details(study, results, rows, LANGUAGES, verdicts)])
 
 
 def figures_of(study: dict, results: dict) -> dict[str, str]:
     """The figures of these results."""
-    return study_figures(study, results, describe_cells(study, results))
+    return study_figures(study, results, describe_cells(study, results), LANGUAGES)
 
 
 def test_report_tells_what_was_run(study: dict) -> None:
@@ -816,10 +852,12 @@ def test_few_prompts_are_to_name_the_arm_of_higher_recovery(study: dict) -> None
             faults = {"runaway": "0000", "loop": loops, "blank": "0000", "check_strict": loops}
             probe = {"outcomes": {"t0.85p0.85": faults}, "rates": {}}
             results[f"xs-plain42-{name}-s{seed}"]["probe"] = probe
-    (pair,) = few_prompt_rates(study, "xs", results, describe_cells(study, results))
+    (pair,) = few_prompt_rates(
+        study, "xs", results, describe_cells(study, results), LANGUAGES["English"]
+    )
     assert (pair.better, pair.worse) == ("fft@tuned", "square@1e-3")
-    assert (pair.wrong, pair.tied, pair.seeds, pair.prompts) == (0.0, 0.0, 2, 4)
-    assert "| fft@tuned | square@1e-3 | 0% | 0% | 2 | 4 |" in report_of(study, results)
+    assert (pair.wrong, pair.tied, pair.seeds, pair.prompts) == (0.0, 0.0, 2, 3)  # in English
+    assert "| fft@tuned | square@1e-3 | 0% | 0% | 2 | 3 |" in report_of(study, results)
 
 
 def test_committed_study_is_sound() -> None:
