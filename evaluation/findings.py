@@ -126,10 +126,10 @@ def base_of(study: dict, cell: Cell, results: dict[str, dict]) -> tuple[np.ndarr
 def check_controlled(results: dict[str, dict]) -> None:
     """Refuses results that must not be compared: gate P4 of the protocol.
 
-    Arms of one variant must have read the same samples with the same template, masks and tokenizer
-    (one token store, by its files' and tokenizer's hashes and its counts), and must have started
-    from the weights that their base's result names, computed in the same type. Everything of one
-    data set was measured on the same conversations.
+    Arms of one data set must have read the same samples with the same template, masks and tokenizer
+    (one token store, by its files' and tokenizer's hashes and its counts), whatever their variant,
+    and must have started from the weights that their base's result names, computed in the same
+    type. Everything of one data set was measured on the same conversations.
 
     Raises:
         DataError: names a result that differs.
@@ -146,7 +146,7 @@ def check_controlled(results: dict[str, dict]) -> None:
         base = results.get(f"{result['size']}-{result['base']}{result['base_seed']}")
         if base and base["weights"] != result["run"]["base_fingerprint"]:
             raise DataError(f"{name}: started from other weights than those of {base['id']}")
-        key = (result["size"], result["variant"])
+        key = (result["size"], *result["held_out"])
         known = data.setdefault(key, result)
         if result["run"]["train_data"] != known["run"]["train_data"]:
             raise DataError(f"{name}: was trained on other data than {known['id']}")
@@ -257,7 +257,7 @@ class Row:
     """A cell's line in a table."""
 
     measured: Measured  # the seeds that full fine-tuning was run with, too, if any was
-    recovery: Interval | None  # None for want of a base or of full fine-tuning
+    recovery: Interval | None  # None without a base or full fine-tuning that gains enough
     forgetting: float | None  # nats a token of pretraining text, above the base's
 
 
@@ -282,10 +282,13 @@ def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | No
 
 def full_of(study: dict, cell: Cell, results: dict[str, dict]) -> Measured | None:
     """The tuned full fine-tuning that a cell's recovery is a share of."""
+    return measure_cell(study, full_cell(study, cell), results)
+
+
+def full_cell(study: dict, cell: Cell) -> Cell:
+    """The cell of that full fine-tuning."""
     variant = study["variants"][cell.variant]["reference"]
-    return measure_cell(
-        study, replace(cell, arm=FULL, rate="tuned", variant=variant, part=""), results
-    )
+    return replace(cell, arm=FULL, rate="tuned", variant=variant, part="")
 
 
 # ---------------------------------------------------------------- claims
@@ -397,9 +400,10 @@ def judge(
 def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:
     """Why a contrast of these cells cannot be told; empty if it can."""
     arms = [measure_cell(study, cell, results) for cell in cells]
-    for cell, arm in zip(cells, arms, strict=True):
-        if arm is None and count_diverged(study, cell, results):
-            return f"open: every run of {cell.arm} diverged"
+    for cell in (*cells, full_cell(study, cells[0])):
+        diverged = count_diverged(study, cell, results)
+        if diverged and measure_cell(study, cell, results) is None:
+            return f"open: no run of {cell.arm} completed, {diverged} diverged"
     base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
     if base is None or full is None or any(arm is None for arm in arms):
         return NOT_RUN
@@ -428,13 +432,13 @@ def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contra
         )
         for seed in common_seeds(arms, full)
     ]
-    reference = replace(cells[0], arm=FULL, rate="tuned", part="")
+    reference = full_cell(study, cells[0])
     draws = difference(recovery_draws(base[0], arms, full))
     return Contrast(
         interval_of(draws),
         [float(of_one[0]) for of_one in single],
         draws[1:],
-        sum(arm.failed for arm in arms),
+        sum(count_diverged(study, cell, results) for cell in {*cells, reference}),
         all(is_well_tuned(study, cell, results) for cell in (*cells, reference)),
     )
 
@@ -479,9 +483,10 @@ def share_interval(marks: np.ndarray) -> Interval:
     return replace(found, low=1 - unseen) if marks.all() else found
 
 
-def marked(outcomes: dict[str, str]) -> np.ndarray:
-    """(prompts,): 1 where the answer under one decoding is among `BAD`, else 0."""
-    return np.array([int("1" in marks) for marks in zip(*(outcomes[b] for b in BAD), strict=True)])
+def marked(outcomes: dict[str, str], faults: tuple[str, ...] = BAD) -> np.ndarray:
+    """(prompts,): 1 where the answer under one decoding has one of the faults, else 0."""
+    found = zip(*(outcomes[fault] for fault in faults), strict=True)
+    return np.array([int("1" in marks) for marks in found])
 
 
 def why_no_answers(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:

@@ -28,6 +28,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import median
@@ -153,12 +154,6 @@ def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[st
         and (chosen is None or run.id in chosen)
     ]
     needed = {run.base_id for run in left}
-    for name in needed & results.keys():
-        if results[name]["status"] != "completed":
-            raise SettingsError(
-                f"{name}: {results[name]['status']}, so nothing can start from it; mend it in "
-                f"{args.study} and delete {args.results_dir / name}.json"
-            )
     missing = [run for run in runs if run.id in needed and not has_base(run.id, args)]
     if args.shard[1] > 1 and missing:
         raise SettingsError(
@@ -168,8 +163,23 @@ def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[st
     return list(dict.fromkeys([*missing, *left])), waiting
 
 
+def check_bases(left: list[Run], args: argparse.Namespace) -> None:
+    """Refuses runs from a base of which nothing can start.
+
+    Raises:
+        SettingsError: names the base, and how to mend it.
+    """
+    results = read_results(args.results_dir)
+    for name in sorted({run.base_id for run in left} & results.keys()):
+        if results[name]["status"] != "completed":
+            raise SettingsError(
+                f"{name}: {results[name]['status']}, so nothing can start from it; mend it in "
+                f"{args.study} and delete {args.results_dir / name}.json"
+            )
+
+
 def lacks(run: Run, result: dict | None) -> bool:
-    """Whether a run has no result, or one without the probe that is asked for."""
+    """Whether a run has no result, or one without the answers or parts that are asked for."""
     if result is None:
         return True
     if "held_out" not in result:
@@ -191,12 +201,15 @@ def has_weights(run_id: str, save_dir: Path) -> bool:
 
 
 def estimated_seconds(run: Run, results: dict[str, dict]) -> float | None:
-    """Median of what runs of this size and variant took here or elsewhere; None if none did."""
+    """Median of what such runs took here or elsewhere; None if none did.
+
+    Those of its size and variant, from whatever base; of a base, those of its kind.
+    """
     alike = [
         result["seconds"]
         for result in results.values()
         if (result["size"], result["variant"]) == (run.size, run.variant)
-        and result["base"] == run.base
+        and (run.arm is not None or result["base"] == run.base)
     ]
     return median(alike) if alike else None
 
@@ -214,6 +227,8 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
     folder = args.save_dir / run.id
     if not has_weights(run.id, args.save_dir):
+        if run.arm is not None:
+            check_start(run, weights_fingerprint(load_model(args.save_dir / run.base_id)), args)
         script = str(REPOSITORY / "trainer" / f"{SCRIPTS[stage]}.py")
         command = [sys.executable, script, *as_words(flags), *how_to_go_on(folder)]
         call(command, args, run.id, may_fail=True)
@@ -221,7 +236,8 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     status = record.get("status", "not trained")
     if status not in ENDED:
         raise SettingsError(f"{run.id}: {status}; {args.save_dir / run.id}.log says why")
-    check_start(run, record, args)
+    if run.arm is not None:
+        check_start(run, record["base_fingerprint"], args)
     path = args.results_dir / f"{run.id}.json"
     known = read_json(path) if path.is_file() else {}
     start = time.monotonic()
@@ -249,14 +265,12 @@ def check_same_base(run: Run, result: dict, known: dict, args: argparse.Namespac
         )
 
 
-def check_start(run: Run, record: dict, args: argparse.Namespace) -> None:
-    """Refuses a run that started from other weights than those that its base's result names."""
+def check_start(run: Run, weights: str, args: argparse.Namespace) -> None:
+    """Refuses a start from other weights, by their fingerprint, than its base's result names."""
     path = args.results_dir / f"{run.base_id}.json"
-    if run.arm is None or not path.is_file():
-        return
-    if record["base_fingerprint"] != read_json(path)["weights"]:
+    if path.is_file() and weights != read_json(path)["weights"]:
         raise SettingsError(
-            f"{run.id}: started from another {run.base_id} than the one in {path}; delete it and "
+            f"{run.id}: starts from another {run.base_id} than the one in {path}; delete it and "
             f"its base in {args.save_dir}, or name another --save_dir"
         )
 
@@ -418,9 +432,9 @@ def thinned_curve(path: Path) -> list[list[float]]:
 
 def run_all(study: dict, args: argparse.Namespace) -> None:
     """Runs what is left, `--jobs` at once; rates that become known add runs on the way."""
-    left, _ = runs_left(study, args)
     running: dict[Future, Run] = {}
     failed: dict[str, SettingsError] = {}
+    left = runs_to_start(study, args, failed)
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(left), desc="study") as bar:
         while left or running:
             for run in ready(left, list(running.values()), args)[: args.jobs - len(running)]:
@@ -435,11 +449,19 @@ def run_all(study: dict, args: argparse.Namespace) -> None:
                     failed[run.id] = error
                     bar.write(str(error), file=sys.stderr)
                 bar.update()
-            left = [run for run in runs_left(study, args)[0] if run.id not in failed]
+            left = runs_to_start(study, args, failed)
             bar.total = bar.n + len(left)
     print_waiting(study, args)
     if failed:
         raise SettingsError(f"{len(failed)} runs broke off: {', '.join(failed)}; call again")
+    check_bases(runs_left(study, args)[0], args)
+
+
+def runs_to_start(study: dict, args: argparse.Namespace, failed: Iterable[str]) -> list[Run]:
+    """The runs left, but for those that broke off or whose base did or diverged."""
+    results = read_results(args.results_dir).values()
+    ended = {result["id"] for result in results if result["status"] != "completed"}.union(failed)
+    return [run for run in runs_left(study, args)[0] if not {run.id, run.base_id} & ended]
 
 
 def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list[Run]:
@@ -518,6 +540,8 @@ def main() -> int:
     if args.size not in study["sizes"]:
         raise SettingsError(f"--size {args.size}: choose among {', '.join(study['sizes'])}")
     left, _ = runs_left(study, args)
+    if args.list or args.dry_run:
+        check_bases(left, args)
     if left and not args.dry_run:
         check_data(study, args.data_dir)
     if args.list:

@@ -110,7 +110,7 @@ def read_study(path: Path = STUDY_FILE) -> dict:
 
 
 def check_experiment(study: dict, experiment: dict, path: Path) -> None:
-    """Refuses names that no table has, and rules that would never be judged."""
+    """Refuses names that no table has, and rules and ladders that cannot be read."""
     where = f"{path}, experiment {experiment['id']!r}"
     names = [(size, "sizes") for size in experiment["sizes"]] + [(experiment["base"], "bases")]
     texts = list(experiment["cells"])
@@ -127,8 +127,8 @@ def check_experiment(study: dict, experiment: dict, path: Path) -> None:
     for name, table in names:
         if name not in study[table]:
             raise SettingsError(f"{where}: {name!r} is not among {', '.join(study[table])}")
-    rungs = experiment.get("rungs", experiment["cells"])
-    if len(rungs) != len(experiment["cells"]):
+    rungs = experiment.get("rungs", [])
+    if experiment["ladder"] and len(rungs) != len(experiment["cells"]):
         raise SettingsError(f"{where}: {len(rungs)} rungs for {len(experiment['cells'])} cells")
 
 
@@ -213,7 +213,8 @@ def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list
             continue
         for text in experiment["cells"]:
             found = list(runs_of(study, experiment, text, size, results))
-            if has_more(study, parse_cell(text, experiment, size, ""), results):
+            cell = parse_cell(text, experiment, size, "")
+            if has_more(study, cell, results) and not experiment["summary"]:
                 waiting.append(f"{experiment['id']}: {text}")
             for run in found:
                 known = runs.get(run.id)

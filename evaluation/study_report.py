@@ -19,6 +19,7 @@ from evaluation.findings import (
     NOT_RUN,
     SIDES,
     Judged,
+    Measured,
     Row,
     bad_shares,
     bound_of,
@@ -29,6 +30,7 @@ from evaluation.findings import (
     full_of,
     judge_claims,
     known_cell,
+    marked,
     measure_cell,
     probes_of,
     rule_of,
@@ -110,7 +112,7 @@ def summary_block(
         for experiment in study["experiments"]:
             if experiment["summary"] and size in experiment["sizes"]:
                 lines += summary_table(study, experiment, size, results, rows, languages)
-    return lines[:-1] or [NO_STUDY]
+    return lines[:-1]
 
 
 def summary_table(
@@ -127,8 +129,9 @@ def summary_table(
         if (row := rows[cell]) and row.recovery:
             measured = row.measured
             name = ", ".join([study["arms"][cell.arm]["title"], *variant_of(cell)])
-            facts = [costs(measured.records)[0], measured.cell.rate, str(len(measured.seeds))]
             probes = list(probes_of(study, cell, results).values())
+            seeds = f"{len(measured.seeds)}{asked(len(probes), measured)}"
+            facts = [costs(measured.records)[0], measured.cell.rate, seeds]
             told.append([name, *facts, in_words(row.recovery), bad_rates(probes, languages)])
     if not told:
         return []
@@ -143,8 +146,12 @@ def bad_rates(probes: list[dict], languages: dict[str, np.ndarray]) -> str:
     """The share of answers to English prompts that never end or are blank, by decoding."""
     if not probes:
         return "-"
-    shares = bad_shares(probes, languages["English"])
-    return " / ".join(f"{100 * share.estimate:.0f}%" for share in shares.values())
+    english = languages["English"]
+    shares = [
+        np.mean([marked(probe["outcomes"][decoding])[english] for probe in probes])
+        for decoding in probes[0]["outcomes"]
+    ]
+    return " / ".join(f"{100 * share:.0f}%" for share in shares)
 
 
 def study_block(
@@ -313,7 +320,7 @@ def cell_table(
         columns.append(CHANGE_COLUMNS[ladder])
         if not is_whole(study, experiment, cells, results):
             return columns, []
-    names = experiment.get("rungs", [""] * len(experiment["cells"]))
+    names = experiment["rungs"] if ladder else [""] * len(cells)
     lines = []
     for place, (name, cell) in enumerate(zip(names, cells, strict=True)):
         title = study["arms"][cell.arm]["title"]
@@ -406,11 +413,18 @@ def cell_row(row: Row, probed: bool) -> list[str]:
     seeds = str(len(measured.seeds))
     if measured.failed:
         seeds += f" ({measured.failed} diverged)"
+    if probed:
+        seeds += asked(len(measured.rates), measured)
     forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
     parameters, speed = costs(measured.records)
     cells = [parameters, measured.cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery)]
     rates = [mean_rates(measured.rates, key) for key in RATES] if probed else []
     return [*cells, forgets, speed, *rates]
+
+
+def asked(count: int, measured: Measured) -> str:
+    """How many runs were asked prompts, where that is not all that R is of."""
+    return f" ({count} asked)" if count not in (0, len(measured.seeds)) else ""
 
 
 def costs(records: list[dict]) -> tuple[str, str]:
@@ -450,6 +464,8 @@ def rate_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
             text = f"{rate}: {loss:.3f}" + ("" if sweep.seeds[rate] == every else "\\*")
             cells.append(f"**{text}**" if rate == sweep.best else text)
         inside = "" if is_interior(sweep) else ", at the edge of the grid"
+        if not sweep.is_whole:
+            inside = ", not with every seed yet"
         seeds = min(sweep.seeds[rate] for rate in sweep.near)
         rows.append([arm, ", ".join(cells), sweep.best + inside, str(seeds)])
     rows += [row for arm in study["arms"] if (row := unfinished_row(study, arm, size, results))]
@@ -543,7 +559,7 @@ def title_of(name: str) -> str:
         "rates": "Validation NLL by learning rate and what is trained",
         "recovery": "Recovery of every arm that was run, with 95% intervals",
         "answers": "Share of answers that never end or are blank, of every arm that was asked",
-        "ladder": "Recovery after each change on the way from MiniMind's LoRA to full fine-tuning",
+        "ladder": "Recovery after each change from MiniMind's LoRA to full fine-tuning, or without",
         "prompts": "How often eight prompts, judged once, name the worse of two arms",
     }[name.rsplit("_", 1)[1].removesuffix(".svg")]
 
@@ -551,13 +567,14 @@ def title_of(name: str) -> str:
 def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
     """Mean validation NLL by rate, a line for every arm, of the rates that did not diverge.
 
-    A panel for full fine-tuning and its parts, and one for adapters.
+    A panel for full fine-tuning and its parts, and two for adapters.
     """
-    stages = [stage for stage in ("full_sft", "lora") if stage in stages_of(study, tuned)]
-    figure = Figure(figsize=(8, 3.8 * len(stages)))
-    panels = figure.subplots(len(stages), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, stage in zip(panels, stages, strict=True):
-        arms = {arm: tuned[arm] for arm in tuned if study["arms"][arm]["stage"] == stage}
+    panels: dict[str, dict[str, Sweep]] = {}
+    for arm, sweep in tuned.items():
+        panels.setdefault(rates_panel(study["arms"][arm]), {})[arm] = sweep
+    figure = Figure(figsize=(8, 3.8 * len(panels)))
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
         ends = []
         for index, (arm, sweep) in enumerate(arms.items()):
             points = [
@@ -580,15 +597,19 @@ def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
         axes.set_xscale("log")
         axes.grid(axis="y", **GRID)
         label_ends(axes, ends)
-        axes.set_title("full fine-tuning, of all or of a part" if stage == "full_sft" else "LoRA")
+        axes.set_title(title)
         axes.set_ylabel("validation NLL, nats a token")
-    panels[-1].set_xlabel("peak learning rate; hollow: one seed where others have all")
+    all_axes[-1].set_xlabel("peak learning rate; hollow: one seed where others have all")
     return figure
 
 
-def stages_of(study: dict, arms: Iterable[str]) -> set[str]:
-    """The stages of these arms."""
-    return {study["arms"][arm]["stage"] for arm in arms}
+def rates_panel(arm: dict) -> str:
+    """The panel of an arm, so that few lines share one."""
+    if arm["stage"] == "full_sft":
+        return "full fine-tuning, of all or of a part"
+    if "modules_to_save" in arm["flags"]:
+        return "LoRA with embedding and norms"
+    return "LoRA, vocabulary frozen or but two rows of it"
 
 
 def recovery_by_cell(study: dict, measured: list[Row | None]) -> list[tuple[str, Interval]]:
@@ -596,11 +617,16 @@ def recovery_by_cell(study: dict, measured: list[Row | None]) -> list[tuple[str,
     rows = [row for row in measured if row and row.recovery]
     found = {
         f"{full_name(study, row.measured.cell)}, {row.measured.cell.rate} "
-        f"({len(row.measured.seeds)} seeds)": row.recovery
+        f"({in_seeds(len(row.measured.seeds))})": row.recovery
         for row in rows
         if not row.measured.cell.part
     }
     return sorted(found.items(), key=lambda item: item[1].estimate)
+
+
+def in_seeds(count: int) -> str:
+    """`1 seed`, `5 seeds`."""
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def short_name(cell: Cell) -> str:
@@ -680,8 +706,7 @@ def probes_by_cell(study: dict, size: str, results: dict[str, dict]) -> dict[str
     for cell in (cell for one in experiments for cell in tuned_cells(one, size)):
         if probes := list(probes_of(study, cell, results).values()):
             known = known_cell(study, cell, results)
-            seeds = "1 seed" if len(probes) == 1 else f"{len(probes)} seeds"
-            found[f"{full_name(study, known)}, {known.rate} ({seeds})"] = probes
+            found[f"{full_name(study, known)}, {known.rate} ({in_seeds(len(probes))})"] = probes
     return found
 
 
@@ -752,35 +777,30 @@ def few_prompt_rates(
     Args:
         chosen: (prompts,) True for those that they are drawn from.
     """
-    found: dict[str, tuple[float, np.ndarray]] = {}
+    found: dict[Cell, np.ndarray] = {}
     for experiment in study["experiments"]:
         if experiment["few_prompts"] and size in experiment["sizes"]:
-            for text in experiment["cells"]:
-                cell = parse_cell(text, experiment, size, experiment["id"])
-                row = rows[cell]
-                marks = fine_answers(study, experiment, text, size, results)
-                if row and row.recovery and len(marks):
-                    found[text] = (row.recovery.estimate, marks[:, chosen])
+            for cell in tuned_cells(experiment, size):
+                fine = fine_answers(probes_of(study, cell, results).values(), chosen)
+                if len(fine) and rows[cell] and rows[cell].recovery:
+                    found[cell] = fine
     pairs = []
     for one, other in combinations(found, 2):
-        better, worse = sorted((one, other), key=lambda name: -found[name][0])
-        first, second = found[better][1], found[worse][1]
-        rates = wrong_winner_rate(first, second)
-        pairs.append(Pair(better, worse, *rates, min(len(first), len(second)), first.shape[1]))
+        interval = contrast(study, [one, other], results).interval
+        if interval.low <= 0 <= interval.high:
+            continue  # R does not say which is the better one
+        better, worse = (one, other) if interval.low > 0 else (other, one)
+        first, second = found[better], found[worse]
+        wrong, tied = wrong_winner_rate(first, second)
+        names = (short_name(known_cell(study, cell, results)) for cell in (better, worse))
+        seeds = min(len(first), len(second))
+        pairs.append(Pair(*names, wrong, tied, seeds, first.shape[1]))
     return pairs
 
 
-def fine_answers(
-    study: dict, experiment: dict, text: str, size: str, results: dict[str, dict]
-) -> np.ndarray:
+def fine_answers(probes: Iterable[dict], chosen: np.ndarray) -> np.ndarray:
     """(seeds, prompts): 1 where an answer ends, does not loop and is not blank, else 0."""
-    runs = runs_of(study, experiment, text, size, results)
-    probes = [results[run.id]["probe"] for run in runs if "probe" in results.get(run.id, {})]
-    fine = []
-    for probe in probes:
-        faults = [probe["outcomes"][DECODING][fault] for fault in FAULTS]
-        fine.append([int("1" not in of_one) for of_one in zip(*faults, strict=True)])
-    return np.array(fine)
+    return np.array([1 - marked(probe["outcomes"][DECODING], FAULTS)[chosen] for probe in probes])
 
 
 def few_rows(pairs: list[Pair]) -> list[list[str]]:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 
 from dataset.command_line import SettingsError
 from dataset.lm_dataset import DataError
+from evaluation import run_study
 from evaluation.findings import (
     NOT_RUN,
     Contrast,
@@ -37,10 +39,12 @@ from evaluation.findings import (
     recovery_draws,
     rule_of,
     why_no_answers,
+    why_unknown,
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
 from evaluation.run_study import (
+    RESULTS_DIR,
     check_data,
     check_same_base,
     check_start,
@@ -49,6 +53,7 @@ from evaluation.run_study import (
     has_weights,
     missing_data,
     parse_shard,
+    perform,
 )
 from evaluation.study import (
     DEFAULTS,
@@ -59,6 +64,7 @@ from evaluation.study import (
     is_interior,
     planned_runs,
     rates_of,
+    read_results,
     read_study,
     sweep_of,
     training_flags,
@@ -77,6 +83,8 @@ from evaluation.study_report import (
     summary_block,
     verdicts_by_size,
 )
+from model.model_minimind import TOKENIZER_DIR, save_model
+from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOML = """
@@ -149,6 +157,8 @@ not_shown = "why"
 supported = [{ recovery = "square@1e-3", at_most = 0.5 }]
 refuted = [{ recovery = "square@1e-3", at_least = 0.5 }]
 """
+NATS = {"nats": [1.0, 1.0], "tokens": [1, 1]}
+COMMITTED = (Path("dataset/data"), Path("out/study"))  # where its commands say data and runs are
 EDGE = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
 TOKENS = [10, 20, 30, 40]  # validation: 10 and 30; test: 20 and 40
 
@@ -309,7 +319,7 @@ def test_verdict_needs_three_seeds_that_agree_and_a_rate_inside_its_grid(study: 
     (claim,) = judge_claims(study, "xs", three_seeds([base, base, bad]))
     assert claim.verdict == "open"  # the mean says at most .5, one seed does not
     (claim,) = judge_claims(study, "xs", three_seeds([None, None, None]))
-    assert claim.verdict == "open: every run of square diverged"
+    assert claim.verdict == "open: no run of square completed, 3 diverged"
 
 
 def test_no_verdict_with_a_rate_at_the_edge_of_its_grid(study: dict) -> None:
@@ -408,11 +418,46 @@ def test_experiment_brings_all_that_its_verdict_rests_on(study: dict) -> None:
 def test_run_from_another_base_is_refused(tmp_path: Path) -> None:
     args = argparse.Namespace(results_dir=tmp_path, save_dir=tmp_path / "out")
     run = Run("xs", "plain", 1, 42, "fft", "1e-3", "main")
-    check_start(run, {"base_fingerprint": "w1"}, args)
+    check_start(run, "w1", args)
     (tmp_path / "xs-plain42.json").write_text('{"weights": "w0"}')
-    check_start(run, {"base_fingerprint": "w0"}, args)
-    with pytest.raises(SettingsError, match="started from another xs-plain42"):
-        check_start(run, {"base_fingerprint": "w1"}, args)
+    check_start(run, "w0", args)
+    with pytest.raises(SettingsError, match="starts from another xs-plain42"):
+        check_start(run, "w1", args)
+    # Before it is trained, too: the base in --save_dir is not the one of the results.
+    args = argparse.Namespace(results_dir=tmp_path, save_dir=tmp_path, data_dir=tmp_path)
+    save_model(tiny_model(0), TOKENIZER_DIR, tmp_path / "xs-plain42")
+    with pytest.raises(SettingsError, match="starts from another xs-plain42"):
+        perform(run, read_study(STUDY_FILE), args)
+
+
+def test_runs_go_on_where_a_base_breaks_off_or_diverged(
+    study: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study["experiments"][1]["base_seed"] = 43
+    args = argparse.Namespace(size="xs", only=["*"], experiment=None, shard=(1, 1), jobs=1)
+    args.study, args.results_dir, args.save_dir = (tmp_path / name for name in ("s", "r", "o"))
+    args.results_dir.mkdir()
+    done = []
+
+    def perform(run: Run, *_: object) -> None:
+        if run.id == "xs-plain43":
+            raise SettingsError("xs-plain43: failed")
+        done.append(run.id)
+        result = result_of(run.id, run.seed, [1.0] * 4, run.arm) | {"weights": "w0", "probe": {}}
+        (args.results_dir / f"{run.id}.json").write_text(json.dumps(result))
+        (args.save_dir / run.id).mkdir(parents=True)
+        (args.save_dir / run.id / "run.json").write_text('{"status": "completed"}')
+
+    monkeypatch.setattr(run_study, "perform", perform)
+    with pytest.raises(SettingsError, match="1 runs broke off: xs-plain43; call again"):
+        run_study.run_all(study, args)
+    assert "xs-plain42-fft-lr1e-3-s1" in done and not any("plain43" in name for name in done)
+    diverged = result_of("xs-plain43", 43, None) | {"arm": None, "weights": "w1"}
+    (args.results_dir / "xs-plain43.json").write_text(json.dumps(diverged))
+    before = list(done)
+    with pytest.raises(SettingsError, match="xs-plain43: diverged, so nothing can start from it"):
+        run_study.run_all(study, args)
+    assert done == before
 
 
 def test_size_may_have_a_grid_of_its_own(study: dict) -> None:
@@ -495,6 +540,33 @@ def test_part_of_an_update_is_measured_against_the_whole(study: dict) -> None:
     assert describe_cell(study, replace(row.measured.cell, part="rank2"), results) is None
 
 
+def test_recovery_is_of_the_cells_own_base_data_and_full_fine_tuning(study: dict) -> None:
+    """A second base with half the losses, and a variant of other data that is its own reference."""
+    results = BASE | results_of(SWEEP)
+    study["variants"]["medical"] = {"data": "medical", "reference": "medical", "flags": {}}
+    place = {"xs-plain43": None, "xs-plain43-fft-lr1e-2-s1": "fft"}
+    place |= {"xs-plain43-square-lr1e-3-s1": "square", "xs-plain42-fft-medical-lr1e-2-s1": "fft"}
+    place["xs-plain42-square-medical-lr1e-3-s1"] = "square"
+    of_test = {"xs-plain43": 90, "xs-plain43-fft-lr1e-2-s1": 30, "xs-plain43-square-lr1e-3-s1": 45}
+    of_medical = {"xs-plain42": 80, "xs-plain42-fft-medical-lr1e-2-s1": 40}
+    of_medical["xs-plain42-square-medical-lr1e-3-s1"] = 70
+    results["xs-plain42"] = deepcopy(BASE["xs-plain42"])
+    for name, arm in place.items():
+        nats = of_test.get(name, 0)
+        results[name] = result_of(name, 1, [0.0, nats, 0.0, 2 * nats], arm)
+    for name, nats in of_medical.items():
+        kept = results[name]["held_out"] if name == "xs-plain42" else {}
+        medical = {"nats": [0.0, nats], "tokens": [10, 20]}
+        results[name]["held_out"] = kept | {"medical": medical}
+    second = describe_cell(study, replace(CELL, base_seed=43), results)
+    assert second.recovery.estimate == pytest.approx((90 - 45) / (90 - 30))
+    medical = describe_cell(study, replace(CELL, variant="medical"), results)
+    assert medical.recovery.estimate == pytest.approx((80 - 70) / (80 - 40))
+    results["xs-plain43-fft-lr1e-2-s1"] = result_of("xs-plain43-fft-lr1e-2-s1", 1, None)
+    why = why_unknown(study, [replace(CELL, base_seed=43)], results)
+    assert why == "open: no run of fft completed, 1 diverged"
+
+
 def test_claim_without_runs_is_not_judged(study: dict) -> None:
     (claim,) = judge_claims(study, "xs", BASE | results_of(SWEEP))
     assert claim.verdict == "not run"
@@ -537,6 +609,9 @@ def test_results_of_other_data_or_another_base_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=f"{name(2)}: .*{told}"):
             check_controlled(results | {name(2): other | {"run": changed}})
+    longer = other | {"variant": "long", "run": run | {"train_data": {"samples": 15}}}
+    with pytest.raises(DataError, match=f"{name(2)}: .*other data"):
+        check_controlled(results | {name(2): longer})  # R compares it with the main variant's
     held_out = {"general": {"nats": SWEEP[name(1)], "tokens": TOKENS[::-1]}}
     with pytest.raises(DataError, match=f"{name(2)}: was measured on other conversations"):
         check_controlled(results | {name(2): other | {"run": run, "held_out": held_out}})
@@ -650,7 +725,7 @@ def test_arms_that_were_asked_are_told_by_their_bad_answers(study: dict) -> None
     assert summary[-3:] == [  # of the three English prompts
         "| nothing: the base | - | - | - | 0 | 100% / 100% |",
         "| LoRA on q and o | 1,234 | 1e-3 | 2 | 0.50 [0.50, 0.50] | 67% / 67% |",
-        "| all of it | 1,234 | 1e-2 | 2 | 1 (what R is a share of) | 0% / 0% |",
+        "| all of it | 1,234 | 1e-2 | 2 (1 asked) | 1 (what R is a share of) | 0% / 0% |",
     ]
     assert "*S. Q.*" not in report_of(study, results)
 
@@ -836,6 +911,11 @@ def test_ladder_tells_what_each_change_adds(study: dict, kind: str, last: str) -
     text = report_of(study, results)
     assert "| LoRA: square | 1,234 | 1e-3 | 1 (1 diverged) |" in text  # counted, not left out
     assert "LoRA (1 diverged)" in figures_of(study, results)["study_xs_ladder.svg"]
+    results["xs-plain42-square-lr1e-3-s1"] = result_of("xs-plain42-square-lr1e-3-s1", 1, None)
+    text = report_of(study, results)
+    assert "| LoRA: square | - | 1e-3 | 0 (2 diverged) | - | - | - | - | - |" in text
+    assert "1.50 [1.50, 1.50] | +0.00 | 150 | - |" in text  # nothing to compare it with
+    assert "every run diverged" in figures_of(study, results)["study_xs_ladder.svg"]
     del results["xs-plain42-square-lr1e-3-s2"]
     assert "LoRA: square" not in report_of(study, results)
     assert "study_xs_ladder.svg" not in figures_of(study, results)
@@ -855,18 +935,36 @@ def test_few_prompts_are_to_name_the_arm_of_higher_recovery(study: dict) -> None
     (pair,) = few_prompt_rates(
         study, "xs", results, describe_cells(study, results), LANGUAGES["English"]
     )
-    assert (pair.better, pair.worse) == ("fft@tuned", "square@1e-3")
+    assert (pair.better, pair.worse) == ("fft", "square")
     assert (pair.wrong, pair.tied, pair.seeds, pair.prompts) == (0.0, 0.0, 2, 3)  # in English
-    assert "| fft@tuned | square@1e-3 | 0% | 0% | 2 | 3 |" in report_of(study, results)
+    assert "| fft | square | 0% | 0% | 2 | 3 |" in report_of(study, results)
 
 
 def test_committed_study_is_sound() -> None:
     study = read_study(STUDY_FILE)
     for size in study["sizes"]:
-        planned_runs(study, size, {})  # refuses two runs of one id
+        results, waiting = {}, [""]
+        while waiting:  # what is planned once every rate is known; refuses two runs of one id
+            runs, waiting = planned_runs(study, size, results)
+            new = {run.id: {"held_out": {"general": NATS}} for run in runs}
+            assert not waiting or new.keys() - results.keys()
+            results |= new
     for arm in study["arms"].values():
         rates = [float(rate) for rate in arm["rates"]]
         assert rates == sorted(set(rates)) and len(rates) >= 3
+
+
+def test_committed_results_were_made_with_the_flags_that_the_study_has_today() -> None:
+    """Fails when an arm's flags are changed under results of the old ones."""
+    study, results = read_study(STUDY_FILE), read_results(RESULTS_DIR)
+    for name, found in results.items():
+        facts = {fact: found[fact] for fact in ("size", "base", "seed")}
+        if found["arm"] is not None:
+            facts |= {fact: found[fact] for fact in ("base_seed", "arm", "rate", "variant")}
+        stage, flags = training_flags(study, Run(**facts), *COMMITTED)
+        assert found["command"].endswith(f"train_{stage}.py {shlex.join(as_words(flags))}"), name
+    bases = {result["id"] for result in results.values() if result["arm"] is None}
+    assert bases == {path.name for path in (RESULTS_DIR / "bases").iterdir()}
 
 
 def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
