@@ -41,14 +41,12 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.untrusted import parse_json
+from dataset.untrusted import UNREAD_FIELDS, parse_json
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CACHE_VERSION = 2  # raise it when the stored layout or the tokenization changes
 MAX_LINE_BYTES = 2**26  # 64 MiB: a longer line is no record, and must not fill the memory
 ROLES = ("system", "user", "assistant")
-# Fields of other formats that change what a conversation means, and that the template cannot show.
-UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "weight", "history")
 # How a file starts that is no plain UTF-8 text, and what to do about it.
 FOREIGN_STARTS = {
     b"\x1f\x8b": "is gzip; give it a name that ends in .gz",
@@ -451,6 +449,7 @@ def load_tokens(
         "kind": kind,
         "files": [file["sha256"] for file in files],
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "ids": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
         "max_seq_len": max_seq_len if kind == "sft" else None,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
@@ -593,8 +592,13 @@ def encode_wrapped(
     known: dict[str, list[int]],
 ) -> list[tuple[list[int], list[bool]]]:
     """Documents between the tokens that open and close a chat turn, as MiniMind's own data are."""
-    plain = encode_documents(tokenizer, chunk, length, counts, known)
     opening, closing = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if opening is None:
+        raise DataError(
+            f"--wrap_documents: {tokenizer.name_or_path} has no bos_token to open a turn with; "
+            "name another --tokenizer_path"
+        )
+    plain = encode_documents(tokenizer, chunk, length, counts, known)
     return [([opening, *ids[:-1], closing, ids[-1]], mask) for ids, mask in plain]
 
 

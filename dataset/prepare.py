@@ -41,7 +41,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.untrusted import error_line, parse_json, shown
+from dataset.untrusted import UNREAD_FIELDS, error_line, parse_json, shown
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 STORY_END = "<|endoftext|>"
@@ -338,6 +338,8 @@ def convert_minimind_chat(fields: dict, settings: Settings) -> Example | str:
     # Our chat template has no tools; MiniMind's newer files mix such conversations in.
     if any(t["role"] == "tool" or t.get("tools") or t.get("tool_calls") for t in turns):
         return "tool_use"
+    if any(turn.get(field) for turn in turns for field in UNREAD_FIELDS):
+        return "unread_field"  # as reasoning_content is, which the answer would be read without
     roles = [turn["role"] for turn in turns]
     if roles[:1] == ["system"]:
         roles = roles[1:]
@@ -749,12 +751,12 @@ def choose_settings(corpus: Corpus, args: argparse.Namespace) -> Settings:
     """The corpus's rules with the user's changes; a flag that would be ignored is refused."""
     changes = {}
     for name in ("min_chars", "max_words", "limit"):
-        value = getattr(args, name)
+        value = vars(args)[name]
         if value is None:
             continue
         if value < 1:
             raise PrepareError(f"--{name} {value}: must be at least 1")
-        if name != "limit" and getattr(corpus.defaults, name) is None:
+        if name != "limit" and vars(corpus.defaults)[name] is None:
             raise PrepareError(f"--{name} does nothing for {corpus.name}; leave it out")
         changes[name] = value
     if args.valid_fraction is not None:

@@ -8,6 +8,8 @@ error through :func:`error_line`.
 import json
 import re
 
+# Fields of other formats that change what a conversation means, and that the template cannot show.
+UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "weight", "history")
 # Control, zero-width and direction characters: what could steer a terminal or hide text.
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"

@@ -49,7 +49,7 @@ def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--tokenizer_path",
         type=Path,
-        help="tokenizer's folder (default: the model's; for a .pth, this repository's)",
+        help="tokenizer's folder (default: the model's; a .pth has none)",
     )
     what.add_argument(
         "--prompts", type=Path, default=PROMPTS_FILE, help="prompts, .md or JSONL (default: ours)"

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from model.model_lora import ADAPTER_CONFIG, find_base, load_lora
 from model.model_minimind import (
-    TOKENIZER_DIR,
     CheckpointError,
     MiniMindForCausalLM,
     load_model,
     load_tokenizer,
+    own_tokenizer,
     read_json,
 )
 from trainer.run_folder import checkpoint_name
@@ -59,7 +59,7 @@ def load_checkpoint(
     """The model, adapter in place and not merged, ready to generate; and its tokenizer.
 
     Args:
-        tokenizer_path: by default the model's own, or for a .pth this repository's.
+        tokenizer_path: by default the model's own; a .pth has none.
 
     Raises:
         CheckpointError: files do not fit, or a weight is not a number.
@@ -68,14 +68,12 @@ def load_checkpoint(
     model = load_model(checkpoint.model_path)
     if checkpoint.base:
         load_lora(model, checkpoint.path)
-    own_tokenizer = checkpoint.model_path if checkpoint.model_path.is_dir() else TOKENIZER_DIR
-    tokenizer = load_tokenizer(tokenizer_path or own_tokenizer)
+    tokenizer = load_tokenizer(tokenizer_path or own_tokenizer(checkpoint.model_path))
     if len(tokenizer) > model.config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.model_path}: {model.config.vocab_size} tokens, but the tokenizer has "
             f"{len(tokenizer)}; give the model's own as --tokenizer_path"
         )
-    tokenizer.padding_side = "left"  # so that every prompt ends where its answer begins
     return model.to(device, dtype).eval(), tokenizer
 
 

@@ -142,7 +142,7 @@ def check_independence(judge: Judge, checkpoints: list[Checkpoint]) -> list[str]
         CheckpointError: names the probed checkpoint.
     """
     own = weights_sha256(judge.checkpoint.path)
-    fingerprint = None if judge.checkpoint.base else weights_fingerprint(judge.model)
+    fingerprint = own_fingerprint(judge.checkpoint)  # of the file's weights: the judge's are cast
     judge_base = judge.checkpoint.run_record().get("base_fingerprint")
     relatives = []
     for checkpoint in checkpoints:

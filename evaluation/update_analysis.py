@@ -101,11 +101,11 @@ from model.model_lora import (
     select_trainable,
 )
 from model.model_minimind import (
-    TOKENIZER_DIR,
     CheckpointError,
     MiniMindForCausalLM,
     fill_weights,
     load_model,
+    own_tokenizer,
     read_json,
     save_model,
     weights_fingerprint,
@@ -140,7 +140,7 @@ class Update:
     fingerprint: str  # of the tuned weights, an adapter merged
     delta: dict[str, Tensor]
     lora_a: dict[str, Tensor]  # A (r, in) of adapted linears; empty for a full checkpoint
-    tokenizer_dir: Path
+    weights: Path  # whose tokenizer a changed copy gets: the base's for an adapter
 
 
 def named_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
@@ -184,9 +184,8 @@ def load_update(base: Base, path: Path) -> Update:
     delta = {n: factors[n] if n in factors else after[n] - w0 for n, w0 in base.weights.items()}
     if not any(tensor.any() for tensor in delta.values()):
         raise CheckpointError(f"{path}: has the weights of {base.path}; there is no update")
-    folder = base.path if is_adapter else path
-    tokenizer_dir = folder if folder.is_dir() else TOKENIZER_DIR
-    return Update(checkpoint_name(path), weights_fingerprint(model), delta, lora_a, tokenizer_dir)
+    weights = base.path if is_adapter else path
+    return Update(checkpoint_name(path), weights_fingerprint(model), delta, lora_a, weights)
 
 
 def check_base(base: Base, tuned: Path) -> None:
@@ -492,7 +491,9 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
 
     Raises:
         SettingsError: a folder exists, or one is asked for twice; nothing is written then.
+        CheckpointError: a .pth, which has no tokenizer of its own.
     """
+    tokenizer_dir = args.tokenizer_path or own_tokenizer(update.weights)
     variants = plan_variants(args, base, update)
     folders = [args.output_dir / f"{update.name}{variant.name}" for variant in variants]
     for folder in folders:
@@ -501,7 +502,7 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
         if folders.count(folder) > 1:
             raise SettingsError(f"{folder.name}: asked for twice; drop one")
     for variant, folder in zip(variants, folders, strict=True):
-        write_variant(variant, base, update, folder)
+        write_variant(variant, base, update, tokenizer_dir, folder)
 
 
 def squared_norm_ratio(
@@ -514,7 +515,9 @@ def squared_norm_ratio(
     return numerator / denominator if denominator else None
 
 
-def write_variant(variant: Variant, base: Base, update: Update, folder: Path) -> None:
+def write_variant(
+    variant: Variant, base: Base, update: Update, tokenizer_dir: Path, folder: Path
+) -> None:
     """Writes a checkpoint folder, aside first so that it is there whole or not at all."""
     delta = variant.make()
     linears = linear_weights(base.model)
@@ -525,7 +528,7 @@ def write_variant(variant: Variant, base: Base, update: Update, folder: Path) ->
     model = MiniMindForCausalLM(base.model.config)
     fill_weights(model, {n: w0 + delta[n] for n, w0 in base.weights.items()})
     aside = folder.with_name(f"{folder.name}.tmp")
-    save_model(model, update.tokenizer_dir, aside)
+    save_model(model, tokenizer_dir, aside)
     record = {
         "status": "completed",
         "stage": "update_analysis",
@@ -568,6 +571,7 @@ def parse_args() -> argparse.Namespace:
     add("--shrink", action="store_true", help="without intruders, and its size-matched control")
     add("--rest", choices=REST, help="embedding and norms of --truncate, --random_rank (keep)")
     add("--output_dir", type=Path, help="where the folders go (default: out/)")
+    add("--tokenizer_path", type=Path, help="folder (default: the weights' own; a .pth has none)")
     args = parser.parse_args()
     check_args(args)
     args.seed, args.rest = args.seed or 0, args.rest or "keep"
@@ -588,6 +592,7 @@ def check_args(args: argparse.Namespace) -> None:
     used = {
         "output": not writes,
         "output_dir": writes,
+        "tokenizer_path": writes,
         "rest": bool(args.truncate) or is_random,
         "seed": is_random or not (writes or args.compare),
     }

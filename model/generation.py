@@ -51,7 +51,8 @@ class Decoding:
 def effective_weight(module: nn.Module) -> torch.Tensor:
     """What a linear or an embedding multiplies by, (out, in) or (V, D), its adapter merged.
 
-    Added in float32 and cast once, as :func:`model.model_lora.merge_lora` does it.
+    Added in float32 and cast once, as :func:`model.model_lora.merge_lora` does it, though of
+    factors that were cast with the model.
     """
     if isinstance(module, LoRALinear) and module.unmerged_weight is None:
         merged = module.weight.detach().float() + module.delta().float()

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from model.hub import fetch, is_hub_id
 from model.model_minimind import (
     MiniMindForCausalLM,
     RMSNorm,
@@ -44,6 +45,7 @@ REPO_DIR = Path(__file__).resolve().parents[1]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+NO_TARGETS = "dummy-target-modules"  # PEFT's name for none; an empty list it refuses
 ROWS_KEY = "token_adapter.trainable_tokens_delta"  # PEFT's name; it holds rows, not differences
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -79,9 +81,10 @@ class LoraSettings:
     train_tokens: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()
 
-    def scaling(self, rank: int) -> float:
+    @property
+    def scaling(self) -> float:
         """alpha / r, or alpha / sqrt(r) (rsLoRA, eq. 4)."""
-        return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class LoRALinear(nn.Module):
@@ -114,10 +117,12 @@ class LoRALinear(nn.Module):
 
     def effective_weight(self) -> torch.Tensor:
         """(out, in): what the input is multiplied by, without dropout."""
+        if self.unmerged_weight is not None:
+            return self.weight
         return self.weight + self.scaling * (self.lora_B @ self.lora_A)
 
     def delta(self) -> torch.Tensor:
-        """The update to ``weight``, (out, in), float32."""
+        """The update to ``weight``, (out, in), in the factors' type: float32, if not cast."""
         return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
 
 
@@ -229,6 +234,11 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
             "--train_tokens and --modules_to_save embeddings need a model that ties its head to "
             "the embedding; this one does not"
         )
+    if at_ends and HEAD in targets:
+        raise AdapterError(
+            f"--lora_targets: no {HEAD} with --train_tokens or --modules_to_save embeddings, which "
+            "train it already; leave it out"
+        )
     if settings.dropout and HEAD in targets:
         raise AdapterError(f"--lora_dropout: not on {HEAD}; leave it out of --lora_targets")
     if settings.init not in INITS:
@@ -239,9 +249,10 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
         raise AdapterError("nothing to train: --lora_rank 0 needs --train_tokens or more modules")
     model.requires_grad_(False)
     for name in targets:
-        scaling = settings.scaling(settings.rank)
         linear = model.get_submodule(name)
-        adapted = LoRALinear(linear, settings.rank, scaling, settings.dropout, settings.init)
+        adapted = LoRALinear(
+            linear, settings.rank, settings.scaling, settings.dropout, settings.init
+        )
         model.set_submodule(name, adapted)
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
@@ -285,6 +296,11 @@ def select_trainable(model: MiniMindForCausalLM, spec: str) -> None:
             raise AdapterError(f"--trainable {spec}: all holds every part; name it alone")
     if "frozen-embeddings" in parts and "embeddings" in parts:
         raise AdapterError(f"--trainable {spec}: freezes and trains the embeddings; drop one")
+    if {"embeddings", "frozen-embeddings"} & set(parts) and not model.config.tie_word_embeddings:
+        raise AdapterError(
+            f"--trainable {spec}: needs a model that ties its head to the embedding; this one does "
+            "not"
+        )
     model.requires_grad_("all" in parts)
     for part in parts:
         if part == "frozen-embeddings":
@@ -408,7 +424,7 @@ def save_lora(
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
-        "target_modules": layers,
+        "target_modules": layers or NO_TARGETS,
         "modules_to_save": saved or None,
         "trainable_token_indices": (
             {"embed_tokens": list(settings.train_tokens)} if settings.train_tokens else None
@@ -459,6 +475,7 @@ def find_base(folder: Path) -> Path:
 
     Raises:
         AdapterError: the config names none, or none is there.
+        CheckpointError: it names an id that is not to be had from the hub.
     """
     named = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
@@ -466,6 +483,8 @@ def find_base(folder: Path) -> Path:
     for base in (Path(named), REPO_DIR / named, folder.parent / named):
         if base.exists():
             return base
+    if is_hub_id(named):
+        return fetch(named, f"{folder / ADAPTER_CONFIG}: the base")
     raise AdapterError(f"{folder / ADAPTER_CONFIG}: the base {named} is not there; put it back")
 
 
@@ -495,6 +514,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
         targets=",".join(layers_of(tensors, ".lora_A.weight")),
+        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         use_rslora=bool(config.get("use_rslora")),
         train_tokens=tuple(rows),
         modules_to_save=tuple(whole_modules(tensors)),

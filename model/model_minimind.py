@@ -520,6 +520,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def own_tokenizer(weights: Path) -> Path:
+    """The folder of the tokenizer that weights were saved with.
+
+    Raises:
+        CheckpointError: they are a .pth, which holds none. MiniMind's has as many tokens as this
+            repository's, so that no check of sizes would tell one from the other.
+    """
+    if not weights.is_dir():
+        raise CheckpointError(
+            f"{weights}: holds no tokenizer; name the folder of the one that it was trained with "
+            "as --tokenizer_path"
+        )
+    return weights
+
+
 def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, padding on the right.
 

@@ -493,6 +493,10 @@ CASES = [
      "--train_tokens: ids must differ and lie in 0..6399"),
     ("rows of a whole embedding", "lora", "--train_tokens a --modules_to_save embeddings", nothing,
      "--train_tokens: the whole embedding trains already; drop one of both"),
+    ("head and rows", "lora", "--lora_targets q_proj,lm_head --train_tokens a", nothing,
+     "--lora_targets: no lm_head with --train_tokens or --modules_to_save embeddings, which train it already; leave it out"),
+    ("head and embedding", "lora", "--lora_targets lm_head --modules_to_save embeddings", nothing,
+     "--lora_targets: no lm_head with --train_tokens or --modules_to_save embeddings, which train it already; leave it out"),
     ("parts of all", "full_sft", "--trainable all,norms", nothing,
      "--trainable all,norms: all holds every part; name it alone"),
     ("frozen and trained", "full_sft", "--trainable frozen-embeddings,embeddings", nothing,
@@ -604,6 +608,17 @@ CASES = [
      "{home}/adapter.pth: a MiniMind adapter names no base; give --base"),
     ("MiniMind base as adapter", "merge_lora", "--adapter {home}/base.pth --base {home}/base", nothing,
      "{home}/base.pth: holds no matrix named ...lora.A.weight; no MiniMind adapter"),
+    *(
+        (f"{script}: a .pth without its tokenizer", script, flags, nothing,
+         "{home}/base.pth: holds no tokenizer; name the folder of the one that it was trained with as --tokenizer_path")
+        for script, flags in (
+            ("full_sft", "--from_weight {home}/base.pth --num_attention_heads 2"),
+            ("merge_lora", "--adapter {home}/adapter.pth --base {home}/base.pth --num_attention_heads 2"),
+            ("update_analysis", "--tuned {home}/base.pth --base {home}/other --truncate 1"),
+        )
+    ),
+    ("merge with another tokenizer", "merge_lora", "--adapter {home}/adapter.pth --base {home}/base.pth --num_attention_heads 2 --tokenizer_path {tmp}", nothing,
+     "{tmp}/tokenizer.json: missing; name a tokenizer's folder"),
     # ---- files with intentions
     ("code in a base", "full_sft", PTH, saved("x.pth", lambda tmp: {"model.norm.weight": Payload(tmp / "ran")}),
      "{tmp}/x.pth: not a plain file of tensors, or damaged (UnpicklingError); nothing in it was run; save it again as a state dict"),

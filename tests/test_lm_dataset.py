@@ -343,6 +343,14 @@ def test_wrapped_documents_stand_between_the_tokens_of_a_turn(
     store = load_tokens("pretrain_wrapped", [path], tokenizer, 64, tmp_path / "cache")
     assert store.tokens.tolist() == expected
     assert len(store.labeled) == 0
+    # Another token in the same role: what is cached of the same files must not be taken.
+    tokenizer = load_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    store = load_tokens("pretrain_wrapped", [path], tokenizer, 64, tmp_path / "cache")
+    assert store.tokens.tolist() == [EOS if token == PAD else token for token in expected]
+    tokenizer.bos_token = None
+    with pytest.raises(DataError, match="has no bos_token to open a turn"):
+        load_tokens("pretrain_wrapped", [path], tokenizer, 64, tmp_path / "cache")
 
 
 def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(

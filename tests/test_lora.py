@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from model import hub
 from model.model_lora import (
     AdapterError,
     LoRALinear,
     LoraSettings,
     apply_lora,
+    find_base,
     find_targets,
     load_lora,
     load_minimind_lora,
@@ -30,6 +33,7 @@ from model.model_lora import (
 )
 from model.model_minimind import (
     TOKENIZER_DIR,
+    CheckpointError,
     MiniMindForCausalLM,
     count_parameters,
     load_model,
@@ -99,12 +103,16 @@ def test_forward_is_w_plus_scaled_ba_by_hand() -> None:
     # W x = (5, 11); A x = 8; half of B A x = (8, -16).
     assert layer(torch.tensor([1.0, 2.0])).tolist() == [13.0, -5.0]
     assert layer.delta().tolist() == [[10.0, -1.0], [-20.0, 2.0]]
+    effective = layer.effective_weight()
+    layer.unmerged_weight = layer.weight.detach().clone()
+    layer.weight.data.copy_(effective)
+    assert layer.effective_weight().tolist() == effective.tolist()  # the update counts once
 
 
 @pytest.mark.parametrize(("use_rslora", "expected"), [(False, 2.0), (True, 8.0)])
 def test_scaling(use_rslora: bool, expected: float) -> None:
     settings = LoraSettings(rank=16, alpha=32, use_rslora=use_rslora)
-    assert settings.scaling(16) == expected
+    assert settings.scaling == expected
 
 
 @pytest.mark.parametrize(
@@ -227,8 +235,6 @@ def test_saved_adapter_loads_to_the_same_logits(trained: tuple, base: Path) -> N
 def test_peft_loads_our_adapter(trained: tuple, base: Path) -> None:
     model, folder = trained
     reference = AutoModelForCausalLM.from_pretrained(base)
-    if not list(lora_layers(model)):
-        pytest.skip("PEFT has no adapter without a target module")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys would warn
         warnings.filterwarnings("default", message=".*tie_word_embeddings.*")
@@ -275,7 +281,7 @@ def test_minimind_adapter_pth_loads(base: Path) -> None:
     torch.save(tensors, base.parent / "lora_medical_64.pth")
     model, dense = load_model(base), load_model(base)
     settings = load_minimind_lora(model, base.parent / "lora_medical_64.pth")
-    assert settings.scaling(settings.rank) == 1.0
+    assert settings.scaling == 1.0
     dense.get_submodule(name).weight.data += b.half().float() @ a.half().float()
     assert torch.allclose(logits(model), logits(dense), rtol=0, atol=1e-5)
 
@@ -404,6 +410,41 @@ def test_rows_and_embeddings_of_an_untied_model_are_refused(settings: LoraSettin
     config.tie_word_embeddings = False
     with pytest.raises(AdapterError, match="ties its head"):
         apply_lora(MiniMindForCausalLM(config), settings)
+
+
+@pytest.mark.parametrize("spec", ["frozen-embeddings", "norms,embeddings"])
+def test_embeddings_of_an_untied_model_are_refused_in_full_fine_tuning(spec: str) -> None:
+    config = minimind_config(hidden_size=64, num_hidden_layers=1, intermediate_size=96)
+    config.tie_word_embeddings = False
+    with pytest.raises(AdapterError, match=f"--trainable {spec}: .* ties its head"):
+        select_trainable(MiniMindForCausalLM(config), spec)
+
+
+def test_base_on_the_hub_is_found(trained: tuple, base: Path, monkeypatch) -> None:
+    folder = trained[1]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "someone/small"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    asked = []
+
+    def download(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(base)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert find_base(folder) == base
+    assert asked == ["someone/small"]
+
+    def fail(name: str, **_: object) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="the base someone/small: neither a local path nor"):
+        find_base(folder)
+    config["base_model_name_or_path"] = "out/gone"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="the base out/gone is not there"):
+        find_base(folder)
 
 
 def test_wrong_base_is_refused(trained: tuple) -> None:

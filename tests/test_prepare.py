@@ -321,9 +321,12 @@ def test_minimind_chat_keeps_sound_conversations(tmp_path):
         return {"conversations": [{"role": r, "content": c} for r, c in pairs]}
 
     sound = turns(("system", ""), ("user", "Moon"), ("assistant", "b"), ("user", "c"))
-    sound["conversations"].append({"role": "assistant", "content": "d", "reasoning_content": "e"})
+    sound["conversations"].append({"role": "assistant", "content": "d", "reasoning_content": None})
+    thought = turns(("user", "Sun"), ("assistant", "b"))
+    thought["conversations"][1]["reasoning_content"] = "e"
     rows = [
         sound,
+        thought,
         turns(("user", "Water"), ("assistant", " b ")),
         turns(("user", "a"), ("assistant", "b"), ("user", "c")),
         turns(("assistant", "b")),
@@ -338,7 +341,12 @@ def test_minimind_chat_keeps_sound_conversations(tmp_path):
     spoken = [("user", "Moon"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     assert train == [turns(("system", ""), *spoken)]
     assert valid == [chat("Water", " b ")]
-    assert record["counts"]["dropped"] == {"empty_turn": 1, "roles_out_of_order": 3, "tool_use": 1}
+    assert record["counts"]["dropped"] == {
+        "empty_turn": 1,
+        "roles_out_of_order": 3,
+        "tool_use": 1,
+        "unread_field": 1,
+    }
 
 
 # ---- order, bytes, record ----

@@ -40,6 +40,7 @@ from trainer.trainer_utils import (
     compile_blocks,
     flops_per_token,
     learning_rate_at,
+    load_start,
     parameter_groups,
     run_script,
     trained_parts,
@@ -233,6 +234,18 @@ def test_shape_that_was_not_given_is_recorded(home: Path, tmp_path: Path) -> Non
     shape = SHAPE | {"num_key_value_heads": 2, "qk_norm": False}
     assert {name: settings[name] for name in shape} == shape
     assert load_model(tmp_path / "pretrain").config.num_key_value_heads == 2
+
+
+def test_special_ids_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    shutil.copytree(TOKENIZER_DIR, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer_config.json"
+    tokens = {"eos_token": "<|endoftext|>", "pad_token": "<|im_end|>", "bos_token": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    args = Namespace(from_weight="none", tokenizer_path=tmp_path / "other", max_seq_len=8, **SHAPE)
+    model, _ = load_start(Namespace(**(dict.fromkeys(DEFAULT_SHAPE) | vars(args))))
+    ids = (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id)
+    assert ids == (2, None, 0)
+    assert model.generation_config.eos_token_id == 0
 
 
 def test_what_trains_is_told() -> None:

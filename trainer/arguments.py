@@ -81,7 +81,7 @@ def add_model_flags(parser: Parser, from_weight: str) -> None:
         help="folder, hub id or MiniMind .pth to start from, or none for random weights "
         f"(default: {from_weight})",
     )
-    add("--tokenizer_path", type=Path, help="tokenizer folder (default: the weights' own)")
+    add("--tokenizer_path", type=Path, help="folder (default: the weights' own; a .pth has none)")
     for flag, value in DEFAULT_SHAPE.items():
         if flag != "qk_norm":
             shape = f"default {value}; with --from_weight a folder it must agree"

@@ -2,12 +2,13 @@
 
     python trainer/merge_lora.py --adapter out/lora --output_dir out/lora_merged
     python trainer/merge_lora.py --adapter lora_medical_512.pth --base full_sft_512.pth \
-        --output_dir out/medical_merged
+        --tokenizer_path minimind/model --output_dir out/medical_merged
 
 The adapter is a folder of ours or of PEFT's, or a MiniMind adapter .pth, whose base is named with
---base. The result loads in transformers, vLLM or llama.cpp's converter without any adapter. An
-update of a head that is tied to the embedding is refused: merging it would change both ends. The
-folder's run.json says what was merged into what.
+--base; a base that is a .pth holds no tokenizer, so --tokenizer_path names it. The result loads in
+transformers, vLLM or llama.cpp's converter without any adapter. An update of a head that is tied to
+the embedding is refused: merging it would change both ends. The folder's run.json says what was
+merged into what.
 """
 
 import argparse
@@ -30,9 +31,10 @@ from model.model_lora import (
     merged_model,
 )
 from model.model_minimind import (
-    TOKENIZER_DIR,
     count_parameters,
     load_model,
+    load_tokenizer,
+    own_tokenizer,
     save_model,
     weights_fingerprint,
     write_text,
@@ -47,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     add("--adapter", type=Path, required=True, help="adapter folder, or a MiniMind adapter .pth")
     add("--base", type=Path, help="its base (default: the one that the adapter's config names)")
     add("--num_attention_heads", type=int, default=8, help="of a base that is a .pth (8)")
+    add("--tokenizer_path", type=Path, help="folder (default: the base's own; a .pth has none)")
     add("--output_dir", type=Path, required=True, help="folder to make")
     return parser.parse_args()
 
@@ -83,7 +86,10 @@ def main() -> int:
     if is_minimind and args.base is None:
         raise AdapterError(f"{args.adapter}: a MiniMind adapter names no base; give --base")
     base = args.base or find_base(args.adapter)
+    tokenizer_dir = args.tokenizer_path or own_tokenizer(base)
     model = load_model(base, args.num_attention_heads)
+    if len(load_tokenizer(tokenizer_dir)) != model.config.vocab_size:
+        raise SettingsError(f"--tokenizer_path {tokenizer_dir}: has not as many tokens as {base}")
     fingerprint = weights_fingerprint(model)
     load = load_minimind_lora if is_minimind else load_lora
     settings = load(model, args.adapter)
@@ -91,7 +97,7 @@ def main() -> int:
     parameters, _ = count_parameters(merged)
     record = merge_record(base, fingerprint, args.adapter, settings, parameters)
     aside = args.output_dir.with_name(f"{args.output_dir.name}.tmp")
-    save_model(merged, base if base.is_dir() else TOKENIZER_DIR, aside)
+    save_model(merged, tokenizer_dir, aside)
     write_text(aside / "run.json", json.dumps(record, indent=2) + "\n")
     os.replace(aside, args.output_dir)
     print(shown(f"{args.adapter} merged into {base}: {args.output_dir}"))

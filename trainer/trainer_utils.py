@@ -49,6 +49,7 @@ from dataset.lm_dataset import (
     load_dataset,
 )
 from dataset.untrusted import error_line, shown
+from model.hub import fetch, is_hub_id
 from model.model_lora import AdapterError, lora_layers
 from model.model_minimind import (
     TOKENIZER_DIR,
@@ -58,6 +59,7 @@ from model.model_minimind import (
     load_model,
     load_tokenizer,
     minimind_config,
+    own_tokenizer,
     read_json,
     write_text,
 )
@@ -87,7 +89,8 @@ PEER_TIMEOUT = timedelta(minutes=10)
 TOKENIZING_TIMEOUT = timedelta(hours=12)
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
 # torch tells these by a RuntimeError's text alone.
-CPU_IS_FULL = "DefaultCPUAllocator"
+MEMORY_IS_FULL = ("DefaultCPUAllocator", "CUDA error: out of memory", "MPS backend out of memory")
+MEMORY_IS_FULL += ("CUBLAS_STATUS_ALLOC_FAILED",)
 DISK_IS_FULL = "inline_container.cc"  # its file writer: some write fell short
 WORKER_DIED = "DataLoader worker"
 PEER_DIED = "third_party/gloo"  # its connections: what fails is named by its source file
@@ -121,7 +124,8 @@ def run_script(main: Callable[[], int]) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory or the machine's ran out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_IS_FULL in str(error)
+    is_class = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_class or any(text in str(error) for text in MEMORY_IS_FULL)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -167,19 +171,24 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
     shape = {flag: vars(args)[flag] for flag in DEFAULT_SHAPE if vars(args)[flag] is not None}
     if args.from_weight == "none":
         folder = args.tokenizer_path or TOKENIZER_DIR
+        tokenizer = load_tokenizer(folder)
         try:
-            config = minimind_config(vocab_size=len(load_tokenizer(folder)), **shape)
+            config = minimind_config(vocab_size=len(tokenizer), **shape)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        config.pad_token_id = tokenizer.pad_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
         check_length(args.max_seq_len, config.max_position_embeddings)
         return MiniMindForCausalLM(config), folder
-    path = resolve_weights(args.from_weight)
+    named = args.from_weight
+    path = fetch(named, "--from_weight") if is_hub_id(named) else Path(named)
     model = load_model(path, **{k: v for k, v in shape.items() if k == "num_attention_heads"})
     found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
     for flag, value in shape.items():
         if found[flag] != value:
             raise SettingsError(f"--{flag} {value}: {path} has {found[flag]}; drop the flag")
-    folder = args.tokenizer_path or (path if path.is_dir() else TOKENIZER_DIR)
+    folder = args.tokenizer_path or own_tokenizer(path)
     vocabulary = len(load_tokenizer(folder))
     if vocabulary != model.config.vocab_size:
         raise CheckpointError(
@@ -194,26 +203,6 @@ def check_length(max_seq_len: int, positions: int) -> None:
     """Refuses samples longer than the positions that a model is made for."""
     if max_seq_len > positions:
         raise SettingsError(f"--max_seq_len {max_seq_len}: the model has {positions} positions")
-
-
-def resolve_weights(from_weight: str) -> Path:
-    """A local folder or file as given, or a hub id fetched through huggingface_hub."""
-    path = Path(from_weight)
-    is_local = path.exists() or path.is_absolute() or from_weight.startswith((".", "out/"))
-    if is_local or path.suffix == ".pth" or from_weight.count("/") != 1:
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(from_weight, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"--from_weight {from_weight}: neither a local path nor to be had from the hub "
-            f"({type(error).__name__})"
-        ) from error
 
 
 @contextlib.contextmanager
