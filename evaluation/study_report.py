@@ -183,8 +183,15 @@ def study_details(
         "Made by `python evaluation/report.py` from the JSON files beside this one, one a run "
         "([`study.py`](../../study.py) says what they hold), and from the rules in "
         "[`study.toml`](../../study.toml). What they come to is told in the "
-        "[README](../../../README.md#what-we-found-so-far). R(a) is the recovery of a cell; "
-        "bad(a) / bad(b) compares how many answers, under all decodings, never end or are blank.",
+        "[README](../../../README.md#what-we-found-so-far). R(a) is the recovery of a cell, in "
+        "brackets its 95% interval over seeds and conversations; bad(a) / bad(b) compares how many "
+        "answers, under all decodings, never end (no end token within the limit) or are blank. "
+        "`forgets`: nats a token of held-out pretraining text above the base's. `tokens/s`: of "
+        "runs that shared a machine, most with one thread, no benchmark. Rates are of all prompts, "
+        f"{languages['Chinese'].sum()} of {len(languages['Chinese'])} in Chinese, greedy / T=.85.",
+        "",
+        f"{count_dirty(results)} of {len(results)} runs say `dirty`: their working tree held what "
+        "was not committed, for the most part the results of runs before them.",
         "",
     ]
     for size, claims in verdicts.items():
@@ -193,6 +200,11 @@ def study_details(
             lines += experiment_lines(study, experiment, size, results, rows, languages)
         lines += rate_lines(study, size, results)
     return lines[:-1]
+
+
+def count_dirty(results: dict[str, dict]) -> int:
+    """How many runs were made from a working tree with changes."""
+    return sum(result["run"]["git"].get("dirty", False) for result in results.values())
 
 
 def size_lines(

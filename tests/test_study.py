@@ -174,9 +174,9 @@ def result_of(run_id: str, seed: int, nats: list[float] | None, arm: str | None 
     """A result file's content; without `nats` the run diverged."""
     base = {"id": run_id, "size": "xs", "base": "plain", "arm": arm, "seed": seed, "seconds": 36.0}
     if nats is None:
-        return base | {"status": "diverged"}
+        return base | {"status": "diverged", "run": {"git": {"dirty": True}}}
     held_out = {"general": {"nats": nats, "tokens": TOKENS}}
-    run = {"trainable_parameters": 1234, "tokens_per_second": 100.0 * seed}
+    run = {"trainable_parameters": 1234, "tokens_per_second": 100.0 * seed, "git": {}}
     run |= {"parameters": 2000, "tokens": 3_000_000, "settings": {"dtype": "float32"}}
     measured = {"held_out": held_out, "text_nll": 4.0}
     return base | {"status": "completed", "run": run} | measured
@@ -843,6 +843,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     rule = "supported if R(square@1e-3) <= 0.50; refuted if R(square@1e-3) >= 0.50"
     assert f"- C: {rule}. It does not show why." in text
     assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
+    assert "1 of 9 runs say `dirty`" in text  # the one that diverged
+    assert "1 of 4 in Chinese" in text
     row = "| square: LoRA on q and o | 1,234 | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 | 150 |"
     assert row in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
