@@ -12,6 +12,7 @@ Answers that never end or are blank, bad ones, are drawn likewise: seeds and pro
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ from evaluation.study import (
     kind_of,
     parse_cell,
     run_of,
+    short_name,
     sweep_of,
+    tuned_cells,
     tuned_rate,
 )
 
@@ -48,6 +51,8 @@ HYPOTHESIS = "H"  # what the names of claims begin with that are corrected for t
 GATES = ("P0", "P2", "P3")  # claims without which no hypothesis is concluded
 BAD = ("runaway", "blank")  # answers that the protocol counts together
 FEW_PROMPTS = 8  # what the reproduced study judged by
+DECODING = "t0.85p0.85"  # and how it sampled
+FAULTS = ("runaway", "loop", "blank")  # of an answer, which it saw by eye
 
 
 @dataclass(frozen=True)
@@ -589,6 +594,32 @@ def bound_of(condition: dict) -> str:
 # ---------------------------------------------------------------- rates, ladder, few prompts
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What the study's tables and figures tell of."""
+
+    study: dict
+    results: dict[str, dict]
+    rows: dict[Cell, Row | None]  # of every cell of an experiment, a sweep's at its best rate
+    verdicts: dict[str, list[Judged]]  # by size of which some run has a result
+    languages: dict[str, np.ndarray]  # which prompts are in each, (prompts,) bool
+
+
+def gather(study: dict, results: dict[str, dict], languages: dict[str, np.ndarray]) -> Evidence:
+    """Measures every cell once, though several tables and figures tell of it, and judges."""
+    cells = {
+        cell
+        for experiment in study["experiments"]
+        for size in experiment["sizes"]
+        for cell in tuned_cells(experiment, size)
+    }
+    rows = {cell: describe_cell(study, cell, results) for cell in cells}
+    found = {result["size"] for result in results.values()}
+    sizes = [size for size in study["sizes"] if size in found]
+    verdicts = {size: judge_claims(study, size, results) for size in sizes}
+    return Evidence(study, results, rows, verdicts, languages)
+
+
 def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, Sweep]:
     """The sweeps whose grid the first seed has run, by arm."""
     sweeps = {arm: sweep_of(study, arm, size, results) for arm in study["arms"]}
@@ -611,3 +642,59 @@ def wrong_winner_rate(
     first = better[seeds[:, 0]][rows[:, None], chosen].sum(axis=1)
     second = worse[seeds[:, 1]][rows[:, None], chosen].sum(axis=1)
     return float((second > first).mean()), float((second == first).mean())
+
+
+def is_whole(study: dict, experiment: dict, cells: list[Cell], results: dict[str, dict]) -> bool:
+    """Whether every rung has its seeds, those counted that diverged, of full fine-tuning too."""
+    seeds = len(experiment["seeds"])
+    for cell in cells:
+        arm, full = measure_cell(study, cell, results), full_of(study, cell, results)
+        done = 0 if why_unknown(study, [cell], results) else len(common_seeds([arm], full))
+        diverged = count_diverged(study, cell, results) + (full.failed if full else 0)
+        if done + diverged < seeds:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms that few prompts are to tell apart."""
+
+    better: str  # by R
+    worse: str
+    wrong: float  # how often the worse is named
+    tied: float
+    seeds: int  # fewest of both
+    prompts: int
+
+
+def few_prompt_rates(evidence: Evidence, size: str) -> list[Pair]:
+    """How often few English prompts name the worse of two arms, for pairs that R tells apart."""
+    study, results = evidence.study, evidence.results
+    found: dict[Cell, np.ndarray] = {}
+    for experiment in study["experiments"]:
+        if experiment["few_prompts"] and size in experiment["sizes"]:
+            for cell in tuned_cells(experiment, size):
+                fine = fine_answers(probes_of(study, cell, results), evidence.languages["English"])
+                if len(fine) and (row := evidence.rows[cell]) and row.recovery:
+                    found[cell] = fine
+    pairs = []
+    for one, other in combinations(found, 2):
+        if why_unknown(study, [one, other], results):
+            continue
+        interval = contrast(study, [one, other], results).interval
+        if interval.low <= 0 <= interval.high:
+            continue  # R does not say which is the better one
+        better, worse = (one, other) if interval.low > 0 else (other, one)
+        first, second = found[better], found[worse]
+        wrong, tied = wrong_winner_rate(first, second)
+        names = (short_name(known_cell(study, cell, results)) for cell in (better, worse))
+        seeds = min(len(first), len(second))
+        pairs.append(Pair(*names, wrong, tied, seeds, first.shape[1]))
+    return pairs
+
+
+def fine_answers(probes: dict[int, dict], chosen: np.ndarray) -> np.ndarray:
+    """(seeds, prompts): 1 where an answer ends, does not loop and is not blank, else 0."""
+    found = (probe["outcomes"][DECODING] for probe in probes.values())
+    return np.array([1 - marked(outcomes, FAULTS)[chosen] for outcomes in found])

@@ -36,7 +36,7 @@ from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
 from dataset.untrusted import error_line
 from evaluation.bench_tables import bench_lines
-from evaluation.findings import check_controlled, check_prompts
+from evaluation.findings import check_controlled, check_prompts, gather
 from evaluation.outputs import inline, markdown_table
 from evaluation.page.build import page_html
 from evaluation.plots import figures
@@ -63,15 +63,13 @@ from evaluation.records import (
     where_best,
 )
 from evaluation.study import read_results, read_study
+from evaluation.study_plots import study_figures
 from evaluation.study_report import (
     DETAILS,
     NO_STUDY,
-    describe_cells,
     study_block,
     study_details,
-    study_figures,
     summary_block,
-    verdicts_by_size,
 )
 from model.model_minimind import CheckpointError, write_text
 
@@ -184,15 +182,10 @@ def study_parts(
     study = read_study(study_file)
     check_controlled(results)
     check_prompts(results, PROMPTS_FILE)
-    languages = by_language(read_prompts(PROMPTS_FILE))
-    rows = describe_cells(study, results)
-    verdicts = verdicts_by_size(study, results)
-    drawn = study_figures(study, results, rows, languages)
-    parts = {
-        "summary": summary_block(study, results, rows, languages),
-        "study": study_block(study, results, verdicts, drawn),
-    }
-    return parts, study_details(study, results, rows, languages, verdicts), drawn
+    evidence = gather(study, results, by_language(read_prompts(PROMPTS_FILE)))
+    drawn = study_figures(evidence)
+    parts = {"summary": summary_block(evidence), "study": study_block(evidence, drawn)}
+    return parts, study_details(evidence), drawn
 
 
 def show_study(study_file: Path, folder: Path) -> None:

@@ -180,6 +180,29 @@ def parse_cell(text: str, experiment: dict, size: str, where: str) -> Cell:
     return Cell(size, experiment["base"], experiment["base_seed"], arm, rate, variant, part)
 
 
+def tuned_cells(experiment: dict, size: str) -> list[Cell]:
+    """The cells of an experiment, a sweep at its best rate."""
+    cells = [parse_cell(text, experiment, size, experiment["id"]) for text in experiment["cells"]]
+    return [replace(cell, rate="tuned") if cell.rate == "sweep" else cell for cell in cells]
+
+
+def short_name(cell: Cell) -> str:
+    """A cell without what is the same for most."""
+    usual = (cell.base, cell.base_seed) == (DEFAULTS["base"], DEFAULTS["base_seed"])
+    base = "" if usual else f"from {cell.base}{cell.base_seed}"
+    return ", ".join(filter(None, (cell.arm, *variant_of(cell), cell.part, base)))
+
+
+def variant_of(cell: Cell) -> list[str]:
+    """A cell's variant, if it is not what most have."""
+    return [] if cell.variant == DEFAULTS["variant"] else [cell.variant]
+
+
+def full_name(study: dict, cell: Cell) -> str:
+    """A cell as figures name it, by its arm's title."""
+    return short_name(replace(cell, arm=study["arms"][cell.arm]["title"]))
+
+
 def is_number(text: str) -> bool:
     """Whether a rate is a positive number."""
     try:

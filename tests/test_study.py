@@ -29,6 +29,8 @@ from evaluation.findings import (
     contrast_answers,
     corrected,
     describe_cell,
+    few_prompt_rates,
+    gather,
     holm,
     interval_of,
     is_met,
@@ -71,18 +73,8 @@ from evaluation.study import (
     tuned_rate,
     tuning_runs,
 )
-from evaluation.study_report import (
-    RATES,
-    describe_cells,
-    few_prompt_rates,
-    probes_by_cell,
-    recovery_by_cell,
-    study_block,
-    study_details,
-    study_figures,
-    summary_block,
-    verdicts_by_size,
-)
+from evaluation.study_plots import probes_by_cell, recovery_by_cell, study_figures
+from evaluation.study_report import RATES, study_block, study_details, summary_block
 from model.model_minimind import TOKENIZER_DIR, save_model
 from tests.tiny import tiny_model
 
@@ -720,7 +712,7 @@ def test_arms_that_were_asked_are_told_by_their_bad_answers(study: dict) -> None
     for text in (*found, "3 English prompts", "1 Chinese prompts"):
         assert f"<!-- {text} -->" in drawn
     assert "![Share of answers" in report_of(study, results)
-    summary = summary_block(study, results, describe_cells(study, results), LANGUAGES)
+    summary = summary_block(gather(study, results, LANGUAGES))
     assert summary[0] == "*At `xs`. Q.*"
     assert summary[-3:] == [  # of the three English prompts
         "| nothing: the base | - | - | - | 0 | 100% / 100% |",
@@ -819,15 +811,13 @@ def test_commands_are_what_the_scripts_take(study: dict) -> None:
 
 def report_of(study: dict, results: dict) -> str:
     """All that the README and the page of details say of the study."""
-    verdicts = verdicts_by_size(study, results)
-    rows = describe_cells(study, results)
-    block = study_block(study, results, verdicts, figures_of(study, results))
-    return "\n".join([*block, *study_details(study, results, rows, LANGUAGES, verdicts)])
+    evidence = gather(study, results, LANGUAGES)
+    return "\n".join([*study_block(evidence, study_figures(evidence)), *study_details(evidence)])
 
 
 def figures_of(study: dict, results: dict) -> dict[str, str]:
     """The figures of these results."""
-    return study_figures(study, results, describe_cells(study, results), LANGUAGES)
+    return study_figures(gather(study, results, LANGUAGES))
 
 
 def test_report_tells_what_was_run(study: dict) -> None:
@@ -934,9 +924,7 @@ def test_few_prompts_are_to_name_the_arm_of_higher_recovery(study: dict) -> None
             faults = {"runaway": "0000", "loop": loops, "blank": "0000", "check_strict": loops}
             probe = {"outcomes": {"t0.85p0.85": faults}, "rates": {}}
             results[f"xs-plain42-{name}-s{seed}"]["probe"] = probe
-    (pair,) = few_prompt_rates(
-        study, "xs", results, describe_cells(study, results), LANGUAGES["English"]
-    )
+    (pair,) = few_prompt_rates(gather(study, results, LANGUAGES), "xs")
     assert (pair.better, pair.worse) == ("fft", "square")
     assert (pair.wrong, pair.tied, pair.seeds, pair.prompts) == (0.0, 0.0, 2, 3)  # in English
     assert "| fft | square | 0% | 0% | 2 | 3 |" in report_of(study, results)

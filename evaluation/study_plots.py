@@ -1,0 +1,257 @@
+"""The study's figures, as SVG, from what :func:`evaluation.findings.gather` found."""
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from evaluation.findings import (
+    DECODING,
+    FEW_PROMPTS,
+    Evidence,
+    Pair,
+    Row,
+    bad_shares,
+    few_prompt_rates,
+    is_whole,
+    known_cell,
+    probes_of,
+    tuned_arms,
+)
+from evaluation.intervals import Interval
+from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
+from evaluation.records import DECODINGS
+from evaluation.study import Sweep, full_name, planned_bases, tuned_cells
+
+R_AXIS = "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals"
+
+
+def study_figures(evidence: Evidence) -> dict[str, str]:
+    """SVG text of every figure that there are results for, by its file's name."""
+    study, results, rows = evidence.study, evidence.results, evidence.rows
+    drawn: dict[str, Figure] = {}
+    with matplotlib.rc_context(STYLE):
+        for size in study["sizes"]:
+            if tuned := tuned_arms(study, size, results):
+                drawn[f"study_{size}_rates.svg"] = draw_rates(study, tuned)
+            cells = [
+                (one, tuned_cells(one, size))
+                for one in study["experiments"]
+                if size in one["sizes"]
+            ]
+            measured = [rows[cell] for _, mine in cells for cell in mine]
+            if recoveries := recovery_by_cell(study, measured):
+                drawn[f"study_{size}_recovery.svg"] = draw_recoveries(recoveries)
+            ladders = [
+                (one, [rows[cell] for cell in mine])
+                for one, mine in cells
+                if one["ladder"] and is_whole(study, one, mine, results)
+            ]
+            if ladders:
+                drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
+            if probes := probes_by_cell(study, size, results):
+                drawn[f"study_{size}_answers.svg"] = draw_answers(probes, evidence.languages)
+            pairs = few_prompt_rates(evidence, size)
+            if len(pairs) > 1:  # one pair is a line of the table
+                drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
+        return {name: as_svg(figure) for name, figure in drawn.items()}
+
+
+def title_of(name: str) -> str:
+    """What a figure shows, for those who cannot see it."""
+    return {
+        "rates": "Validation NLL by learning rate and what is trained",
+        "recovery": "Recovery of every arm that was run, with 95% intervals",
+        "answers": "Share of answers that never end or are blank, of every arm that was asked",
+        "ladder": "Recovery after each change from MiniMind's LoRA to full fine-tuning, or without",
+        "prompts": "How often eight prompts, judged once, name the worse of two arms",
+    }[name.rsplit("_", 1)[1].removesuffix(".svg")]
+
+
+def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
+    """Mean validation NLL by rate, a line for every arm, of the rates that did not diverge.
+
+    A panel for full fine-tuning and its parts, and two for adapters.
+    """
+    panels: dict[str, dict[str, Sweep]] = {}
+    for arm, sweep in tuned.items():
+        panels.setdefault(rates_panel(study["arms"][arm]), {})[arm] = sweep
+    figure = Figure(figsize=(8, 3.8 * len(panels)))
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
+        ends = []
+        for index, (arm, sweep) in enumerate(arms.items()):
+            points = [
+                (float(rate), loss) for rate, loss in sweep.losses.items() if np.isfinite(loss)
+            ]
+            if not points:
+                continue  # all diverged, which the table says
+            axes.plot(*np.transpose(points), **line_style(index))
+            every = max(sweep.seeds.values())
+            for whole, face in ((True, None), (False, "white")):
+                some = [
+                    (float(rate), loss)
+                    for rate, loss in sweep.losses.items()
+                    if np.isfinite(loss) and (sweep.seeds[rate] == every) == whole
+                ]
+                if some:
+                    style = line_style(index) | {"linestyle": "", "markerfacecolor": face}
+                    axes.plot(*np.transpose(some), marker="o", markersize=3.5, **style)
+            ends.append((*points[-1], arm))
+        axes.set_xscale("log")
+        axes.grid(axis="y", **GRID)
+        label_ends(axes, ends)
+        axes.set_title(title)
+        axes.set_ylabel("validation NLL, nats a token")
+    all_axes[-1].set_xlabel("peak learning rate; hollow: one seed where others have all")
+    return figure
+
+
+def rates_panel(arm: dict) -> str:
+    """The panel of an arm, so that few lines share one."""
+    if arm["stage"] == "full_sft":
+        return "full fine-tuning, of all or of a part"
+    if "modules_to_save" in arm["flags"]:
+        return "LoRA with embedding and norms"
+    return "LoRA, vocabulary frozen or but two rows of it"
+
+
+def recovery_by_cell(study: dict, measured: list[Row | None]) -> list[tuple[str, Interval]]:
+    """Name and R of every whole run that was measured, from the lowest R to the highest."""
+    rows = [row for row in measured if row and row.recovery]
+    found = {
+        f"{full_name(study, row.measured.cell)}, {row.measured.cell.rate} "
+        f"({in_seeds(len(row.measured.seeds))})": row.recovery
+        for row in rows
+        if not row.measured.cell.part
+    }
+    return sorted(found.items(), key=lambda item: item[1].estimate)
+
+
+def in_seeds(count: int) -> str:
+    """`1 seed`, `5 seeds`."""
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def draw_recoveries(recoveries: list[tuple[str, Interval]]) -> Figure:
+    """R of every arm with its 95% interval, between the base and full fine-tuning."""
+    figure = Figure(figsize=(8, 1 + 0.3 * len(recoveries)))
+    axes = figure.subplots()
+    for place, (_, recovery) in enumerate(recoveries):
+        draw_interval(axes, place, recovery)
+    for edge in (0, 1):
+        axes.axvline(edge, **GRID)
+    axes.set_yticks(range(len(recoveries)), [name for name, _ in recoveries])
+    axes.set_ylim(-0.5, len(recoveries) - 0.5)
+    axes.set_xlabel(R_AXIS)
+    return figure
+
+
+def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
+    """A panel for every order of changes: R with its 95% interval after each."""
+    heights = [len(rows) for _, rows in ladders]
+    figure = Figure(figsize=(8, 1 + 0.3 * sum(heights)))
+    panels = figure.subplots(len(ladders), 1, sharex=True, squeeze=False, height_ratios=heights)
+    for axes, (experiment, rows) in zip(panels[:, 0], ladders, strict=True):
+        for place, row in enumerate(rows):
+            if row and row.recovery:
+                draw_interval(axes, place, row.recovery)
+            else:
+                axes.annotate("every run diverged", (0, place), va="center", fontsize=7)
+        for edge in (0, 1):
+            axes.axvline(edge, **GRID)
+        names = zip(experiment["rungs"], rows, strict=True)
+        axes.set_yticks(range(len(rows)), [rung_name(name, row) for name, row in names])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(experiment["question"])
+    panels[-1, 0].set_xlabel(R_AXIS)
+    return figure
+
+
+def rung_name(name: str, row: Row | None) -> str:
+    """A rung's name, with the runs that diverged."""
+    failed = row.measured.failed if row else 0
+    return f"{name} ({failed} diverged)" if failed else name
+
+
+def draw_interval(axes: matplotlib.axes.Axes, place: int, interval: Interval) -> None:
+    """A dot with its interval, and its value in figures."""
+    below, above = interval.estimate - interval.low, interval.high - interval.estimate
+    spread = np.maximum([[below], [above]], 0)
+    axes.errorbar([interval.estimate], [place], xerr=spread, fmt="o", color=COLORS[0], markersize=4)
+    where = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+    axes.annotate(f"{interval.estimate:.2f}", (interval.estimate, place), **where)
+
+
+def probes_by_cell(study: dict, size: str, results: dict[str, dict]) -> dict[str, list[dict]]:
+    """How the bases and the arms that were asked answered, by name."""
+    bases = {run.id: results.get(run.id, {}) for run in planned_bases(study, size)}
+    found = {
+        f"{name}, the base": [base["probe"]] for name, base in bases.items() if "probe" in base
+    }
+    experiments = [one for one in study["experiments"] if size in one["sizes"] and one["probe"]]
+    for cell in (cell for one in experiments for cell in tuned_cells(one, size)):
+        if probes := list(probes_of(study, cell, results).values()):
+            known = known_cell(study, cell, results)
+            found[f"{full_name(study, known)}, {known.rate} ({in_seeds(len(probes))})"] = probes
+    return found
+
+
+def draw_answers(probes: dict[str, list[dict]], languages: dict[str, np.ndarray]) -> Figure:
+    """Bad answers of every arm that was asked, in percent with 95% intervals.
+
+    A panel for each language, arms from the most of sampled bad ones in the first to the fewest.
+    """
+    shares = {
+        language: {name: bad_shares(found, chosen) for name, found in probes.items()}
+        for language, chosen in languages.items()
+    }
+    first = next(iter(shares.values()))
+    names = sorted(first, key=lambda name: (-first[name][DECODING].estimate, name))
+    figure = Figure(figsize=(9, 1.4 + 0.3 * len(names)))
+    panels = figure.subplots(1, len(languages), sharey=True, squeeze=False)[0]
+    for axes, (language, chosen) in zip(panels, languages.items(), strict=True):
+        for index, decoding in enumerate(DECODINGS):
+            draw_shares(axes, index, [shares[language][name][decoding] for name in names])
+        axes.set_xlim(-4, 104)
+        axes.set_xticks([0, 50, 100], ["0%", "50%", "100%"])
+        axes.grid(axis="x", **GRID)
+        axes.set_title(f"{chosen.sum()} {language} prompts")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("answers that never end or are blank; bars: 95% intervals", fontsize=9)
+    marks, labels = panels[0].get_legend_handles_labels()
+    figure.legend(marks, labels, loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def draw_shares(axes: matplotlib.axes.Axes, index: int, shares: list[Interval]) -> None:
+    """The shares of one decoding, the `index`-th of `DECODINGS`, a row for each."""
+    below = [100 * (one.estimate - one.low) for one in shares]
+    above = [100 * (one.high - one.estimate) for one in shares]
+    axes.errorbar(
+        [100 * one.estimate for one in shares],
+        [row + 0.3 * index - 0.15 for row in range(len(shares))],
+        xerr=np.maximum([below, above], 0),
+        fmt="Do"[index],
+        color=COLORS[index],
+        markersize=4,
+        label=list(DECODINGS.values())[index],
+    )
+
+
+def draw_few_prompts(pairs: list[Pair]) -> Figure:
+    """A bar for every pair of arms: the worse named, neither, the better named."""
+    figure = Figure(figsize=(8, 1 + 0.5 * len(pairs)))
+    axes = figure.subplots()
+    for place, pair in enumerate(pairs):
+        left, right = 0.0, 1 - pair.wrong - pair.tied
+        parts = zip((pair.wrong, pair.tied, right), (COLORS[1], "#bbbbbb", COLORS[0]), strict=True)
+        for share, color in parts:
+            axes.barh(place, 100 * share, left=100 * left, color=color, height=0.6)
+            axes.annotate(f"{100 * share:.0f}%", (100 * (left + share / 2), place), ha="center")
+            left += share
+    names = [f"{pair.better} over {pair.worse}" for pair in pairs]
+    axes.set_yticks(range(len(pairs)), names)
+    axes.set_xlabel(f"{FEW_PROMPTS} prompts judged once: wrong winner, tie, right winner (%)")
+    axes.set_xlim(0, 100)
+    return figure
