@@ -4,7 +4,7 @@
 # make study  every run of evaluation/study.toml at xs that has no result yet, all of them in about a
 #             day on two cores; needs dataset/data/ (README, "What we found so far")
 # make bench  speed beside transformers and PEFT, about half an hour on two CPU cores
-# make report the README's tables, the figures and the page, from the committed results
+# make report the READMEs' tables, the figures and the page, from the committed results
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 

@@ -41,7 +41,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.untrusted import UNREAD_FIELDS, parse_json
+from dataset.untrusted import EMPTY, UNREAD_FIELDS, parse_json
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CACHE_VERSION = 2  # raise it when the stored layout or the tokenization changes
@@ -218,7 +218,7 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
 def refuse_unread(names: tuple[str, ...], fields: dict, where: str) -> None:
     """Refuses non-empty fields that would be dropped although they change what is learned."""
     for name in names:
-        if fields.get(name) not in (None, "", [], {}):
+        if fields.get(name) not in EMPTY:
             raise DataError(f'{where}: "{name}" is not read; convert or remove it')
 
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.untrusted import UNREAD_FIELDS, error_line, parse_json, shown
+from dataset.untrusted import error_line, has_unread, parse_json, shown
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 STORY_END = "<|endoftext|>"
@@ -338,7 +338,7 @@ def convert_minimind_chat(fields: dict, settings: Settings) -> Example | str:
     # Our chat template has no tools; MiniMind's newer files mix such conversations in.
     if any(t["role"] == "tool" or t.get("tools") or t.get("tool_calls") for t in turns):
         return "tool_use"
-    if any(turn.get(field) for turn in turns for field in UNREAD_FIELDS):
+    if any(has_unread(turn) for turn in turns):
         return "unread_field"  # as reasoning_content is, which the answer would be read without
     roles = [turn["role"] for turn in turns]
     if roles[:1] == ["system"]:

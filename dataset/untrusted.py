@@ -10,6 +10,7 @@ import re
 
 # Fields of other formats that change what a conversation means, and that the template cannot show.
 UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "weight", "history")
+EMPTY = (None, "", [], {})  # what such a field may be
 # Control, zero-width and direction characters: what could steer a terminal or hide text.
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -24,6 +25,11 @@ def shown(text: str) -> str:
     """
     inert = UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
     return inert.encode("utf-8", "backslashreplace").decode()
+
+
+def has_unread(turn: dict) -> bool:
+    """Whether a turn of a conversation holds something in one of `UNREAD_FIELDS`."""
+    return any(turn.get(field) not in EMPTY for field in UNREAD_FIELDS)
 
 
 def error_line(error: Exception | str) -> str:

@@ -305,8 +305,14 @@ def read_hidden(path: Path = CALIBRATION_FILE) -> list[str]:
 
 
 def load_judge(path: Path, device: str, dtype: torch.dtype) -> Judge:
-    """The judge checkpoint of a folder."""
+    """The judge checkpoint of a folder.
+
+    Raises:
+        CheckpointError: it is a .pth, which holds no tokenizer, or cannot be loaded.
+    """
     checkpoint = find_checkpoint(path, flag="--judge")
+    if not checkpoint.model_path.is_dir():
+        raise CheckpointError(f"--judge {path}: holds no tokenizer; name a checkpoint's folder")
     return Judge(checkpoint, *load_checkpoint(checkpoint, None, device, dtype))
 
 

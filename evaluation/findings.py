@@ -438,12 +438,13 @@ def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contra
         for seed in common_seeds(arms, full)
     ]
     reference = full_cell(study, cells[0])
+    trained = {replace(cell, part="") for cell in (*cells, reference)}  # each run counts once
     draws = difference(recovery_draws(base[0], arms, full))
     return Contrast(
         interval_of(draws),
         [float(of_one[0]) for of_one in single],
         draws[1:],
-        sum(count_diverged(study, cell, results) for cell in {*cells, reference}),
+        sum(count_diverged(study, cell, results) for cell in trained),
         all(is_well_tuned(study, cell, results) for cell in (*cells, reference)),
     )
 

@@ -1,5 +1,5 @@
 r"""
-Makes the README's tables, the figures and the page from committed results, and from nothing else.
+Makes the READMEs' tables, the figures and the page from committed results, and from nothing else.
 
     python evaluation/report.py                  # or: make report
     python evaluation/report.py --add out/full_sft out/lora_all    # file these runs' records first
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
-from dataset.untrusted import error_line
+from dataset.untrusted import error_line, shown
 from evaluation.bench_tables import bench_lines
 from evaluation.findings import check_controlled, check_prompts, gather
 from evaluation.outputs import inline, markdown_table
@@ -192,7 +192,9 @@ def show_study(study_file: Path, folder: Path) -> None:
     """Prints what a folder of the study's results comes to."""
     parts, details, _ = study_parts(study_file, folder)
     lines = [*parts["summary"], "", *parts["study"], "", *details]
-    print("\n".join(line for line in lines if not line.startswith("![")))  # figures are not saved
+    for line in lines:
+        if not line.startswith("!["):  # its figures are not saved
+            print(shown(line))
 
 
 def fill(path: Path, parts: dict[str, list[str]]) -> dict[Path, str]:

@@ -54,7 +54,13 @@ from evaluation.study import (
     text_flags,
     training_flags,
 )
-from model.model_minimind import load_model, read_json, weights_fingerprint, write_text
+from model.model_minimind import (
+    CheckpointError,
+    load_model,
+    read_json,
+    weights_fingerprint,
+    write_text,
+)
 from trainer.arguments import OUT_DIR
 from trainer.run_folder import remove_folder
 from trainer.trainer_utils import run_script
@@ -223,6 +229,7 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     Raises:
         SettingsError: it broke off, or is a base made anew that differs from the one that there are
             results of; nothing is filed.
+        CheckpointError: its base is broken.
     """
     stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
     folder = args.save_dir / run.id
@@ -433,7 +440,7 @@ def thinned_curve(path: Path) -> list[list[float]]:
 def run_all(study: dict, args: argparse.Namespace) -> None:
     """Runs what is left, `--jobs` at once; rates that become known add runs on the way."""
     running: dict[Future, Run] = {}
-    failed: dict[str, SettingsError] = {}
+    failed: dict[str, Exception] = {}
     left = runs_to_start(study, args, failed)
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(left), desc="study") as bar:
         while left or running:
@@ -445,7 +452,7 @@ def run_all(study: dict, args: argparse.Namespace) -> None:
                 run = running.pop(future)
                 try:
                     future.result()
-                except SettingsError as error:  # the others may well be run
+                except (SettingsError, CheckpointError) as error:  # the others may well be run
                     failed[run.id] = error
                     bar.write(str(error), file=sys.stderr)
                 bar.update()

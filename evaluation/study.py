@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dataset.command_line import SettingsError
-from model.model_minimind import read_json
+from model.model_minimind import CheckpointError, read_json
 
 STUDY_FILE = Path(__file__).with_name("study.toml")
 FULL = "fft"  # the arm that recovery is a share of
@@ -45,6 +45,7 @@ DEFAULTS = {
 # What a rule may bound: R of a cell, what R of one is above another's, or how many answers of one
 # never end or are blank, as a share of the other's.
 CONDITIONS = ("recovery", "gain", "bad_answers")
+RESULT = ("id", "size", "base", "arm", "seed", "status", "run", "seconds")  # what each has
 CLAIM = ("name", "text", "not_shown", "supported", "refuted")
 
 
@@ -215,9 +216,15 @@ def read_results(folder: Path) -> dict[str, dict]:
     """Every result by its run's id.
 
     Raises:
-        CheckpointError: a file is broken.
+        CheckpointError: a file is broken, or no result.
     """
-    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    results = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    for name, result in results.items():
+        if missing := [key for key in RESULT if key not in result]:
+            raise CheckpointError(
+                f"{folder / name}.json: has no {missing[0]!r}, so it is no result of run_study.py"
+            )
+    return results
 
 
 # ---------------------------------------------------------------- runs

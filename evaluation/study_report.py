@@ -136,7 +136,7 @@ def study_details(evidence: Evidence) -> list[str]:
         f"{chinese.sum()} of {len(chinese)} in Chinese, greedy / T=.85.",
         "",
         f"{count_dirty(results)} of {len(results)} runs say `dirty`: their working tree held what "
-        "was not committed, for the most part the results of runs before them.",
+        "was not committed.",
         "",
     ]
     for size, claims in evidence.verdicts.items():

@@ -103,6 +103,7 @@ from model.model_lora import (
 from model.model_minimind import (
     CheckpointError,
     MiniMindForCausalLM,
+    check_tokenizer,
     fill_weights,
     load_model,
     own_tokenizer,
@@ -494,6 +495,8 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
         CheckpointError: a .pth, which has no tokenizer of its own.
     """
     tokenizer_dir = args.tokenizer_path or own_tokenizer(update.weights)
+    if args.tokenizer_path:
+        check_tokenizer(args.tokenizer_path, base.model, update.weights)
     variants = plan_variants(args, base, update)
     folders = [args.output_dir / f"{update.name}{variant.name}" for variant in variants]
     for folder in folders:

@@ -469,9 +469,10 @@ def read_adapter_config(folder: Path) -> dict:
 
 
 def find_base(folder: Path) -> Path:
-    """The base that an adapter's config names: a path from here, the repository, or its own folder.
+    """The base that an adapter's config names.
 
-    The fingerprint then tells whether it is the right one.
+    A path from here, the repository, or its own folder; or an id of the hub, which is fetched. The
+    fingerprint then tells whether it is the right one.
 
     Raises:
         AdapterError: the config names none, or none is there.

@@ -535,6 +535,19 @@ def own_tokenizer(weights: Path) -> Path:
     return weights
 
 
+def check_tokenizer(folder: Path, model: MiniMindForCausalLM, weights: Path) -> None:
+    """Refuses a named tokenizer that cannot be that of some weights.
+
+    Raises:
+        CheckpointError: it has more tokens than the model has rows, or cannot be read.
+    """
+    if (tokens := len(load_tokenizer(folder))) > model.config.vocab_size:
+        raise CheckpointError(
+            f"--tokenizer_path {folder}: {tokens} tokens, but {weights} has "
+            f"{model.config.vocab_size}; name the one that it was trained with"
+        )
+
+
 def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, padding on the right.
 

@@ -619,6 +619,10 @@ CASES = [
     ),
     ("merge with another tokenizer", "merge_lora", "--adapter {home}/adapter.pth --base {home}/base.pth --num_attention_heads 2 --tokenizer_path {tmp}", nothing,
      "{tmp}/tokenizer.json: missing; name a tokenizer's folder"),
+    ("parts with another tokenizer", "update_analysis", "--tuned {home}/base.pth --base {home}/other --truncate 1 --tokenizer_path {tmp}", nothing,
+     "{tmp}/tokenizer.json: missing; name a tokenizer's folder"),
+    ("a judge without a tokenizer", "eval_llm", "--model {home}/base --judge {home}/base.pth", nothing,
+     "--judge {home}/base.pth: holds no tokenizer; name a checkpoint's folder"),
     # ---- files with intentions
     ("code in a base", "full_sft", PTH, saved("x.pth", lambda tmp: {"model.norm.weight": Payload(tmp / "ran")}),
      "{tmp}/x.pth: not a plain file of tensors, or damaged (UnpicklingError); nothing in it was run; save it again as a state dict"),

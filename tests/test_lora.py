@@ -37,6 +37,7 @@ from model.model_minimind import (
     MiniMindForCausalLM,
     count_parameters,
     load_model,
+    load_tokenizer,
     minimind_config,
     save_model,
     weights_fingerprint,
@@ -535,3 +536,27 @@ def test_merge_script_writes_a_plain_checkpoint_from_either_form(
         assert record["parameters"] == sum(p.numel() for p in load_model(base).parameters())
         reference = AutoModelForCausalLM.from_pretrained(out)
         assert torch.allclose(logits(reference), logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_pth_base_is_merged_with_the_tokenizer_that_is_named(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = load_model(base), base.parent
+    torch.save(model.state_dict(), folder / "base.pth")
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, LoraSettings(rank=2, targets="q_proj"))
+    save_lora(model, LoraSettings(rank=2, targets="q_proj"), folder / "a", "none", fingerprint)
+    heads = str(model.config.num_attention_heads)
+    words = ["--adapter", str(folder / "a"), "--base", str(folder / "base.pth"), "--output_dir"]
+    words += [str(folder / "out"), "--num_attention_heads", heads, "--tokenizer_path"]
+    monkeypatch.setattr("sys.argv", ["merge_lora.py", *words, str(base)])
+    assert merge_lora_script.main() == 0
+    assert len(load_tokenizer(folder / "out")) == model.config.vocab_size
+    larger = load_tokenizer()
+    larger.add_tokens(["<|one_more|>"])
+    larger.save_pretrained(folder / "larger")
+    words[5] = str(folder / "out2")
+    monkeypatch.setattr("sys.argv", ["merge_lora.py", *words, str(folder / "larger")])
+    with pytest.raises(CheckpointError, match="6401 tokens, but .*base.pth has 6400"):
+        merge_lora_script.main()
+    assert not (folder / "out2").exists()

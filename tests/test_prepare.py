@@ -321,7 +321,7 @@ def test_minimind_chat_keeps_sound_conversations(tmp_path):
         return {"conversations": [{"role": r, "content": c} for r, c in pairs]}
 
     sound = turns(("system", ""), ("user", "Moon"), ("assistant", "b"), ("user", "c"))
-    sound["conversations"].append({"role": "assistant", "content": "d", "reasoning_content": None})
+    sound["conversations"].append({"role": "assistant", "content": "d", "reasoning_content": ""})
     thought = turns(("user", "Sun"), ("assistant", "b"))
     thought["conversations"][1]["reasoning_content"] = "e"
     rows = [

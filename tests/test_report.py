@@ -553,7 +553,7 @@ def test_another_folder_of_the_study_is_shown_and_nothing_written(tmp_path, caps
     root = make_tree(tmp_path / "root")
     study = REPOSITORY / "evaluation" / "study.toml"
     shutil.copyfile(study, root / "evaluation" / "study.toml")
-    before = set(root.rglob("*"))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     again = tmp_path / "again"
     again.mkdir()
     assert main(["--root", str(root), "--show_study", str(again)]) == 0
@@ -563,7 +563,10 @@ def test_another_folder_of_the_study_is_shown_and_nothing_written(tmp_path, caps
     assert main(["--root", str(root), "--show_study", str(again)]) == 0
     out = capsys.readouterr().out
     assert "**At `xs`**: 1 of " in out and "# The study's results" in out and "![" not in out
-    assert before == set(root.rglob("*"))
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    (again / "run.json").write_text('{"status": "completed"}')
+    assert main(["--root", str(root), "--show_study", str(again)]) == 2
+    assert "run.json: has no 'id', so it is no result of" in capsys.readouterr().err
     assert main(["--show_study", str(again), "--add", str(again)]) == 2
     assert "--show_study writes nothing" in capsys.readouterr().err
 

@@ -31,9 +31,9 @@ from model.model_lora import (
     merged_model,
 )
 from model.model_minimind import (
+    check_tokenizer,
     count_parameters,
     load_model,
-    load_tokenizer,
     own_tokenizer,
     save_model,
     weights_fingerprint,
@@ -88,8 +88,8 @@ def main() -> int:
     base = args.base or find_base(args.adapter)
     tokenizer_dir = args.tokenizer_path or own_tokenizer(base)
     model = load_model(base, args.num_attention_heads)
-    if len(load_tokenizer(tokenizer_dir)) != model.config.vocab_size:
-        raise SettingsError(f"--tokenizer_path {tokenizer_dir}: has not as many tokens as {base}")
+    if args.tokenizer_path:
+        check_tokenizer(args.tokenizer_path, model, base)
     fingerprint = weights_fingerprint(model)
     load = load_minimind_lora if is_minimind else load_lora
     settings = load(model, args.adapter)
