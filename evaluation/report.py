@@ -184,7 +184,7 @@ def study_parts(
     check_prompts(results, PROMPTS_FILE)
     evidence = gather(study, results, by_language(read_prompts(PROMPTS_FILE)))
     drawn = study_figures(evidence)
-    parts = {"summary": summary_block(evidence), "study": study_block(evidence, drawn)}
+    parts = {"summary": summary_block(evidence, drawn), "study": study_block(evidence, drawn)}
     return parts, study_details(evidence), drawn
 
 

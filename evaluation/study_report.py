@@ -67,16 +67,23 @@ NO_STUDY = "The study was not run yet: `python evaluation/run_study.py`."
 
 
 DETAILS = "evaluation/results/study/README.md"
+FIGURES = "evaluation/figures/"
 
 
-def summary_block(evidence: Evidence) -> list[str]:
-    """Markdown lines of the README's first table: what little is to be remembered."""
+def summary_block(evidence: Evidence, drawn: Iterable[str]) -> list[str]:
+    """Markdown lines of what is to be remembered: the README's first table, and the ladder."""
     lines = []
     for size in evidence.study["sizes"]:
         for experiment in evidence.study["experiments"]:
             if experiment["summary"] and size in experiment["sizes"]:
                 lines += summary_table(evidence, experiment, size)
+        lines += figure_lines(name for name in drawn if name == f"study_{size}_ladder.svg")
     return lines[:-1]
+
+
+def figure_lines(names: Iterable[str]) -> list[str]:
+    """The README's figures."""
+    return [part for name in names for part in (f"![{title_of(name)}]({FIGURES}{name})", "")]
 
 
 def summary_table(evidence: Evidence, experiment: dict, size: str) -> list[str]:
@@ -171,10 +178,8 @@ def size_lines(
     lines += base_lines(study, size, results)
     lines += claim_lines(claims)
     lines += [f"Every rule, cell, tuned rate, and their commands: [`{DETAILS}`]({DETAILS}).", ""]
-    for name in drawn:
-        if name.startswith(f"study_{size}_"):
-            lines += [f"![{title_of(name)}](evaluation/figures/{name})", ""]
-    return lines
+    mine = [name for name in drawn if name.startswith(f"study_{size}_")]
+    return lines + figure_lines(name for name in mine if not name.endswith("_ladder.svg"))
 
 
 def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:

@@ -712,9 +712,11 @@ def test_arms_that_were_asked_are_told_by_their_bad_answers(study: dict) -> None
     for text in (*found, "3 English prompts", "1 Chinese prompts"):
         assert f"<!-- {text} -->" in drawn
     assert "![Share of answers" in report_of(study, results)
-    summary = summary_block(gather(study, results, LANGUAGES))
+    drawn = ["study_xs_answers.svg", "study_xs_ladder.svg"]
+    summary = summary_block(gather(study, results, LANGUAGES), drawn)
     assert summary[0] == "*At `xs`. Q.*"
-    assert summary[-3:] == [  # of the three English prompts
+    assert summary.pop().endswith("(evaluation/figures/study_xs_ladder.svg)")
+    assert summary[-4:-1] == [  # of the three English prompts
         "| nothing: the base | - | - | - | 0 | 100% / 100% |",
         "| LoRA on q and o | 1,234 | 1e-3 | 2 | 0.50 [0.50, 0.50] | 67% / 67% |",
         "| all of it | 1,234 | 1e-2 | 2 (1 asked) | 1 (what R is a share of) | 0% / 0% |",
@@ -812,7 +814,8 @@ def test_commands_are_what_the_scripts_take(study: dict) -> None:
 def report_of(study: dict, results: dict) -> str:
     """All that the README and the page of details say of the study."""
     evidence = gather(study, results, LANGUAGES)
-    return "\n".join([*study_block(evidence, study_figures(evidence)), *study_details(evidence)])
+    block = study_block(evidence, study_figures(evidence))
+    return "\n".join([*block, *study_details(evidence)])
 
 
 def figures_of(study: dict, results: dict) -> dict[str, str]:
