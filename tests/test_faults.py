@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -296,7 +297,8 @@ def test_dead_data_process_ends_the_run(
     with at_step(4, kill_worker):
         error = error_of(capfd, place, flags)
     assert "a data loading process died at step" in error and "lower --num_workers" in error
-    assert "the state of step 2 is kept" in error
+    # It may be noticed before the state of step 4 is saved, or after.
+    assert re.search(r"the state of step [24] is kept", error)
     assert record_of(tmp_path / "full_sft")["status"] == "failed"
     assert finish(place, tmp_path) == []
 
