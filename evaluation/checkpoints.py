@@ -11,6 +11,7 @@ from model.model_lora import ADAPTER_CONFIG, find_base, load_lora
 from model.model_minimind import (
     CheckpointError,
     MiniMindForCausalLM,
+    check_tokenizer,
     load_model,
     load_tokenizer,
     own_tokenizer,
@@ -69,11 +70,7 @@ def load_checkpoint(
     if checkpoint.base:
         load_lora(model, checkpoint.path)
     tokenizer = load_tokenizer(tokenizer_path or own_tokenizer(checkpoint.model_path))
-    if len(tokenizer) > model.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.model_path}: {model.config.vocab_size} tokens, but the tokenizer has "
-            f"{len(tokenizer)}; give the model's own as --tokenizer_path"
-        )
+    check_tokenizer(tokenizer, model, checkpoint.model_path)
     return model.to(device, dtype).eval(), tokenizer
 
 

@@ -106,6 +106,7 @@ from model.model_minimind import (
     check_tokenizer,
     fill_weights,
     load_model,
+    load_tokenizer,
     own_tokenizer,
     read_json,
     save_model,
@@ -496,7 +497,7 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
     """
     tokenizer_dir = args.tokenizer_path or own_tokenizer(update.weights)
     if args.tokenizer_path:
-        check_tokenizer(args.tokenizer_path, base.model, update.weights)
+        check_tokenizer(load_tokenizer(args.tokenizer_path), base.model, update.weights)
     variants = plan_variants(args, base, update)
     folders = [args.output_dir / f"{update.name}{variant.name}" for variant in variants]
     for folder in folders:

@@ -535,16 +535,18 @@ def own_tokenizer(weights: Path) -> Path:
     return weights
 
 
-def check_tokenizer(folder: Path, model: MiniMindForCausalLM, weights: Path) -> None:
-    """Refuses a named tokenizer that cannot be that of some weights.
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, model: MiniMindForCausalLM, weights: Path
+) -> None:
+    """Refuses a tokenizer with more tokens than the model, loaded from `weights`, has rows.
 
     Raises:
-        CheckpointError: it has more tokens than the model has rows, or cannot be read.
+        CheckpointError: names the weights.
     """
-    if (tokens := len(load_tokenizer(folder))) > model.config.vocab_size:
+    if len(tokenizer) > model.config.vocab_size:
         raise CheckpointError(
-            f"--tokenizer_path {folder}: {tokens} tokens, but {weights} has "
-            f"{model.config.vocab_size}; name the one that it was trained with"
+            f"{weights}: {model.config.vocab_size} tokens, but the tokenizer has {len(tokenizer)}; "
+            "give the model's own as --tokenizer_path"
         )
 
 

@@ -34,6 +34,7 @@ from model.model_minimind import (
     check_tokenizer,
     count_parameters,
     load_model,
+    load_tokenizer,
     own_tokenizer,
     save_model,
     weights_fingerprint,
@@ -89,7 +90,7 @@ def main() -> int:
     tokenizer_dir = args.tokenizer_path or own_tokenizer(base)
     model = load_model(base, args.num_attention_heads)
     if args.tokenizer_path:
-        check_tokenizer(args.tokenizer_path, model, base)
+        check_tokenizer(load_tokenizer(args.tokenizer_path), model, base)
     fingerprint = weights_fingerprint(model)
     load = load_minimind_lora if is_minimind else load_lora
     settings = load(model, args.adapter)
