@@ -37,16 +37,13 @@ Sampling seeds are no replication of the training: one run a method stays one ru
 
 import argparse
 import platform
-import sys
 from dataclasses import dataclass
 
 import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from dataset.command_line import SettingsError
-from dataset.lm_dataset import DataError, file_sha256
-from dataset.untrusted import error_line
+from dataset.lm_dataset import file_sha256
 from evaluation.arguments import DTYPES, parse_args
 from evaluation.calibrate import calibrate_judge, load_judge, read_hidden
 from evaluation.chat import chat
@@ -97,8 +94,8 @@ from evaluation.translations import (
     write_store,
 )
 from model.generation import Decoder
-from model.model_lora import AdapterError
-from model.model_minimind import CheckpointError, MiniMindForCausalLM
+from model.model_minimind import MiniMindForCausalLM
+from trainer.failures import run_script
 from trainer.machine import keep_freed_memory
 from trainer.run_folder import checkpoint_name, weights_sha256
 
@@ -352,23 +349,20 @@ def run_chat(args: argparse.Namespace) -> None:
         print()
 
 
-def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse_args(__doc__, argv)
-        if args.device == "cpu":
-            keep_freed_memory()
-        if args.list:
-            run_list(args)
-        elif args.interactive:
-            run_chat(args)
-        elif args.no_generation:
-            run_nll(args)
-        else:
-            run_probes(args)
-    except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        sys.exit(2)
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(__doc__, argv)
+    if args.device == "cpu":
+        keep_freed_memory()
+    if args.list:
+        run_list(args)
+    elif args.interactive:
+        run_chat(args)
+    elif args.no_generation:
+        run_nll(args)
+    else:
+        run_probes(args)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

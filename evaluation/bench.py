@@ -52,7 +52,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
-from dataset.command_line import Parser, SettingsError
+from dataset.command_line import Parser
 from dataset.demo import ensure_demo_corpus
 from dataset.lm_dataset import (
     ConversationDataset,
@@ -62,7 +62,6 @@ from dataset.lm_dataset import (
     encode_whole,
     load_dataset,
 )
-from dataset.untrusted import error_line
 from evaluation.arguments import PROMPTS_FILE
 from evaluation.bench_tables import METHODS, bench_lines, flops_per_token, spread
 from evaluation.prompts import encode_prompts, read_prompts
@@ -70,7 +69,6 @@ from model.generation import Decoder, Decoding
 from model.generation import generate as generate_ours
 from model.model_minimind import (
     TOKENIZER_DIR,
-    CheckpointError,
     MiniMindForCausalLM,
     count_parameters,
     load_model,
@@ -80,6 +78,7 @@ from model.model_minimind import (
     write_text,
 )
 from trainer import train_full_sft, train_lora, trainer_utils
+from trainer.failures import run_script
 from trainer.machine import (
     can_compile,
     choose_device,
@@ -145,21 +144,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        if args.worker:
-            return run_worker(Work(**json.loads(args.worker)))
-        args.device = choose_device(args.device)
-        if args.sweep is None:
-            args.sweep = GPU_SWEEP if args.device == "cuda" else []
-        with tempfile.TemporaryDirectory(prefix="bench") as folder:
-            result = measure(args, Path(folder))
-        print("\n".join(["", *bench_lines(result), ""]))
-        write_text(args.output, json.dumps(result, indent=1) + "\n")
-        print(f"wrote {args.output}")
-    except (SettingsError, DataError, CheckpointError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        return 2
+    args = parse_args(argv)
+    if args.worker:
+        return run_worker(Work(**json.loads(args.worker)))
+    args.device = choose_device(args.device)
+    if args.sweep is None:
+        args.sweep = GPU_SWEEP if args.device == "cuda" else []
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        result = measure(args, Path(folder))
+    print("\n".join(["", *bench_lines(result), ""]))
+    write_text(args.output, json.dumps(result, indent=1) + "\n")
+    print(f"wrote {args.output}")
     return 0
 
 
@@ -402,15 +397,13 @@ def run_ours(work: Work, method: str, pace: Pace) -> None:
     flags += ["--max_steps", str(PLANNED_STEPS), "--max_seq_len", str(MAX_SEQ_LEN), "--overwrite"]
     flags += ["--learning_rate", "1e-4", "--log_interval", str(PLANNED_STEPS)]
     if work.device == "cuda" and can_compile("cuda"):
-        flags += ["--use_compile", "on"]  # by default of the longest runs only, so not of all arms
+        flags += ["--use_compile", "on"]  # "auto" compiles long runs only: some arms, not all
     name = f"{work.size}_{method}_{work.batch_size}"
     if method == "fft":
-        sys.argv = ["train_full_sft.py", *flags, "--run_name", name]
-        train_full_sft.main()
+        train_full_sft.main([*flags, "--run_name", name])
     else:
         flags += ["--lora_targets", LORA_TARGETS[method], "--lora_rank", str(RANK)]
-        sys.argv = ["train_lora.py", *flags, "--lora_name", name, "--lora_alpha", str(ALPHA)]
-        train_lora.main()
+        train_lora.main([*flags, "--lora_name", name, "--lora_alpha", str(ALPHA)])
 
 
 def run_trainer(work: Work, method: str, pace: Pace) -> None:
@@ -780,4 +773,4 @@ def loader_milliseconds(dataset: ConversationDataset, batch_size: int, workers: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -39,9 +39,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.demo import DEMO_DIR, ensure_demo_corpus
+from dataset.demo import ensure_demo_corpus
 from dataset.lm_dataset import DataError, encode_batch
-from dataset.untrusted import error_line
 from evaluation.checkpoints import find_checkpoint, load_checkpoint
 from evaluation.intervals import CONFIDENCE, DRAWS, auc
 from evaluation.likelihood import Judge, add_topic_measures
@@ -50,8 +49,8 @@ from evaluation.outputs import FLAGS, rounded
 from evaluation.probe import answer_samples, make_sample
 from evaluation.prompts import PROMPTS_FILE, Prompt, read_prompts
 from evaluation.summary import CHARACTER_SLICES, TOKEN_SLICES, corpus_measures, rate
-from model.model_lora import AdapterError
 from model.model_minimind import CheckpointError, load_tokenizer, read_json, write_text
+from trainer.failures import run_script
 
 CALIBRATION_FILE = Path(__file__).resolve().parent / "calibration.json"
 MIN_AUC = 0.6
@@ -349,22 +348,18 @@ def print_calibration(calibration: dict) -> None:
                 print(f"  {'':18} strikes {found['references']['rate']:.1%} of the references")
 
 
-def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse_args(argv)
-        judge = load_judge(args.judge, "cpu", torch.float32) if args.judge else None
-        if args.prompts:
-            files = {path.name: path for path in args.prompts}
-        else:
-            demo = ensure_demo_corpus(DEMO_DIR)
-            files = {path.name: path for path in (PROMPTS_FILE, demo["sft_valid"])}
-        calibration = calibrate(files, judge)
-        print_calibration(calibration)
-        write_text(args.output, json.dumps(calibration, indent=2) + "\n")
-    except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        sys.exit(2)
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    judge = load_judge(args.judge, "cpu", torch.float32) if args.judge else None
+    if args.prompts:
+        files = {path.name: path for path in args.prompts}
+    else:
+        files = {path.name: path for path in (PROMPTS_FILE, ensure_demo_corpus()["sft_valid"])}
+    calibration = calibrate(files, judge)
+    print_calibration(calibration)
+    write_text(args.output, json.dumps(calibration, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
-from dataset.untrusted import error_line, shown
+from dataset.untrusted import shown
 from evaluation.bench_tables import bench_lines
 from evaluation.findings import check_controlled, check_prompts, gather
 from evaluation.outputs import inline, markdown_table
@@ -71,7 +71,8 @@ from evaluation.study_report import (
     study_details,
     summary_block,
 )
-from model.model_minimind import CheckpointError, write_text
+from model.model_minimind import write_text
+from trainer.failures import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = "evaluation/results/README.md"  # what is told of single runs
@@ -117,19 +118,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        if args.show_study:
-            show_study(args.root / "evaluation" / "study.toml", args.show_study)
-            return 0
-        for run in args.add:
-            add_run(run, args.root / "evaluation" / "results")
-        files = build(args.root)
-        for path in write_changed(files):
-            print(f"wrote {path.relative_to(args.root)}")
-    except (SettingsError, DataError, CheckpointError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        return 2
+    args = parse_args(argv)
+    if args.show_study:
+        show_study(args.root / "evaluation" / "study.toml", args.show_study)
+        return 0
+    for run in args.add:
+        add_run(run, args.root / "evaluation" / "results")
+    for path in write_changed(build(args.root)):
+        print(f"wrote {path.relative_to(args.root)}")
     return 0
 
 
@@ -500,4 +496,4 @@ def listed(fell: Counter[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

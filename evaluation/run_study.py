@@ -62,8 +62,8 @@ from model.model_minimind import (
     write_text,
 )
 from trainer.arguments import OUT_DIR
+from trainer.failures import run_script
 from trainer.run_folder import remove_folder
-from trainer.trainer_utils import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS_DIR = REPOSITORY / "evaluation" / "results" / "study"
@@ -73,7 +73,7 @@ UNKEPT = ("max_cos", "top")  # of what update_analysis.py says of intruders and 
 OUTCOMES = ("check_strict", "check_loose", "runaway", "loop", "blank")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--study", type=Path, default=STUDY_FILE, help="(default: evaluation/study.toml)")
@@ -93,7 +93,7 @@ def parse_args() -> argparse.Namespace:
     add("--data_dir", type=Path, default=REPOSITORY / "dataset" / "data", help="prepared data")
     add("--save_dir", type=Path, default=OUT_DIR / "study", help="run folders (default: out/study)")
     add("--results_dir", type=Path, default=RESULTS_DIR, help="(default: evaluation/results/study)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be 1 or more")
     if args.list and args.dry_run:
@@ -541,8 +541,8 @@ def print_plan(left: list[Run], study: dict, args: argparse.Namespace) -> None:
         print(f"first make, with dataset/prepare.py: {', '.join(map(str, missing))}")
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     study = read_study(args.study)
     if args.size not in study["sizes"]:
         raise SettingsError(f"--size {args.size}: choose among {', '.join(study['sizes'])}")

@@ -114,8 +114,8 @@ from model.model_minimind import (
     write_text,
 )
 from trainer.arguments import OUT_DIR
+from trainer.failures import run_script
 from trainer.run_folder import checkpoint_name, git_state
-from trainer.trainer_utils import run_script
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 REST = ("keep", "drop", "alike")
@@ -554,7 +554,7 @@ def write_variant(
 # ----------------------------------------------------------------------------- main
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder or .pth that fine-tuning started from")
@@ -576,7 +576,7 @@ def parse_args() -> argparse.Namespace:
     add("--rest", choices=REST, help="embedding and norms of --truncate, --random_rank (keep)")
     add("--output_dir", type=Path, help="where the folders go (default: out/)")
     add("--tokenizer_path", type=Path, help="folder (default: the weights' own; a .pth has none)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_args(args)
     args.seed, args.rest = args.seed or 0, args.rest or "keep"
     args.output_dir = args.output_dir or OUT_DIR
@@ -696,8 +696,8 @@ def print_comparison(result: dict) -> None:
         print(f"{row['name']:36}" + "".join(f"{cell:>11}" for cell in cells))
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     base = load_base(args.base)
     update = load_update(base, args.tuned)
     if writes_checkpoints(args):

@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import load_dataset
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
+from trainer.failures import run_script
 from trainer.machine import describe_machine
 from trainer.run_folder import MANIFEST, git_state
 
@@ -198,14 +199,13 @@ def be_process(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the process ends
-    sys.argv = [f"train_{stage}.py", *flags]
     torch.set_num_threads(1)
     cache = log.parent / "cache"  # not the repository's
     trainer_utils.load_dataset = functools.partial(load_dataset, cache_dir=cache)
     trainer_utils.PEER_TIMEOUT = timedelta(seconds=PEER_SECONDS)
     if aim is not None:
         die_in_save(aim)
-    trainer_utils.run_script(STAGES[stage].main)
+    run_script(lambda: STAGES[stage].main(flags))
 
 
 def die_in_save(aim: int) -> None:

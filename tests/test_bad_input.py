@@ -37,7 +37,7 @@ from model.model_minimind import (
 )
 from tests.test_training import CPU, REPO_DIR, SHAPE, SHAPE_FLAGS, call
 from trainer import merge_lora, train_tokenizer
-from trainer.trainer_utils import run_script
+from trainer.failures import run_script
 
 # ---------------------------------------------------------------- good files, to be spoiled
 
@@ -815,15 +815,13 @@ if not Path("/proc/self/mem").exists():
     CASES = [case for case in CASES if case[0] != "unreadable"]
 
 
-TAKES_WORDS = {
+SCRIPTS = {
     "prepare": prepare,
     "train_tokenizer": train_tokenizer,
     "demo": demo,
     "eval_llm": eval_llm,
     "calibrate": calibrate,
     "report": report,
-}
-READS_ARGV = {
     "merge_lora": merge_lora,
     "update_analysis": update_analysis,
     "run_study": run_study,
@@ -834,12 +832,8 @@ def run(script: str, words: list[str], home: Path) -> int:
     """A script in this process; the exit code that it would end with."""
 
     def main() -> int:
-        if script in TAKES_WORDS:
-            return TAKES_WORDS[script].main(words)
-        if script in READS_ARGV:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [f"{script}.py", *words])
-                return READS_ARGV[script].main()
+        if script in SCRIPTS:
+            return SCRIPTS[script].main(words)
         return call(script, " ".join(words), home)
 
     with pytest.raises(SystemExit) as caught:

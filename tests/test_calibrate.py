@@ -26,7 +26,7 @@ from evaluation.checkpoints import Checkpoint
 from evaluation.likelihood import Judge
 from evaluation.prompts import Prompt, read_prompts
 from model.model_minimind import CheckpointError, load_tokenizer
-from tests.tiny import tiny_model
+from tests.tiny import exit_code, tiny_model
 
 
 def prompt(name: str, text: str, reference: str, check: dict | None = None) -> Prompt:
@@ -156,6 +156,5 @@ def test_the_script_writes_what_it_found(tmp_path, capsys):
     assert calibration["shown"]["check_strict"] is None  # no prompt has a check
     assert calibration["shown"]["blank"] is True and calibration["judge"] is None
     assert "check_strict       not calibrated here" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        main(["--prompts", str(tmp_path / "none.md"), "--output", str(tmp_path / "d.json")])
-    assert stop.value.code == 2 and not (tmp_path / "d.json").exists()
+    words = ["--prompts", str(tmp_path / "none.md"), "--output", str(tmp_path / "d.json")]
+    assert exit_code(main, words) == 2 and not (tmp_path / "d.json").exists()

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import eval_llm
+from dataset.lm_dataset import DataError
 from dataset.untrusted import shown
 from eval_llm import main
 from evaluation import translations
@@ -31,7 +32,7 @@ from model.model_minimind import (
     save_model,
     weights_fingerprint,
 )
-from tests.tiny import tiny_model
+from tests.tiny import exit_code, tiny_model
 
 EOS = 2
 PROMPTS = """# Test
@@ -279,14 +280,12 @@ def test_prompt_hash_is_of_what_the_model_sees(home, tmp_path):
     assert one[1]["prompt_sha256"] == hashlib.sha256(rendered.encode()).hexdigest()
 
 
-def test_a_broken_samples_file_is_named_and_left_alone(home, tmp_path, capsys):
+def test_a_broken_samples_file_is_named_and_left_alone(home, tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "samples.jsonl").write_text('{"prompt": "x"}\n')
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(DataError, match="samples.jsonl:1: has no 'id'"):
         probe(home, tmp_path)
-    assert stop.value.code == 2
-    assert f"{folder / 'samples.jsonl'}:1: has no 'id'" in capsys.readouterr().err
     assert (folder / "samples.jsonl").read_text() == '{"prompt": "x"}\n'
 
 
@@ -442,9 +441,8 @@ def test_an_adapter_is_probed_on_the_base_that_it_names(home, tmp_path, monkeypa
 
 def test_an_adapter_on_another_base_is_refused(home, tmp_path, capsys):
     save_adapter(tiny_model(0), tmp_path / "misled", base=str(home / "two"))
-    with pytest.raises(SystemExit) as stop:
-        main(["--model", str(tmp_path / "misled"), "--output_dir", str(tmp_path / "out")])
-    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    words = ["--model", str(tmp_path / "misled"), "--output_dir", str(tmp_path / "out")]
+    assert exit_code(main, words) == 2 and not (tmp_path / "out").exists()
     assert "was trained on another base" in capsys.readouterr().err
 
 
@@ -516,9 +514,7 @@ def test_bad_input_is_one_line_and_writes_nothing(home, tmp_path, capsys, flags,
     if "--interactive" in flags or "--list" in flags:
         defaults = []
     given, message = [flag.format(home=home) for flag in flags], message.format(home=home)
-    with pytest.raises(SystemExit) as stop:
-        main([*defaults, *given])
-    assert stop.value.code == 2
+    assert exit_code(main, [*defaults, *given]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -23,6 +23,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from dataset.command_line import SettingsError
 from tests.stress_resume import compare_runs, free_port, write_corpora
 from tests.test_training import (
     CPU,
@@ -39,8 +40,8 @@ from tests.test_training import (
     terminate,
 )
 from trainer import run_folder, train_full_sft, trainer_utils
+from trainer.failures import run_script, stop_on_signals
 from trainer.run_folder import differences
-from trainer.trainer_utils import SettingsError, run_script, stop_on_signals
 
 STEPS = 10
 
@@ -343,6 +344,7 @@ KILL_OF_ONE = """
 import functools, os, pathlib, signal, sys
 sys.path.insert(0, {repo!r})
 from trainer import train_full_sft, trainer_utils
+from trainer.failures import run_script
 train_step, taken = trainer_utils.train_step, []
 def watched(*args):
     taken.append(1)
@@ -352,7 +354,7 @@ def watched(*args):
 trainer_utils.train_step = watched
 cache = pathlib.Path({cache!r})
 trainer_utils.load_dataset = functools.partial(trainer_utils.load_dataset, cache_dir=cache)
-trainer_utils.run_script(train_full_sft.main)
+run_script(train_full_sft.main)
 """
 
 
@@ -548,8 +550,8 @@ def test_out_of_memory(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (MemoryError(), 2, "error: out of memory before the first step: take a smaller model"),
-        (KeyboardInterrupt(), 130, "interrupted before the first step"),
+        (MemoryError(), 2, "error: out of memory: take a smaller model or batch"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_end_before_the_run_begins(

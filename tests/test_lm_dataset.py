@@ -307,8 +307,7 @@ trainer_utils.load_dataset = load
 flags = f"--save_dir {folder} --data_path {folder / 'a.jsonl'} --max_steps 1 --device cpu"
 flags += " --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1"
 for part in ("built", "cached"):
-    sys.argv = ["train_pretrain.py", *flags.split(), "--run_name", f"{name}_{part}"]
-    assert train_pretrain.main() == 0
+    assert train_pretrain.main([*flags.split(), "--run_name", f"{name}_{part}"]) == 0
     lm_dataset.read_jsonl = refuse
 print("datasets" in sys.modules, (folder / f"{name}_cached/model.safetensors").is_file())
 """

@@ -503,9 +503,7 @@ def test_missing_and_unknown_adapter_tensors_are_named(base: Path) -> None:
         load_lora(load_model(base), folder)
 
 
-def test_merge_script_writes_a_plain_checkpoint_from_either_form(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merge_script_writes_a_plain_checkpoint_from_either_form(base: Path) -> None:
     model, settings = load_model(base), LoraSettings(rank=8, alpha=8, targets="q_proj")
     fingerprint = weights_fingerprint(model)
     apply_lora(model, settings)
@@ -520,8 +518,7 @@ def test_merge_script_writes_a_plain_checkpoint_from_either_form(
     for adapter, extra in (("adapter", []), ("lora.pth", ["--base", str(base)])):
         out = base.parent / f"merged_{adapter}"
         words = ["--adapter", str(base.parent / adapter), "--output_dir", str(out), *extra]
-        monkeypatch.setattr("sys.argv", ["merge_lora.py", *words])
-        assert merge_lora_script.main() == 0
+        assert merge_lora_script.main(words) == 0
         record = json.loads((out / "run.json").read_text())
         assert (record["status"], record["stage"]) == ("completed", "merge_lora")
         assert record["base_fingerprint"] == fingerprint
@@ -538,9 +535,7 @@ def test_merge_script_writes_a_plain_checkpoint_from_either_form(
         assert torch.allclose(logits(reference), logits(model), rtol=0, atol=1e-5)
 
 
-def test_a_pth_base_is_merged_with_the_tokenizer_that_is_named(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pth_base_is_merged_with_the_tokenizer_that_is_named(base: Path) -> None:
     model, folder = load_model(base), base.parent
     torch.save(model.state_dict(), folder / "base.pth")
     fingerprint = weights_fingerprint(model)
@@ -549,14 +544,12 @@ def test_a_pth_base_is_merged_with_the_tokenizer_that_is_named(
     heads = str(model.config.num_attention_heads)
     words = ["--adapter", str(folder / "a"), "--base", str(folder / "base.pth"), "--output_dir"]
     words += [str(folder / "out"), "--num_attention_heads", heads, "--tokenizer_path"]
-    monkeypatch.setattr("sys.argv", ["merge_lora.py", *words, str(base)])
-    assert merge_lora_script.main() == 0
+    assert merge_lora_script.main([*words, str(base)]) == 0
     assert len(load_tokenizer(folder / "out")) == model.config.vocab_size
     larger = load_tokenizer()
     larger.add_tokens(["<|one_more|>"])
     larger.save_pretrained(folder / "larger")
     words[5] = str(folder / "out2")
-    monkeypatch.setattr("sys.argv", ["merge_lora.py", *words, str(folder / "larger")])
     with pytest.raises(CheckpointError, match="base.pth: 6400 tokens, but the tokenizer has 6401"):
-        merge_lora_script.main()
+        merge_lora_script.main([*words, str(folder / "larger")])
     assert not (folder / "out2").exists()

@@ -47,6 +47,7 @@ from tests.report_data import (
     write_probe,
     write_run,
 )
+from tests.tiny import exit_code
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -398,7 +399,7 @@ def test_a_broken_result_is_named_and_nothing_is_written(tmp_path, capsys, name,
     root = make_tree(tmp_path)
     (root / "evaluation" / name).write_text(text)
     before = sorted(path.name for path in root.rglob("*"))
-    assert main(["--root", str(root)]) == 2
+    assert exit_code(main, ["--root", str(root)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {root}") and told in error and error.count("\n") == 1
     assert sorted(path.name for path in root.rglob("*")) == before
@@ -406,7 +407,7 @@ def test_a_broken_result_is_named_and_nothing_is_written(tmp_path, capsys, name,
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):
-    assert main(["--root", str(tmp_path)]) == 2
+    assert exit_code(main, ["--root", str(tmp_path)]) == 2
     assert "holds no results" in capsys.readouterr().err
 
 
@@ -534,7 +535,7 @@ def test_nll_of_other_weights_is_refused(tmp_path, capsys):
     measured = {"provenance": {"weights_sha256": "x"}, "nll": None, "text_nll": None}
     path = root / "evaluation" / "model_outputs" / "lora" / "nll.json"
     path.write_text(json.dumps(measured))
-    assert main(["--root", str(root)]) == 2
+    assert exit_code(main, ["--root", str(root)]) == 2
     assert f"{path}: measured on other weights" in capsys.readouterr().err
 
 
@@ -545,7 +546,7 @@ def test_a_run_is_filed(tmp_path, capsys):
     write_probe(root, "lora_new", results_of(3.2), [sample("facts-01", "Paris.")])
     assert main(["--root", str(root), "--add", str(run)]) == 0
     assert "| 3.200 | 0.80 |" in (root / "evaluation" / "results" / "README.md").read_text()
-    assert main(["--root", str(root), "--add", str(tmp_path)]) == 2
+    assert exit_code(main, ["--root", str(root), "--add", str(tmp_path)]) == 2
     assert "lacks run.json or metrics.jsonl" in capsys.readouterr().err
 
 
@@ -565,9 +566,9 @@ def test_another_folder_of_the_study_is_shown_and_nothing_written(tmp_path, caps
     assert "**At `xs`**: 1 of " in out and "# The study's results" in out and "![" not in out
     assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     (again / "run.json").write_text('{"status": "completed"}')
-    assert main(["--root", str(root), "--show_study", str(again)]) == 2
+    assert exit_code(main, ["--root", str(root), "--show_study", str(again)]) == 2
     assert "run.json: has no 'id', so it is no result of" in capsys.readouterr().err
-    assert main(["--show_study", str(again), "--add", str(again)]) == 2
+    assert exit_code(main, ["--show_study", str(again), "--add", str(again)]) == 2
     assert "--show_study writes nothing" in capsys.readouterr().err
 
 

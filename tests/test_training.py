@@ -34,6 +34,7 @@ from model.model_minimind import (
 )
 from trainer import run_folder, train_full_sft, train_lora, train_pretrain, trainer_utils
 from trainer.arguments import DEFAULT_SHAPE
+from trainer.failures import run_script
 from trainer.trainer_utils import (
     SettingsError,
     choose_dtype,
@@ -42,7 +43,6 @@ from trainer.trainer_utils import (
     learning_rate_at,
     load_start,
     parameter_groups,
-    run_script,
     trained_parts,
 )
 
@@ -93,9 +93,8 @@ def call(stage: str, flags: str, home: Path) -> int:
     load = functools.partial(load_dataset, cache_dir=home / "cache")
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"train_{stage}.py", *flags.split()])
             patch.setattr(trainer_utils, "load_dataset", load)
-            return STAGES[stage].main()
+            return STAGES[stage].main(flags.split())
     finally:
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
@@ -579,6 +578,7 @@ SIGNAL_TO_ONE = """
 import os, signal, sys
 sys.path.insert(0, {checkout!r})
 from trainer import train_full_sft, trainer_utils
+from trainer.failures import run_script
 train_step, taken = trainer_utils.train_step, []
 def watched(*args):
     taken.append(1)
@@ -586,7 +586,7 @@ def watched(*args):
         os.kill(os.getpid(), signal.SIGTERM)
     return train_step(*args)
 trainer_utils.train_step = watched
-trainer_utils.run_script(train_full_sft.main)
+run_script(train_full_sft.main)
 """
 
 

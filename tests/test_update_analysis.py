@@ -47,7 +47,7 @@ from model.model_minimind import (
 )
 from tests.test_lora import SETTINGS, logits, randomize
 from tests.test_model import make_model
-from trainer.trainer_utils import run_script
+from tests.tiny import exit_code
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
@@ -322,11 +322,9 @@ def adapter(base: Path, settings: LoraSettings, name: str = "lora", seed: int = 
     return base.parent / name
 
 
-def call(base: Path, tuned: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def call(base: Path, tuned: Path, flags: str) -> int:
     """The script's ``main()`` with these flags."""
-    words = ["--base", str(base), "--tuned", str(tuned), *flags.split()]
-    monkeypatch.setattr("sys.argv", ["update_analysis.py", *words])
-    return update_analysis.main()
+    return update_analysis.main(["--base", str(base), "--tuned", str(tuned), *flags.split()])
 
 
 def same(first: MiniMindForCausalLM, second: MiniMindForCausalLM, tolerance: float) -> bool:
@@ -338,11 +336,9 @@ def same(first: MiniMindForCausalLM, second: MiniMindForCausalLM, tolerance: flo
     )
 
 
-def test_analysis_of_a_full_checkpoint(
-    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_analysis_of_a_full_checkpoint(base: Path, tuned: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "results" / "full.json"
-    assert call(base, tuned, f"--output {output}", monkeypatch) == 0
+    assert call(base, tuned, f"--output {output}") == 0
     result = json.loads(output.read_text())
     assert len(result["matrices"]) == 3 * 7 + 1
     assert len(result["vectors"]) == 3 * 2 + 1
@@ -370,7 +366,7 @@ def test_analysis_of_a_full_checkpoint(
     )
     assert list(result["shares"]["by_layer"]) == ["embed_tokens", "0", "1", "2", "norm"]
     first = output.read_bytes()
-    assert call(base, tuned, f"--output {output}", monkeypatch) == 0
+    assert call(base, tuned, f"--output {output}") == 0
     assert output.read_bytes() == first
     assert "model.layers.2.mlp.down_proj" in capsys.readouterr().out
 
@@ -409,12 +405,12 @@ def test_an_adapters_update_is_that_of_the_merged_model(base: Path, name: str) -
 
 
 def test_comparison_of_adapters_is_of_a_and_of_others_of_dw(
-    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tuned: Path, tmp_path: Path
 ) -> None:
     low = adapter(base, LoraSettings(rank=4, targets="q_proj,up_proj"), "r4")
     high = adapter(base, LoraSettings(rank=16, targets="q_proj,down_proj"), "r16", seed=2)
     output = tmp_path / "pair.json"
-    assert call(base, low, f"--compare {high} --output {output}", monkeypatch) == 0
+    assert call(base, low, f"--compare {high} --output {output}") == 0
     rows = json.loads(output.read_text())["matrices"]
     assert [row["kind"] for row in rows] == ["q_proj"] * 3
     row = rows[0]
@@ -429,7 +425,7 @@ def test_comparison_of_adapters_is_of_a_and_of_others_of_dw(
     assert row["phi"][1][3] == pytest.approx(expected.item(), rel=1e-4)
     assert row["excess"][1][3] == pytest.approx((expected.item() - 1 / 8) / (7 / 8), rel=1e-3)
 
-    assert call(base, low, f"--compare {tuned} --output {output}", monkeypatch) == 0
+    assert call(base, low, f"--compare {tuned} --output {output}") == 0
     rows = json.loads(output.read_text())["matrices"]
     assert {row["of"] for row in rows} == {"dW"}
     assert rows[0]["j"] == [1, 2, 4, 8, 16, 32, 64]
@@ -441,12 +437,12 @@ def test_comparison_of_adapters_is_of_a_and_of_others_of_dw(
 
 
 def test_truncation_from_the_base_to_the_tuned_weights(
-    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tuned: Path, tmp_path: Path
 ) -> None:
     out = f"--output_dir {tmp_path / 'out'}"
-    assert call(base, tuned, f"--truncate 0 3 64 {out}", monkeypatch) == 0
-    assert call(base, tuned, f"--truncate 0 3 --rest drop {out}", monkeypatch) == 0
-    assert call(base, tuned, f"--truncate 3 --rest alike {out}", monkeypatch) == 0
+    assert call(base, tuned, f"--truncate 0 3 64 {out}") == 0
+    assert call(base, tuned, f"--truncate 0 3 --rest drop {out}") == 0
+    assert call(base, tuned, f"--truncate 3 --rest alike {out}") == 0
     before, after = load_model(base), load_model(tuned)
 
     def load(name: str) -> MiniMindForCausalLM:
@@ -471,11 +467,9 @@ def test_truncation_from_the_base_to_the_tuned_weights(
         assert torch.equal(norm, (before if rest == "drop" else after).model.norm.weight)
 
 
-def test_transplants(
-    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transplants(base: Path, tuned: Path, tmp_path: Path) -> None:
     flags = f"--keep square mlp,norms attention,mlp,embeddings,norms --output_dir {tmp_path}"
-    assert call(base, tuned, flags, monkeypatch) == 0
+    assert call(base, tuned, flags) == 0
     before, after = load_model(base).state_dict(), load_model(tuned).state_dict()
     kept = {
         "tuned_only_square": ("q_proj", "o_proj"),
@@ -489,11 +483,11 @@ def test_transplants(
 
 
 def test_random_control_has_the_norms_of_the_update(
-    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tuned: Path, tmp_path: Path
 ) -> None:
     for seed in (0, 1):
         flags = f"--random_rank 2 --seed {seed} --rest drop --output_dir {tmp_path}"
-        assert call(base, tuned, flags, monkeypatch) == 0
+        assert call(base, tuned, flags) == 0
     start = load_base(base)
     run = load_update(start, tuned)
     made = [
@@ -509,7 +503,7 @@ def test_random_control_has_the_norms_of_the_update(
 
 
 def test_shrink_takes_the_intruder_out_and_its_control_has_the_same_norm(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path
 ) -> None:
     name = "model.layers.1.mlp.gate_proj"  # (96, 64): 32 directions that W0 does not use
     model = load_model(base)
@@ -518,7 +512,7 @@ def test_shrink_takes_the_intruder_out_and_its_control_has_the_same_norm(
     new, old = u[:, 70:71] @ vh[-1:], u[:, :1] @ vh[:1]
     weight += (10 * s[0] * new + 0.5 * s[0] * old).float()
     save_model(model, TOKENIZER_DIR, tmp_path / "tuned")
-    assert call(base, tmp_path / "tuned", f"--shrink --output_dir {tmp_path}", monkeypatch) == 0
+    assert call(base, tmp_path / "tuned", f"--shrink --output_dir {tmp_path}") == 0
     start = load_base(base)
     without, control = (
         load_update(start, tmp_path / f"tuned_{which}").delta[f"{name}.weight"]
@@ -537,20 +531,18 @@ def test_shrink_takes_the_intruder_out_and_its_control_has_the_same_norm(
     }
 
 
-def test_an_adapter_cut_to_its_own_rank_is_the_merged_adapter(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_cut_to_its_own_rank_is_the_merged_adapter(base: Path, tmp_path: Path) -> None:
     path = adapter(base, SETTINGS["whole"])
-    assert call(base, path, f"--truncate 4 --output_dir {tmp_path}", monkeypatch) == 0
+    assert call(base, path, f"--truncate 4 --output_dir {tmp_path}") == 0
     model = load_model(base)
     load_lora(model, path)
     assert same(load_model(tmp_path / "lora_rank4"), merged_model(model), 1e-6)
 
 
 def test_a_truncated_checkpoint_loads_in_transformers(
-    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tuned: Path, tmp_path: Path
 ) -> None:
-    assert call(base, tuned, f"--truncate 8 --output_dir {tmp_path}", monkeypatch) == 0
+    assert call(base, tuned, f"--truncate 8 --output_dir {tmp_path}") == 0
     folder = tmp_path / "tuned_rank8"
     model = load_model(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder)
@@ -596,9 +588,8 @@ def test_what_cannot_work_is_refused_and_nothing_written(
     (out / "tuned_rank1").mkdir(parents=True)
     monkeypatch.setattr(update_analysis, "OUT_DIR", out)
     monkeypatch.setattr(update_analysis, "RESULTS_DIR", out)
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: call(base, tuned, flags, monkeypatch))
-    assert stop.value.code == 2
+    words = ["--base", str(base), "--tuned", str(tuned), *flags.split()]
+    assert exit_code(update_analysis.main, words) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["tuned_rank1"]
 
@@ -632,8 +623,8 @@ def test_no_intruder_no_shrunk_checkpoint(base: Path, tmp_path: Path) -> None:
     model = load_model(base)
     model.model.layers[0].self_attn.q_proj.weight.data *= 1.1  # every direction stays
     save_model(model, TOKENIZER_DIR, tmp_path / "tuned")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no intruder"):
-        call(base, tmp_path / "tuned", f"--shrink --output_dir {tmp_path / 'out'}", patch)
+    with pytest.raises(ValueError, match="no intruder"):
+        call(base, tmp_path / "tuned", f"--shrink --output_dir {tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,8 +1,12 @@
-"""Tiny random models that tests of different files share."""
+"""Tiny random models, and the way that scripts end, for tests of different files."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from model.model_minimind import MiniMindForCausalLM, minimind_config
+from trainer.failures import run_script
 
 
 def tiny_model(seed: int = 0, vocab_size: int = 6400) -> MiniMindForCausalLM:
@@ -21,3 +25,10 @@ def tiny_model(seed: int = 0, vocab_size: int = 6400) -> MiniMindForCausalLM:
         for parameter in model.parameters():
             parameter.mul_(8)
     return model
+
+
+def exit_code(main: Callable[[list[str]], int], words: list[str]) -> int:
+    """What a script with these words on its command line ends with."""
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: main(words))
+    return caught.value.code

@@ -40,11 +40,12 @@ from model.model_minimind import (
     weights_fingerprint,
     write_text,
 )
+from trainer.failures import run_script
 from trainer.run_folder import checkpoint_name, weights_sha256
-from trainer.trainer_utils import code_and_machine, run_script
+from trainer.trainer_utils import code_and_machine
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder, or a MiniMind adapter .pth")
@@ -52,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_attention_heads", type=int, default=8, help="of a base that is a .pth (8)")
     add("--tokenizer_path", type=Path, help="folder (default: the base's own; a .pth has none)")
     add("--output_dir", type=Path, required=True, help="folder to make")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def merge_record(
@@ -76,8 +77,8 @@ def merge_record(
     }
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     if args.output_dir.exists():
         raise SettingsError(f"--output_dir {args.output_dir}: exists; name another folder")
     check_writable(args.output_dir, "--output_dir")

@@ -25,6 +25,7 @@ from trainer.arguments import (
     check_conversation_args,
     make_parser,
 )
+from trainer.failures import run_script
 from trainer.run_folder import find_run_folder
 from trainer.trainer_utils import (
     Job,
@@ -32,13 +33,12 @@ from trainer.trainer_utils import (
     load_data,
     load_start,
     make_accelerator,
-    run_script,
     show_sample,
     train,
 )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     # Settings.
     parser = make_parser(__doc__, run_name="full_sft")
     add_model_flags(parser, from_weight=str(OUT_DIR / "pretrain"))
@@ -49,7 +49,7 @@ def main() -> int:
         help=f"all, or parts joined by commas: {', '.join(TRAINABLE_PARTS)} (default: all)",
     )
     parser.set_defaults(epochs=2.0, learning_rate=5e-4)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_args(args, parser)
     check_conversation_args(args)
     accelerator = make_accelerator(args)

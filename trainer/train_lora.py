@@ -32,6 +32,7 @@ from trainer.arguments import (
     check_conversation_args,
     make_parser,
 )
+from trainer.failures import run_script
 from trainer.run_folder import base_reference, find_run_folder
 from trainer.trainer_utils import (
     Job,
@@ -39,7 +40,6 @@ from trainer.trainer_utils import (
     load_data,
     load_start,
     make_accelerator,
-    run_script,
     show_sample,
     train,
 )
@@ -132,14 +132,14 @@ def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
                 parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     # Settings.
     parser = make_parser(__doc__, run_name="lora", name_flag="--lora_name")
     add_model_flags(parser, from_weight=str(OUT_DIR / "pretrain"))
     add_conversation_flags(parser)
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_args(args, parser)
     check_conversation_args(args)
     check_lora_args(args, parser)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.model_minimind import save_model
 from trainer.arguments import add_model_flags, check_args, make_parser
+from trainer.failures import run_script
 from trainer.run_folder import find_run_folder
 from trainer.trainer_utils import (
     Job,
@@ -26,13 +27,12 @@ from trainer.trainer_utils import (
     load_data,
     load_start,
     make_accelerator,
-    run_script,
     show_sample,
     train,
 )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     # Settings: every parameter trains, from random weights by default.
     parser = make_parser(__doc__, run_name="pretrain")
     add_model_flags(parser, from_weight="none")
@@ -42,7 +42,7 @@ def main() -> int:
         help="put each document between the tokens that open and close a chat turn",
     )
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_args(args, parser)
     accelerator = make_accelerator(args)
     fill_data_paths(args, "pretrain", accelerator)

@@ -23,7 +23,7 @@ from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.lm_dataset import read_jsonl, record_messages, record_text
 from dataset.untrusted import shown
 from model.model_minimind import write_text
-from trainer.trainer_utils import run_script
+from trainer.failures import run_script
 
 MAX_VOCAB = 2**20
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1 and 2
