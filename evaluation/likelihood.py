@@ -56,16 +56,18 @@ def sequence_nats(
     pad_id: int,
     batch_size: int,
     name: str,
+    end_id: int | None = None,
 ) -> np.ndarray:
     """
-    Negative log-likelihood of each sample's labeled tokens, summed: (samples,) float64, in nats.
+    Negative log-likelihood of each sample's labeled tokens, summed: (samples, 2) float64, in nats.
 
     Args:
         samples: token ids and labels of each, as `collate` takes them.
         name: what the progress bar is called.
+        end_id: the token whose share of the sum the second column is; None: 0 there.
     """
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
-    nats = np.zeros(len(samples))
+    nats = np.zeros((len(samples), 2))
     starts = range(0, len(samples), batch_size)
     for start in tqdm(starts, desc=name, leave=False, disable=None):
         chosen = by_length[start : start + batch_size]
@@ -73,8 +75,9 @@ def sequence_nats(
         hidden = model.model(batch["input_ids"].to(model.device))[:, :-1]
         targets = batch["labels"][:, 1:].to(model.device)
         for i, states, ids in zip(chosen, hidden, targets, strict=True):
-            labeled = ids != IGNORE_INDEX
-            nats[i] = model.summed_loss(states[labeled], ids[labeled]).item()
+            counted = [ids != IGNORE_INDEX] + ([] if end_id is None else [ids == end_id])
+            for column, places in enumerate(counted):
+                nats[i, column] = model.summed_loss(states[places], ids[places]).item()
     return nats
 
 
@@ -95,12 +98,17 @@ def held_out_nll(
             first of blocks packed to `max_seq_len`.
 
     Returns:
-        data, counts and `nats_per_token`; `sequences` holds nats and tokens of each sequence.
+        data, counts and `nats_per_token`; `sequences` holds nats and tokens of each sequence, and
+        of conversations also those of the end tokens, which are among them.
     """
     dataset = load_dataset(kind, paths, tokenizer, max_seq_len, cache_dir)
-    nats = sequence_nats(model, dataset, tokenizer.pad_token_id, batch_size, f"{kind} NLL")
-    labels = (dataset[i][1] for i in range(len(dataset)))
-    tokens = [int((of_one[1:] != IGNORE_INDEX).sum()) for of_one in labels]
+    end_id = tokenizer.eos_token_id if kind == "sft" else None
+    nats = sequence_nats(model, dataset, tokenizer.pad_token_id, batch_size, f"{kind} NLL", end_id)
+    labels = [dataset[i][1][1:] for i in range(len(dataset))]
+    tokens = [int((of_one != IGNORE_INDEX).sum()) for of_one in labels]
+    columns = [map(rounded, nats[:, 0].tolist()), tokens]
+    if kind == "sft":
+        columns += [map(rounded, nats[:, 1].tolist()), [int((x == end_id).sum()) for x in labels]]
     sequences, targets = NLL_UNITS["nll" if kind == "sft" else "text_nll"]
     info = dataset.store.info
     return {
@@ -109,8 +117,8 @@ def held_out_nll(
         "max_seq_len": max_seq_len,
         **{name: info[name] for name in COUNTS if name in info},
         targets: sum(tokens),
-        "nats_per_token": rounded(nats.sum() / sum(tokens)),
-        "sequences": [[rounded(n), t] for n, t in zip(nats.tolist(), tokens, strict=True)],
+        "nats_per_token": rounded(nats[:, 0].sum() / sum(tokens)),
+        "sequences": list(map(list, zip(*columns, strict=True))),
     }
 
 
@@ -208,7 +216,7 @@ def add_topic_measures(
         for candidate in candidates[index[sample["id"]]]
     ]
     pad_id = judge.tokenizer.pad_token_id
-    nats = sequence_nats(judge.model, pairs, pad_id, batch_size, "judging")
+    nats = sequence_nats(judge.model, pairs, pad_id, batch_size, "judging")[:, 0]
     for sample, scores in zip(samples, -nats.reshape(-1, CANDIDATES), strict=True):
         sample["off_topic"], pmi = topic_of(scores)
         sample["prompt_pmi"] = rounded(pmi)

@@ -227,7 +227,7 @@ def write_rates(folder: Path, prompts: Path, results: dict) -> None:
 
 
 def write_nll(folder: Path, provenance: dict, nll: dict[str, dict | None]) -> None:
-    """nll.json: each NLL with nats and tokens of its sequences; nothing if none was measured."""
+    """nll.json: each NLL with what was measured of its sequences; nothing if none was."""
     if not any(nll.values()):
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,7 @@ RESULTS_DIR = REPOSITORY / "evaluation" / "results" / "study"
 ENDED = ("completed", "diverged")  # what a result can tell of a run; others are run again
 CURVE_EVERY = 5  # logged steps a point of a result's curve
 UNKEPT = ("max_cos", "top")  # of what update_analysis.py says of intruders and amplification
+HELD_OUT = ("nats", "tokens", "end_nats", "ends")  # of each conversation's response
 OUTCOMES = ("check_strict", "check_loose", "runaway", "loop", "blank")
 
 
@@ -344,8 +345,11 @@ def measure(run: Run, study: dict, args: argparse.Namespace) -> dict:
         flags = nll_flags(study, data, args.data_dir) | text_flags(study, args.data_dir)
         ask([folder], flags | {"output_dir": output}, args, run.id)
         nll = read_json(output / run.id / "nll.json")
-        nats, tokens = zip(*nll["nll"]["sequences"], strict=True)
-        found["held_out"][data] = {"nats": [round(n, 3) for n in nats], "tokens": list(tokens)}
+        columns = map(list, zip(*nll["nll"]["sequences"], strict=True))
+        measured = dict(zip(HELD_OUT, columns, strict=True))
+        for name in ("nats", "end_nats"):
+            measured[name] = [round(nats, 3) for nats in measured[name]]
+        found["held_out"][data] = measured
         found["text_nll"] = nll["text_nll"]["nats_per_token"]
     if run.probe:
         output = args.save_dir / "outputs"
@@ -374,7 +378,7 @@ def measure_parts(run: Run, study: dict, args: argparse.Namespace) -> dict:
     for folder in made:
         sequences = read_json(place / "nll" / folder.name / "nll.json")["nll"]["sequences"]
         name = folder.name.removeprefix(f"{run.id}_")
-        parts[name] = [round(nats, 3) for nats, _ in sequences]
+        parts[name] = [round(nats, 3) for nats, *_ in sequences]
     update = read_json(place / "update.json")
     remove_folder(place)
     return {"parts": parts, "update": summarize_update(update)}

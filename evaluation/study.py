@@ -8,7 +8,8 @@ file in `results/study/`, made by `run_study.py`:
     run                       what the training script recorded (run.json): settings, data, cost
     curve                     [step, training loss] a logged step
     weights                   fingerprint of a base's weights, which its arms must have started from
-    held_out                  by data: nats and tokens of each conversation's response
+    held_out                  by data: nats and tokens of each conversation's response, and nats
+                              and number of the end tokens among them
     text_nll                  nats a token of held-out pretraining text
     parts                     by part of its update, the nats of each conversation, if asked for
     update                    shares and ranks of that update

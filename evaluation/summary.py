@@ -221,7 +221,7 @@ def compare_nll(a: dict, b: dict) -> dict:
     Raises:
         NotComparable: other data, or other tokens: another tokenizer or length.
     """
-    (nats_a, tokens_a), (nats_b, tokens_b) = (np.array(x["sequences"]).T for x in (a, b))
+    (nats_a, tokens_a), (nats_b, tokens_b) = (np.array(x["sequences"])[:, :2].T for x in (a, b))
     if a["data"] != b["data"] or not np.array_equal(tokens_a, tokens_b):
         raise NotComparable("NLL of other data or of other tokens")
     per_token = (nats_b - nats_a) / tokens_a

@@ -64,8 +64,9 @@ def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
         result = held_out_nll("sft", model, tokenizer, [path], 64, batch_size, tmp_path / "cache")
         assert result["response_tokens"] == sum(map(len, losses))
         assert result["nats_per_token"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
-        for (nats, tokens), loss in zip(result["sequences"], losses, strict=True):
+        for (nats, tokens, end_nats, ends), loss in zip(result["sequences"], losses, strict=True):
             assert (nats, tokens) == (pytest.approx(loss.sum().item(), abs=1e-3), len(loss))
+            assert (end_nats, ends) == (pytest.approx(loss[-1].item(), abs=1e-3), 1)  # <|im_end|>
     assert result["conversations"] == 3
 
 
