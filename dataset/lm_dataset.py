@@ -561,7 +561,7 @@ def write_store(
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Keeps Python from looking for cycles: among a chunk's many lists, for half of the time."""
+    """Pauses the garbage collector, which would take half of the time to scan a chunk's lists."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -640,7 +640,7 @@ def data_notes(info: dict) -> list[str]:
         "truncated": "cut at --max_seq_len tokens",
         "dropped_without_labels": "dropped: --max_seq_len leaves no token of the assistant",
         "duplicates": "the same as an earlier one, and stay in",
-        "also_in_training": "in the training data too: held out they are not",
+        "also_in_training": "also in the training data, so not held out",
     }
     names = ", ".join(file["name"] for file in info["files"])
     return [

@@ -63,7 +63,7 @@ from dataset.lm_dataset import (
     load_dataset,
 )
 from evaluation.arguments import PROMPTS_FILE
-from evaluation.bench_tables import METHODS, bench_lines, flops_per_token, spread
+from evaluation.bench_tables import METHODS, bench_lines, nominal_flops_per_token, spread
 from evaluation.prompts import encode_prompts, read_prompts
 from model.generation import Decoder, Decoding
 from model.generation import generate as generate_ours
@@ -538,7 +538,7 @@ def training_result(weights: Path, said: dict[str, list[dict]]) -> dict:
         raise DataError(f"{weights.name}: the arms took different batches: {sorted(plans)}")
     found = {"parameters": total, "peak_flops_per_second": spread([peaks[turn] for turn in turns])}
     found["arms"] = {
-        arm: arm_result(steps, turns, flops_per_token(arm.partition("/")[2], found), peaks)
+        arm: arm_result(steps, turns, nominal_flops_per_token(arm.partition("/")[2], found), peaks)
         for arm, steps in arms.items()
     }
     return found

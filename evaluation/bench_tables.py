@@ -106,7 +106,7 @@ def peak_sentence(result: dict) -> str:
     shares = []
     for size, measured in result["training"].items():
         speed = measured["arms"]["ours/fft"]["tokens_per_second"]["median"]
-        share = speed * flops_per_token("fft", measured) / result["card_peak"]
+        share = speed * nominal_flops_per_token("fft", measured) / result["card_peak"]
         shares.append(f"{share:.0%} at {size}")
     return f"{text} FFT's MFU, of {result['card_peak'] / 1e12:,.0f} TFLOP/s: {', '.join(shares)}."
 
@@ -153,7 +153,7 @@ def sweep_rows(result: dict) -> list[list[str]]:
     measured = result["training"][sweep["size"]]
     for batch, methods in sweep["batches"].items():
         for method, found in methods.items():
-            flops = found["tokens_per_second"]["median"] * flops_per_token(method, measured)
+            flops = found["tokens_per_second"]["median"] * nominal_flops_per_token(method, measured)
             busy, card = found["gpu_utilization"], result["card_peak"]
             rows.append(
                 [
@@ -169,6 +169,6 @@ def sweep_rows(result: dict) -> list[list[str]]:
     return rows
 
 
-def flops_per_token(method: str, measured: dict) -> int:
+def nominal_flops_per_token(method: str, measured: dict) -> int:
     """Model FLOPs of training on a token: 6 N, or 4 N where the N weights are frozen."""
     return (6 if method == "fft" else 4) * measured["parameters"]

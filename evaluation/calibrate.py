@@ -1,5 +1,5 @@
 """
-Calibrates the measures: which of them tell a reference answer from what they ought to tell it from?
+Calibrates the measures: which of them tell reference answers from deliberately spoiled ones?
 
     python evaluation/calibrate.py
     python evaluation/calibrate.py --judge out/full_sft
@@ -57,6 +57,7 @@ MIN_AUC = 0.6
 SHUFFLE_SEED = 0
 LENGTH_LIMIT = 128  # tokens an answer may have, as in eval_llm.py
 PHRASE_WORDS = 4
+JUDGE_BATCH = 10  # answers that a judge reads at once
 GROUP = 10  # answers that a corpus measure is taken on
 QUANTILES = (0.05, 0.5, 0.95)
 # What each measure is compared on, and whether more of it is better.
@@ -69,7 +70,9 @@ SAMPLE_MEASURES = {
     "loop": ("references", "repeated", False),
     "seq_rep_4": ("references", "repeated", False),
     "diversity": ("references", "repeated", True),
+    "off_topic": ("references", "shuffled", False),
 }
+JUDGED = "off_topic"  # the measure that needs a judge
 CORPUS_MEASURES = {
     "distinct_1": ("references", "repeated", True),
     "distinct_2": ("references", "repeated", True),
@@ -175,7 +178,7 @@ def separation(references: list[float], controls: list[float], more_is_better: b
     }
 
 
-def spread(values: list[float]) -> dict:
+def describe_values(values: list[float]) -> dict:
     """A yes-or-no measure's rate, or the quantiles of another one."""
     if isinstance(values[0], bool):
         return rate(values)
@@ -199,8 +202,8 @@ def calibrate_samples(arms: dict[str, list[dict]], name: str) -> dict | None:
         "of": positive,
         "against": control,
         **separation(good, bad, more_is_better),
-        positive: spread(good),
-        control: spread(bad),
+        positive: describe_values(good),
+        control: describe_values(bad),
     }
 
 
@@ -225,8 +228,8 @@ def calibrate_corpus(arms: dict[str, list[dict]], name: str) -> dict:
         "of": f"groups of {GROUP} {positive}",
         "against": control,
         **separation(good, bad, more_is_better),
-        positive: spread(good),
-        control: spread(bad),
+        positive: describe_values(good),
+        control: describe_values(bad),
     }
 
 
@@ -255,14 +258,7 @@ def calibrate_judge(judge: Judge, prompts: list[Prompt], batch_size: int) -> dic
     for name, texts in answers.items():
         arms[name] = answer_samples(judge.tokenizer, known, texts, name)
         add_topic_measures(judge, prompts, arms[name], batch_size)
-    off_topic = {name: [sample["off_topic"] for sample in arm] for name, arm in arms.items()}
-    return {
-        "n": len(known),
-        "of": "references",
-        "against": "shuffled",
-        **separation(off_topic["references"], off_topic["shuffled"], more_is_better=False),
-        **{name: rate(flags) for name, flags in off_topic.items()},
-    }
+    return calibrate_samples(arms, JUDGED)
 
 
 def calibrate_set(
@@ -273,16 +269,16 @@ def calibrate_set(
     if len(known) < GROUP:
         raise DataError(f"--prompts: {len(known)} reference answers; calibrating needs {GROUP}")
     arms = make_arms(tokenizer, known)
-    measures = {name: calibrate_samples(arms, name) for name in SAMPLE_MEASURES}
+    measures = {name: calibrate_samples(arms, name) for name in SAMPLE_MEASURES if name != JUDGED}
     measures |= {name: calibrate_corpus(arms, name) for name in CORPUS_MEASURES}
-    measures["off_topic"] = judge and calibrate_judge(judge, prompts, batch_size=GROUP)
+    measures[JUDGED] = judge and calibrate_judge(judge, prompts, JUDGE_BATCH)
     return {"references": len(known), "measures": measures}
 
 
 def decide(sets: dict[str, dict]) -> dict[str, bool | None]:
     """Whether each measure is shown: it separates wherever it was measured; None: nowhere was."""
     shown = {}
-    for name in (*SAMPLE_MEASURES, *CORPUS_MEASURES, "off_topic"):
+    for name in sets[next(iter(sets))]["measures"]:
         found = [of_set["measures"][name] for of_set in sets.values()]
         verdicts = [measure["separates"] for measure in found if measure]
         shown[name] = all(verdicts) if verdicts else None
@@ -344,7 +340,7 @@ def print_calibration(calibration: dict) -> None:
             verdict = "separates" if found["separates"] else "DOES NOT SEPARATE"
             interval = f"AUC {found['auc']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
             print(f"  {measure:18} {interval}  {verdict}: {found['of']} from {found['against']}")
-            if measure in FLAGS and measure != "off_topic":
+            if measure in FLAGS:
                 print(f"  {'':18} strikes {found['references']['rate']:.1%} of the references")
 
 

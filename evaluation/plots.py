@@ -27,7 +27,7 @@ from evaluation.records import (
     validation_loss,
 )
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")  # those that white sets off
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")  # the ones legible on white
 DASHES = ("-", "--", ":")
 GRID = {"color": "#dddddd", "linewidth": 0.6}
 STYLE = {

@@ -28,8 +28,9 @@ from dataset.lm_dataset import DataError, read_jsonl
 from evaluation.intervals import Interval, ratio_interval
 from evaluation.outputs import FLAGS
 from model.model_minimind import read_json
+from trainer.run_folder import WITHOUT_EFFECT
 
-# Left by `make demo`, not committed: what is made from committed results must not hold them.
+# Runs of `make demo`: not committed, so they are kept out of the report.
 DEMO_PREFIX = "demo_"
 STUDY_FOLDER = "study"  # in results/, of run_study.py: one file a run, and bases/
 RUN_KEYS = ("status", "stage", "settings")
@@ -54,20 +55,7 @@ RATES = {
 # Decodings that the README and its figures tell of, as people know them.
 DECODINGS = {"greedy": "greedy", "t0.85p0.85": "T=.85 top-p .85"}
 # Settings that may differ within a sweep: the rate itself, and what does not change the result.
-FREE_IN_SWEEP = {
-    "learning_rate",
-    "run_name",
-    "save_dir",
-    "log_interval",
-    "eval_interval",
-    "save_interval",
-    "show_sample",
-    "from_resume",
-    "overwrite",
-    "report_to",
-    "num_workers",
-    "use_compile",
-}
+FREE_IN_SWEEP = WITHOUT_EFFECT | {"learning_rate", "run_name", "use_compile"}
 
 
 @dataclass(frozen=True)
@@ -309,7 +297,7 @@ def same_measurement(*records: Record) -> bool:
 
 
 def full_reference(record: Record, records: list[Record]) -> Record | None:
-    """The full fine-tuning that `checkpoint` is compared with.
+    """The full fine-tuning that `record` is compared with.
 
     Of the completed ones from the same base on the same files whose outputs were probed: the one
     with the lowest validation loss, so that the choice does not look at what is reported.

@@ -990,7 +990,7 @@ def test_what_is_cut_dropped_and_repeated_is_counted_and_told(
         "train\\u001b[7m.jsonl: 2 of 5 records are cut at --max_seq_len tokens",
         "train\\u001b[7m.jsonl: 1 of 5 records are dropped: --max_seq_len leaves no token of the assistant",
         "train\\u001b[7m.jsonl: 2 of 5 records are the same as an earlier one, and stay in",
-        "valid.jsonl: 3 of 5 records are in the training data too: held out they are not",
+        "valid.jsonl: 3 of 5 records are also in the training data, so not held out",
     ):
         assert line in out.splitlines()
 

@@ -19,7 +19,12 @@ from dataset.lm_dataset import file_sha256
 from model.model_minimind import CheckpointError, read_json, sync, write_text
 
 REPO_DIR = Path(__file__).resolve().parents[1]
-RESULTS = ":(exclude)evaluation/results"  # as git names all but these
+RESULTS = ":(exclude)evaluation/results"  # git's pathspec of everything but results
+# Settings that do not change what a run comes to.
+WITHOUT_EFFECT = {
+    *("from_resume", "overwrite", "show_sample", "save_dir", "report_to", "num_workers"),
+    *("log_interval", "save_interval", "eval_interval"),
+}
 MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
 
 
@@ -276,10 +281,8 @@ def check_resumable(folder: Path, has_state: bool) -> None:
 
 def check_same_run(record: dict, args: argparse.Namespace) -> None:
     """Refuses to continue a run with settings that would make it another run."""
-    free = {"from_resume", "overwrite", "save_dir", "num_workers", "report_to"}
-    free |= {"log_interval", "save_interval", "eval_interval", "show_sample"}
     before, now = record.get("settings", {}), printable_settings(args)
-    for name in sorted(now.keys() - free):
+    for name in sorted(now.keys() - WITHOUT_EFFECT):
         if before.get(name) != now[name]:
             raise SettingsError(
                 f"--from_resume: --{name} was {before.get(name)} and is {now[name]} now; give the "
