@@ -1,47 +1,49 @@
 """
-What the study's results say: recovery with intervals, tuned rates, and each claim's verdict.
+What the study's results say: each claim's verdict, and how often few prompts would be wrong.
 
-R = (L_base - L_arm) / (L_base - L_FFT) on the test conversations, those with an odd index, with the
-95% interval of a two-level paired bootstrap: every draw takes seeds and conversations, the same for
-all arms. A verdict follows from the rules in study.toml and from nothing else. With few seeds the
+A verdict follows from the rules in study.toml and from nothing else. With few seeds a bootstrap
 interval is too narrow in what comes from seeds (drawing three with replacement has 2/3 of their
 variance), so a rule must hold for every single seed, too, and in the t-test of the seeds alone.
-Answers that never end or are blank, bad ones, are drawn likewise: seeds and prompts.
+Answers that never end or are blank, bad ones, are drawn as conversations are: seeds and prompts.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from dataset.lm_dataset import DataError, file_sha256
-from evaluation.intervals import (
-    CONFIDENCE,
-    DRAWS,
-    SEED,
-    Interval,
-    most_unseen,
-    paired_bootstrap,
-    resampling_counts,
-)
+from evaluation.intervals import CONFIDENCE, DRAWS, SEED, Interval, most_unseen, paired_bootstrap
 from evaluation.records import SMALLEST_GAIN
+from evaluation.recovery import (
+    Row,
+    base_of,
+    common_seeds,
+    count_diverged,
+    counts_with_all,
+    describe_cell,
+    full_cell,
+    full_of,
+    gains_enough,
+    interval_of,
+    is_of,
+    known_cell,
+    measure_cell,
+    of_seeds,
+    recovery_draws,
+    without_ends,
+)
 from evaluation.study import (
-    FULL,
     Cell,
     Sweep,
     cells_of,
     is_interior,
     kind_of,
     parse_cell,
-    run_of,
+    rates_of,
     short_name,
     sweep_of,
     tuned_cells,
-    tuned_rate,
 )
 
 FEWEST_SEEDS = 3  # that a verdict may rest on
@@ -53,247 +55,6 @@ BAD = ("runaway", "blank")  # answers that the protocol counts together
 FEW_PROMPTS = 8  # what the reproduced study judged by
 DECODING = "t0.85p0.85"  # and how it sampled
 FAULTS = ("runaway", "loop", "blank")  # of an answer, which it saw by eye
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The runs of a cell that have a result."""
-
-    cell: Cell  # with the rate that "tuned" stands for
-    seeds: list[int]  # of the runs that completed
-    failed: int  # runs that diverged
-    nats: np.ndarray  # (seeds, conversations)
-    tokens: np.ndarray  # (conversations,)
-    text_nll: list[float]  # by seed; empty for a part of an update
-    rates: list[dict]  # by decoding, of the seeds that were probed; of a whole run
-    records: list[dict]  # what the training script recorded, by seed; of a whole run
-
-    @property
-    def nll(self) -> float:
-        """Nats a response token of the test conversations, over all seeds."""
-        return float(self.nats.mean(axis=0).sum() / self.tokens.sum())
-
-
-def known_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Cell | None:
-    """The cell with its tuned rate put in, as far as it is known; None while it is not at all."""
-    if cell.rate != "tuned":
-        return cell
-    rate = tuned_rate(study, cell.arm, cell.size, results, all_seeds=False)
-    return None if rate is None else replace(cell, rate=rate)
-
-
-def measure_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Measured | None:
-    """What was measured of a cell; None where no run of it completed."""
-    known = known_cell(study, cell, results)
-    if known is None:
-        return None
-    mine = [result for result in results.values() if is_of(result, known)]
-    done = sorted((r for r in mine if has(r, known.part)), key=lambda result: result["seed"])
-    if not done:
-        return None
-    data = study["variants"][known.variant]["data"]
-    held_out = [result["held_out"][data] for result in done]
-    nats = [
-        result["parts"][known.part] if known.part else result["held_out"][data]["nats"]
-        for result in done
-    ]
-    return Measured(
-        known,
-        [result["seed"] for result in done],
-        sum("held_out" not in result for result in mine),
-        np.array([of_run[1::2] for of_run in nats]),
-        np.array(held_out[0]["tokens"][1::2]),
-        [] if known.part else [result["text_nll"] for result in done],
-        [] if known.part else [r["probe"]["rates"] for r in done if "probe" in r],
-        [] if known.part else [result["run"] for result in done],
-    )
-
-
-def has(result: dict, part: str) -> bool:
-    """Whether a result has the measures of a whole run, or of a part of its update."""
-    return part in result.get("parts", {}) if part else "held_out" in result
-
-
-def is_of(result: dict, cell: Cell) -> bool:
-    """Whether a result is of a run of this cell."""
-    return result["arm"] is not None and result["id"] == run_of(cell, result["seed"]).id
-
-
-def base_of(study: dict, cell: Cell, results: dict[str, dict]) -> tuple[np.ndarray, float] | None:
-    """The base's nats of each test conversation, and its NLL of pretraining text."""
-    result = results.get(run_of(cell, 0).base_id)
-    if result is None or "held_out" not in result:
-        return None
-    data = study["variants"][cell.variant]["data"]
-    return np.array(result["held_out"][data]["nats"][1::2]), result["text_nll"]
-
-
-def check_controlled(results: dict[str, dict]) -> None:
-    """Refuses results that must not be compared: gate P4 of the protocol.
-
-    Arms of one data set must have read the same samples with the same template, masks and tokenizer
-    (one token store, by its files' and tokenizer's hashes and its counts), whatever their variant,
-    and must have started from the weights that their base's result names, computed in the same
-    type. Everything of one data set was measured on the same conversations.
-
-    Raises:
-        DataError: names a result that differs.
-    """
-    data: dict[tuple, dict] = {}
-    measured: dict[str, tuple[str, list[int]]] = {}
-    for name, result in results.items():
-        for held_out, found in result.get("held_out", {}).items():
-            other, tokens = measured.setdefault(held_out, (name, found["tokens"]))
-            if found["tokens"] != tokens:
-                raise DataError(f"{name}: was measured on other conversations than {other}")
-        if result["arm"] is None or "held_out" not in result:
-            continue
-        base = results.get(f"{result['size']}-{result['base']}{result['base_seed']}")
-        if base and base["weights"] != result["run"]["base_fingerprint"]:
-            raise DataError(f"{name}: started from other weights than those of {base['id']}")
-        key = (result["size"], *result["held_out"])
-        known = data.setdefault(key, result)
-        if result["run"]["train_data"] != known["run"]["train_data"]:
-            raise DataError(f"{name}: was trained on other data than {known['id']}")
-        if result["run"]["settings"]["dtype"] != known["run"]["settings"]["dtype"]:
-            raise DataError(f"{name}: was trained in another dtype than {known['id']}")
-
-
-def check_prompts(results: dict[str, dict], path: Path) -> None:
-    """Refuses answers to other prompts than those of a file, by whose text they are told apart.
-
-    Raises:
-        DataError: names a result that differs.
-    """
-    expected = file_sha256(path)
-    for name, result in results.items():
-        if "probe" in result and result["probe"]["prompts"]["sha256"] != expected:
-            raise DataError(
-                f"{name}: was asked other prompts than {path}; restore that file, and keep prompts "
-                "of your own in another (eval_llm.py --prompts)"
-            )
-
-
-# ---------------------------------------------------------------- recovery
-
-
-def mean_nll_draws(
-    nats: np.ndarray, tokens: np.ndarray, of_seeds: np.ndarray, of_conversations: np.ndarray
-) -> np.ndarray:
-    """NLL in nats a token in every draw: (draws,).
-
-    Args:
-        nats: (seeds, conversations).
-        tokens: (conversations,).
-        of_seeds: (draws, seeds) how often each is drawn; `of_conversations` likewise.
-    """
-    total = (of_seeds * (of_conversations @ nats.T)).sum(axis=1)
-    return total / (of_seeds.sum(axis=1) * (of_conversations @ tokens))
-
-
-def recovery_draws(
-    base: np.ndarray, arms: list[Measured], full: Measured, draws: int = DRAWS
-) -> list[np.ndarray]:
-    """R of each arm, as estimated and then in every draw: (1 + draws,) each.
-
-    Seeds and conversations are drawn once for all, so that differences between arms are paired.
-
-    Args:
-        base: (conversations,) nats.
-
-    Raises:
-        ValueError: no seed is common to all.
-    """
-    seeds = common_seeds(arms, full)
-    if not seeds:
-        raise ValueError("no seed is common to all arms")
-    of_seeds = counts_with_all(len(seeds), draws, SEED)
-    of_conversations = counts_with_all(len(base), draws, SEED + 1)
-    losses = [
-        mean_nll_draws(rows_of(arm, seeds), full.tokens, of_seeds, of_conversations)
-        for arm in (full, *arms)
-    ]
-    once = np.ones((1 + draws, 1))
-    start = mean_nll_draws(base[None], full.tokens, once, of_conversations)
-    return [(start - loss) / (start - losses[0]) for loss in losses[1:]]
-
-
-def common_seeds(arms: list[Measured], full: Measured) -> list[int]:
-    """The seeds that full fine-tuning and all arms were run with."""
-    return sorted(set(full.seeds).intersection(*(arm.seeds for arm in arms)))
-
-
-def of_seeds(arm: Measured, seeds: list[int]) -> Measured:
-    """Some seeds' runs of a cell; their rates of answers stay those of all that were probed."""
-    places = [arm.seeds.index(seed) for seed in seeds]
-    return replace(
-        arm,
-        seeds=seeds,
-        nats=rows_of(arm, seeds),
-        text_nll=[arm.text_nll[place] for place in places] if arm.text_nll else [],
-        records=[arm.records[place] for place in places] if arm.records else [],
-    )
-
-
-def gains_enough(base: np.ndarray, full: Measured) -> bool:
-    """Whether full fine-tuning gains so much that a share of it means something."""
-    return base.sum() / full.tokens.sum() - full.nll >= SMALLEST_GAIN
-
-
-@lru_cache(maxsize=16)
-def counts_with_all(units: int, draws: int, seed: int) -> np.ndarray:
-    """Counts of :func:`resampling_counts` after a row of ones: the estimate itself."""
-    return np.vstack([np.ones(units), resampling_counts(units, draws, seed)])
-
-
-def rows_of(arm: Measured, seeds: Iterable[int]) -> np.ndarray:
-    """The nats of these seeds, in this order: (seeds, conversations)."""
-    return arm.nats[[arm.seeds.index(seed) for seed in seeds]]
-
-
-def interval_of(draws: np.ndarray) -> Interval:
-    """The percentile interval of what :func:`recovery_draws` returns, or of a difference of it."""
-    low, high = np.quantile(draws[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(draws[0]), float(low), float(high))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A cell's line in a table."""
-
-    measured: Measured  # the seeds that full fine-tuning was run with, too, if any was
-    recovery: Interval | None  # None without a base or full fine-tuning that gains enough
-    forgetting: float | None  # nats a token of pretraining text, above the base's
-
-
-def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | None:
-    """A cell's measures; None where no run of it completed."""
-    arm = measure_cell(study, cell, results)
-    if arm is None:
-        return None
-    base, full = base_of(study, cell, results), full_of(study, cell, results)
-    if base is None:
-        return Row(arm, None, None)
-    seeds = common_seeds([arm], full) if full and gains_enough(base[0], full) else []
-    arm = of_seeds(arm, seeds) if seeds else arm
-    forgetting = float(np.mean(arm.text_nll) - base[1]) if arm.text_nll else None
-    if not seeds:
-        return Row(arm, None, forgetting)
-    if arm.cell == full.cell:
-        return Row(arm, Interval(1.0, 1.0, 1.0), forgetting)
-    (draws,) = recovery_draws(base[0], [arm], full)
-    return Row(arm, interval_of(draws), forgetting)
-
-
-def full_of(study: dict, cell: Cell, results: dict[str, dict]) -> Measured | None:
-    """The tuned full fine-tuning that a cell's recovery is a share of."""
-    return measure_cell(study, full_cell(study, cell), results)
-
-
-def full_cell(study: dict, cell: Cell) -> Cell:
-    """The cell of that full fine-tuning."""
-    variant = study["variants"][cell.variant]["reference"]
-    return replace(cell, arm=FULL, rate="tuned", variant=variant, part="")
 
 
 # ---------------------------------------------------------------- claims
@@ -318,7 +79,8 @@ class Judged:
     verdict: str  # supported, refuted, open with the reason, or `NOT_RUN`
     evidence: list[str]  # each condition with its measured value
     seeds: int = 0  # fewest of any condition
-    p: float = 1.0  # of the side that the verdict takes, or that is nearer
+    p: float = 1.0  # of the side that the verdict takes; if open, the smaller of both sides'
+    answers: list[str] = field(default_factory=list)  # the measured values without end tokens
 
 
 def judge_claims(study: dict, size: str, results: dict[str, dict]) -> list[Judged]:
@@ -373,12 +135,12 @@ def judge(
     study: dict, experiment: dict, claim: dict, size: str, results: dict[str, dict]
 ) -> Judged:
     """Supported if all its conditions hold, in their whole interval and every seed; or refuted."""
-    holds, ps, contrasts = {}, {}, {}
+    holds, ps, contrasts, answers = {}, {}, {}, []
     for side in SIDES:
         holds[side], ps[side] = True, 0.0
         for condition in claim[side]:
-            kind, names = kind_of(condition), cells_of(condition, experiment["id"])
-            cells = [parse_cell(name, experiment, size, experiment["id"]) for name in names]
+            kind, names = kind_of(condition), cells_of(condition)
+            cells = [parse_cell(name, experiment, size) for name in names]
             if kind == "bad_answers":
                 explain, compare = why_no_answers, contrast_answers
             else:
@@ -388,6 +150,8 @@ def judge(
             formula = named(kind, names)
             if formula not in contrasts:
                 contrasts[formula] = compare(study, cells, results)
+                if kind != "bad_answers" and tell_ends(study, cells, results):
+                    answers.append(in_words(contrast(study, cells, results, with_ends=False)))
             holds[side] &= is_met(condition, contrasts[formula])
             ps[side] = max(ps[side], p_value(condition, contrasts[formula]))
     side = next((side for side in SIDES if holds[side]), None)
@@ -398,8 +162,9 @@ def judge(
         verdict = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
     else:
         verdict = side or "open"
-    evidence = [told(formula, found) for formula, found in contrasts.items()]
-    return Judged(claim, verdict, evidence, seeds, ps[side] if side else min(ps.values()))
+    evidence = [f"{formula} = {in_words(found)}" for formula, found in contrasts.items()]
+    p = ps[side] if side else min(ps.values())
+    return Judged(claim, verdict, evidence, seeds, p, answers)
 
 
 def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:
@@ -414,32 +179,38 @@ def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str
         return NOT_RUN
     if not common_seeds(arms, full):
         return NOT_RUN
-    if not gains_enough(base[0], full):
+    if not gains_enough(base.nats, full):
         return f"open: full fine-tuning gains less than {SMALLEST_GAIN} nats"
     return ""
 
 
-def count_diverged(study: dict, cell: Cell, results: dict[str, dict]) -> int:
-    """How many runs of a cell diverged."""
-    known = known_cell(study, cell, results)
-    if known is None:
-        return 0
-    return sum(is_of(r, known) and "held_out" not in r for r in results.values())
+def tell_ends(study: dict, cells: list[Cell], results: dict[str, dict]) -> bool:
+    """Whether the end tokens of all that a contrast of these cells needs were told apart."""
+    measured = [measure_cell(study, cell, results) for cell in cells]
+    return all(arm.end_nats is not None for arm in (*measured, full_of(study, cells[0], results)))
 
 
-def contrast(study: dict, cells: list[Cell], results: dict[str, dict]) -> Contrast:
-    """R of one cell, or of the first minus the second, where nothing is unknown."""
+def contrast(
+    study: dict, cells: list[Cell], results: dict[str, dict], with_ends: bool = True
+) -> Contrast:
+    """R of one cell, or of the first minus the second, where nothing is unknown.
+
+    Args:
+        with_ends: of all response tokens; without, of those that do not end a message.
+    """
     arms = [measure_cell(study, cell, results) for cell in cells]
     base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
-    single = [
-        difference(
-            recovery_draws(base[0], [of_seeds(a, [seed]) for a in arms], of_seeds(full, [seed]), 0)
-        )
-        for seed in common_seeds(arms, full)
-    ]
+    start = base.nats
+    if not with_ends:
+        start = base.nats - base.end_nats
+        arms, full = [without_ends(arm) for arm in arms], without_ends(full)
+    single = []
+    for seed in common_seeds(arms, full):
+        ours, reached = [of_seeds(arm, [seed]) for arm in arms], of_seeds(full, [seed])
+        single.append(difference(recovery_draws(start, ours, reached, draws=0)))
     reference = full_cell(study, cells[0])
     trained = {replace(cell, part="") for cell in (*cells, reference)}  # each run counts once
-    draws = difference(recovery_draws(base[0], arms, full))
+    draws = difference(recovery_draws(start, arms, full))
     return Contrast(
         interval_of(draws),
         [float(of_one[0]) for of_one in single],
@@ -559,10 +330,10 @@ def p_value(condition: dict, found: Contrast) -> float:
     return max(p, float(stats.ttest_1samp(found.by_seed, bound).pvalue))
 
 
-def told(formula: str, found: Contrast) -> str:
-    """A measured contrast in words."""
+def in_words(found: Contrast) -> str:
+    """A measured contrast with its interval."""
     interval = found.interval
-    words = f"{formula} = {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    words = f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
     return words + (f", {found.failed} runs diverged" if found.failed else "")
 
 
@@ -578,7 +349,7 @@ def rule_of(claim: dict) -> str:
     sides = []
     for side in SIDES:
         conditions = [
-            f"{named(kind_of(condition), cells_of(condition, claim['name']))} {bound_of(condition)}"
+            f"{named(kind_of(condition), cells_of(condition))} {bound_of(condition)}"
             for condition in claim[side]
         ]
         sides.append(f"{side} if {' and '.join(conditions)}")
@@ -621,6 +392,29 @@ def gather(study: dict, results: dict[str, dict], languages: dict[str, np.ndarra
     return Evidence(study, results, rows, verdicts, languages)
 
 
+def forgetting_by_arm(evidence: Evidence, size: str) -> dict[str, list[Row]]:
+    """What the arms of the summary forget at each rate that was run, by arm, from the lowest rate.
+
+    Of the runs that rates were tuned by, whatever their recovery.
+    """
+    study, results, tuning = evidence.study, evidence.results, evidence.study["tuning"]
+    chosen = [
+        cell.arm
+        for experiment in study["experiments"]
+        if experiment["summary"] and size in experiment["sizes"]
+        for cell in tuned_cells(experiment, size)
+        if cell.rate == "tuned"
+    ]
+    found = {}
+    for arm in dict.fromkeys(chosen):
+        place = (size, tuning["base"], tuning["base_seed"], arm)
+        cells = [Cell(*place, rate, tuning["variant"]) for rate in rates_of(study, arm, size)]
+        rows = [describe_cell(study, cell, results) for cell in cells]
+        if rows := [row for row in rows if row and row.forgetting is not None]:
+            found[arm] = rows
+    return found
+
+
 def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, Sweep]:
     """The sweeps whose grid the first seed has run, by arm."""
     sweeps = {arm: sweep_of(study, arm, size, results) for arm in study["arms"]}
@@ -645,7 +439,9 @@ def wrong_winner_rate(
     return float((second > first).mean()), float((second == first).mean())
 
 
-def is_whole(study: dict, experiment: dict, cells: list[Cell], results: dict[str, dict]) -> bool:
+def ladder_is_whole(
+    study: dict, experiment: dict, cells: list[Cell], results: dict[str, dict]
+) -> bool:
     """Whether every rung has its seeds, those counted that diverged, of full fine-tuning too."""
     seeds = len(experiment["seeds"])
     for cell in cells:

@@ -36,7 +36,7 @@ from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import DataError
 from dataset.untrusted import shown
 from evaluation.bench_tables import bench_lines
-from evaluation.findings import check_controlled, check_prompts, gather
+from evaluation.findings import gather
 from evaluation.outputs import inline, markdown_table
 from evaluation.page.build import page_html
 from evaluation.plots import figures
@@ -62,6 +62,7 @@ from evaluation.records import (
     validation_loss,
     where_best,
 )
+from evaluation.recovery import check_controlled, check_prompts
 from evaluation.study import read_results, read_study
 from evaluation.study_plots import study_figures
 from evaluation.study_report import (
@@ -226,7 +227,7 @@ def measured_blocks(stress: dict | None, bench: dict | None) -> dict[str, list[s
         "bench": ["`make bench` was not run yet."] if bench is None else bench_block(bench),
         "reliability": ["`make stress` was not run yet."]
         if stress is None
-        else wrapped(told(stress)),
+        else wrapped(reliability_text(stress)),
     }
 
 
@@ -288,11 +289,7 @@ def rates_only_lines(members: list[Record], rates: dict[str, str]) -> list[str]:
     ]
     lines = []
     for note, alike in probed_alike(probes).items():
-        keys = [
-            key
-            for key in rates
-            if any(rate_of_answers(r, d, key) for r in alike for d in DECODINGS)
-        ]
+        keys = measured_rates(alike, rates)
         rows = [[inline(r.name), *(interval_cell(r, key) for key in keys)] for r in alike]
         lines += [*markdown_table(["checkpoint", *(rates[key] for key in keys)], rows), ""]
         lines += [*wrapped(f"{note} In brackets: 95% Wilson intervals over prompts."), ""]
@@ -454,7 +451,7 @@ def bench_block(bench: dict) -> list[str]:
 # ------------------------------------------------------------------------------------- reliability
 
 
-def told(stress: dict) -> str:
+def reliability_text(stress: dict) -> str:
     """What `make stress` measured, in a few sentences."""
     at_random, aimed = (kills_by_phase(stress["cases"], kind) for kind in ("phases", "aimed"))
     kinds = f"{at_random.total()} at random moments"

@@ -484,17 +484,13 @@ def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list
 
 
 def print_waiting(study: dict, args: argparse.Namespace) -> None:
-    """Tells of how many cells of each experiment more is to be run than is known yet."""
+    """Prints, by experiment, how many cells still wait for a tuned rate."""
     _, waiting = runs_left(study, args)
     counts = Counter(cell.partition(": ")[0] for cell in waiting)
-    told = [f"{name} ({count})" for name, count in counts.items() if is_asked(name, args)]
+    asked = args.experiment or counts
+    told = [f"{name} ({count})" for name, count in counts.items() if name in asked]
     if told:
         print(f"cells that add more once a rate is known: {', '.join(told)}")
-
-
-def is_asked(experiment: str, args: argparse.Namespace) -> bool:
-    """Whether `--experiment` takes an experiment."""
-    return not args.experiment or experiment in args.experiment
 
 
 def check_data(study: dict, data_dir: Path) -> None:
@@ -539,7 +535,7 @@ def print_plan(left: list[Run], study: dict, args: argparse.Namespace) -> None:
         hours = total / 3600 / args.jobs
         print(f"about {hours:.1f} hours with --jobs {args.jobs}, by the runs that were finished")
     if unknown:
-        print(f"{unknown} of these are of kinds of which none was finished yet: time unknown")
+        print(f"{unknown} of these are of a kind that has not finished yet: time unknown")
     print_waiting(study, args)
     if left and (missing := missing_data(study, args.data_dir)):
         print(f"first make, with dataset/prepare.py: {', '.join(map(str, missing))}")

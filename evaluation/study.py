@@ -6,10 +6,10 @@ file in `results/study/`, made by `run_study.py`:
 
     id, command, seconds      what was run
     run                       what the training script recorded (run.json): settings, data, cost
-    curve                     [step, training loss] a logged step
+    curve                     [step, training loss], a part of the logged steps, the last too
     weights                   fingerprint of a base's weights, which its arms must have started from
     held_out                  by data: nats and tokens of each conversation's response, and nats
-                              and number of the end tokens among them
+                              and number of the end tokens among them (not of the oldest runs)
     text_nll                  nats a token of held-out pretraining text
     parts                     by part of its update, the nats of each conversation, if asked for
     update                    shares and ranks of that update
@@ -30,6 +30,8 @@ from model.model_minimind import CheckpointError, read_json
 
 STUDY_FILE = Path(__file__).with_name("study.toml")
 FULL = "fft"  # the arm that recovery is a share of
+# Learning rates are tuned on every other held-out conversation, and R is measured on the rest.
+VALIDATION, TEST = slice(0, None, 2), slice(1, None, 2)
 SCRIPTS = {"pretrain": "train_pretrain", "full_sft": "train_full_sft", "lora": "train_lora"}
 # What an experiment may leave out.
 DEFAULTS = {
@@ -81,15 +83,19 @@ class Run:
     def id(self) -> str:
         """Its name, of the run folder and of the result."""
         if self.arm is None:
-            return f"{self.size}-{self.base}{self.seed}"
+            return base_id(self.size, self.base, self.seed)
         variant = "" if self.variant == "main" else f"-{self.variant}"
-        start = f"{self.size}-{self.base}{self.base_seed}"
-        return f"{start}-{self.arm}{variant}-lr{self.rate}-s{self.seed}"
+        return f"{self.base_id}-{self.arm}{variant}-lr{self.rate}-s{self.seed}"
 
     @property
     def base_id(self) -> str | None:
         """The run that it starts from."""
-        return None if self.arm is None else f"{self.size}-{self.base}{self.base_seed}"
+        return None if self.arm is None else base_id(self.size, self.base, self.base_seed)
+
+
+def base_id(size: str, base: str, seed: int) -> str:
+    """The name of a base's run, by the seed of its pretraining."""
+    return f"{size}-{base}{seed}"
 
 
 # ---------------------------------------------------------------- reading
@@ -107,34 +113,37 @@ def read_study(path: Path = STUDY_FILE) -> dict:
         raise SettingsError(f"{path}: {error}") from error
     study["experiments"] = [DEFAULTS | experiment for experiment in study["experiments"]]
     for experiment in study["experiments"]:
-        check_experiment(study, experiment, path)
+        try:
+            check_experiment(study, experiment)
+        except SettingsError as error:
+            raise SettingsError(f"{path}, experiment {experiment['id']!r}: {error}") from error
     return study
 
 
-def check_experiment(study: dict, experiment: dict, path: Path) -> None:
+def check_experiment(study: dict, experiment: dict) -> None:
     """Refuses names that no table has, and rules and ladders that cannot be read."""
-    where = f"{path}, experiment {experiment['id']!r}"
     names = [(size, "sizes") for size in experiment["sizes"]] + [(experiment["base"], "bases")]
     texts = list(experiment["cells"])
     for claim in experiment["claims"]:
         if missing := [name for name in CLAIM if name not in claim]:
-            raise SettingsError(f"{where}: a claim has no {missing[0]}")
+            raise SettingsError(f"a claim has no {missing[0]}")
         for condition in (*claim["supported"], *claim["refuted"]):
-            texts += cells_of(condition, where)
+            check_condition(condition)
+            texts += cells_of(condition)
     for text in texts:
-        cell = parse_cell(text, experiment, experiment["sizes"][0], where)
+        cell = parse_cell(text, experiment, experiment["sizes"][0])
         names += [(cell.arm, "arms"), (cell.variant, "variants")]
         if cell.rate == "sweep":
-            check_sweep(study["tuning"], experiment, cell, where)
+            check_sweep(study["tuning"], experiment, cell)
     for name, table in names:
         if name not in study[table]:
-            raise SettingsError(f"{where}: {name!r} is not among {', '.join(study[table])}")
+            raise SettingsError(f"{name!r} is not among {', '.join(study[table])}")
     rungs = experiment.get("rungs", [])
     if experiment["ladder"] and len(rungs) != len(experiment["cells"]):
-        raise SettingsError(f"{where}: {len(rungs)} rungs for {len(experiment['cells'])} cells")
+        raise SettingsError(f"{len(rungs)} rungs for {len(experiment['cells'])} cells")
 
 
-def check_sweep(tuning: dict, experiment: dict, cell: Cell, where: str) -> None:
+def check_sweep(tuning: dict, experiment: dict, cell: Cell) -> None:
     """Refuses a sweep of other runs than those that rates are tuned by."""
     place = {"base": cell.base, "base_seed": cell.base_seed, "variant": cell.variant}
     odd = [name for name, value in place.items() if value != tuning[name]]
@@ -142,24 +151,23 @@ def check_sweep(tuning: dict, experiment: dict, cell: Cell, where: str) -> None:
         odd.append("seeds")
     odd += [name for name, value in (("part", cell.part), ("probe", experiment["probe"])) if value]
     if odd:
-        raise SettingsError(f"{where}: {cell.arm}@sweep has {odd[0]} other than [tuning]'s")
+        raise SettingsError(f"{cell.arm}@sweep has {odd[0]} other than [tuning]'s")
 
 
-def cells_of(condition: dict, where: str) -> list[str]:
-    """The cells that a condition of a rule is about.
-
-    Raises:
-        SettingsError: it is none of `CONDITIONS`, or sets no bound.
-    """
+def check_condition(condition: dict) -> None:
+    """Refuses a condition of a rule that is none of `CONDITIONS`, or sets no bound."""
     kinds = [kind for kind in CONDITIONS if kind in condition]
     bounds = [bound for bound in ("at_least", "at_most") if bound in condition]
     if len(kinds) != 1 or len(bounds) != 1 or len(condition) != 2:
         raise SettingsError(
-            f"{where}: {condition} must have one of {', '.join(CONDITIONS)} and one of at_least, "
-            "at_most"
+            f"{condition} must have one of {', '.join(CONDITIONS)} and one of at_least, at_most"
         )
-    cells = condition[kinds[0]]
-    return [cells] if kinds[0] == "recovery" else list(cells)
+
+
+def cells_of(condition: dict) -> list[str]:
+    """The cells that a condition of a rule is about."""
+    kind = kind_of(condition)
+    return [condition[kind]] if kind == "recovery" else list(condition[kind])
 
 
 def kind_of(condition: dict) -> str:
@@ -167,7 +175,7 @@ def kind_of(condition: dict) -> str:
     return next(kind for kind in CONDITIONS if kind in condition)
 
 
-def parse_cell(text: str, experiment: dict, size: str, where: str) -> Cell:
+def parse_cell(text: str, experiment: dict, size: str) -> Cell:
     """The cell that `arm@rate`, `arm@rate/variant` or `arm@rate+part` names.
 
     Raises:
@@ -177,14 +185,14 @@ def parse_cell(text: str, experiment: dict, size: str, where: str) -> Cell:
     name, _, variant = whole.partition("/")
     arm, at, rate = name.partition("@")
     if not at or not (rate in ("sweep", "tuned") or is_number(rate)):
-        raise SettingsError(f"{where}: {text!r} must be arm@rate, with a number, sweep or tuned")
+        raise SettingsError(f"{text!r} must be arm@rate, with a number, sweep or tuned")
     variant = variant or experiment["variant"]
     return Cell(size, experiment["base"], experiment["base_seed"], arm, rate, variant, part)
 
 
 def tuned_cells(experiment: dict, size: str) -> list[Cell]:
     """The cells of an experiment, a sweep at its best rate."""
-    cells = [parse_cell(text, experiment, size, experiment["id"]) for text in experiment["cells"]]
+    cells = [parse_cell(text, experiment, size) for text in experiment["cells"]]
     return [replace(cell, rate="tuned") if cell.rate == "sweep" else cell for cell in cells]
 
 
@@ -232,7 +240,7 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 
 def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list[Run], list[str]]:
-    """The runs of a size, each once, and the cells of which more runs once a rate is known.
+    """The runs of a size, each once, and the cells that will add runs once their rate is known.
 
     Bases come first, then the first seed of all experiments, then the second: so there is a whole
     picture early, which further seeds make sharper.
@@ -244,7 +252,7 @@ def planned_runs(study: dict, size: str, results: dict[str, dict]) -> tuple[list
             continue
         for text in experiment["cells"]:
             found = list(runs_of(study, experiment, text, size, results))
-            cell = parse_cell(text, experiment, size, "")
+            cell = parse_cell(text, experiment, size)
             if has_more(study, cell, results) and not experiment["summary"]:
                 waiting.append(f"{experiment['id']}: {text}")
             for run in found:
@@ -273,8 +281,8 @@ def ids_for(study: dict, experiment: dict, size: str, results: dict[str, dict]) 
     texts = [*experiment["cells"]]
     for claim in experiment["claims"]:
         for side in ("supported", "refuted"):
-            texts += [text for one in claim[side] for text in cells_of(one, experiment["id"])]
-    cells = [parse_cell(text, experiment, size, experiment["id"]) for text in texts]
+            texts += [text for one in claim[side] for text in cells_of(one)]
+    cells = [parse_cell(text, experiment, size) for text in texts]
     references = {study["variants"][cell.variant]["reference"] for cell in cells}
     texts += [f"{FULL}@tuned/{variant}" for variant in sorted(references)]
     runs = [run for text in texts for run in runs_of(study, experiment, text, size, results)]
@@ -294,7 +302,7 @@ def runs_of(
     study: dict, experiment: dict, text: str, size: str, results: dict[str, dict]
 ) -> Iterator[Run]:
     """The runs of one of an experiment's cells; none while its tuned rate is unknown."""
-    cell = parse_cell(text, experiment, size, experiment["id"])
+    cell = parse_cell(text, experiment, size)
     if cell.rate == "sweep":
         yield from tuning_runs(study, cell.arm, size, results)
         return
@@ -326,8 +334,8 @@ def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
 class Sweep:
     """What is known of an arm's learning rates, see :func:`sweep_of`."""
 
-    losses: dict[str, float]  # mean validation NLL by rate, over so many
-    seeds: dict[str, int]  # tuning seeds: all of them, or the first alone
+    losses: dict[str, float]  # mean validation NLL by rate
+    seeds: dict[str, int]  # how many tuning seeds each mean is over: all, or the first alone
     best: str
     near: list[str]  # the best and its neighbors, which take every seed
     is_whole: bool  # whether they all have it
@@ -411,7 +419,7 @@ def validation_nll(result: dict) -> float:
     if "held_out" not in result:
         return math.inf
     (measured,) = result["held_out"].values()
-    return sum(measured["nats"][::2]) / sum(measured["tokens"][::2])
+    return sum(measured["nats"][VALIDATION]) / sum(measured["tokens"][VALIDATION])
 
 
 def is_interior(sweep: Sweep) -> bool:

@@ -9,20 +9,23 @@ from evaluation.findings import (
     FEW_PROMPTS,
     Evidence,
     Pair,
-    Row,
     bad_shares,
     few_prompt_rates,
-    is_whole,
-    known_cell,
+    forgetting_by_arm,
+    ladder_is_whole,
     probes_of,
     tuned_arms,
 )
 from evaluation.intervals import Interval
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.records import DECODINGS
+from evaluation.recovery import Row, known_cell
 from evaluation.study import Sweep, full_name, planned_bases, tuned_cells
 
-R_AXIS = "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals"
+R_AXIS = "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals; hollow: without end tokens"
+
+
+HOLLOW = {"color": COLORS[0], "markerfacecolor": "white", "markersize": 4, "zorder": 1}
 
 
 def study_figures(evidence: Evidence) -> dict[str, str]:
@@ -44,27 +47,18 @@ def study_figures(evidence: Evidence) -> dict[str, str]:
             ladders = [
                 (one, [rows[cell] for cell in mine])
                 for one, mine in cells
-                if one["ladder"] and is_whole(study, one, mine, results)
+                if one["ladder"] and ladder_is_whole(study, one, mine, results)
             ]
             if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
+            if forgotten := forgetting_by_arm(evidence, size):
+                drawn[f"study_{size}_forgetting.svg"] = draw_forgetting(study, forgotten)
             if probes := probes_by_cell(study, size, results):
                 drawn[f"study_{size}_answers.svg"] = draw_answers(probes, evidence.languages)
             pairs = few_prompt_rates(evidence, size)
             if len(pairs) > 1:  # one pair is a line of the table
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
         return {name: as_svg(figure) for name, figure in drawn.items()}
-
-
-def title_of(name: str) -> str:
-    """What a figure shows, for those who cannot see it."""
-    return {
-        "rates": "Validation NLL by learning rate and what is trained",
-        "recovery": "Recovery of every arm that was run, with 95% intervals",
-        "answers": "Share of answers that never end or are blank, of every arm that was asked",
-        "ladder": "Recovery after each change from MiniMind's LoRA to full fine-tuning, or without",
-        "prompts": "How often eight prompts, judged once, name the worse of two arms",
-    }[name.rsplit("_", 1)[1].removesuffix(".svg")]
 
 
 def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
@@ -80,22 +74,16 @@ def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
     for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
         ends = []
         for index, (arm, sweep) in enumerate(arms.items()):
-            points = [
-                (float(rate), loss) for rate, loss in sweep.losses.items() if np.isfinite(loss)
-            ]
-            if not points:
+            finite = {rate: loss for rate, loss in sweep.losses.items() if np.isfinite(loss)}
+            if not finite:
                 continue  # all diverged, which the table says
-            axes.plot(*np.transpose(points), **line_style(index))
+            points = [(float(rate), loss) for rate, loss in finite.items()]
+            color = line_style(index)["color"]
             every = max(sweep.seeds.values())
-            for whole, face in ((True, None), (False, "white")):
-                some = [
-                    (float(rate), loss)
-                    for rate, loss in sweep.losses.items()
-                    if np.isfinite(loss) and (sweep.seeds[rate] == every) == whole
-                ]
-                if some:
-                    style = line_style(index) | {"linestyle": "", "markerfacecolor": face}
-                    axes.plot(*np.transpose(some), marker="o", markersize=3.5, **style)
+            axes.plot(*np.transpose(points), **line_style(index))
+            for point, rate in zip(points, finite, strict=True):
+                face = color if sweep.seeds[rate] == every else "white"
+                axes.plot(*point, marker="o", markersize=3.5, color=color, markerfacecolor=face)
             ends.append((*points[-1], arm))
         axes.set_xscale("log")
         axes.grid(axis="y", **GRID)
@@ -115,16 +103,16 @@ def rates_panel(arm: dict) -> str:
     return "LoRA, vocabulary frozen or but two rows of it"
 
 
-def recovery_by_cell(study: dict, measured: list[Row | None]) -> list[tuple[str, Interval]]:
-    """Name and R of every whole run that was measured, from the lowest R to the highest."""
+def recovery_by_cell(study: dict, measured: list[Row | None]) -> list[tuple[str, Row]]:
+    """Name and row of every whole run that was measured, from the lowest R to the highest."""
     rows = [row for row in measured if row and row.recovery]
     found = {
         f"{full_name(study, row.measured.cell)}, {row.measured.cell.rate} "
-        f"({in_seeds(len(row.measured.seeds))})": row.recovery
+        f"({in_seeds(len(row.measured.seeds))})": row
         for row in rows
         if not row.measured.cell.part
     }
-    return sorted(found.items(), key=lambda item: item[1].estimate)
+    return sorted(found.items(), key=lambda item: item[1].recovery.estimate)
 
 
 def in_seeds(count: int) -> str:
@@ -132,12 +120,12 @@ def in_seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def draw_recoveries(recoveries: list[tuple[str, Interval]]) -> Figure:
+def draw_recoveries(recoveries: list[tuple[str, Row]]) -> Figure:
     """R of every arm with its 95% interval, between the base and full fine-tuning."""
     figure = Figure(figsize=(8, 1 + 0.3 * len(recoveries)))
     axes = figure.subplots()
-    for place, (_, recovery) in enumerate(recoveries):
-        draw_interval(axes, place, recovery)
+    for place, (_, row) in enumerate(recoveries):
+        draw_recovery(axes, place, row)
     for edge in (0, 1):
         axes.axvline(edge, **GRID)
     axes.set_yticks(range(len(recoveries)), [name for name, _ in recoveries])
@@ -154,7 +142,7 @@ def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
     for axes, (experiment, rows) in zip(panels[:, 0], ladders, strict=True):
         for place, row in enumerate(rows):
             if row and row.recovery:
-                draw_interval(axes, place, row.recovery)
+                draw_recovery(axes, place, row)
             else:
                 axes.annotate("every run diverged", (0, place), va="center", fontsize=7)
         for edge in (0, 1):
@@ -167,19 +155,38 @@ def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
     return figure
 
 
+def draw_forgetting(study: dict, forgotten: dict[str, list[Row]]) -> Figure:
+    """What is forgotten against held-out NLL: a line for every arm, a dot for every rate."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for index, (arm, rows) in enumerate(forgotten.items()):
+        losses = [row.measured.nll for row in rows]
+        forgets = [row.forgetting for row in rows]
+        style = line_style(index) | {"label": study["arms"][arm]["title"]}
+        axes.plot(losses, forgets, marker="o", markersize=3.5, **style)
+    axes.grid(**GRID)
+    axes.set_xlabel("held-out response NLL, nats a token: to the left, more was learned")
+    axes.set_ylabel("NLL of pretraining text above the base's, nats a token")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def rung_name(name: str, row: Row | None) -> str:
     """A rung's name, with the runs that diverged."""
     failed = row.measured.failed if row else 0
     return f"{name} ({failed} diverged)" if failed else name
 
 
-def draw_interval(axes: matplotlib.axes.Axes, place: int, interval: Interval) -> None:
-    """A dot with its interval, and its value in figures."""
+def draw_recovery(axes: matplotlib.axes.Axes, place: int, row: Row) -> None:
+    """A dot with its interval and its value in figures; a hollow one without end tokens."""
+    interval = row.recovery
     below, above = interval.estimate - interval.low, interval.high - interval.estimate
     spread = np.maximum([[below], [above]], 0)
     axes.errorbar([interval.estimate], [place], xerr=spread, fmt="o", color=COLORS[0], markersize=4)
     where = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 7}
     axes.annotate(f"{interval.estimate:.2f}", (interval.estimate, place), **where)
+    if row.answer_recovery:
+        axes.plot([row.answer_recovery.estimate], [place], "o", **HOLLOW)
 
 
 def probes_by_cell(study: dict, size: str, results: dict[str, dict]) -> dict[str, list[dict]]:

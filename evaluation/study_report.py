@@ -7,7 +7,7 @@ The README gets a summary (:func:`summary_block`), the verdicts and the figures
 """
 
 from collections.abc import Iterable
-from statistics import fmean, median
+from statistics import fmean
 
 import numpy as np
 
@@ -16,15 +16,12 @@ from evaluation.findings import (
     SIDES,
     Evidence,
     Judged,
-    Measured,
     Pair,
-    Row,
     bound_of,
     contrast,
-    count_diverged,
-    describe_cell,
     few_prompt_rates,
-    is_whole,
+    forgetting_by_arm,
+    ladder_is_whole,
     marked,
     probes_of,
     rule_of,
@@ -33,9 +30,11 @@ from evaluation.findings import (
 )
 from evaluation.intervals import Interval
 from evaluation.outputs import markdown_table
+from evaluation.recovery import Measured, Row, count_diverged, describe_cell
 from evaluation.study import (
+    TEST,
     Cell,
-    Run,
+    base_id,
     is_interior,
     planned_bases,
     planned_runs,
@@ -48,12 +47,14 @@ from evaluation.study import (
     validation_nll,
     variant_of,
 )
-from evaluation.study_plots import title_of
 
-CLAIM_COLUMNS = ("claim", "verdict", "measured", "supported if; refuted if", "seeds")
-SUMMARY_COLUMNS = ("trained", "parameters", "learning rate", "seeds", "R")
+CLAIM_COLUMNS = ("claim", "verdict", "measured", "without end tokens")
+CLAIM_COLUMNS += ("supported if; refuted if", "seeds")
+SUMMARY_COLUMNS = ("trained", "parameters", "learning rate", "seeds", "R", "R without end tokens")
 SUMMARY_COLUMNS += ("never end or blank, English prompts: greedy / T=.85",)
-CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "forgets", "tokens/s")
+CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "R without end tokens")
+CELL_COLUMNS += ("forgets", "TFLOP", "peak GB")
+FORGETTING_COLUMNS = ("trained", "rate", "seeds", "NLL", "forgets")
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
 RATES = {"runaway": "never stops", "loop": "loops", "blank": "blank"}
 RATES |= {"check_strict": "check passed"}
@@ -68,6 +69,14 @@ NO_STUDY = "The study was not run yet: `python evaluation/run_study.py`."
 
 DETAILS = "evaluation/results/study/README.md"
 FIGURES = "evaluation/figures/"
+TITLES = {  # of figures, by how their files' names end
+    "_rates.svg": "Validation NLL by learning rate and what is trained",
+    "_recovery.svg": "Recovery of every arm that was run, with 95% intervals",
+    "_ladder.svg": "Recovery after each change on the way to full fine-tuning, or without it",
+    "_forgetting.svg": "What is forgotten against what is learned, at every rate",
+    "_answers.svg": "Share of answers that never end or are blank, of every arm that was asked",
+    "_prompts.svg": "How often eight prompts, judged once, name the worse of two arms",
+}
 
 
 def summary_block(evidence: Evidence, drawn: Iterable[str]) -> list[str]:
@@ -82,8 +91,9 @@ def summary_block(evidence: Evidence, drawn: Iterable[str]) -> list[str]:
 
 
 def figure_lines(names: Iterable[str]) -> list[str]:
-    """The README's figures."""
-    return [part for name in names for part in (f"![{title_of(name)}]({FIGURES}{name})", "")]
+    """The README's figures, each with what it shows, for those who cannot see it."""
+    titles = {name: title for name in names for end, title in TITLES.items() if name.endswith(end)}
+    return [part for name, title in titles.items() for part in (f"![{title}]({FIGURES}{name})", "")]
 
 
 def summary_table(evidence: Evidence, experiment: dict, size: str) -> list[str]:
@@ -97,12 +107,13 @@ def summary_table(evidence: Evidence, experiment: dict, size: str) -> list[str]:
             probes = list(probes_of(study, cell, results).values())
             seeds = f"{len(measured.seeds)}{asked(len(probes), measured)}"
             facts = [costs(measured.records)[0], measured.cell.rate, seeds]
-            told.append([name, *facts, in_words(row.recovery), bad_rates(probes, english)])
+            recoveries = [in_words(row.recovery), in_words(row.answer_recovery)]
+            told.append([name, *facts, *recoveries, bad_rates(probes, english)])
     if not told:
         return []
-    base = Run(size, experiment["base"], experiment["base_seed"])
-    probes = [result["probe"] for result in [results.get(base.id, {})] if "probe" in result]
-    start = ["nothing: the base", "-", "-", "-", "0", bad_rates(probes, english)]
+    base = results.get(base_id(size, experiment["base"], experiment["base_seed"]), {})
+    probes = [base["probe"]] if "probe" in base else []
+    start = ["nothing: the base", "-", "-", "-", "0", "0", bad_rates(probes, english)]
     steps = f"*At `{size}`. {experiment['question']}*"
     return [steps, "", *markdown_table(SUMMARY_COLUMNS, [start, *told]), ""]
 
@@ -138,9 +149,10 @@ def study_details(evidence: Evidence) -> list[str]:
         "[README](../../../README.md#what-we-found-so-far). R(a) is the recovery of a cell, in "
         "brackets its 95% interval over seeds and conversations; bad(a) / bad(b) compares how many "
         "answers, under all decodings, never end (no end token within the limit) or are blank. "
-        "`forgets`: nats a token of held-out pretraining text above the base's. `tokens/s`: of "
-        "runs that shared a machine, most with one thread, no benchmark. Rates are of all prompts, "
-        f"{chinese.sum()} of {len(chinese)} in Chinese, greedy / T=.85.",
+        "`R without end tokens` counts all response tokens but those that end a message. "
+        "`forgets`: nats a token of held-out pretraining text above the base's. `TFLOP` and "
+        "`peak GB`: of one training, and the most memory that its process held. Rates are of "
+        f"all prompts, {chinese.sum()} of {len(chinese)} in Chinese, greedy / T=.85.",
         "",
         f"{count_dirty(results)} of {len(results)} runs say `dirty`: their working tree held what "
         "was not committed.",
@@ -151,6 +163,7 @@ def study_details(evidence: Evidence) -> list[str]:
         for experiment in study["experiments"]:
             lines += experiment_lines(evidence, experiment, size)
         lines += rate_lines(study, size, results)
+        lines += forgetting_lines(evidence, size)
     return lines[:-1]
 
 
@@ -202,7 +215,7 @@ def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
 def told_starts(base: dict) -> str:
     """A base's NLL on the test conversations of each data set."""
     return ", ".join(
-        f"{sum(found['nats'][1::2]) / sum(found['tokens'][1::2]):.3f} on {data}"
+        f"{sum(found['nats'][TEST]) / sum(found['tokens'][TEST]):.3f} on {data}"
         for data, found in base["held_out"].items()
     )
 
@@ -223,6 +236,7 @@ def claim_lines(claims: list[Judged]) -> list[str]:
             f"{judged.claim['name']}: {judged.claim['text']}",
             f"**{judged.verdict}**",
             "; ".join(judged.evidence) or "-",
+            "; ".join(judged.answers) or "-",
             "; ".join(" and ".join(map(bound_of, judged.claim[side])) for side in SIDES),
             str(judged.seeds),
         )
@@ -269,7 +283,7 @@ def cell_table(
     columns = [*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ())]
     if ladder:
         columns.append(CHANGE_COLUMNS[ladder])
-        if not is_whole(study, experiment, cells, results):
+        if not ladder_is_whole(study, experiment, cells, results):
             return columns, []
     names = experiment["rungs"] if ladder else [""] * len(cells)
     lines = []
@@ -292,7 +306,7 @@ def cell_table(
 def told_change(
     study: dict, cells: list[Cell], place: int, ladder: str, results: dict[str, dict]
 ) -> str:
-    """What R of a rung is above the one before, or of "without", above the first; paired."""
+    """R minus that of the previous rung ("steps") or of the first ("without"), paired."""
     if place == 0:
         return "-"
     pair = [cells[place], cells[place - 1 if ladder == "steps" else 0]]
@@ -361,23 +375,26 @@ def cell_row(row: Row, probed: bool) -> list[str]:
     if probed:
         seeds += asked(len(measured.rates), measured)
     forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
-    parameters, speed = costs(measured.records)
-    cells = [parameters, measured.cell.rate, seeds, f"{measured.nll:.3f}", in_words(row.recovery)]
-    rates = [mean_rates(measured.rates, key) for key in RATES] if probed else []
-    return [*cells, forgets, speed, *rates]
+    parameters, flops, memory = costs(measured.records)
+    cells = [parameters, measured.cell.rate, seeds, f"{measured.nll:.3f}"]
+    cells += [in_words(row.recovery), in_words(row.answer_recovery), forgets, flops, memory]
+    return cells + ([mean_rates(measured.rates, key) for key in RATES] if probed else [])
 
 
 def asked(count: int, measured: Measured) -> str:
-    """How many runs were asked prompts, where that is not all that R is of."""
+    """`(n asked)` where more or fewer seeds were asked prompts than R is of."""
     return f" ({count} asked)" if count not in (0, len(measured.seeds)) else ""
 
 
-def costs(records: list[dict]) -> tuple[str, str]:
-    """How many parameters were trained, and how fast, the median of the seeds."""
+def costs(records: list[dict]) -> tuple[str, str, str]:
+    """How many parameters a run trained, its TFLOP, and its GB of memory: means of the seeds."""
     if not records:
-        return "-", "-"
-    speed = median(record["tokens_per_second"] for record in records)
-    return f"{records[0]['trainable_parameters']:,}", f"{speed:,.0f}"
+        return "-", "-", "-"
+    flops, memory = (
+        fmean(record[name] for record in records) for name in ("flops", "peak_memory_bytes")
+    )
+    parameters = records[0]["trainable_parameters"]
+    return f"{parameters:,}", f"{flops / 1e12:.1f}", f"{memory / 1e9:.2f}"
 
 
 def mean_rates(rates: list[dict], key: str) -> str:
@@ -441,6 +458,25 @@ def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -
     if not cells:
         return []
     return [arm, ", ".join(cells), f"grid not finished; {', '.join(told)}", str(min(seeds))]
+
+
+def forgetting_lines(evidence: Evidence, size: str) -> list[str]:
+    """The table of what is forgotten at every rate, so that it can be told at equal likelihood."""
+    rows = [
+        [
+            short_name(row.measured.cell),
+            row.measured.cell.rate,
+            str(len(row.measured.seeds)),
+            f"{row.measured.nll:.3f}",
+            f"{row.forgetting:+.2f}",
+        ]
+        for found in forgetting_by_arm(evidence, size).values()
+        for row in found
+    ]
+    if not rows:
+        return []
+    title = "*What the arms of the summary forget at each rate of their grids, two epochs*"
+    return [title, "", *markdown_table(FORGETTING_COLUMNS, rows), ""]
 
 
 def few_rows(pairs: list[Pair]) -> list[list[str]]:

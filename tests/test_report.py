@@ -33,7 +33,14 @@ from evaluation.records import (
     unfinished,
     where_best,
 )
-from evaluation.report import build, main, replace_block, runs_block, told, write_changed
+from evaluation.report import (
+    build,
+    main,
+    reliability_text,
+    replace_block,
+    runs_block,
+    write_changed,
+)
 from evaluation.study_report import NO_STUDY
 from model.model_minimind import load_tokenizer
 from tests.report_data import (
@@ -335,7 +342,7 @@ def test_what_the_stress_command_measured_is_told():
     other |= {"name": "pretrain", "aimed": {"writing a state": 2, "between two renames": 1}}
     stress = {"git": {"commit": "0123456789"}, "seed": 3, "kills": 12, "survived": 7}
     stress |= {"cases": [one, other], "memory_bytes_by_step": {"500": 2**20, "3000": 3 * 2**20}}
-    text = told(stress)
+    text = reliability_text(stress)
     kinds = "(8 at random moments, 4 aimed into a save)"
     assert f"at commit 0123456 with seed 3: 7 of 12 SIGKILLs {kinds}" in text
     assert "in 2 combinations" in text
@@ -344,7 +351,7 @@ def test_what_the_stress_command_measured_is_told():
     assert "Not exact: pretrain." in text
     assert text.endswith("was 1.0 MiB at step 500 of a run and 3.0 MiB at step 3,000.")
     one["aimed"], other["aimed"] = {}, {}
-    assert "aimed" not in told(stress)
+    assert "aimed" not in reliability_text(stress)
 
 
 def test_committed_samples_hold_what_the_measures_say_today():

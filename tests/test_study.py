@@ -24,27 +24,30 @@ from evaluation.findings import (
     Contrast,
     Judged,
     bad_shares,
-    check_controlled,
-    check_prompts,
     contrast_answers,
     corrected,
-    describe_cell,
     few_prompt_rates,
+    forgetting_by_arm,
     gather,
     holm,
-    interval_of,
     is_met,
     judge,
     judge_claims,
-    measure_cell,
     p_value,
-    recovery_draws,
     rule_of,
     why_no_answers,
     why_unknown,
     wrong_winner_rate,
 )
 from evaluation.intervals import Interval
+from evaluation.recovery import (
+    check_controlled,
+    check_prompts,
+    describe_cell,
+    interval_of,
+    measure_cell,
+    recovery_draws,
+)
 from evaluation.run_study import (
     RESULTS_DIR,
     check_data,
@@ -149,8 +152,9 @@ not_shown = "why"
 supported = [{ recovery = "square@1e-3", at_most = 0.5 }]
 refuted = [{ recovery = "square@1e-3", at_least = 0.5 }]
 """
-NATS = {"nats": [1.0, 1.0], "tokens": [1, 1]}
+NATS = {"nats": [1.0, 1.0], "tokens": [1, 1], "end_nats": [0.5, 0.5], "ends": [0, 0]}
 COMMITTED = (Path("dataset/data"), Path("out/study"))  # where its commands say data and runs are
+HALF, WHOLE = "0.50 [0.50, 0.50]", "1 (what R is a share of)"  # R in a table
 EDGE = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
 TOKENS = [10, 20, 30, 40]  # validation: 10 and 30; test: 20 and 40
 
@@ -162,13 +166,19 @@ def study(tmp_path: Path) -> dict:
     return read_study(path)
 
 
+def measured_as(nats: list[float], tokens: list[int] = TOKENS) -> dict:
+    """Held-out measures of conversations, each with one end token, of a tenth of a nat."""
+    return {"nats": nats, "tokens": tokens, "end_nats": [0.1] * 4, "ends": [1] * 4}
+
+
 def result_of(run_id: str, seed: int, nats: list[float] | None, arm: str | None = "fft") -> dict:
     """A result file's content; without `nats` the run diverged."""
     base = {"id": run_id, "size": "xs", "base": "plain", "arm": arm, "seed": seed, "seconds": 36.0}
     if nats is None:
         return base | {"status": "diverged", "run": {"git": {"dirty": True}}}
-    held_out = {"general": {"nats": nats, "tokens": TOKENS}}
-    run = {"trainable_parameters": 1234, "tokens_per_second": 100.0 * seed, "git": {}}
+    held_out = {"general": measured_as(nats)}
+    run = {"trainable_parameters": 1234, "flops": 2e12 * seed, "peak_memory_bytes": 1.5e9}
+    run |= {"git": {}}
     run |= {"parameters": 2000, "tokens": 3_000_000, "settings": {"dtype": "float32"}}
     measured = {"held_out": held_out, "text_nll": 4.0}
     return base | {"status": "completed", "run": run} | measured
@@ -289,7 +299,50 @@ def test_recovery_of_a_cell_by_hand(study: dict) -> None:
     third = {"xs-plain42-square-lr1e-3-s3": [0.0, 10.0, 0.0, 10.0]}
     row = describe_cell(study, CELL, results | results_of(third))
     assert (row.measured.seeds, row.measured.nll) == ([1, 2], pytest.approx(4.0))
-    assert [record["tokens_per_second"] for record in row.measured.records] == [100.0, 200.0]
+    assert [record["flops"] for record in row.measured.records] == [2e12, 4e12]
+
+
+def test_recovery_without_end_tokens_by_hand(study: dict) -> None:
+    """All that square gains is of end tokens, 6 + 12 nats, and nothing of the answers."""
+    results = deepcopy(BASE) | results_of(SWEEP)
+    results["xs-plain42"]["held_out"]["general"]["end_nats"] = [0.0, 10.0, 0.0, 20.0]
+    for seed in (1, 2):
+        name = f"xs-plain42-square-lr1e-3-s{seed}"
+        results[name] = result_of(name, seed, [0.0, 94.0, 0.0, 188.0], "square")
+        results[name]["held_out"]["general"]["end_nats"] = [0.0, 4.0, 0.0, 8.0]
+    row = describe_cell(study, CELL, results)
+    assert row.recovery.estimate == pytest.approx(18 / 120)
+    assert row.answer_recovery.estimate == pytest.approx(0.0)
+    experiment = study["experiments"][1]
+    judged = judge(study, experiment, experiment["claims"][0], "xs", results)
+    assert judged.evidence == ["R(square@1e-3) = 0.150 [0.150, 0.150]"]
+    assert judged.answers == ["0.000 [0.000, 0.000]"]
+    longer = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    row = describe_cell(study, CELL, results | results_of(longer))  # 0.1 nats for each end token
+    assert row.answer_recovery.estimate == pytest.approx((270 - 239.8) / (270 - 179.8))
+    full = describe_cell(study, replace(CELL, arm="fft", rate="tuned"), results)
+    assert full.answer_recovery == Interval(1.0, 1.0, 1.0)
+    for name in ("ends", "end_nats"):  # as in results that do not tell them apart
+        del results["xs-plain42-square-lr1e-3-s2"]["held_out"]["general"][name]
+    row = describe_cell(study, CELL, results)
+    assert (row.recovery.estimate, row.answer_recovery) == (pytest.approx(18 / 120), None)
+
+
+def test_forgetting_is_told_at_every_rate_of_the_summarys_arms(study: dict) -> None:
+    summary = {"id": "S", "question": "Q.", "seeds": [1], "summary": True}
+    cells = {"cells": ["square@1e-3", "square@tuned", "fft@tuned"]}
+    study["experiments"].append(DEFAULTS | summary | cells)
+    results = deepcopy(BASE) | results_of(SWEEP)
+    for name, text_nll in (("lr1e-3-s1", 4.5), ("lr1e-3-s2", 4.7), ("lr1e-2-s1", 5.0)):
+        results[f"xs-plain42-fft-{name}"]["text_nll"] = text_nll
+    del results["xs-plain42-fft-lr1e-2-s2"]
+    found = forgetting_by_arm(gather(study, results, LANGUAGES), "xs")
+    told = [(row.measured.cell.rate, row.measured.nll, row.forgetting) for row in found["fft"]]
+    assert told[0] == ("1e-3", pytest.approx(2.0), pytest.approx(0.6))
+    assert told[1] == ("1e-2", pytest.approx(3.0), pytest.approx(1.0))
+    assert list(found) == ["fft"]  # nothing of square has a result
+    assert "| fft | 1e-3 | 2 | 2.000 | +0.60 |" in report_of(study, results)
+    assert "study_xs_forgetting.svg" in figures_of(study, results)
 
 
 def three_seeds(square: list[list[float]]) -> dict[str, dict]:
@@ -370,9 +423,7 @@ def test_p_value_counts_the_draws_beyond_the_bound() -> None:
 
 
 def test_recovery_of_too_small_a_gain_is_not_told(study: dict) -> None:
-    near = BASE["xs-plain42"] | {
-        "held_out": {"general": {"nats": [50.0, 63.0, 150.0, 126.0], "tokens": TOKENS}}
-    }
+    near = BASE["xs-plain42"] | {"held_out": {"general": measured_as([50.0, 63.0, 150.0, 126.0])}}
     results = three_seeds([[0, 80, 0, 160]] * 3) | {"xs-plain42": near}  # FFT gains .15 nats
     row = describe_cell(study, CELL, results)
     assert (row.measured.nll, row.recovery) == (4.0, None)
@@ -548,7 +599,7 @@ def test_recovery_is_of_the_cells_own_base_data_and_full_fine_tuning(study: dict
         results[name] = result_of(name, 1, [0.0, nats, 0.0, 2 * nats], arm)
     for name, nats in of_medical.items():
         kept = results[name]["held_out"] if name == "xs-plain42" else {}
-        medical = {"nats": [0.0, nats], "tokens": [10, 20]}
+        medical = {"nats": [0.0, nats], "tokens": [10, 20], "end_nats": [0, 0], "ends": [0, 0]}
         results[name]["held_out"] = kept | {"medical": medical}
     second = describe_cell(study, replace(CELL, base_seed=43), results)
     assert second.recovery.estimate == pytest.approx((90 - 45) / (90 - 30))
@@ -604,7 +655,7 @@ def test_results_of_other_data_or_another_base_are_refused() -> None:
     longer = other | {"variant": "long", "run": run | {"train_data": {"samples": 15}}}
     with pytest.raises(DataError, match=f"{name(2)}: .*other data"):
         check_controlled(results | {name(2): longer})  # R compares it with the main variant's
-    held_out = {"general": {"nats": SWEEP[name(1)], "tokens": TOKENS[::-1]}}
+    held_out = {"general": measured_as(SWEEP[name(1)], TOKENS[::-1])}
     with pytest.raises(DataError, match=f"{name(2)}: was measured on other conversations"):
         check_controlled(results | {name(2): other | {"run": run, "held_out": held_out}})
 
@@ -717,9 +768,9 @@ def test_arms_that_were_asked_are_told_by_their_bad_answers(study: dict) -> None
     assert summary[0] == "*At `xs`. Q.*"
     assert summary.pop().endswith("(evaluation/figures/study_xs_ladder.svg)")
     assert summary[-4:-1] == [  # of the three English prompts
-        "| nothing: the base | - | - | - | 0 | 100% / 100% |",
-        "| LoRA on q and o | 1,234 | 1e-3 | 2 | 0.50 [0.50, 0.50] | 67% / 67% |",
-        "| all of it | 1,234 | 1e-2 | 2 (1 asked) | 1 (what R is a share of) | 0% / 0% |",
+        "| nothing: the base | - | - | - | 0 | 0 | 100% / 100% |",
+        f"| LoRA on q and o | 1,234 | 1e-3 | 2 | {HALF} | {HALF} | 67% / 67% |",
+        f"| all of it | 1,234 | 1e-2 | 2 (1 asked) | {WHOLE} | {WHOLE} | 0% / 0% |",
     ]
     assert "*S. Q.*" not in report_of(study, results)
 
@@ -828,7 +879,7 @@ def test_report_tells_what_was_run(study: dict) -> None:
     results = BASE | results_of(SWEEP | square)
     text = report_of(study, results)
     claim = "| C: square fails | **open: too few seeds** | R(square@1e-3) = 0.500 "
-    claim += "[0.500, 0.500] | <= 0.50; >= 0.50 | 2 |"
+    claim += "[0.500, 0.500] | 0.500 [0.500, 0.500] | <= 0.50; >= 0.50 | 2 |"
     assert claim in text
     base = "`xs-plain42`: 2,000 parameters, pretrained on 3.0M tokens (1500.0 each) in float32"
     start = "5.000 on general a response token (the test half, from which R counts)"
@@ -838,8 +889,8 @@ def test_report_tells_what_was_run(study: dict) -> None:
     assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
     assert "1 of 9 runs say `dirty`" in text  # the one that diverged
     assert "1 of 4 in Chinese" in text
-    row = "| square: LoRA on q and o | 1,234 | 1e-3 | 2 | 4.000 | 0.50 [0.50, 0.50] | +0.00 | 150 |"
-    assert row in text
+    row = f"| square: LoRA on q and o | 1,234 | 1e-3 | 2 | 4.000 | {HALF} | {HALF} | +0.00 |"
+    assert f"{row} 3.0 | 1.50 |" in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
     unfinished = "grid not finished; R = 0.50 [0.50, 0.50] at 1e-3"  # square has two rates
     assert f"| square | 1e-3: 0.000 | {unfinished} | 2 |" in text
@@ -857,7 +908,7 @@ def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
         "LoRA on q and o, 1e-3 (2 seeds)",
         "all of it, 1e-2 (2 seeds)",
     ]
-    assert [recovery.estimate for _, recovery in found] == pytest.approx([0.5, 1.0])
+    assert [row.recovery.estimate for _, row in found] == pytest.approx([0.5, 1.0])
 
 
 def test_report_tells_where_an_update_lies(study: dict) -> None:
@@ -897,10 +948,10 @@ def test_ladder_tells_what_each_change_adds(study: dict, kind: str, last: str) -
     results = BASE | results_of(SWEEP | square)
     text = report_of(study, results)
     column = {"steps": "adds to R", "without": "R above the first"}[kind]
-    assert f"tokens/s | {column} |" in text
-    assert "0.50 [0.50, 0.50] | +0.00 | 150 | - |" in text
-    assert "1.50 [1.50, 1.50] | +0.00 | 150 | +1.00 [+1.00, +1.00] |" in text
-    assert f"150 | {last} [{last}, {last}] |" in text
+    assert f"peak GB | {column} |" in text
+    assert f"{HALF} | +0.00 | 3.0 | 1.50 | - |" in text
+    assert "1.50 [1.50, 1.50] | +0.00 | 3.0 | 1.50 | +1.00 [+1.00, +1.00] |" in text
+    assert f"1.50 | {last} [{last}, {last}] |" in text
     assert "study_xs_ladder.svg" in figures_of(study, results)
     results["xs-plain42-square-lr1e-3-s2"] = result_of("xs-plain42-square-lr1e-3-s2", 2, None)
     text = report_of(study, results)
@@ -908,8 +959,8 @@ def test_ladder_tells_what_each_change_adds(study: dict, kind: str, last: str) -
     assert "LoRA (1 diverged)" in figures_of(study, results)["study_xs_ladder.svg"]
     results["xs-plain42-square-lr1e-3-s1"] = result_of("xs-plain42-square-lr1e-3-s1", 1, None)
     text = report_of(study, results)
-    assert "| LoRA: square | - | 1e-3 | 0 (2 diverged) | - | - | - | - | - |" in text
-    assert "1.50 [1.50, 1.50] | +0.00 | 150 | - |" in text  # nothing to compare it with
+    assert "| LoRA: square | - | 1e-3 | 0 (2 diverged) | - | - | - | - | - | - | - |" in text
+    assert "1.50 [1.50, 1.50] | +0.00 | 3.0 | 1.50 | - |" in text  # nothing to compare it with
     assert "every run diverged" in figures_of(study, results)["study_xs_ladder.svg"]
     del results["xs-plain42-square-lr1e-3-s2"]
     assert "LoRA: square" not in report_of(study, results)
