@@ -289,7 +289,7 @@ def compute(args: argparse.Namespace) -> dict:
     return {
         "batch_size": args.batch_size,
         "dtype": args.dtype,
-        "device": torch.device(args.device).type,
+        "device": args.device,
         "threads": torch.get_num_threads(),
     }
 

@@ -65,8 +65,7 @@ from dataset.lm_dataset import (
 from evaluation.arguments import PROMPTS_FILE
 from evaluation.bench_tables import METHODS, bench_lines, nominal_flops_per_token, spread
 from evaluation.prompts import encode_prompts, read_prompts
-from model.generation import Decoder, Decoding
-from model.generation import generate as generate_ours
+from model.generation import Decoder, Decoding, generate
 from model.model_minimind import (
     TOKENIZER_DIR,
     MiniMindForCausalLM,
@@ -705,7 +704,7 @@ def run_answers(work: Work, method: str, pace: Pace) -> None:
     draws = torch.zeros(len(prompts), NEW_TOKENS)
     while True:
         pace.next_step()
-        answers = generate_ours(decoder, prompts, Decoding(NEW_TOKENS), draws)
+        answers = generate(decoder, prompts, Decoding(NEW_TOKENS), draws)
         pace.facts |= {"tokens": len(prompts) * NEW_TOKENS, "first_answer": answers[0]}
 
 

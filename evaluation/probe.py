@@ -19,7 +19,7 @@ from evaluation.metrics import (
 )
 from evaluation.outputs import rounded
 from evaluation.prompts import Prompt, encode_prompts
-from model.generation import Decoder, Decoding, continue_prompts
+from model.generation import Decoder, Decoding, generate
 from model.model_minimind import MiniMindForCausalLM
 
 DECODINGS = {
@@ -35,7 +35,7 @@ def decoding_of(tokenizer: PreTrainedTokenizerFast, decoding: str, max_new_token
     return Decoding(max_new_tokens, tokenizer.eos_token_id, **DECODINGS[decoding])
 
 
-def generate(
+def generate_all(
     decoder: Decoder,
     encoded: list[list[int]],
     decoding: Decoding,
@@ -52,10 +52,9 @@ def generate(
     answers: list[list[int]] = [[] for _ in encoded]
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        prompts = [encoded[i] for i in batch]
-        for step in continue_prompts(decoder, prompts, decoding, draws[batch]):
-            for row, token in step:
-                answers[batch[row]].append(token)
+        found = generate(decoder, [encoded[i] for i in batch], decoding, draws[batch])
+        for i, answer in zip(batch, found, strict=True):
+            answers[i] = answer
         progress.update(len(batch))
     return answers
 
@@ -95,7 +94,7 @@ def ask(
         for decoding, seed in runs:
             torch.manual_seed(seed or 0)
             settings = decoding_of(tokenizer, decoding, max_new_tokens)
-            answers = generate(decoder, encoded, settings, batch_size, progress)
+            answers = generate_all(decoder, encoded, settings, batch_size, progress)
             samples += [
                 make_sample(tokenizer, prompt, rendered, answer, decoding, seed)
                 for prompt, rendered, answer in zip(prompts, encoded, answers, strict=True)

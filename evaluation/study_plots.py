@@ -22,7 +22,9 @@ from evaluation.records import DECODINGS
 from evaluation.recovery import Row, known_cell
 from evaluation.study import Sweep, full_name, planned_bases, tuned_cells
 
-R_AXIS = "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals; hollow: without end tokens"
+R_AXIS = (
+    "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals; hollow: without end tokens"
+)
 
 
 HOLLOW = {"color": COLORS[0], "markerfacecolor": "white", "markersize": 4, "zorder": 1}

@@ -54,6 +54,7 @@ from model.model_minimind import (
     TOKENIZER_DIR,
     CheckpointError,
     MiniMindForCausalLM,
+    check_tokenizer,
     count_parameters,
     load_model,
     load_tokenizer,
@@ -149,12 +150,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
         if found[flag] != value:
             raise SettingsError(f"--{flag} {value}: {path} has {found[flag]}; drop the flag")
     folder = args.tokenizer_path or own_tokenizer(path)
-    vocabulary = len(load_tokenizer(folder))
-    if vocabulary != model.config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {vocabulary} tokens, {path} {model.config.vocab_size}; "
-            "set --tokenizer_path to the tokenizer that the weights were trained with"
-        )
+    check_tokenizer(load_tokenizer(folder), model, path)
     check_length(args.max_seq_len, model.config.max_position_embeddings)
     return model, folder
 
