@@ -1,13 +1,39 @@
-"""What every script's command line shares: one-line errors, and no flag that is not read."""
+"""What every script shares: how it ends, one-line errors, and no flag that is not read."""
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from dataset.untrusted import error_line
 
-class SettingsError(ValueError):
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
+
+class UserError(ValueError):
+    """What the user can put right; the message is one line that says where and how."""
+
+
+class SettingsError(UserError):
     """A flag whose value cannot work; the message names the flag and what to do."""
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Runs a script's ``main`` and exits: a user's error is one line and exit code 2."""
+    try:
+        code = main()
+    except (UserError, OSError) as error:
+        print(error_line(error), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except MemoryError:
+        print(error_line("out of memory"), file=sys.stderr)
+        code = 2
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):

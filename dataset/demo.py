@@ -46,8 +46,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.untrusted import error_line
+from dataset.command_line import Parser, check_writable, run_script
 
 WORLD_FILE = Path(__file__).resolve().parent / "demo_world.toml"
 SOURCE_FILE = "source.sha256"  # tells by which version of this code a corpus was made
@@ -1515,12 +1514,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        paths = write_demo_corpus(args.output_dir, args.seed)
-    except (SettingsError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        return 2
+    args = parse_args(argv)
+    paths = write_demo_corpus(args.output_dir, args.seed)
     print(f"{'file':<34}{'lines':>8}{'MB':>8}")
     for path in paths.values():
         data = path.read_bytes()
@@ -1529,4 +1524,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -41,6 +41,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from dataset.command_line import UserError
 from dataset.untrusted import EMPTY, UNREAD_FIELDS, parse_json
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
@@ -74,7 +75,7 @@ TEMPLATE_ERRORS += (ValueError, MemoryError, RecursionError)
 CONTENT_SLOT = "\ue000\ue001\ue000"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Input data that cannot be used; the message names the file and the line."""
 
 

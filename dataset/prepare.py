@@ -40,15 +40,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.untrusted import error_line, has_unread, parse_json, shown
+from dataset.command_line import Parser, UserError, check_writable, run_script
+from dataset.untrusted import has_unread, parse_json, shown
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 STORY_END = "<|endoftext|>"
 
 
-class PrepareError(Exception):
-    """Something that the user can put right; the message says where and how."""
+class PrepareError(UserError):
+    """A corpus that cannot be prepared; the message says where and how to mend it."""
 
 
 class Row(NamedTuple):
@@ -830,21 +830,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        if args.list:
-            print(listing())
-            return 0
-        corpus = find_corpus(args.corpus)
-        settings = choose_settings(corpus, args)
-        files, origin = locate(corpus, args.source, args.revision)
-        record = write_corpus(corpus, files, origin, args.output_dir, settings)
-    except (SettingsError, PrepareError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        return 2
+    args = parse_args(argv)
+    if args.list:
+        print(listing())
+        return 0
+    corpus = find_corpus(args.corpus)
+    settings = choose_settings(corpus, args)
+    files, origin = locate(corpus, args.source, args.revision)
+    record = write_corpus(corpus, files, origin, args.output_dir, settings)
     print(shown(report(record, args.output_dir)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -9,7 +9,7 @@ from dataset.command_line import Parser, check_writable, refuse_ignored
 from evaluation.probe import DECODINGS
 from evaluation.prompts import PROMPTS_FILE
 from trainer.arguments import OUT_DIR
-from trainer.machine import choose_device
+from trainer.machine import DEVICES, choose_device
 from trainer.run_folder import checkpoint_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -97,9 +97,9 @@ def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--batch_size", type=int, default=32, help="prompts at once (default: 32)")
     how.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
+        choices=DEVICES,
         default="auto",
-        help="where to compute (default: auto, the accelerator if there is one)",
+        help="default: auto, a GPU if there is one; which of several: CUDA_VISIBLE_DEVICES",
     )
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     parser.add_argument(

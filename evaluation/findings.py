@@ -1,5 +1,5 @@
 """
-What the study's results say: each claim's verdict, and how often few prompts would be wrong.
+What the study's results say: each claim's verdict, what is forgotten, how few prompts mislead.
 
 A verdict follows from the rules in study.toml and from nothing else. With few seeds a bootstrap
 interval is too narrow in what comes from seeds (drawing three with replacement has 2/3 of their
@@ -31,6 +31,7 @@ from evaluation.recovery import (
     measure_cell,
     of_seeds,
     recovery_draws,
+    tell_ends,
     without_ends,
 )
 from evaluation.study import (
@@ -80,7 +81,7 @@ class Judged:
     evidence: list[str]  # each condition with its measured value
     seeds: int = 0  # fewest of any condition
     p: float = 1.0  # of the side that the verdict takes; if open, the smaller of both sides'
-    answers: list[str] = field(default_factory=list)  # the measured values without end tokens
+    without_ends: list[str] = field(default_factory=list)  # what R is in each, without end tokens
 
 
 def judge_claims(study: dict, size: str, results: dict[str, dict]) -> list[Judged]:
@@ -135,7 +136,7 @@ def judge(
     study: dict, experiment: dict, claim: dict, size: str, results: dict[str, dict]
 ) -> Judged:
     """Supported if all its conditions hold, in their whole interval and every seed; or refuted."""
-    holds, ps, contrasts, answers = {}, {}, {}, []
+    holds, ps, contrasts, without = {}, {}, {}, []
     for side in SIDES:
         holds[side], ps[side] = True, 0.0
         for condition in claim[side]:
@@ -150,8 +151,8 @@ def judge(
             formula = named(kind, names)
             if formula not in contrasts:
                 contrasts[formula] = compare(study, cells, results)
-                if kind != "bad_answers" and tell_ends(study, cells, results):
-                    answers.append(in_words(contrast(study, cells, results, with_ends=False)))
+                if kind != "bad_answers":
+                    without.append(without_end_tokens(study, cells, results))
             holds[side] &= is_met(condition, contrasts[formula])
             ps[side] = max(ps[side], p_value(condition, contrasts[formula]))
     side = next((side for side in SIDES if holds[side]), None)
@@ -162,9 +163,9 @@ def judge(
         verdict = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
     else:
         verdict = side or "open"
-    evidence = [f"{formula} = {in_words(found)}" for formula, found in contrasts.items()]
+    evidence = [f"{formula} = {told(found)}" for formula, found in contrasts.items()]
     p = ps[side] if side else min(ps.values())
-    return Judged(claim, verdict, evidence, seeds, p, answers)
+    return Judged(claim, verdict, evidence, seeds, p, without)
 
 
 def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:
@@ -184,10 +185,13 @@ def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str
     return ""
 
 
-def tell_ends(study: dict, cells: list[Cell], results: dict[str, dict]) -> bool:
-    """Whether the end tokens of all that a contrast of these cells needs were told apart."""
-    measured = [measure_cell(study, cell, results) for cell in cells]
-    return all(arm.end_nats is not None for arm in (*measured, full_of(study, cells[0], results)))
+def without_end_tokens(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:
+    """A contrast of R without end tokens, or a dash where it cannot be told."""
+    arms = [measure_cell(study, cell, results) for cell in cells]
+    base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
+    if not tell_ends(base, [*arms, full]):
+        return "-"
+    return told(contrast(study, cells, results, with_ends=False))
 
 
 def contrast(
@@ -330,7 +334,7 @@ def p_value(condition: dict, found: Contrast) -> float:
     return max(p, float(stats.ttest_1samp(found.by_seed, bound).pvalue))
 
 
-def in_words(found: Contrast) -> str:
+def told(found: Contrast) -> str:
     """A measured contrast with its interval."""
     interval = found.interval
     words = f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
@@ -392,7 +396,18 @@ def gather(study: dict, results: dict[str, dict], languages: dict[str, np.ndarra
     return Evidence(study, results, rows, verdicts, languages)
 
 
-def forgetting_by_arm(evidence: Evidence, size: str) -> dict[str, list[Row]]:
+@dataclass(frozen=True)
+class Forgotten:
+    """What an arm learned and forgot at one rate."""
+
+    rate: str
+    seeds: int
+    failed: int  # runs that diverged
+    nll: float  # nats a response token
+    above: float  # nats a token of pretraining text, above the base's
+
+
+def forgetting_by_arm(evidence: Evidence, size: str) -> dict[str, list[Forgotten]]:
     """What the arms of the summary forget at each rate that was run, by arm, from the lowest rate.
 
     Of the runs that rates were tuned by, whatever their recovery.
@@ -408,11 +423,21 @@ def forgetting_by_arm(evidence: Evidence, size: str) -> dict[str, list[Row]]:
     found = {}
     for arm in dict.fromkeys(chosen):
         place = (size, tuning["base"], tuning["base_seed"], arm)
-        cells = [Cell(*place, rate, tuning["variant"]) for rate in rates_of(study, arm, size)]
-        rows = [describe_cell(study, cell, results) for cell in cells]
-        if rows := [row for row in rows if row and row.forgetting is not None]:
-            found[arm] = rows
+        rates = sorted(rates_of(study, arm, size), key=float)
+        cells = [Cell(*place, rate, tuning["variant"]) for rate in rates]
+        points = [forgotten(study, cell, results) for cell in cells]
+        if points := [point for point in points if point]:
+            found[arm] = points
     return found
+
+
+def forgotten(study: dict, cell: Cell, results: dict[str, dict]) -> Forgotten | None:
+    """What a cell's runs learned and forgot; None where none completed."""
+    measured, base = measure_cell(study, cell, results), base_of(study, cell, results)
+    if measured is None or base is None:
+        return None
+    above = float(np.mean(measured.text_nll) - base.text_nll)
+    return Forgotten(cell.rate, len(measured.seeds), measured.failed, measured.nll, above)
 
 
 def tuned_arms(study: dict, size: str, results: dict[str, dict]) -> dict[str, Sweep]:

@@ -106,7 +106,7 @@ class Base:
     """What was measured of a base."""
 
     nats: np.ndarray  # (conversations,)
-    end_nats: np.ndarray  # (conversations,) of the end tokens
+    end_nats: np.ndarray | None  # (conversations,) of the end tokens, if they were told apart
     text_nll: float
 
 
@@ -116,8 +116,8 @@ def base_of(study: dict, cell: Cell, results: dict[str, dict]) -> Base | None:
     if result is None or "held_out" not in result:
         return None
     found = result["held_out"][study["variants"][cell.variant]["data"]]
-    nats, end_nats = (np.array(found[name][TEST]) for name in ("nats", "end_nats"))
-    return Base(nats, end_nats, result["text_nll"])
+    end_nats = np.array(found["end_nats"][TEST]) if "ends" in found else None
+    return Base(np.array(found["nats"][TEST]), end_nats, result["text_nll"])
 
 
 def check_controlled(results: dict[str, dict]) -> None:
@@ -274,9 +274,16 @@ def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | No
     if not seeds:
         return Row(arm, None, None, forgetting)
     answers = None
-    if arm.end_nats is not None and full.end_nats is not None:
+    if tell_ends(base, [arm, full]):
         answers = recovered(base.nats - base.end_nats, without_ends(arm), without_ends(full))
     return Row(arm, recovered(base.nats, arm, full), answers, forgetting)
+
+
+def tell_ends(base: Base, arms: list[Measured]) -> bool:
+    """Whether R without end tokens can be told: all were told apart, and the last gains enough."""
+    if any(measured.end_nats is None for measured in (base, *arms)):
+        return False
+    return gains_enough(base.nats - base.end_nats, without_ends(arms[-1]))
 
 
 def recovered(base: np.ndarray, arm: Measured, full: Measured) -> Interval:

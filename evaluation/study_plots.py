@@ -8,6 +8,7 @@ from evaluation.findings import (
     DECODING,
     FEW_PROMPTS,
     Evidence,
+    Forgotten,
     Pair,
     bad_shares,
     few_prompt_rates,
@@ -54,7 +55,8 @@ def study_figures(evidence: Evidence) -> dict[str, str]:
             if ladders:
                 drawn[f"study_{size}_ladder.svg"] = draw_ladders(ladders)
             if forgotten := forgetting_by_arm(evidence, size):
-                drawn[f"study_{size}_forgetting.svg"] = draw_forgetting(study, forgotten)
+                every = len(study["tuning"]["seeds"][size])
+                drawn[f"study_{size}_forgetting.svg"] = draw_forgetting(study, forgotten, every)
             if probes := probes_by_cell(study, size, results):
                 drawn[f"study_{size}_answers.svg"] = draw_answers(probes, evidence.languages)
             pairs = few_prompt_rates(evidence, size)
@@ -84,8 +86,7 @@ def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
             every = max(sweep.seeds.values())
             axes.plot(*np.transpose(points), **line_style(index))
             for point, rate in zip(points, finite, strict=True):
-                face = color if sweep.seeds[rate] == every else "white"
-                axes.plot(*point, marker="o", markersize=3.5, color=color, markerfacecolor=face)
+                draw_dot(axes, point, color, sweep.seeds[rate] == every)
             ends.append((*points[-1], arm))
         axes.set_xscale("log")
         axes.grid(axis="y", **GRID)
@@ -94,6 +95,14 @@ def draw_rates(study: dict, tuned: dict[str, Sweep]) -> Figure:
         axes.set_ylabel("validation NLL, nats a token")
     all_axes[-1].set_xlabel("peak learning rate; hollow: one seed where others have all")
     return figure
+
+
+def draw_dot(
+    axes: matplotlib.axes.Axes, place: tuple[float, float], color: str, has_every_seed: bool
+) -> None:
+    """A rate's dot on its arm's line, hollow where others have more seeds."""
+    face = color if has_every_seed else "white"
+    axes.plot(*place, marker="o", markersize=3.5, color=color, markerfacecolor=face)
 
 
 def rates_panel(arm: dict) -> str:
@@ -157,17 +166,24 @@ def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
     return figure
 
 
-def draw_forgetting(study: dict, forgotten: dict[str, list[Row]]) -> Figure:
-    """What is forgotten against held-out NLL: a line for every arm, a dot for every rate."""
+def draw_forgetting(study: dict, by_arm: dict[str, list[Forgotten]], seeds: int) -> Figure:
+    """What is forgotten against held-out NLL: a line for every arm, a dot for every rate.
+
+    Args:
+        seeds: how many make a dot full.
+    """
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
-    for index, (arm, rows) in enumerate(forgotten.items()):
-        losses = [row.measured.nll for row in rows]
-        forgets = [row.forgetting for row in rows]
-        style = line_style(index) | {"label": study["arms"][arm]["title"]}
-        axes.plot(losses, forgets, marker="o", markersize=3.5, **style)
+    for index, (arm, points) in enumerate(by_arm.items()):
+        style = line_style(index)
+        places = [(one.nll, one.above) for one in points]
+        axes.plot(*np.transpose(places), label=study["arms"][arm]["title"], **style)
+        for one, place in zip(points, places, strict=True):
+            draw_dot(axes, place, style["color"], one.seeds >= seeds)
     axes.grid(**GRID)
-    axes.set_xlabel("held-out response NLL, nats a token: to the left, more was learned")
+    axes.set_xlabel(
+        "held-out response NLL, nats a token: to the left, more was learned (hollow: one seed)"
+    )
     axes.set_ylabel("NLL of pretraining text above the base's, nats a token")
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -30,10 +30,19 @@ from evaluation.findings import (
 )
 from evaluation.intervals import Interval
 from evaluation.outputs import markdown_table
-from evaluation.recovery import Measured, Row, count_diverged, describe_cell
+from evaluation.recovery import (
+    Measured,
+    Row,
+    base_of,
+    count_diverged,
+    describe_cell,
+    full_of,
+)
 from evaluation.study import (
+    FULL,
     TEST,
     Cell,
+    Run,
     base_id,
     is_interior,
     planned_bases,
@@ -92,8 +101,11 @@ def summary_block(evidence: Evidence, drawn: Iterable[str]) -> list[str]:
 
 def figure_lines(names: Iterable[str]) -> list[str]:
     """The README's figures, each with what it shows, for those who cannot see it."""
-    titles = {name: title for name in names for end, title in TITLES.items() if name.endswith(end)}
-    return [part for name, title in titles.items() for part in (f"![{title}]({FIGURES}{name})", "")]
+    lines = []
+    for name in names:
+        title = next(title for end, title in TITLES.items() if name.endswith(end))
+        lines += [f"![{title}]({FIGURES}{name})", ""]
+    return lines
 
 
 def summary_table(evidence: Evidence, experiment: dict, size: str) -> list[str]:
@@ -184,7 +196,7 @@ def size_lines(
     lines = [
         f"**At `{size}`**: {len(done)} of {len(known)} runs have a result"
         + (f" ({broken} diverged)" if broken else "")
-        + (f"; {len(waiting)} cells add more once a rate is known" if waiting else "")
+        + (f"; {len(waiting)} cells will add runs once their rate is known" if waiting else "")
         + f". They took {hours:.1f} hours of runs.",
         "",
     ]
@@ -207,7 +219,8 @@ def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
                 f"- `{run.id}`: {parameters:,} parameters, pretrained on {tokens / 1e6:.1f}M "
                 f"tokens ({tokens / parameters:.1f} each) in {made['settings']['dtype']}; "
                 f"{base['text_nll']:.3f} nats a token of held-out text, {told_starts(base)} a "
-                f"response token (the test half, from which R counts){told_answers(base)}."
+                f"response token (the test half, from which R counts)"
+                f"{told_ends(study, run, results)}{told_answers(base)}."
             )
     return [*lines, ""] if lines else []
 
@@ -218,6 +231,17 @@ def told_starts(base: dict) -> str:
         f"{sum(found['nats'][TEST]) / sum(found['tokens'][TEST]):.3f} on {data}"
         for data, found in base["held_out"].items()
     )
+
+
+def told_ends(study: dict, run: Run, results: dict[str, dict]) -> str:
+    """How much of what full fine-tuning gains from a base is of end tokens."""
+    cell = Cell(run.size, run.base, run.seed, FULL, "tuned", study["tuning"]["variant"])
+    base, full = base_of(study, cell, results), full_of(study, cell, results)
+    if full is None or full.end_nats is None:
+        return ""
+    gain = base.nats.sum() - full.nats.mean(axis=0).sum()
+    of_ends = base.end_nats.sum() - full.end_nats.mean(axis=0).sum()
+    return f"; {100 * of_ends / gain:.0f}% of what full fine-tuning gains is of end tokens"
 
 
 def told_answers(base: dict) -> str:
@@ -236,7 +260,7 @@ def claim_lines(claims: list[Judged]) -> list[str]:
             f"{judged.claim['name']}: {judged.claim['text']}",
             f"**{judged.verdict}**",
             "; ".join(judged.evidence) or "-",
-            "; ".join(judged.answers) or "-",
+            "; ".join(judged.without_ends) or "-",
             "; ".join(" and ".join(map(bound_of, judged.claim[side])) for side in SIDES),
             str(judged.seeds),
         )
@@ -369,9 +393,7 @@ def told_spectra(matrices: list[dict]) -> list[str]:
 def cell_row(row: Row, probed: bool) -> list[str]:
     """What `CELL_COLUMNS` and, if it was probed, `RATES` tell of a cell after its name."""
     measured = row.measured
-    seeds = str(len(measured.seeds))
-    if measured.failed:
-        seeds += f" ({measured.failed} diverged)"
+    seeds = told_seeds(len(measured.seeds), measured.failed)
     if probed:
         seeds += asked(len(measured.rates), measured)
     forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
@@ -379,6 +401,11 @@ def cell_row(row: Row, probed: bool) -> list[str]:
     cells = [parameters, measured.cell.rate, seeds, f"{measured.nll:.3f}"]
     cells += [in_words(row.recovery), in_words(row.answer_recovery), forgets, flops, memory]
     return cells + ([mean_rates(measured.rates, key) for key in RATES] if probed else [])
+
+
+def told_seeds(count: int, failed: int) -> str:
+    """How many seeds were measured, and how many diverged, if any did."""
+    return f"{count} ({failed} diverged)" if failed else str(count)
 
 
 def asked(count: int, measured: Measured) -> str:
@@ -463,15 +490,9 @@ def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -
 def forgetting_lines(evidence: Evidence, size: str) -> list[str]:
     """The table of what is forgotten at every rate, so that it can be told at equal likelihood."""
     rows = [
-        [
-            short_name(row.measured.cell),
-            row.measured.cell.rate,
-            str(len(row.measured.seeds)),
-            f"{row.measured.nll:.3f}",
-            f"{row.forgetting:+.2f}",
-        ]
-        for found in forgetting_by_arm(evidence, size).values()
-        for row in found
+        [arm, one.rate, told_seeds(one.seeds, one.failed), f"{one.nll:.3f}", f"{one.above:+.2f}"]
+        for arm, points in forgetting_by_arm(evidence, size).items()
+        for one in points
     ]
     if not rows:
         return []

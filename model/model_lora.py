@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from dataset.command_line import UserError
 from model.hub import fetch, is_hub_id
 from model.model_minimind import (
     MiniMindForCausalLM,
@@ -55,7 +56,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TRAINABLE_PARTS = ("square", "attention", "mlp", "embeddings", "norms", "frozen-embeddings")
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter that cannot be applied, merged or loaded; the message names the cause."""
 
 

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dataset.command_line import UserError
 from model.attention import LONGEST, blockwise_attention
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
@@ -62,7 +63,7 @@ PICKLE_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, Va
 PICKLE_ERRORS += (TypeError, AttributeError, AssertionError, ArithmeticError, struct.error)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file and what to do."""
 
 

@@ -36,8 +36,8 @@ from model.model_minimind import (
     weights_fingerprint,
 )
 from tests.test_training import CPU, REPO_DIR, SHAPE, SHAPE_FLAGS, call
+from tests.tiny import exit_code
 from trainer import merge_lora, train_tokenizer
-from trainer.failures import run_script
 
 # ---------------------------------------------------------------- good files, to be spoiled
 
@@ -829,16 +829,10 @@ SCRIPTS = {
 
 
 def run(script: str, words: list[str], home: Path) -> int:
-    """A script in this process; the exit code that it would end with."""
-
-    def main() -> int:
-        if script in SCRIPTS:
-            return SCRIPTS[script].main(words)
-        return call(script, " ".join(words), home)
-
-    with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    return caught.value.code
+    """A script in this process; the exit code that it ends with."""
+    if script in SCRIPTS:
+        return exit_code(SCRIPTS[script].main, words)
+    return exit_code(lambda _: call(script, " ".join(words), home), words)
 
 
 def pattern(line: str) -> str:
@@ -878,6 +872,16 @@ def listing(folder: Path) -> set[tuple[str, int]]:
         for path in folder.rglob("*")
         if "cache" not in path.relative_to(folder).parts or ".tmp" in str(path)
     }
+
+
+def test_every_script_ends_as_these_do() -> None:
+    folders = ("trainer", "evaluation", "dataset")
+    paths = [path for folder in folders for path in (REPO_DIR / folder).glob("*.py")]
+    texts = {path.name: path.read_text() for path in [*paths, REPO_DIR / "eval_llm.py"]}
+    scripts = {name: text for name, text in texts.items() if "def main(" in text}
+    assert {f"{name}.py" for name in SCRIPTS} < scripts.keys() and "bench.py" in scripts
+    for text in scripts.values():
+        assert text.endswith('\n\nif __name__ == "__main__":\n    run_script(main)\n')
 
 
 def test_the_table_is_long_and_has_no_case_twice() -> None:

@@ -26,6 +26,7 @@ from dataset.prepare import (
     source_sha256,
     write_corpus,
 )
+from tests.tiny import exit_code
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "prepare.py"
 # At a held-out share of one half, by the hash of the words alone.
@@ -61,7 +62,7 @@ def prepare(out: Path, name: str, source: Path, *flags: str) -> tuple[list, list
 
 def refuse(capsys: pytest.CaptureFixture, out: Path, *argv: str) -> str:
     """Run the command line, which must fail with one line and leave nothing behind."""
-    assert main([*argv, "--output_dir", str(out)]) == 2
+    assert exit_code(main, [*argv, "--output_dir", str(out)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
@@ -597,7 +598,7 @@ def test_a_failed_run_leaves_the_earlier_outputs_alone(tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     bad = tmp_path / "bad.jsonl"
     bad.write_text(GOOD_DOLLY.replace("Q", "Other") + "{", encoding="utf-8")
-    assert main(["dolly", "--source", str(bad), "--output_dir", str(out)]) == 2
+    assert exit_code(main, ["dolly", "--source", str(bad), "--output_dir", str(out)]) == 2
     assert "bad.jsonl, line 2" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -609,14 +610,16 @@ def test_an_output_is_not_read_over_itself(tmp_path, capsys):
     capsys.readouterr()
     own = out / "minimind-pretrain.jsonl.gz"
     before = own.read_bytes()
-    assert main(["minimind-pretrain", "--source", str(own), "--output_dir", str(out)]) == 2
+    assert (
+        exit_code(main, ["minimind-pretrain", "--source", str(own), "--output_dir", str(out)]) == 2
+    )
     assert "would be overwritten by its own output" in capsys.readouterr().err
     assert own.read_bytes() == before
 
 
 def test_an_output_folder_that_is_a_file_is_one_line(tmp_path, capsys):
     source = write_lines(tmp_path / "good.jsonl", [json.loads(GOOD_DOLLY)])
-    assert main(["dolly", "--source", str(source), "--output_dir", str(source)]) == 2
+    assert exit_code(main, ["dolly", "--source", str(source), "--output_dir", str(source)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

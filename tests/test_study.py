@@ -22,6 +22,7 @@ from evaluation import run_study
 from evaluation.findings import (
     NOT_RUN,
     Contrast,
+    Forgotten,
     Judged,
     bad_shares,
     contrast_answers,
@@ -154,6 +155,7 @@ refuted = [{ recovery = "square@1e-3", at_least = 0.5 }]
 """
 NATS = {"nats": [1.0, 1.0], "tokens": [1, 1], "end_nats": [0.5, 0.5], "ends": [0, 0]}
 COMMITTED = (Path("dataset/data"), Path("out/study"))  # where its commands say data and runs are
+THIRD = "0.33 [0.33, 0.33]"
 HALF, WHOLE = "0.50 [0.50, 0.50]", "1 (what R is a share of)"  # R in a table
 EDGE = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
 TOKENS = [10, 20, 30, 40]  # validation: 10 and 30; test: 20 and 40
@@ -316,14 +318,21 @@ def test_recovery_without_end_tokens_by_hand(study: dict) -> None:
     experiment = study["experiments"][1]
     judged = judge(study, experiment, experiment["claims"][0], "xs", results)
     assert judged.evidence == ["R(square@1e-3) = 0.150 [0.150, 0.150]"]
-    assert judged.answers == ["0.000 [0.000, 0.000]"]
+    assert judged.without_ends == ["0.000 [0.000, 0.000]"]
     longer = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     row = describe_cell(study, CELL, results | results_of(longer))  # 0.1 nats for each end token
     assert row.answer_recovery.estimate == pytest.approx((270 - 239.8) / (270 - 179.8))
     full = describe_cell(study, replace(CELL, arm="fft", rate="tuned"), results)
     assert full.answer_recovery == Interval(1.0, 1.0, 1.0)
-    for name in ("ends", "end_nats"):  # as in results that do not tell them apart
-        del results["xs-plain42-square-lr1e-3-s2"]["held_out"]["general"][name]
+    for name in ("xs-plain42-square-lr1e-3-s2", "xs-plain42"):  # which does not tell them apart
+        changed = deepcopy(results)
+        del changed[name]["held_out"]["general"]["ends"]
+        row = describe_cell(study, CELL, changed)
+        assert (row.recovery.estimate, row.answer_recovery) == (pytest.approx(18 / 120), None)
+        judged = judge(study, experiment, experiment["claims"][0], "xs", changed)
+        assert judged.without_ends == ["-"]
+    # Full fine-tuning gains 120 nats, but 16 without end tokens: on 58 tokens less than .3 each.
+    results["xs-plain42"]["held_out"]["general"]["end_nats"] = [0.0, 35.1, 0.0, 69.1]
     row = describe_cell(study, CELL, results)
     assert (row.recovery.estimate, row.answer_recovery) == (pytest.approx(18 / 120), None)
 
@@ -336,12 +345,18 @@ def test_forgetting_is_told_at_every_rate_of_the_summarys_arms(study: dict) -> N
     for name, text_nll in (("lr1e-3-s1", 4.5), ("lr1e-3-s2", 4.7), ("lr1e-2-s1", 5.0)):
         results[f"xs-plain42-fft-{name}"]["text_nll"] = text_nll
     del results["xs-plain42-fft-lr1e-2-s2"]
+    evidence = gather(study, results, LANGUAGES)
+    assert list(forgetting_by_arm(evidence, "xs")) == ["fft"]  # nothing of square has a result
+    results |= results_of({"xs-plain42-square-lr1e-2-s1": [0.0, 80.0, 0.0, 160.0]})
     found = forgetting_by_arm(gather(study, results, LANGUAGES), "xs")
-    told = [(row.measured.cell.rate, row.measured.nll, row.forgetting) for row in found["fft"]]
-    assert told[0] == ("1e-3", pytest.approx(2.0), pytest.approx(0.6))
-    assert told[1] == ("1e-2", pytest.approx(3.0), pytest.approx(1.0))
-    assert list(found) == ["fft"]  # nothing of square has a result
+    assert found["square"] == [Forgotten("1e-2", 1, 0, pytest.approx(4.0), pytest.approx(0.0))]
+    assert found["fft"] == [
+        Forgotten("1e-3", 2, 0, pytest.approx(2.0), pytest.approx(0.6)),
+        Forgotten("1e-2", 1, 0, pytest.approx(3.0), pytest.approx(1.0)),
+        Forgotten("1e-1", 1, 1, pytest.approx(1 / 30), pytest.approx(0.0)),
+    ]
     assert "| fft | 1e-3 | 2 | 2.000 | +0.60 |" in report_of(study, results)
+    assert "| fft | 1e-1 | 1 (1 diverged) | 0.033 | +0.00 |" in report_of(study, results)
     assert "study_xs_forgetting.svg" in figures_of(study, results)
 
 
@@ -746,6 +761,7 @@ def test_arms_that_were_asked_are_told_by_their_bad_answers(study: dict) -> None
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     results = deepcopy(BASE) | results_of(SWEEP | square)
     assert "study_xs_answers.svg" not in figures_of(study, results)
+    results["xs-plain42"]["held_out"]["general"]["end_nats"] = [9.0, 10.1, 9.0, 20.1]
     for name, endless in (
         ("xs-plain42", "1111"),
         ("xs-plain42-square-lr1e-3-s1", "1000"),
@@ -769,7 +785,7 @@ def test_arms_that_were_asked_are_told_by_their_bad_answers(study: dict) -> None
     assert summary.pop().endswith("(evaluation/figures/study_xs_ladder.svg)")
     assert summary[-4:-1] == [  # of the three English prompts
         "| nothing: the base | - | - | - | 0 | 0 | 100% / 100% |",
-        f"| LoRA on q and o | 1,234 | 1e-3 | 2 | {HALF} | {HALF} | 67% / 67% |",
+        f"| LoRA on q and o | 1,234 | 1e-3 | 2 | {HALF} | {THIRD} | 67% / 67% |",
         f"| all of it | 1,234 | 1e-2 | 2 (1 asked) | {WHOLE} | {WHOLE} | 0% / 0% |",
     ]
     assert "*S. Q.*" not in report_of(study, results)
@@ -876,20 +892,23 @@ def figures_of(study: dict, results: dict) -> dict[str, str]:
 
 def test_report_tells_what_was_run(study: dict) -> None:
     square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
-    results = BASE | results_of(SWEEP | square)
+    results = deepcopy(BASE) | results_of(SWEEP | square)
+    # Full fine-tuning gains 120 nats on test, 30 of them where its end tokens take 0.2 nats.
+    results["xs-plain42"]["held_out"]["general"]["end_nats"] = [9.0, 10.1, 9.0, 20.1]
     text = report_of(study, results)
     claim = "| C: square fails | **open: too few seeds** | R(square@1e-3) = 0.500 "
-    claim += "[0.500, 0.500] | 0.500 [0.500, 0.500] | <= 0.50; >= 0.50 | 2 |"
+    claim += "[0.500, 0.500] | 0.333 [0.333, 0.333] | <= 0.50; >= 0.50 | 2 |"
     assert claim in text
     base = "`xs-plain42`: 2,000 parameters, pretrained on 3.0M tokens (1500.0 each) in float32"
     start = "5.000 on general a response token (the test half, from which R counts)"
+    start += "; 25% of what full fine-tuning gains is of end tokens"
     assert f"- {base}; 4.000 nats a token of held-out text, {start}." in text
     rule = "supported if R(square@1e-3) <= 0.50; refuted if R(square@1e-3) >= 0.50"
     assert f"- C: {rule}. It does not show why." in text
     assert "`python evaluation/run_study.py --size xs --experiment 'H'`" in text
     assert "1 of 9 runs say `dirty`" in text  # the one that diverged
     assert "1 of 4 in Chinese" in text
-    row = f"| square: LoRA on q and o | 1,234 | 1e-3 | 2 | 4.000 | {HALF} | {HALF} | +0.00 |"
+    row = f"| square: LoRA on q and o | 1,234 | 1e-3 | 2 | 4.000 | {HALF} | {THIRD} | +0.00 |"
     assert f"{row} 3.0 | 1.50 |" in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
     unfinished = "grid not finished; R = 0.50 [0.50, 0.50] at 1e-3"  # square has two rates

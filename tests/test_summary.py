@@ -121,7 +121,8 @@ def test_other_prompts_are_not_compared(b, message):
 
 
 def test_compare_nll_weighs_sequences_by_their_tokens():
-    a = {"data": [], "nats_per_token": 3.0, "sequences": [[30.0, 10], [60.0, 20], [90.0, 30]]}
+    a = {"data": [], "nats_per_token": 3.0}
+    a["sequences"] = [[30.0, 10, 9.0, 1], [60.0, 20, 9.0, 1], [90.0, 30, 9.0, 1]]  # with end tokens
     b = {"data": [], "nats_per_token": 2.0, "sequences": [[20.0, 10], [40.0, 20], [60.0, 30]]}
     found = compare_nll(a, b)  # a nat a token better in every sequence
     assert (found["difference"], found["low"], found["high"]) == (-1, -1, -1)

@@ -235,6 +235,18 @@ def test_shape_that_was_not_given_is_recorded(home: Path, tmp_path: Path) -> Non
     assert load_model(tmp_path / "pretrain").config.num_key_value_heads == 2
 
 
+def test_model_with_more_tokens_than_its_tokenizer_trains(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many on the hub are: padded to a round number."""
+    padded = MiniMindForCausalLM(minimind_config(**SHAPE | {"vocab_size": 6464}))
+    save_model(padded, TOKENIZER_DIR, tmp_path / "padded")
+    flags = f"{CPU} --from_weight {tmp_path}/padded --save_dir {tmp_path} --max_steps 1"
+    assert call("full_sft", f"{flags} --data_path {home}/sft.jsonl --batch_size 8", home) == 0
+    assert f"{tmp_path}/padded has 6464 tokens, {tmp_path}/padded 6400" in capsys.readouterr().out
+    assert load_model(tmp_path / "full_sft").config.vocab_size == 6464
+
+
 def test_special_ids_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     shutil.copytree(TOKENIZER_DIR, tmp_path / "other")
     path = tmp_path / "other" / "tokenizer_config.json"

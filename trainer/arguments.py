@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate.tracking import get_available_trackers
 
 from dataset.command_line import Parser, SettingsError, refuse_ignored
+from trainer.machine import DEVICES
 
 OUT_DIR = Path(__file__).resolve().parents[1] / "out"
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, endings included
@@ -31,7 +32,7 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parse
     add("--from_resume", action="store_true", help="continue this run from its resume/ state")
     add("--overwrite", action="store_true", help="delete the run folder first if it exists")
     add("--seed", type=int, default=42, help="order of data, initial weights, dropout (default 42)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    add("--device", choices=DEVICES, default="auto", help="default: auto")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),

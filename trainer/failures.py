@@ -1,20 +1,19 @@
-"""How a script ends: a user's error in one line, signals, and what torch's errors mean."""
+"""How a script that computes ends: what torch's errors mean, exit codes, signals."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
-from dataset.command_line import SettingsError
-from dataset.lm_dataset import DataError
-from dataset.untrusted import error_line
-from model.model_lora import AdapterError
-from model.model_minimind import CheckpointError, read_json
+from dataset import command_line
+from dataset.command_line import INTERRUPTED, SettingsError
+from model.model_minimind import read_json
 from trainer.run_folder import RunFolder
 
-EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
+EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": INTERRUPTED}
 # torch tells these by a RuntimeError's text alone.
 MEMORY_IS_FULL = (
     "DefaultCPUAllocator",
@@ -31,26 +30,26 @@ class Diverged(ArithmeticError):
     """The loss, its gradient or the weights are no longer finite; the message names the step."""
 
 
-def run_script(main: Callable[[], int]) -> None:
-    """Runs a script's ``main`` and exits: a user's error is one line and exit code 2."""
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """:func:`dataset.command_line.run_script`, which knows torch's errors, too."""
+    command_line.run_script(lambda: translated(main))
+
+
+def translated(main: Callable[[], int]) -> int:
+    """What ``main`` returns.
+
+    Raises:
+        SettingsError: in place of torch's errors of which the cause is known.
+    """
     try:
-        code = main()
-    except (SettingsError, DataError, CheckpointError, AdapterError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = EXIT_CODES["interrupted"]
-    except (MemoryError, RuntimeError) as error:
+        return main()
+    except RuntimeError as error:
         if is_out_of_memory(error):
-            line = "out of memory: take a smaller model or batch"
-        elif is_lost_peer(error):
-            line = f"before the first step, {lost_peer(error)}, and start all of them again"
-        else:
-            raise
-        print(error_line(line), file=sys.stderr)
-        code = 2
-    sys.exit(code)
+            raise SettingsError("out of memory") from error
+        if is_lost_peer(error):
+            told = f"before the first step, {lost_peer(error)}, and start all of them again"
+            raise SettingsError(told) from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,13 +14,14 @@ import torch
 
 from dataset.command_line import SettingsError
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
 # Options of glibc's mallopt (malloc.h): how much free memory it keeps before it gives some back to
 # the system, and how many blocks it may map one by one.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def choose_device(name: str) -> str:
-    """The device to train on; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
+    """The device to compute on; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

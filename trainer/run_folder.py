@@ -22,8 +22,15 @@ REPO_DIR = Path(__file__).resolve().parents[1]
 RESULTS = ":(exclude)evaluation/results"  # git's pathspec of everything but results
 # Settings that do not change what a run comes to.
 WITHOUT_EFFECT = {
-    *("from_resume", "overwrite", "show_sample", "save_dir", "report_to", "num_workers"),
-    *("log_interval", "save_interval", "eval_interval"),
+    "from_resume",
+    "overwrite",
+    "show_sample",
+    "save_dir",
+    "report_to",
+    "num_workers",
+    "log_interval",
+    "save_interval",
+    "eval_interval",
 }
 MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
 

@@ -33,11 +33,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.command_line import SettingsError
+from dataset.command_line import SettingsError, UserError
 from dataset.lm_dataset import (
     IGNORE_INDEX,
     ConversationDataset,
-    DataError,
     PackedDataset,
     StepCollator,
     StepSampler,
@@ -52,7 +51,6 @@ from model.hub import fetch, is_hub_id
 from model.model_lora import lora_layers
 from model.model_minimind import (
     TOKENIZER_DIR,
-    CheckpointError,
     MiniMindForCausalLM,
     check_tokenizer,
     count_parameters,
@@ -150,7 +148,10 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
         if found[flag] != value:
             raise SettingsError(f"--{flag} {value}: {path} has {found[flag]}; drop the flag")
     folder = args.tokenizer_path or own_tokenizer(path)
-    check_tokenizer(load_tokenizer(folder), model, path)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, model, path)
+    if len(tokenizer) < model.config.vocab_size:  # padded, or another's tokenizer
+        print(f"note: {path} has {model.config.vocab_size} tokens, {folder} {len(tokenizer)}")
     check_length(args.max_seq_len, model.config.max_position_embeddings)
     return model, folder
 
@@ -356,7 +357,7 @@ def train(job: Job) -> int:
     progress = Progress()
     try:
         return run_loop(job, progress)
-    except (SettingsError, DataError, CheckpointError):
+    except UserError:
         raise  # refused before the first step: the run is what it was
     except Diverged as error:
         advice = f"{what_is_left(job.run)}, or lower --learning_rate in another run"
