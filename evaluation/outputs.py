@@ -38,6 +38,18 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{shown(text)}\n{fence}"
 
 
+def as_json(result: dict) -> str:
+    """JSON with a line for each key, and for each entry of a list of objects."""
+
+    def lines(value: object) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n]"
+        return json.dumps(value)
+
+    entries = (f"{json.dumps(key)}: {lines(value)}" for key, value in result.items())
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
 def as_jsonl(samples: list[dict]) -> str:
     """One JSON object a line, readable Chinese, no character that could steer a terminal."""
     lines = (shown(json.dumps(sample, ensure_ascii=False)) for sample in samples)

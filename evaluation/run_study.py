@@ -19,7 +19,6 @@ can't be mixed with another's. It needs the files that `dataset/prepare.py` writ
 import argparse
 import fcntl
 import fnmatch
-import json
 import os
 import shlex
 import shutil
@@ -40,6 +39,7 @@ from tqdm import tqdm
 
 from dataset.command_line import Parser, SettingsError
 from dataset.lm_dataset import read_jsonl
+from evaluation.outputs import as_json
 from evaluation.study import (
     SCRIPTS,
     STUDY_FILE,
@@ -326,12 +326,6 @@ def describe(run: Run, record: dict, study: dict) -> dict:
         "command": shlex.join(["python", f"trainer/{SCRIPTS[stage]}.py", *as_words(flags)]),
         "run": {name: value for name, value in record.items() if name != "adapted"},
     }
-
-
-def as_json(result: dict) -> str:
-    """A line for each key, so that a change of one shows in a diff."""
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def measure(run: Run, study: dict, args: argparse.Namespace) -> dict:

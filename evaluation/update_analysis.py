@@ -73,6 +73,7 @@ import torch
 from torch import Tensor
 
 from dataset.command_line import Parser, SettingsError, check_writable
+from evaluation.outputs import as_json
 from evaluation.spectra import (
     amplification,
     describe_intruders,
@@ -639,18 +640,6 @@ def rounded(value: object) -> object:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def as_json(result: dict) -> str:
-    """JSON with a line a key, and a line an entry in a list of objects."""
-
-    def lines(value: object) -> str:
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n]"
-        return json.dumps(value)
-
-    entries = (f'"{key}": {lines(value)}' for key, value in rounded(result).items())
-    return "{\n" + ",\n".join(entries) + "\n}\n"
-
-
 def print_analysis(result: dict) -> None:
     """The spectra, a line a matrix, and the shares."""
     total = result["total"]
@@ -715,7 +704,7 @@ def main(argv: list[str] | None = None) -> int:
         result = {"provenance": origin} | analyze(base.weights, update, args.seed)
         print_analysis(result)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, as_json(result))
+    write_text(output, as_json(rounded(result)))
     print(f"\n{output}")
     return 0
 
