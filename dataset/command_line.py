@@ -10,6 +10,7 @@ from typing import NoReturn
 from dataset.untrusted import error_line
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
+OUT_OF_MEMORY = "out of memory: take a smaller model, or a smaller batch where there is one"
 
 
 class UserError(ValueError):
@@ -31,7 +32,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     except MemoryError:
-        print(error_line("out of memory"), file=sys.stderr)
+        print(error_line(OUT_OF_MEMORY), file=sys.stderr)
         code = 2
     sys.exit(code)
 

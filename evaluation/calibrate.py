@@ -278,7 +278,7 @@ def calibrate_set(
 def decide(sets: dict[str, dict]) -> dict[str, bool | None]:
     """Whether each measure is shown: it separates wherever it was measured; None: nowhere was."""
     shown = {}
-    for name in sets[next(iter(sets))]["measures"]:
+    for name in next(iter(sets.values()))["measures"]:
         found = [of_set["measures"][name] for of_set in sets.values()]
         verdicts = [measure["separates"] for measure in found if measure]
         shown[name] = all(verdicts) if verdicts else None

@@ -204,9 +204,8 @@ def contrast(
     """
     arms = [measure_cell(study, cell, results) for cell in cells]
     base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
-    start = base.nats
+    start = base.nats if with_ends else base.answer_nats
     if not with_ends:
-        start = base.nats - base.end_nats
         arms, full = [without_ends(arm) for arm in arms], without_ends(full)
     single = []
     for seed in common_seeds(arms, full):

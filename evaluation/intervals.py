@@ -27,6 +27,14 @@ class Interval:
     high: float
 
 
+def percentile_interval(
+    estimate: float, draws: np.ndarray, confidence: float = CONFIDENCE
+) -> Interval:
+    """The interval that holds the middle of some draws, (n,), around what was estimated."""
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(estimate), float(low), float(high))
+
+
 def wilson_interval(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """
     Wilson score interval of a rate of k in n; (0, 1) for n = 0. Wilson 1927, JASA 22:209.
@@ -106,8 +114,7 @@ def paired_bootstrap(
     weight = (of_seeds * (of_prompts @ weights.T)).sum(axis=1)
     drawn = weight > 0
     means = totals[drawn] / weight[drawn]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(sums.sum() / weights.sum()), float(low), float(high))
+    return percentile_interval(sums.sum() / weights.sum(), means, confidence)
 
 
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> Interval:
@@ -118,8 +125,7 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> Interval
     """
     counts = resampling_counts(len(numerators), DRAWS, SEED)
     ratios = (counts @ numerators) / (counts @ denominators)
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(numerators.sum() / denominators.sum()), float(low), float(high))
+    return percentile_interval(numerators.sum() / denominators.sum(), ratios)
 
 
 def auc(
@@ -139,5 +145,4 @@ def auc(
     wins = above + (references[:, None] == controls[None, :]) / 2
     share = resampling_counts(len(references), draws, seed) / len(references)
     values = ((share @ wins) * share).sum(axis=1)
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(wins.mean()), float(low), float(high))
+    return percentile_interval(wins.mean(), values, confidence)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.lm_dataset import DataError, file_sha256
-from evaluation.intervals import CONFIDENCE, DRAWS, SEED, Interval, resampling_counts
+from evaluation.intervals import DRAWS, SEED, Interval, percentile_interval, resampling_counts
 from evaluation.records import SMALLEST_GAIN
 from evaluation.study import FULL, TEST, Cell, base_id, run_of, tuned_rate
 
@@ -108,6 +108,11 @@ class Base:
     nats: np.ndarray  # (conversations,)
     end_nats: np.ndarray | None  # (conversations,) of the end tokens, if they were told apart
     text_nll: float
+
+    @property
+    def answer_nats(self) -> np.ndarray:
+        """(conversations,) of all but the end tokens."""
+        return self.nats - self.end_nats
 
 
 def base_of(study: dict, cell: Cell, results: dict[str, dict]) -> Base | None:
@@ -246,8 +251,7 @@ def rows_of(arm: Measured, seeds: Iterable[int]) -> np.ndarray:
 
 def interval_of(draws: np.ndarray) -> Interval:
     """The percentile interval of what :func:`recovery_draws` returns, or of a difference of it."""
-    low, high = np.quantile(draws[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(draws[0]), float(low), float(high))
+    return percentile_interval(draws[0], draws[1:])
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,7 @@ def describe_cell(study: dict, cell: Cell, results: dict[str, dict]) -> Row | No
         return Row(arm, None, None, forgetting)
     answers = None
     if tell_ends(base, [arm, full]):
-        answers = recovered(base.nats - base.end_nats, without_ends(arm), without_ends(full))
+        answers = recovered(base.answer_nats, without_ends(arm), without_ends(full))
     return Row(arm, recovered(base.nats, arm, full), answers, forgetting)
 
 
@@ -283,7 +287,7 @@ def tell_ends(base: Base, arms: list[Measured]) -> bool:
     """Whether R without end tokens can be told: all were told apart, and the last gains enough."""
     if any(measured.end_nats is None for measured in (base, *arms)):
         return False
-    return gains_enough(base.nats - base.end_nats, without_ends(arms[-1]))
+    return gains_enough(base.answer_nats, without_ends(arms[-1]))
 
 
 def recovered(base: np.ndarray, arm: Measured, full: Measured) -> Interval:

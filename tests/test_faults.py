@@ -23,7 +23,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dataset.command_line import SettingsError
+from dataset.command_line import OUT_OF_MEMORY, SettingsError
 from tests.stress_resume import compare_runs, free_port, write_corpora
 from tests.test_training import (
     CPU,
@@ -550,7 +550,8 @@ def test_out_of_memory(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (MemoryError(), 2, "error: out of memory"),
+        (MemoryError(), 2, f"error: {OUT_OF_MEMORY}"),
+        (torch.OutOfMemoryError("CUDA"), 2, f"error: {OUT_OF_MEMORY}"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

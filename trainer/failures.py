@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from dataset import command_line
-from dataset.command_line import INTERRUPTED, SettingsError
+from dataset.command_line import INTERRUPTED, OUT_OF_MEMORY, SettingsError
 from model.model_minimind import read_json
 from trainer.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ def translated(main: Callable[[], int]) -> int:
         return main()
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise SettingsError("out of memory") from error
+            raise SettingsError(OUT_OF_MEMORY) from error
         if is_lost_peer(error):
             told = f"before the first step, {lost_peer(error)}, and start all of them again"
             raise SettingsError(told) from error
