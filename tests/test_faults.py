@@ -87,6 +87,17 @@ def error_of(capfd: pytest.CaptureFixture[str], place: Path, flags: str) -> str:
     return lines[0]
 
 
+def test_runs_that_differ_are_told_apart(place: Path, tmp_path: Path) -> None:
+    """Another order of the data changes all that a run leaves; else no test here could fail."""
+    assert call("full_sft", flags_in(place, tmp_path) + " --seed 43", place) == 0
+    told = list(compare_runs(place / "whole/full_sft", tmp_path / "full_sft"))
+    files = {"model.safetensors", "metrics.jsonl", "run.json"}
+    files |= {f"resume/{name}" for name in ("pytorch_model.bin", "optimizer.bin", "progress.json")}
+    files |= {"resume/random_states_0.pkl"}
+    assert {line.partition(":")[0] for line in told} == files
+    assert "run.json: settings" in " ".join(told)
+
+
 # ---------------------------------------------------------------- kills
 
 

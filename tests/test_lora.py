@@ -74,7 +74,7 @@ SETTINGS = {
     "all-linear": LoraSettings(rank=4, alpha=12),
     "square": LoraSettings(rank=8, alpha=8, targets="square", init="gaussian"),
     "names": LoraSettings(rank=2, alpha=8, targets="q_proj,up_proj", use_rslora=True),
-    "tokens": LoraSettings(rank=4, targets="mlp", train_tokens=(1, 2)),
+    "tokens": LoraSettings(rank=4, targets="mlp", train_tokens=(7, 2)),
     "tokens-alone": LoraSettings(rank=0, train_tokens=(300,)),
     "whole": LoraSettings(rank=4, targets="attention", modules_to_save=("embeddings", "norms")),
 }
@@ -108,6 +108,20 @@ def test_forward_is_w_plus_scaled_ba_by_hand() -> None:
     layer.unmerged_weight = layer.weight.detach().clone()
     layer.weight.data.copy_(effective)
     assert layer.effective_weight().tolist() == effective.tolist()  # the update counts once
+
+
+def test_dropout_falls_on_the_adapters_input_alone() -> None:
+    linear = torch.nn.Linear(2, 2, bias=False)
+    linear.weight.data = torch.full((2, 2), 10.0)
+    layer = LoRALinear(linear, rank=1, scaling=0.5, dropout=0.5, init="kaiming")
+    layer.lora_A.data, layer.lora_B.data = torch.ones(1, 2), torch.ones(2, 1)
+    torch.manual_seed(0)
+    out = layer(torch.ones(2000, 2))[:, 0]
+    # Each of two inputs is 0 or 2: half of their sum is 0, 1, 1 or 2, beside 20 of the base.
+    values, counts = out.unique(return_counts=True)
+    assert values.tolist() == [20, 21, 22]
+    assert counts.tolist() == pytest.approx([500, 1000, 500], rel=0.15)
+    assert (layer.eval()(torch.ones(8, 2)) == 21).all()
 
 
 @pytest.mark.parametrize(("use_rslora", "expected"), [(False, 2.0), (True, 8.0)])
@@ -251,7 +265,7 @@ def test_peft_loads_our_adapter(trained: tuple, base: Path) -> None:
         {
             "r": 3,
             "target_modules": ["v_proj"],
-            "trainable_token_indices": {"embed_tokens": [1, 7]},
+            "trainable_token_indices": {"embed_tokens": [7, 1]},
         },
         {"r": 3, "target_modules": ["v_proj"], "modules_to_save": ["norm", "input_layernorm"]},
         {
@@ -318,7 +332,8 @@ def test_merge_casts_once() -> None:
     linear = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
     layer = LoRALinear(linear, 2, 0.3, 0.0, "kaiming")
     layer.lora_B.data.normal_()
-    expected = (linear.weight.detach().float() + layer.delta()).bfloat16()
+    update = 0.3 * (layer.lora_B @ layer.lora_A).detach()
+    expected = (linear.weight.detach().float() + update).bfloat16()
     model = make_model()
     model.model.layers[0].self_attn.q_proj = layer
     merge_lora(model)

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from model import attention, model_minimind
 from model.attention import blockwise_attention
@@ -37,7 +44,11 @@ SMALL = {
 def make_model(seed: int = 0, noise: float = 0.3, **shape: int | bool) -> MiniMindForCausalLM:
     """A random model whose logits differ clearly between positions."""
     torch.manual_seed(seed)
-    model = MiniMindForCausalLM(minimind_config(**(SMALL | shape))).eval()
+    return stir(MiniMindForCausalLM(minimind_config(**(SMALL | shape))).eval(), noise)
+
+
+def stir(model: nn.Module, noise: float) -> nn.Module:
+    """Moves every weight, norms among them, away from its start."""
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.1 if parameter.shape[0] == 6400 else noise
@@ -109,7 +120,11 @@ def test_loss_and_gradients_equal_transformers(pair: tuple) -> None:
         assert error < 1e-4, name
 
 
-def test_loss_is_the_shifted_mean_over_labels_by_hand() -> None:
+@pytest.mark.parametrize("chunk", [1, 512])
+def test_loss_is_the_shifted_mean_over_labels_by_hand(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_minimind, "LOSS_CHUNK", chunk)
     model = make_model()
     ids = torch.randint(3, 6400, (1, 6))
     labels = torch.tensor([[5, -100, int(ids[0, 2]), -100, -100, int(ids[0, 5])]])
@@ -130,6 +145,7 @@ def test_loss_outputs_hold_no_logits() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_chunked_cross_entropy_equals_plain(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_minimind, "LOSS_CHUNK", 7)
+    torch.manual_seed(0)
     states = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 8, dtype=torch.float64, requires_grad=not frozen)
     targets = torch.randint(0, 11, (23,))
@@ -143,6 +159,18 @@ def test_chunked_cross_entropy_equals_plain(frozen: bool, monkeypatch: pytest.Mo
     plain.backward()
     assert torch.allclose(grads[0], states.grad, atol=1e-6)
     assert (grads[1] is None) if frozen else torch.allclose(grads[1], weight.grad, atol=1e-6)
+
+
+def test_loss_in_bfloat16_sums_in_float32() -> None:
+    """Matrix products are rounded, as autocast does; exponentials and sums are not."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(40, 16), torch.randn(300, 16)
+    targets = torch.randint(0, 300, (40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LinearCrossEntropy.apply(states.requires_grad_(), weight, targets)
+    logits = (states.bfloat16() @ weight.bfloat16().T).float()
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_loss_without_any_label_is_zero_and_trains_nothing() -> None:
@@ -212,6 +240,7 @@ def test_blockwise_attention_and_its_gradients_equal_the_fused_kernels(
 
 
 def test_attention_operators_keep_to_their_contract() -> None:
+    torch.manual_seed(0)
     q, k, v = (torch.randn(2, 70, *rest, requires_grad=True) for rest in ((3, 4), (4,), (4,)))
     torch.library.opcheck(attention.attend, (q, k, v))
     torch.library.opcheck(attention.attend, (q, k.detach(), v.detach()))
@@ -318,6 +347,33 @@ def test_saved_folder_loads_bit_for_bit(tmp_path: Path) -> None:
     other_heads.load_state_dict(model.state_dict())
     assert weights_fingerprint(other_heads) != weights_fingerprint(model)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "edited"),
+    [
+        (Qwen3Config, {"head_dim": 32}, {}),  # wider than hidden_size / heads
+        (LlamaConfig, {"tie_word_embeddings": False}, {}),
+        # At the top of the file, as transformers wrote it before version 5.
+        (LlamaConfig, {}, {"rope_theta": 5e4, "rope_parameters": None}),
+    ],
+    ids=["wide-heads", "untied", "rope_theta"],
+)
+def test_folder_by_transformers_gives_its_logits(
+    kind: type, saved: dict, edited: dict, tmp_path: Path
+) -> None:
+    config = kind(**SMALL, vocab_size=6400, **({"tie_word_embeddings": True} | saved))
+    torch.manual_seed(0)
+    stir(AutoModelForCausalLM.from_config(config), 0.1).save_pretrained(tmp_path)
+    edit_config(tmp_path, **edited)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded, ids = load_model(tmp_path).eval(), torch.randint(3, 6400, (1, 30))
+    save_model(loaded, TOKENIZER_DIR, tmp_path / "again")
+    with torch.no_grad():
+        expected = reference(ids).logits
+        assert torch.allclose(loaded(ids).logits, expected, rtol=0, atol=1e-5)
+        again = load_model(tmp_path / "again").eval()
+        assert torch.allclose(again(ids).logits, expected, rtol=0, atol=1e-5)
 
 
 def minimind_tensors(model: MiniMindForCausalLM) -> dict[str, torch.Tensor]:

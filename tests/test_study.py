@@ -10,11 +10,12 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dataset.command_line import SettingsError
 from dataset.lm_dataset import DataError
@@ -57,9 +58,12 @@ from evaluation.run_study import (
     chosen_ids,
     fetch_bases,
     has_weights,
+    how_to_go_on,
+    lacks,
     missing_data,
     parse_shard,
     perform,
+    summarize_probe,
 )
 from evaluation.study import (
     DEFAULTS,
@@ -77,9 +81,9 @@ from evaluation.study import (
     tuned_rate,
     tuning_runs,
 )
-from evaluation.study_plots import probes_by_cell, recovery_by_cell, study_figures
+from evaluation.study_plots import draw_recovery, probes_by_cell, recovery_by_cell, study_figures
 from evaluation.study_report import RATES, study_block, study_details, summary_block
-from model.model_minimind import TOKENIZER_DIR, save_model
+from model.model_minimind import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -398,6 +402,63 @@ def test_no_verdict_with_a_rate_at_the_edge_of_its_grid(study: dict) -> None:
     assert claim.verdict == EDGE
 
 
+def test_no_verdict_on_an_arm_whose_own_rate_is_at_an_edge(study: dict) -> None:
+    """Full fine-tuning's grid has an inside; square's, of two rates, has none."""
+    experiment = study["experiments"][1]
+    (claim,) = experiment["claims"]
+    for side in ("supported", "refuted"):
+        claim[side][0]["recovery"] = "square@tuned"
+    better, worse = [0.0, 96.0, 0.0, 192.0], [30.0, 98.0, 90.0, 196.0]
+    results = three_seeds([better] * 3)
+    results |= results_of({f"xs-plain42-square-lr1e-2-s{s}": worse for s in (1, 2, 3)})
+    assert judge(study, experiment, claim, "xs", results).verdict == EDGE
+    study["arms"]["square"]["rates"].insert(0, "1e-4")
+    results |= results_of({f"xs-plain42-square-lr1e-4-s{s}": worse for s in (1, 2)})
+    found = judge(study, experiment, claim, "xs", results)
+    assert (found.verdict, found.evidence[0][-1]) == ("supported", "]")
+    # A seed that diverged beside them is told of.
+    results |= results_of({"xs-plain42-square-lr1e-3-s4": None})
+    assert judge(study, experiment, claim, "xs", results).evidence[0].endswith(", 1 runs diverged")
+
+
+def test_no_verdict_on_answers_of_an_arm_whose_rate_is_at_an_edge(study: dict) -> None:
+    results = three_seeds([[0.0, 96.0, 0.0, 192.0]] * 3)
+    worse = [30.0, 98.0, 90.0, 196.0]
+    results |= results_of({f"xs-plain42-square-lr1e-2-s{s}": worse for s in (1, 2)})
+    probe = {"outcomes": {"greedy": {"runaway": "1111", "blank": "0000"}}}
+    results = {name: result | {"probe": probe} for name, result in results.items()}
+    tuned, given = (replace(CELL, rate=rate) for rate in ("tuned", "1e-3"))
+    assert not contrast_answers(study, [tuned, given], results).is_tuned
+    assert not contrast_answers(study, [given, tuned], results).is_tuned
+    assert contrast_answers(study, [given, given], results).is_tuned
+
+
+def test_verdict_needs_all_conditions_of_a_side_and_takes_the_worst_p(study: dict) -> None:
+    experiment = study["experiments"][1]
+    (claim,) = experiment["claims"]
+
+    def judged(results: dict, supported: list[dict], refuted: list[dict]) -> Judged:
+        sides = {"supported": supported, "refuted": refuted}
+        for conditions in sides.values():
+            for condition in conditions:
+                condition["recovery"] = "square@1e-3"
+        return judge(study, experiment, claim | sides, "xs", results)
+
+    results = three_seeds([[0, 70, 0, 140]] * 3)  # R = .75
+    both = [{"at_most": 0.5}, {"at_least": 0.1}]
+    assert judged(results, both, [{"at_least": 0.9}]).verdict == "open"
+    assert judged(results, both[::-1], [{"at_least": 0.9}]).verdict == "open"
+    # R is .1, .1 and 0, so t of a bound of .25 is 5.5 and of .5 is 13; p = 1 - t / (t^2 + 2)^.5.
+    results = three_seeds([[0, 96, 0, 192]] * 2 + [[0, 100, 0, 200]])
+    for conditions in (
+        [{"at_most": 0.25}, {"at_most": 0.5}],
+        [{"at_most": 0.5}, {"at_most": 0.25}],
+    ):
+        found = judged(results, conditions, [{"at_least": 0.9}])
+        assert found.verdict == "supported"
+        assert found.p == pytest.approx(1 - 5.5 / 32.25**0.5, abs=1e-4)
+
+
 def test_verdicts_are_corrected_for_the_number_of_hypotheses() -> None:
     # Of 3: the smallest times 3, the next times 2, none below the one before.
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
@@ -645,10 +706,28 @@ def test_seeds_and_conversations_are_drawn_for_all_alike(study: dict) -> None:
     for arm in (half, shuffled):
         (draws,) = recovery_draws(base, [arm], full_arm, draws=50)
         assert draws == pytest.approx(np.full(51, 0.5))
+        assert astuple(interval_of(draws)) == pytest.approx((0.5, 0.5, 0.5))
     first, second = recovery_draws(base, [half, full_arm], full_arm, draws=50)
     assert interval_of(second - first).estimate == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no seed"):
         recovery_draws(base, [replace(half, seeds=[7, 8, 9])], full_arm)
+
+
+def test_interval_of_recovery_covers_conversations_and_seeds(study: dict) -> None:
+    like = measure_cell(study, replace(CELL, arm="fft"), BASE | results_of(SWEEP))
+
+    def recovered(base: list[float], arm: list[list[float]]) -> Interval:
+        """Of an arm with these nats, where full fine-tuning has none left."""
+        nats, tokens, seeds = np.array(arm), np.ones(len(base)), list(range(len(arm)))
+        arm = replace(like, seeds=seeds, nats=nats, tokens=tokens)
+        full = replace(arm, nats=np.zeros_like(nats))
+        return interval_of(*recovery_draws(np.array(base), [arm], full))
+
+    # One seed; a draw has either conversation twice, R = 2/10 or 15/20, or both, 17/30.
+    found = recovered([10.0, 20.0], [[8.0, 5.0]])
+    assert astuple(found) == pytest.approx((17 / 30, 0.2, 0.75))
+    # One conversation; a draw has either seed twice, R = 2/10 or 7/10, or both.
+    assert astuple(recovered([10.0], [[8.0], [3.0]])) == pytest.approx((0.45, 0.2, 0.7))
 
 
 def test_results_of_other_data_or_another_base_are_refused() -> None:
@@ -855,6 +934,45 @@ def test_broken_study_is_named(tmp_path: Path, old: str, new: str, told: str) ->
         read_study(path)
 
 
+def test_answers_are_filed_as_one_mark_a_prompt(tmp_path: Path) -> None:
+    faults = ("check_strict", "check_loose", "runaway", "loop", "blank")
+    marks = {"greedy": (True, False, None), "t1": (None, True, True), "references": (True,) * 3}
+    samples = [
+        {"decoding": decoding} | dict.fromkeys(faults, mark)
+        for decoding, row in marks.items()
+        for mark in row
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    results = {"provenance": {"prompts": {"count": 3}}, "decodings": {name: name for name in marks}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert summarize_probe(tmp_path) == {
+        "prompts": {"count": 3},
+        "rates": {"greedy": "greedy", "t1": "t1"},
+        "outcomes": {"greedy": dict.fromkeys(faults, "10-"), "t1": dict.fromkeys(faults, "-11")},
+    }
+
+
+def test_run_lacks_what_was_asked_of_it_later() -> None:
+    run = Run("xs", "plain", 1, 42, "fft", "1e-3", "main")
+    measured = {"held_out": {}}
+    assert lacks(run, None) and not lacks(run, measured)
+    for asked, key in (("probe", "probe"), ("parts", "parts")):
+        more = replace(run, **{asked: True})
+        assert lacks(more, measured) and not lacks(more, measured | {key: {}})
+        assert not lacks(more, {"status": "diverged"})
+
+
+def test_training_goes_on_where_there_is_a_state(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert how_to_go_on(folder) == []
+    folder.mkdir()
+    assert how_to_go_on(folder) == ["--overwrite"]
+    for state in ("resume", "resume.old"):
+        (folder / state).mkdir()
+        assert how_to_go_on(folder) == ["--from_resume"]
+        (folder / state).rmdir()
+
+
 def test_shards() -> None:
     assert parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "2", "a/b"):
@@ -915,6 +1033,18 @@ def test_report_tells_what_was_run(study: dict) -> None:
     assert f"| square | 1e-3: 0.000 | {unfinished} | 2 |" in text
     for figure in ("rates", "recovery"):
         assert f"evaluation/figures/study_xs_{figure}.svg" in text
+
+
+def test_recovery_is_drawn_where_its_interval_lies(study: dict) -> None:
+    square = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
+    row = describe_cell(study, CELL, BASE | results_of(SWEEP | square))
+    row = replace(row, recovery=Interval(0.5, 0.4, 0.8), answer_recovery=Interval(0.3, 0.2, 0.4))
+    axes = Figure().subplots()
+    draw_recovery(axes, 3, row)
+    dot, hollow = axes.lines
+    assert (dot.get_xydata().tolist(), hollow.get_xydata().tolist()) == ([[0.5, 3]], [[0.3, 3]])
+    (bar,) = axes.collections
+    assert bar.get_segments()[0].tolist() == [[pytest.approx(0.4), 3], [pytest.approx(0.8), 3]]
 
 
 def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
@@ -1020,6 +1150,17 @@ def test_committed_study_is_sound() -> None:
 def test_committed_results_were_made_with_the_flags_that_the_study_has_today() -> None:
     """Fails when an arm's flags are changed under results of the old ones."""
     study, results = read_study(STUDY_FILE), read_results(RESULTS_DIR)
+    listed = subprocess.run(
+        ["git", "-C", RESULTS_DIR, "ls-files", "-z"], capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: which results are committed is not known")
+    committed = [Path(name) for name in listed.stdout.split("\0")[:-1]]
+    results = {
+        path.stem: results[path.stem]
+        for path in committed
+        if path.suffix == ".json" and len(path.parts) == 1
+    }
     for name, found in results.items():
         facts = {fact: found[fact] for fact in ("size", "base", "seed")}
         if found["arm"] is not None:
@@ -1027,7 +1168,7 @@ def test_committed_results_were_made_with_the_flags_that_the_study_has_today() -
         stage, flags = training_flags(study, Run(**facts), *COMMITTED)
         assert found["command"].endswith(f"train_{stage}.py {shlex.join(as_words(flags))}"), name
     bases = {result["id"] for result in results.values() if result["arm"] is None}
-    assert bases == {path.name for path in (RESULTS_DIR / "bases").iterdir()}
+    assert bases == {path.parts[1] for path in committed if path.parts[0] == "bases"}
 
 
 def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
@@ -1066,7 +1207,16 @@ def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
     assert set(full["parts"]) == {"rank1"} and len(full["parts"]["rank1"]) == len(nats)
     assert full["parts"]["rank1"] != nats
     assert base["weights"] == full["run"]["base_fingerprint"]
-    assert set(base["probe"]["outcomes"]["greedy"]["runaway"]) <= {"0", "1"}
+    held_out = full["held_out"]["general"]
+    tokenizer = load_tokenizer()
+    assert held_out["ends"] == [1] * 20
+    assert held_out["tokens"] == [len(tokenizer(text)["input_ids"]) + 1 for text in texts[40:]]
+    for nats, end_nats in zip(held_out["nats"], held_out["end_nats"], strict=True):
+        assert 0 < end_nats < nats
+    for decoding, outcomes in base["probe"]["outcomes"].items():
+        for name in ("runaway", "loop", "blank"):
+            share = outcomes[name].count("1") / len(outcomes[name])
+            assert base["probe"]["rates"][decoding][name]["rate"] == pytest.approx(share, abs=1e-6)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     again = subprocess.run([*command, "--list"], check=True, capture_output=True, text=True)
     assert again.stdout == ""

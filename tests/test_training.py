@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,9 +21,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from dataset.lm_dataset import load_dataset
-from model.model_lora import LoraSettings, apply_lora
+from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import (
     TOKENIZER_DIR,
     MiniMindForCausalLM,
@@ -58,6 +60,7 @@ SHAPE = {
 }
 SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
 CPU = "--device cpu --dtype float32 --log_interval 1"
+SEEDS = itertools.count(1000)  # of calls
 WEIGHTS = {"pretrain": "model.safetensors", "full_sft": "model.safetensors"}
 WEIGHTS["lora"] = "adapter_model.safetensors"
 
@@ -85,7 +88,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(stage: str, flags: str, home: Path) -> int:
     """``main()`` of a stage as a fresh process would run it; returns its exit code."""
-    torch.manual_seed(time.time_ns())  # nothing may depend on what ran before
+    torch.manual_seed(next(SEEDS))  # nothing may depend on what ran before
     AcceleratorState._reset_state(True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a tiny model gains nothing from more, and waits for busy cores
@@ -289,22 +292,108 @@ def trained_samples(data: Path, stage: str) -> list[tuple[int, int]]:
     return samples
 
 
-def test_first_loss_is_the_bases_mean_over_labeled_tokens(
+def conversations(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All conversations of a file as one padded batch, ids and labels, by transformers alone."""
+    rows, labels = [], []
+    for record in map(json.loads, data.read_text().splitlines()):
+        messages = [{"role": "user", "content": record["instruction"]}]
+        messages += [{"role": "assistant", "content": record["output"]}]
+        encoded = load_tokenizer().apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, answer = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"])
+        rows.append(ids)
+        labels.append(ids.where(answer == 1, torch.tensor(-100)))
+    pad = nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+
+
+def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean NLL of the labeled tokens that have one before them."""
+    logits = model(ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_run_equals_a_plain_loop_over_transformers_model(
     base: Path, home: Path, tmp_path: Path
 ) -> None:
-    flags = sft_flags(home, tmp_path) + " --batch_size 21 --max_steps 1"
+    """Loss, rates, decay, clipping and update, over a batch that is the whole file."""
+    flags = sft_flags(home, tmp_path) + " --batch_size 21 --max_steps 6 --learning_rate 8e-3"
+    flags += " --lr_schedule linear --warmup_ratio 0.34 --min_lr_ratio 0.25"
+    flags += " --weight_decay 0.1 --grad_clip 0.5"
     assert call("full_sft", flags, home) == 0
-    model = load_model(base).eval()
-    dataset = load_dataset(
-        "sft", [home / "sft.jsonl"], load_tokenizer(), 340, cache_dir=home / "cache"
-    )
+    rows = rows_of(tmp_path / "full_sft")
+    model = LlamaForCausalLM.from_pretrained(base)
+    decayed = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("_proj.weight")]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups)
+    ids, labels = conversations(home / "sft.jsonl")
+    for row, rate in zip(rows[:-1], (4e-3, 8e-3, 8e-3, 6e-3, 4e-3, 2e-3), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss = mean_loss(model, ids, labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert norm > 0.5  # else nothing is clipped
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert row["learning_rate"] == pytest.approx(rate)
+    tensors = load_file(tmp_path / "full_sft/model.safetensors")
+    for name, tensor in tensors.items():
+        # Adam divides by the gradient's size, so rounding of tiny gradients shows in full.
+        torch.testing.assert_close(model.get_parameter(name).data, tensor, rtol=0, atol=2e-4)
+    with torch.no_grad():
+        loss = mean_loss(model, *conversations(home / "valid.jsonl")).item()
+    assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_validation_loss_of_text_is_the_mean_over_targets(base: Path, home: Path) -> None:
+    tokenizer = load_tokenizer()
+    ids = []
+    for line in (home / "text.jsonl").read_text().splitlines():
+        ids += [*tokenizer(json.loads(line)["text"])["input_ids"], 0]  # 0 is <|endoftext|>
     total, count = 0.0, 0
-    for ids, labels in dataset:
-        logits = model(torch.from_numpy(ids)[None]).logits[0, :-1]
-        targets = torch.from_numpy(labels)[1:]
-        total += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        count += int((targets != -100).sum())
-    assert rows_of(tmp_path / "full_sft")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+    model = load_model(base)
+    for start in range(0, len(ids), 32):
+        block = torch.tensor([ids[start : start + 32]])
+        if block.shape[1] > 1:
+            total += mean_loss(model, block, block).item() * (block.shape[1] - 1)
+            count += block.shape[1] - 1
+    assert record_of(base)["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_adapter_flags_reach_the_adapter(base: Path, home: Path, tmp_path: Path) -> None:
+    """MiniMind's placement, scale and initialization, and whatever else a flag sets."""
+    flags = sft_flags(home, tmp_path) + " --max_steps 1 --lora_targets square --lora_rank 8"
+    flags += " --lora_alpha 8 --lora_init gaussian --use_rslora --lora_dropout 0.2"
+    flags += " --train_tokens <|im_start|> <|im_end|>"
+    assert call("lora", flags, home) == 0
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    wanted = {
+        "r": 8,
+        "lora_alpha": 8,
+        "init_lora_weights": "gaussian",
+        "use_rslora": True,
+        "lora_dropout": 0.2,
+        "trainable_token_indices": {"embed_tokens": [1, 2]},
+        "target_modules": [
+            f"model.layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in "qo"
+        ],
+    }
+    assert {name: config[name] for name in wanted} == wanted
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    # A has no gradient while B is 0, so after one step it still is as it was drawn: N(0, .02).
+    drawn = torch.cat([t.flatten() for name, t in tensors.items() if ".lora_A." in name])
+    assert drawn.std().item() == pytest.approx(0.02, rel=0.1)
+    # Evaluated without dropout.
+    model = load_model(base)
+    load_lora(model, tmp_path / "lora")
+    with torch.no_grad():
+        loss = mean_loss(model.eval(), *conversations(home / "valid.jsonl")).item()
+    assert rows_of(tmp_path / "lora")[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("trainable", ["norms", "embeddings", "square,mlp", "frozen-embeddings"])
