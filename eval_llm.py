@@ -43,7 +43,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from dataset.lm_dataset import file_sha256
+from dataset.jsonl import file_sha256
 from evaluation.arguments import DTYPES, parse_args
 from evaluation.calibrate import calibrate_judge, load_judge, read_hidden
 from evaluation.chat import chat
@@ -74,14 +74,7 @@ from evaluation.outputs import (
     write_outputs,
     write_rates,
 )
-from evaluation.probe import (
-    DECODINGS,
-    UNSAVED,
-    ask,
-    decoding_of,
-    reference_samples,
-    runs_of,
-)
+from evaluation.probe import DECODINGS, UNSAVED, ask, decoding_of, reference_samples, runs_of
 from evaluation.prompts import Prompt, read_prompts
 from evaluation.summary import NotComparable, compare, compare_all_nll, summarize
 from evaluation.translations import (

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from dataset.untrusted import error_line
 
+REPO_DIR = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # the exit code after Ctrl-C
 OUT_OF_MEMORY = "out of memory: take a smaller model, or a smaller batch where there is one"
 

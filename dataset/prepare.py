@@ -41,6 +41,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, UserError, check_writable, run_script
+from dataset.jsonl import file_sha256
 from dataset.untrusted import has_unread, parse_json, shown
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
@@ -573,11 +574,6 @@ def hub_folder(corpus: Corpus, revision: str | None) -> Path:
             " give another --revision, or a file with --source"
         )
     return Path(folder)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(path: Path) -> str:

@@ -54,9 +54,9 @@ from transformers import LlamaConfig
 
 from dataset.command_line import Parser
 from dataset.demo import ensure_demo_corpus
+from dataset.jsonl import DataError
 from dataset.lm_dataset import (
     ConversationDataset,
-    DataError,
     StepCollator,
     StepSampler,
     encode_whole,
@@ -65,17 +65,10 @@ from dataset.lm_dataset import (
 from evaluation.arguments import PROMPTS_FILE
 from evaluation.bench_tables import METHODS, bench_lines, nominal_flops_per_token, spread
 from evaluation.prompts import encode_prompts, read_prompts
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
+from model.files import write_text
 from model.generation import Decoder, Decoding, generate
-from model.model_minimind import (
-    TOKENIZER_DIR,
-    MiniMindForCausalLM,
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    minimind_config,
-    save_model,
-    write_text,
-)
+from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer import train_full_sft, train_lora, trainer_utils
 from trainer.failures import run_script
 from trainer.machine import (

@@ -40,7 +40,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.demo import ensure_demo_corpus
-from dataset.lm_dataset import DataError, encode_batch
+from dataset.jsonl import DataError
+from dataset.lm_dataset import encode_batch
 from evaluation.checkpoints import find_checkpoint, load_checkpoint
 from evaluation.intervals import CONFIDENCE, DRAWS, auc
 from evaluation.likelihood import Judge, add_topic_measures
@@ -49,7 +50,8 @@ from evaluation.outputs import FLAGS, rounded
 from evaluation.probe import answer_samples, make_sample
 from evaluation.prompts import PROMPTS_FILE, Prompt, read_prompts
 from evaluation.summary import CHARACTER_SLICES, TOKEN_SLICES, corpus_measures, rate
-from model.model_minimind import CheckpointError, load_tokenizer, read_json, write_text
+from model.checkpoint import load_tokenizer
+from model.files import CheckpointError, read_json, write_text
 from trainer.failures import run_script
 
 CALIBRATION_FILE = Path(__file__).resolve().parent / "calibration.json"

@@ -7,16 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from model.checkpoint import load_model, tokenizer_of
+from model.files import CheckpointError, read_json
 from model.model_lora import ADAPTER_CONFIG, find_base, load_lora
-from model.model_minimind import (
-    CheckpointError,
-    MiniMindForCausalLM,
-    check_tokenizer,
-    load_model,
-    load_tokenizer,
-    own_tokenizer,
-    read_json,
-)
+from model.model_minimind import MiniMindForCausalLM
 from trainer.run_folder import checkpoint_name
 
 
@@ -69,8 +63,7 @@ def load_checkpoint(
     model = load_model(checkpoint.model_path)
     if checkpoint.base:
         load_lora(model, checkpoint.path)
-    tokenizer = load_tokenizer(tokenizer_path or own_tokenizer(checkpoint.model_path))
-    check_tokenizer(tokenizer, model, checkpoint.model_path)
+    tokenizer = tokenizer_of(model, checkpoint.model_path, tokenizer_path)
     return model.to(device, dtype).eval(), tokenizer
 
 

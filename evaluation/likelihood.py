@@ -22,25 +22,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.lm_dataset import (
-    CACHE_DIR,
-    IGNORE_INDEX,
-    DataError,
-    collate,
-    encode_batch,
-    file_sha256,
-    load_dataset,
-)
+from dataset.jsonl import DataError, file_sha256
+from dataset.lm_dataset import CACHE_DIR, IGNORE_INDEX, collate, encode_batch, load_dataset
 from evaluation.checkpoints import Checkpoint
 from evaluation.metrics import has_cjk
 from evaluation.outputs import NLL_UNITS, rounded
 from evaluation.prompts import Prompt, encode_prompts
-from model.model_minimind import (
-    CheckpointError,
-    MiniMindForCausalLM,
-    load_model,
-    weights_fingerprint,
-)
+from model.checkpoint import load_model, weights_fingerprint
+from model.files import CheckpointError
+from model.model_minimind import MiniMindForCausalLM
 from trainer.run_folder import weights_sha256
 
 # What tokenizing lost or found twice, as the token store counts it.

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 from dataset.untrusted import shown
-from model.model_minimind import write_text
+from model.files import write_text
 
 CHECKS = ("check_strict", "check_loose")
 FLAGS = ("blank", "runaway", "loop")

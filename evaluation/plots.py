@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluation.records import (
-    DECODINGS,
+    DECODING_LABELS,
     Record,
     families,
     method,
@@ -102,7 +102,7 @@ def draw_rates(probed: list[Record], rates: dict[str, str]) -> Figure:
     figure = Figure(figsize=(9, 1.1 + 0.42 * len(probed)))
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
     for axes, (key, label) in zip(panels, rates.items(), strict=True):
-        for index, decoding in enumerate(DECODINGS):
+        for index, decoding in enumerate(DECODING_LABELS):
             draw_rate(axes, probed, key, decoding, index)
         axes.set_title(label)
         axes.set_xlim(-4, 104)
@@ -112,7 +112,7 @@ def draw_rates(probed: list[Record], rates: dict[str, str]) -> Figure:
         axes.grid(axis="x", **GRID)
     panels[0].set_yticks(range(len(probed)), [record.name for record in probed])
     panels[0].set_ylim(len(probed) - 0.5, -0.5)
-    names = [f"{name}, 95% interval" for name in DECODINGS.values()]
+    names = [f"{name}, 95% interval" for name in DECODING_LABELS.values()]
     marks = panels[0].get_legend_handles_labels()[0]
     figure.legend(marks, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     return figure

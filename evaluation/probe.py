@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.lm_dataset import DataError, encode_batch
+from dataset.jsonl import DataError
+from dataset.lm_dataset import encode_batch
 from evaluation.metrics import (
     check_answer,
     content_recall,

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dataset.lm_dataset import DataError, encode_conversations, read_jsonl, record_messages
+from dataset.jsonl import DataError, read_jsonl
+from dataset.lm_dataset import encode_conversations, record_messages
 from evaluation.metrics import has_cjk, validate_check
 
 PROMPTS_FILE = Path(__file__).resolve().parent / "qualitative_prompts.md"  # ours

@@ -24,10 +24,10 @@ from statistics import fmean
 
 import numpy as np
 
-from dataset.lm_dataset import DataError, read_jsonl
+from dataset.jsonl import DataError, read_jsonl
 from evaluation.intervals import Interval, ratio_interval
 from evaluation.outputs import FLAGS
-from model.model_minimind import read_json
+from model.files import read_json
 from trainer.run_folder import WITHOUT_EFFECT
 
 # Runs of `make demo`: not committed, so they are kept out of the report.
@@ -53,7 +53,7 @@ RATES = {
     "off_topic": "off topic",
 }
 # Decodings that the README and its figures tell of, as people know them.
-DECODINGS = {"greedy": "greedy", "t0.85p0.85": "T=.85 top-p .85"}
+DECODING_LABELS = {"greedy": "greedy", "t0.85p0.85": "T=.85 top-p .85"}
 # Settings that may differ within a sweep: the rate itself, and what does not change the result.
 FREE_IN_SWEEP = WITHOUT_EFFECT | {"learning_rate", "run_name", "use_compile"}
 
@@ -256,7 +256,9 @@ def measured_rates(records: list[Record], shown: dict[str, str]) -> dict[str, st
         key: label
         for key, label in shown.items()
         if any(
-            rate_of_answers(record, decoding, key) for record in records for decoding in DECODINGS
+            rate_of_answers(record, decoding, key)
+            for record in records
+            for decoding in DECODING_LABELS
         )
     }
 

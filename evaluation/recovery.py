@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.lm_dataset import DataError, file_sha256
+from dataset.jsonl import DataError, file_sha256
 from evaluation.intervals import DRAWS, SEED, Interval, percentile_interval, resampling_counts
 from evaluation.records import SMALLEST_GAIN
 from evaluation.study import FULL, TEST, Cell, base_id, run_of, tuned_rate

@@ -32,8 +32,8 @@ from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.command_line import Parser, SettingsError
-from dataset.lm_dataset import DataError
+from dataset.command_line import REPO_DIR, Parser, SettingsError
+from dataset.jsonl import DataError
 from dataset.untrusted import shown
 from evaluation.bench_tables import bench_lines
 from evaluation.findings import gather
@@ -42,7 +42,7 @@ from evaluation.page.build import page_html
 from evaluation.plots import figures
 from evaluation.prompts import PROMPTS_FILE, by_language, read_prompts
 from evaluation.records import (
-    DECODINGS,
+    DECODING_LABELS,
     STUDY_FOLDER,
     Record,
     Recovery,
@@ -65,17 +65,10 @@ from evaluation.records import (
 from evaluation.recovery import check_controlled, check_prompts
 from evaluation.study import read_results, read_study
 from evaluation.study_plots import study_figures
-from evaluation.study_report import (
-    DETAILS,
-    NO_STUDY,
-    study_block,
-    study_details,
-    summary_block,
-)
-from model.model_minimind import write_text
+from evaluation.study_report import DETAILS, NO_STUDY, study_block, study_details, summary_block
+from model.files import write_text
 from trainer.failures import run_script
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = "evaluation/results/README.md"  # what is told of single runs
 RUN_FILES = ("run.json", "metrics.jsonl")
 BENCH_KEYS = ("git", "machine", "dtype", "batch_size", "data", "training", "generation")
@@ -90,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--root",
         type=Path,
-        default=REPOSITORY,
+        default=REPO_DIR,
         help="folder that holds README.md and evaluation/ (default: this repository)",
     )
     parser.add_argument(
@@ -297,8 +290,8 @@ def rates_only_lines(members: list[Record], rates: dict[str, str]) -> list[str]:
 
 
 def interval_cell(record: Record, key: str) -> str:
-    """A rate under each of `DECODINGS` with its interval, such as `43% [39, 48] / 25% [21, 29]`."""
-    measured = [rate_of_answers(record, decoding, key) for decoding in DECODINGS]
+    """A rate under each decoding that is shown, such as `43% [39, 48] / 25% [21, 29]`."""
+    measured = [rate_of_answers(record, decoding, key) for decoding in DECODING_LABELS]
     return " / ".join(
         f"{100 * r['rate']:.0f}% [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" if r else "-"
         for r in measured
@@ -330,7 +323,7 @@ def rates_note(record: Record) -> list[str]:
         return []
     prompts = record.results["provenance"]["prompts"]
     limit = record.results["provenance"]["generation"]["max_new_tokens"]
-    told = " / ".join(name for decoding, name in DECODINGS.items() if decoding in decodings)
+    told = " / ".join(name for decoding, name in DECODING_LABELS.items() if decoding in decodings)
     checked = rate_of_answers(record, "greedy", "check_strict")
     checks = f", {checked['n']} with a check" if checked else ""
     return [
@@ -398,8 +391,8 @@ def whole(number: int | None) -> str:
 
 
 def rates_cell(record: Record, key: str) -> str:
-    """A rate under each of `DECODINGS` in whole percent, such as `49% / 61%`."""
-    measured = [rate_of_answers(record, decoding, key) for decoding in DECODINGS]
+    """A rate under each of `DECODING_LABELS` in whole percent, such as `49% / 61%`."""
+    measured = [rate_of_answers(record, decoding, key) for decoding in DECODING_LABELS]
     return " / ".join(f"{100 * rate['rate']:.0f}%" if rate else "-" for rate in measured)
 
 

@@ -37,9 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from dataset.command_line import Parser, SettingsError
-from dataset.lm_dataset import read_jsonl
-from evaluation.outputs import as_json
+from dataset.command_line import REPO_DIR, Parser, SettingsError
+from dataset.jsonl import read_jsonl
+from dataset.prepare import DATA_DIR
+from evaluation.arguments import RESULTS_DIR
+from evaluation.outputs import CHECKS, FLAGS, as_json
 from evaluation.study import (
     SCRIPTS,
     STUDY_FILE,
@@ -54,24 +56,18 @@ from evaluation.study import (
     text_flags,
     training_flags,
 )
-from model.model_minimind import (
-    CheckpointError,
-    load_model,
-    read_json,
-    weights_fingerprint,
-    write_text,
-)
+from model.checkpoint import load_model, weights_fingerprint
+from model.files import CheckpointError, read_json, write_text
 from trainer.arguments import OUT_DIR
 from trainer.failures import run_script
 from trainer.run_folder import remove_folder
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS_DIR = REPOSITORY / "evaluation" / "results" / "study"
+STUDY_RESULTS = RESULTS_DIR / "study"
 ENDED = ("completed", "diverged")  # what a result can tell of a run; others are run again
 CURVE_EVERY = 5  # logged steps a point of a result's curve
 UNKEPT = ("max_cos", "top")  # of what update_analysis.py says of intruders and amplification
 HELD_OUT = ("nats", "tokens", "end_nats", "ends")  # of each conversation's response
-OUTCOMES = ("check_strict", "check_loose", "runaway", "loop", "blank")
+OUTCOMES = (*CHECKS, *FLAGS)  # yes or no, of every answer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -91,9 +87,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="runs at once (default 1)")
     add("--list", action="store_true", help="print one command a run that is left, and stop")
     add("--dry_run", action="store_true", help="print what would be run, with estimates, and stop")
-    add("--data_dir", type=Path, default=REPOSITORY / "dataset" / "data", help="prepared data")
+    add("--data_dir", type=Path, default=DATA_DIR, help="prepared data")
     add("--save_dir", type=Path, default=OUT_DIR / "study", help="run folders (default: out/study)")
-    add("--results_dir", type=Path, default=RESULTS_DIR, help="(default: evaluation/results/study)")
+    add(
+        "--results_dir",
+        type=Path,
+        default=STUDY_RESULTS,
+        help="(default: evaluation/results/study)",
+    )
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be 1 or more")
@@ -237,7 +238,7 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     if not has_weights(run.id, args.save_dir):
         if run.arm is not None:
             check_start(run, weights_fingerprint(load_model(args.save_dir / run.base_id)), args)
-        script = str(REPOSITORY / "trainer" / f"{SCRIPTS[stage]}.py")
+        script = str(REPO_DIR / "trainer" / f"{SCRIPTS[stage]}.py")
         command = [sys.executable, script, *as_words(flags), *how_to_go_on(folder)]
         call(command, args, run.id, may_fail=True)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
@@ -356,7 +357,7 @@ def measure(run: Run, study: dict, args: argparse.Namespace) -> dict:
 
 def measure_parts(run: Run, study: dict, args: argparse.Namespace) -> dict:
     """NLL of the base with each part of the run's update, and what that update looks like."""
-    script = str(REPOSITORY / "evaluation" / "update_analysis.py")
+    script = str(REPO_DIR / "evaluation" / "update_analysis.py")
     ends = {"base": args.save_dir / run.base_id, "tuned": args.save_dir / run.id}
     place = args.save_dir / "parts" / run.id
     remove_folder(place)
@@ -390,16 +391,15 @@ def summarize_update(update: dict) -> dict:
         ranks = [2**power for power in range(len(energy).bit_length())]
         kept = {fact: matrix[fact] for fact in facts}
         kept["energy"] = [round(float(energy[rank - 1] / energy[-1]), 5) for rank in ranks]
-        for fact in ("intruders", "amplification"):  # of linears only
-            if fact in matrix:
-                kept[fact] = {k: v for k, v in matrix[fact].items() if k not in UNKEPT}
+        for fact in ("intruders", "amplification"):
+            kept[fact] = {k: v for k, v in matrix[fact].items() if k not in UNKEPT}
         matrices.append(kept)
     return {"shares": update["shares"], "matrices": matrices}
 
 
 def ask(folders: list[Path], flags: dict, args: argparse.Namespace, name: str) -> None:
     """Calls eval_llm.py on checkpoints; `name` is the log's."""
-    command = [sys.executable, str(REPOSITORY / "eval_llm.py")]
+    command = [sys.executable, str(REPO_DIR / "eval_llm.py")]
     for folder in folders:
         command += ["--model", str(folder)]
     call([*command, *as_words(flags)], args, name)

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dataset.command_line import SettingsError
-from model.model_minimind import CheckpointError, read_json
+from model.files import CheckpointError, read_json
 
 STUDY_FILE = Path(__file__).with_name("study.toml")
 FULL = "fft"  # the arm that recovery is a share of

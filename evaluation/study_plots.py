@@ -19,7 +19,7 @@ from evaluation.findings import (
 )
 from evaluation.intervals import Interval
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
-from evaluation.records import DECODINGS
+from evaluation.records import DECODING_LABELS
 from evaluation.recovery import Row, known_cell
 from evaluation.study import Sweep, full_name, planned_bases, tuned_cells
 
@@ -235,7 +235,7 @@ def draw_answers(probes: dict[str, list[dict]], languages: dict[str, np.ndarray]
     figure = Figure(figsize=(9, 1.4 + 0.3 * len(names)))
     panels = figure.subplots(1, len(languages), sharey=True, squeeze=False)[0]
     for axes, (language, chosen) in zip(panels, languages.items(), strict=True):
-        for index, decoding in enumerate(DECODINGS):
+        for index, decoding in enumerate(DECODING_LABELS):
             draw_shares(axes, index, [shares[language][name][decoding] for name in names])
         axes.set_xlim(-4, 104)
         axes.set_xticks([0, 50, 100], ["0%", "50%", "100%"])
@@ -250,7 +250,7 @@ def draw_answers(probes: dict[str, list[dict]], languages: dict[str, np.ndarray]
 
 
 def draw_shares(axes: matplotlib.axes.Axes, index: int, shares: list[Interval]) -> None:
-    """The shares of one decoding, the `index`-th of `DECODINGS`, a row for each."""
+    """The shares of one decoding, the `index`-th of `DECODING_LABELS`, a row for each."""
     below = [100 * (one.estimate - one.low) for one in shares]
     above = [100 * (one.high - one.estimate) for one in shares]
     axes.errorbar(
@@ -260,7 +260,7 @@ def draw_shares(axes: matplotlib.axes.Axes, index: int, shares: list[Interval]) 
         fmt="Do"[index],
         color=COLORS[index],
         markersize=4,
-        label=list(DECODINGS.values())[index],
+        label=list(DECODING_LABELS.values())[index],
     )
 
 

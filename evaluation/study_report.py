@@ -30,14 +30,8 @@ from evaluation.findings import (
 )
 from evaluation.intervals import Interval
 from evaluation.outputs import markdown_table
-from evaluation.recovery import (
-    Measured,
-    Row,
-    base_of,
-    count_diverged,
-    describe_cell,
-    full_of,
-)
+from evaluation.records import RATES
+from evaluation.recovery import Measured, Row, base_of, count_diverged, describe_cell, full_of
 from evaluation.study import (
     FULL,
     TEST,
@@ -65,8 +59,7 @@ CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "R without
 CELL_COLUMNS += ("forgets", "TFLOP", "peak GB")
 FORGETTING_COLUMNS = ("trained", "rate", "seeds", "NLL", "forgets")
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
-RATES = {"runaway": "never stops", "loop": "loops", "blank": "blank"}
-RATES |= {"check_strict": "check passed"}
+ANSWER_RATES = {key: RATES[key] for key in ("runaway", "loop", "blank", "check_strict")}
 RATE_COLUMNS = ("trained", "mean validation NLL by rate", "best rate", "seeds")
 # What a rung of a ladder is above another, by how it is compared.
 CHANGE_COLUMNS = {"steps": "adds to R", "without": "R above the first"}
@@ -248,7 +241,9 @@ def told_answers(base: dict) -> str:
     """How a base answers, if it was asked."""
     if "probe" not in base:
         return ""
-    rates = [f"{name} {mean_rates([base['probe']['rates']], key)}" for key, name in RATES.items()]
+    rates = [
+        f"{name} {mean_rates([base['probe']['rates']], key)}" for key, name in ANSWER_RATES.items()
+    ]
     return f"; answers of {base['probe']['prompts']['count']} prompts: {', '.join(rates)}"
 
 
@@ -304,7 +299,7 @@ def cell_table(
     """Columns and rows of an experiment's cells; no rows of a ladder that is not whole."""
     study, results = evidence.study, evidence.results
     cells, ladder = tuned_cells(experiment, size), experiment["ladder"]
-    columns = [*CELL_COLUMNS, *(RATES.values() if experiment["probe"] else ())]
+    columns = [*CELL_COLUMNS, *(ANSWER_RATES.values() if experiment["probe"] else ())]
     if ladder:
         columns.append(CHANGE_COLUMNS[ladder])
         if not ladder_is_whole(study, experiment, cells, results):
@@ -391,7 +386,7 @@ def told_spectra(matrices: list[dict]) -> list[str]:
 
 
 def cell_row(row: Row, probed: bool) -> list[str]:
-    """What `CELL_COLUMNS` and, if it was probed, `RATES` tell of a cell after its name."""
+    """What `CELL_COLUMNS` and, if it was probed, `ANSWER_RATES` tell of a cell after its name."""
     measured = row.measured
     seeds = told_seeds(len(measured.seeds), measured.failed)
     if probed:
@@ -400,7 +395,7 @@ def cell_row(row: Row, probed: bool) -> list[str]:
     parameters, flops, memory = costs(measured.records)
     cells = [parameters, measured.cell.rate, seeds, f"{measured.nll:.3f}"]
     cells += [in_words(row.recovery), in_words(row.answer_recovery), forgets, flops, memory]
-    return cells + ([mean_rates(measured.rates, key) for key in RATES] if probed else [])
+    return cells + ([mean_rates(measured.rates, key) for key in ANSWER_RATES] if probed else [])
 
 
 def told_seeds(count: int, failed: int) -> str:

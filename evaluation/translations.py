@@ -23,11 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dataset.lm_dataset import DataError, chunks, parse_record
+from dataset.jsonl import DataError, parse_record
+from dataset.lm_dataset import chunks
 from evaluation.metrics import has_cjk
 from evaluation.outputs import as_jsonl
 from evaluation.prompts import Prompt
-from model.model_minimind import CheckpointError, write_text
+from model.files import CheckpointError, write_text
 
 STORE_FILE = "translations.jsonl"
 BY_HAND = "hand"

@@ -59,8 +59,6 @@ rounded to 5 digits. Formulas, with their sources, are those of evaluation/spect
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -73,6 +71,7 @@ import torch
 from torch import Tensor
 
 from dataset.command_line import Parser, SettingsError, check_writable
+from evaluation.arguments import RESULTS_DIR
 from evaluation.outputs import as_json
 from evaluation.spectra import (
     amplification,
@@ -91,6 +90,8 @@ from evaluation.spectra import (
     svd,
     svd_of_update,
 )
+from model.checkpoint import fill_weights, load_model, save_copy, tokenizer_of, weights_fingerprint
+from model.files import CheckpointError, read_json, write_text
 from model.model_lora import (
     ADAPTER_CONFIG,
     HEAD,
@@ -101,24 +102,11 @@ from model.model_lora import (
     merged_model,
     select_trainable,
 )
-from model.model_minimind import (
-    CheckpointError,
-    MiniMindForCausalLM,
-    check_tokenizer,
-    fill_weights,
-    load_model,
-    load_tokenizer,
-    own_tokenizer,
-    read_json,
-    save_model,
-    weights_fingerprint,
-    write_text,
-)
+from model.model_minimind import MiniMindForCausalLM
 from trainer.arguments import OUT_DIR
 from trainer.failures import run_script
 from trainer.run_folder import checkpoint_name, git_state
 
-RESULTS_DIR = Path(__file__).resolve().parent / "results"
 REST = ("keep", "drop", "alike")
 
 
@@ -496,9 +484,7 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
         SettingsError: a folder exists, or one is asked for twice; nothing is written then.
         CheckpointError: a .pth, which has no tokenizer of its own.
     """
-    tokenizer_dir = args.tokenizer_path or own_tokenizer(update.weights)
-    if args.tokenizer_path:
-        check_tokenizer(load_tokenizer(args.tokenizer_path), base.model, update.weights)
+    tokenizer = tokenizer_of(base.model, update.weights, args.tokenizer_path)
     variants = plan_variants(args, base, update)
     folders = [args.output_dir / f"{update.name}{variant.name}" for variant in variants]
     for folder in folders:
@@ -507,7 +493,7 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
         if folders.count(folder) > 1:
             raise SettingsError(f"{folder.name}: asked for twice; drop one")
     for variant, folder in zip(variants, folders, strict=True):
-        write_variant(variant, base, update, tokenizer_dir, folder)
+        write_variant(variant, base, update, Path(tokenizer.name_or_path), folder)
 
 
 def squared_norm_ratio(
@@ -523,7 +509,7 @@ def squared_norm_ratio(
 def write_variant(
     variant: Variant, base: Base, update: Update, tokenizer_dir: Path, folder: Path
 ) -> None:
-    """Writes a checkpoint folder, aside first so that it is there whole or not at all."""
+    """Writes a checkpoint folder, and says so."""
     delta = variant.make()
     linears = linear_weights(base.model)
     kept = {
@@ -532,8 +518,6 @@ def write_variant(
     }
     model = MiniMindForCausalLM(base.model.config)
     fill_weights(model, {n: w0 + delta[n] for n, w0 in base.weights.items()})
-    aside = folder.with_name(f"{folder.name}.tmp")
-    save_model(model, tokenizer_dir, aside)
     record = {
         "status": "completed",
         "stage": "update_analysis",
@@ -547,8 +531,7 @@ def write_variant(
         "squared_norm_over_tuned": rounded(kept),
         "git": git_state(),
     }
-    write_text(aside / "run.json", json.dumps(record, indent=2) + "\n")
-    os.replace(aside, folder)
+    save_copy(model, tokenizer_dir, folder, record)
     print(f"{folder}: {variant.how}")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from model.model_minimind import CheckpointError
+from model.files import CheckpointError
 
 WHAT = ["*.json", "*.safetensors", "*.jinja"]  # no code
 

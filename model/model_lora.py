@@ -27,22 +27,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dataset.command_line import UserError
+from dataset.command_line import REPO_DIR, UserError
+from model.checkpoint import check_numbers, is_integer, is_positive, read_pth, weights_fingerprint
+from model.files import read_json, save_tensors, write_text
 from model.hub import fetch, is_hub_id
-from model.model_minimind import (
-    MiniMindForCausalLM,
-    RMSNorm,
-    check_numbers,
-    is_integer,
-    is_positive,
-    read_json,
-    read_pth,
-    save_tensors,
-    weights_fingerprint,
-    write_text,
-)
+from model.model_minimind import MiniMindForCausalLM, RMSNorm
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."

@@ -23,18 +23,13 @@ from safetensors.torch import load_file, save_file
 
 import eval_llm
 from dataset import demo, prepare
-from dataset.lm_dataset import IGNORE_INDEX, DataError, load_dataset, load_tokens
+from dataset.jsonl import DataError
+from dataset.lm_dataset import IGNORE_INDEX, load_dataset, load_tokens
 from dataset.untrusted import error_line, parse_json, shown
 from evaluation import calibrate, report, run_study, update_analysis
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
 from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
-from model.model_minimind import (
-    TOKENIZER_DIR,
-    MiniMindForCausalLM,
-    load_tokenizer,
-    minimind_config,
-    save_model,
-    weights_fingerprint,
-)
+from model.model_minimind import MiniMindForCausalLM, minimind_config
 from tests.test_training import CPU, REPO_DIR, SHAPE, SHAPE_FLAGS, call
 from tests.tiny import exit_code
 from trainer import merge_lora, train_tokenizer

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.lm_dataset import CACHE_DIR, DataError, load_dataset
+from dataset.jsonl import DataError
+from dataset.lm_dataset import CACHE_DIR, load_dataset
 from evaluation import bench
 from evaluation.bench import (
     PEFT_TARGETS,
@@ -22,14 +23,9 @@ from evaluation.bench import (
     write_random_data,
 )
 from evaluation.bench_tables import bench_lines, spread, time_ratio
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from model.model_lora import find_targets
-from model.model_minimind import (
-    TOKENIZER_DIR,
-    MiniMindForCausalLM,
-    load_tokenizer,
-    minimind_config,
-    save_model,
-)
+from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"intermediate_size": 48}

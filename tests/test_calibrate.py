@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.lm_dataset import DataError
+from dataset.jsonl import DataError
 from evaluation.calibrate import (
     CALIBRATION_FILE,
     LENGTH_LIMIT,
@@ -25,7 +25,8 @@ from evaluation.calibrate import (
 from evaluation.checkpoints import Checkpoint
 from evaluation.likelihood import Judge
 from evaluation.prompts import Prompt, read_prompts
-from model.model_minimind import CheckpointError, load_tokenizer
+from model.checkpoint import load_tokenizer
+from model.files import CheckpointError
 from tests.tiny import exit_code, tiny_model
 
 

@@ -8,8 +8,8 @@ from eval_llm import main
 from evaluation import chat as chat_module
 from evaluation.chat import answer
 from evaluation.probe import decoding_of
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from model.generation import Decoder
-from model.model_minimind import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.tiny import tiny_model
 
 

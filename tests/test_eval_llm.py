@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import eval_llm
-from dataset.lm_dataset import DataError
+from dataset.jsonl import DataError
 from dataset.untrusted import shown
 from eval_llm import main
 from evaluation import translations
@@ -21,16 +21,11 @@ from evaluation.probe import decoding_of, generate_all, make_sample, reference_s
 from evaluation.prompts import Prompt, encode_prompts
 from evaluation.summary import summarize
 from evaluation.translations import Translator
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
+from model.files import CheckpointError
 from model.generation import Decoder, Decoding
 from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
-from model.model_minimind import (
-    TOKENIZER_DIR,
-    CheckpointError,
-    MiniMindForCausalLM,
-    load_tokenizer,
-    save_model,
-    weights_fingerprint,
-)
+from model.model_minimind import MiniMindForCausalLM
 from tests.tiny import exit_code, tiny_model
 
 EOS = 2

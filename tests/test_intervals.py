@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.intervals import (
-    auc,
-    mcnemar,
-    paired_bootstrap,
-    ratio_interval,
-    wilson_interval,
-)
+from evaluation.intervals import auc, mcnemar, paired_bootstrap, ratio_interval, wilson_interval
 
 
 @pytest.mark.parametrize(

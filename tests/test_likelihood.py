@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.lm_dataset import DataError, encode_batch, encode_conversations
+from dataset.jsonl import DataError
+from dataset.lm_dataset import encode_batch, encode_conversations
 from evaluation.checkpoints import Checkpoint
 from evaluation.likelihood import (
     CANDIDATES,
@@ -20,13 +21,8 @@ from evaluation.likelihood import (
     topic_of,
 )
 from evaluation.prompts import Prompt
-from model.model_minimind import (
-    TOKENIZER_DIR,
-    CheckpointError,
-    load_tokenizer,
-    save_model,
-    weights_fingerprint,
-)
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
+from model.files import CheckpointError
 from tests.tiny import tiny_model
 
 

@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dataset import lm_dataset
+from dataset.jsonl import DataError, read_jsonl
 from dataset.lm_dataset import (
     IGNORE_INDEX,
     ConversationDataset,
-    DataError,
     PackedDataset,
     StepCollator,
     StepSampler,
@@ -27,11 +27,10 @@ from dataset.lm_dataset import (
     encode_conversations,
     load_dataset,
     load_tokens,
-    read_jsonl,
     record_messages,
     record_text,
 )
-from model.model_minimind import load_tokenizer
+from model.checkpoint import load_tokenizer
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 PAD, BOS, EOS = 0, 1, 2

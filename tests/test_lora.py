@@ -15,6 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model import hub
+from model.checkpoint import (
+    TOKENIZER_DIR,
+    load_model,
+    load_tokenizer,
+    save_model,
+    weights_fingerprint,
+)
+from model.files import CheckpointError
 from model.model_lora import (
     AdapterError,
     LoRALinear,
@@ -31,17 +39,7 @@ from model.model_lora import (
     select_trainable,
     unmerge_lora,
 )
-from model.model_minimind import (
-    TOKENIZER_DIR,
-    CheckpointError,
-    MiniMindForCausalLM,
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    minimind_config,
-    save_model,
-    weights_fingerprint,
-)
+from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from tests.test_model import make_model
 from trainer import merge_lora as merge_lora_script
 from trainer.train_lora import freeze_in_half

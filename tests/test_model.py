@@ -19,17 +19,19 @@ from transformers import (
 
 from model import attention, model_minimind
 from model.attention import blockwise_attention
-from model.model_minimind import (
+from model.checkpoint import (
     TOKENIZER_DIR,
-    CheckpointError,
+    load_model,
+    load_tokenizer,
+    save_model,
+    weights_fingerprint,
+)
+from model.files import CheckpointError
+from model.model_minimind import (
     LinearCrossEntropy,
     MiniMindForCausalLM,
     count_parameters,
-    load_model,
-    load_tokenizer,
     minimind_config,
-    save_model,
-    weights_fingerprint,
 )
 
 SMALL = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.lm_dataset import DataError
+from dataset.jsonl import DataError
 from evaluation.metrics import CHECK_KEYS, FORMATS, check_answer
 from evaluation.prompts import parse_markdown, read_prompts
 

@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dataset.jsonl import DataError, read_jsonl
 from dataset.lm_dataset import (
     IGNORE_INDEX,
     ROLES,
-    DataError,
     StepSampler,
     collate,
     encode_batch,
     encode_conversations,
-    read_jsonl,
     record_messages,
 )
 from dataset.untrusted import error_line, shown
+from model.checkpoint import load_tokenizer
 from model.model_lora import (
     TARGET_NAMES,
     LoraSettings,
@@ -37,7 +37,7 @@ from model.model_lora import (
     merged_model,
     unmerge_lora,
 )
-from model.model_minimind import MiniMindForCausalLM, load_tokenizer, minimind_config
+from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 # The same examples at every run, so that a failure is the code's, and its case is printed.
 settings.register_profile(

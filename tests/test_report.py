@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from dataset.lm_dataset import read_jsonl
+from dataset.command_line import REPO_DIR
+from dataset.jsonl import read_jsonl
 from dataset.untrusted import shown
 from evaluation.metrics import check_answer, is_blank, is_loop
 from evaluation.page.build import embedded_json, loop_span, page_data, page_html, text_parts
@@ -42,7 +42,7 @@ from evaluation.report import (
     write_changed,
 )
 from evaluation.study_report import NO_STUDY
-from model.model_minimind import load_tokenizer
+from model.checkpoint import load_tokenizer
 from tests.report_data import (
     HOSTILE,
     LOOP,
@@ -55,8 +55,6 @@ from tests.report_data import (
     write_run,
 )
 from tests.tiny import exit_code
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def tuned(name: str, nll: float | None, stage: str = "lora", **changes: object) -> Record:
@@ -304,7 +302,7 @@ def test_markers_must_stand_exactly_once():
 def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
     """Fails when results were added, or the report changed, without `make report`."""
     listed = subprocess.run(
-        ["git", "-C", REPOSITORY, "ls-files", "-z", "evaluation", "tests/*.json", "README.md"],
+        ["git", "-C", REPO_DIR, "ls-files", "-z", "evaluation", "tests/*.json", "README.md"],
         capture_output=True,
         text=True,
     )
@@ -312,7 +310,7 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
         pytest.skip("not a git checkout: which results are committed is not known")
     for name in listed.stdout.split("\0")[:-1]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+        shutil.copyfile(REPO_DIR / name, tmp_path / name)
     files = build(tmp_path)
     for path, text in files.items():
         assert path.is_file(), f"{path.name}: run make report and commit it"
@@ -329,7 +327,7 @@ def texts_of(svg):
 
 def test_findings_name_the_verdicts_that_the_table_has():
     """`(H1: open; X rate: supported)` in the README's prose, against its generated table."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (REPO_DIR / "README.md").read_text(encoding="utf-8")
     findings = text.partition("## What we found so far")[2]
     prose, _, table = findings.partition("<!-- report:study -->")
     table = table.partition("<!-- /report:study -->")[0]
@@ -364,7 +362,7 @@ def test_what_the_stress_command_measured_is_told():
 def test_committed_samples_hold_what_the_measures_say_today():
     """Fails when a measure's definition changed under outputs that were measured by the old one."""
     special = load_tokenizer().all_special_tokens
-    for path in (REPOSITORY / "evaluation" / "model_outputs").glob("*/samples.jsonl"):
+    for path in (REPO_DIR / "evaluation" / "model_outputs").glob("*/samples.jsonl"):
         for where, saved in read_jsonl(path):
             text = saved["output"]
             for token in special:
@@ -391,7 +389,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
         "learning_rates_base.svg",
         "spectra_base.svg",
     }
-    command = [sys.executable, REPOSITORY / "evaluation" / "report.py", "--root", root]
+    command = [sys.executable, REPO_DIR / "evaluation" / "report.py", "--root", root]
     again = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}
     )
@@ -566,14 +564,14 @@ def test_a_run_is_filed(tmp_path, capsys):
 
 def test_another_folder_of_the_study_is_shown_and_nothing_written(tmp_path, capsys):
     root = make_tree(tmp_path / "root")
-    study = REPOSITORY / "evaluation" / "study.toml"
+    study = REPO_DIR / "evaluation" / "study.toml"
     shutil.copyfile(study, root / "evaluation" / "study.toml")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     again = tmp_path / "again"
     again.mkdir()
     assert main(["--root", str(root), "--show_study", str(again)]) == 0
     assert capsys.readouterr().out.startswith(NO_STUDY)
-    base = REPOSITORY / "evaluation" / "results" / "study" / "xs-plain42.json"
+    base = REPO_DIR / "evaluation" / "results" / "study" / "xs-plain42.json"
     shutil.copyfile(base, again / base.name)
     assert main(["--root", str(root), "--show_study", str(again)]) == 0
     out = capsys.readouterr().out

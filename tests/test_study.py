@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from dataset.command_line import SettingsError
-from dataset.lm_dataset import DataError
+from dataset.command_line import REPO_DIR, SettingsError
+from dataset.jsonl import DataError
 from evaluation import run_study
 from evaluation.findings import (
     NOT_RUN,
@@ -51,7 +51,7 @@ from evaluation.recovery import (
     recovery_draws,
 )
 from evaluation.run_study import (
-    RESULTS_DIR,
+    STUDY_RESULTS,
     check_data,
     check_same_base,
     check_start,
@@ -82,11 +82,10 @@ from evaluation.study import (
     tuning_runs,
 )
 from evaluation.study_plots import draw_recovery, probes_by_cell, recovery_by_cell, study_figures
-from evaluation.study_report import RATES, study_block, study_details, summary_block
-from model.model_minimind import TOKENIZER_DIR, load_tokenizer, save_model
+from evaluation.study_report import ANSWER_RATES, study_block, study_details, summary_block
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.tiny import tiny_model
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TOML = """
 [common]
 max_seq_len = 64
@@ -512,7 +511,7 @@ def test_broken_off_run_is_not_a_result_and_its_base_not_made_for_ever(tmp_path:
     (tmp_path / "results").mkdir()
     diverged = result_of("xs-plain42", 42, None, None)
     (tmp_path / "results" / "xs-plain42.json").write_text(json.dumps(diverged))
-    command = [sys.executable, str(REPOSITORY / "evaluation" / "run_study.py"), "--list"]
+    command = [sys.executable, str(REPO_DIR / "evaluation" / "run_study.py"), "--list"]
     for flag, name in (("study", "study.toml"), ("save_dir", "out"), ("results_dir", "results")):
         command += [f"--{flag}", str(tmp_path / name)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -827,7 +826,7 @@ def answers(endless: str) -> dict:
     """A probe of four prompts under both decodings, 1 where an answer never ends."""
     outcomes = {"runaway": endless, "loop": "0000", "blank": "0000", "check_strict": "----"}
     decodings = ("greedy", "t0.85p0.85")
-    rates = {decoding: {key: {"rate": 0.0} for key in RATES} for decoding in decodings}
+    rates = {decoding: {key: {"rate": 0.0} for key in ANSWER_RATES} for decoding in decodings}
     prompts = {"count": 4, "sha256": "x"}
     return {"outcomes": dict.fromkeys(decodings, outcomes), "rates": rates, "prompts": prompts}
 
@@ -1149,9 +1148,9 @@ def test_committed_study_is_sound() -> None:
 
 def test_committed_results_were_made_with_the_flags_that_the_study_has_today() -> None:
     """Fails when an arm's flags are changed under results of the old ones."""
-    study, results = read_study(STUDY_FILE), read_results(RESULTS_DIR)
+    study, results = read_study(STUDY_FILE), read_results(STUDY_RESULTS)
     listed = subprocess.run(
-        ["git", "-C", RESULTS_DIR, "ls-files", "-z"], capture_output=True, text=True
+        ["git", "-C", STUDY_RESULTS, "ls-files", "-z"], capture_output=True, text=True
     )
     if listed.returncode:
         pytest.skip("not a git checkout: which results are committed is not known")
@@ -1186,7 +1185,7 @@ def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
         ("chat_valid", [{"conversations": chat} for chat in chats[40:]]),
     ):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    command = [sys.executable, str(REPOSITORY / "evaluation" / "run_study.py")]
+    command = [sys.executable, str(REPO_DIR / "evaluation" / "run_study.py")]
     for flag, name in (("study", "study.toml"), ("data_dir", ""), ("save_dir", "out")):
         command += [f"--{flag}", str(tmp_path / name)]
     command += ["--results_dir", str(tmp_path / "results")]

@@ -4,13 +4,7 @@ import gzip
 
 import pytest
 
-from evaluation.summary import (
-    NotComparable,
-    compare,
-    compare_nll,
-    corpus_measures,
-    summarize,
-)
+from evaluation.summary import NotComparable, compare, compare_nll, corpus_measures, summarize
 
 CHECK = {"contains": ["a"]}
 

@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset.lm_dataset import encode_conversations
-from model.model_minimind import TOKENIZER_DIR, CheckpointError, load_tokenizer
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer
+from model.files import CheckpointError
 from trainer import train_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

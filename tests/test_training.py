@@ -23,17 +23,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from dataset.command_line import REPO_DIR
 from dataset.lm_dataset import load_dataset
-from model.model_lora import LoraSettings, apply_lora, load_lora
-from model.model_minimind import (
+from model.checkpoint import (
     TOKENIZER_DIR,
-    MiniMindForCausalLM,
     load_model,
     load_tokenizer,
-    minimind_config,
     save_model,
     weights_fingerprint,
 )
+from model.model_lora import LoraSettings, apply_lora, load_lora
+from model.model_minimind import MiniMindForCausalLM, minimind_config
 from trainer import run_folder, train_full_sft, train_lora, train_pretrain, trainer_utils
 from trainer.arguments import DEFAULT_SHAPE
 from trainer.failures import run_script
@@ -48,7 +48,6 @@ from trainer.trainer_utils import (
     trained_parts,
 )
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
 SHAPE = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import MarianConfig, MarianMTModel
 
-from dataset.lm_dataset import DataError
+from dataset.jsonl import DataError
 from evaluation.prompts import Prompt
 from evaluation.translations import (
     STORE_FILE,
@@ -19,7 +19,8 @@ from evaluation.translations import (
     translate_missing,
     write_store,
 )
-from model.model_minimind import TOKENIZER_DIR, TOKENIZER_FILES, CheckpointError, load_tokenizer
+from model.checkpoint import TOKENIZER_DIR, TOKENIZER_FILES, load_tokenizer
+from model.files import CheckpointError
 
 
 def prompt(text: str, translation: str | None = None) -> Prompt:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 
-from dataset.command_line import Parser, SettingsError, refuse_ignored
+from dataset.command_line import REPO_DIR, Parser, SettingsError, refuse_ignored
 from trainer.machine import DEVICES
 
-OUT_DIR = Path(__file__).resolve().parents[1] / "out"
+OUT_DIR = REPO_DIR / "out"
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, endings included
 # Of a model with random weights, where the flags do not say otherwise: MiniMind2-small's.
 DEFAULT_SHAPE = {

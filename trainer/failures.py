@@ -10,7 +10,7 @@ import torch
 
 from dataset import command_line
 from dataset.command_line import INTERRUPTED, OUT_OF_MEMORY, SettingsError
-from model.model_minimind import read_json
+from model.files import read_json
 from trainer.run_folder import RunFolder
 
 EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": INTERRUPTED}

@@ -12,8 +12,6 @@ merged into what.
 """
 
 import argparse
-import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.untrusted import shown
+from model.checkpoint import load_model, save_copy, tokenizer_of, weights_fingerprint
 from model.model_lora import (
     AdapterError,
     LoraSettings,
@@ -30,16 +29,7 @@ from model.model_lora import (
     load_minimind_lora,
     merged_model,
 )
-from model.model_minimind import (
-    check_tokenizer,
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    own_tokenizer,
-    save_model,
-    weights_fingerprint,
-    write_text,
-)
+from model.model_minimind import count_parameters
 from trainer.failures import run_script
 from trainer.run_folder import checkpoint_name, weights_sha256
 from trainer.trainer_utils import code_and_machine
@@ -88,20 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     if is_minimind and args.base is None:
         raise AdapterError(f"{args.adapter}: a MiniMind adapter names no base; give --base")
     base = args.base or find_base(args.adapter)
-    tokenizer_dir = args.tokenizer_path or own_tokenizer(base)
     model = load_model(base, args.num_attention_heads)
-    if args.tokenizer_path:
-        check_tokenizer(load_tokenizer(args.tokenizer_path), model, base)
+    tokenizer = tokenizer_of(model, base, args.tokenizer_path)
     fingerprint = weights_fingerprint(model)
     load = load_minimind_lora if is_minimind else load_lora
     settings = load(model, args.adapter)
     merged = merged_model(model)
     parameters, _ = count_parameters(merged)
     record = merge_record(base, fingerprint, args.adapter, settings, parameters)
-    aside = args.output_dir.with_name(f"{args.output_dir.name}.tmp")
-    save_model(merged, tokenizer_dir, aside)
-    write_text(aside / "run.json", json.dumps(record, indent=2) + "\n")
-    os.replace(aside, args.output_dir)
+    save_copy(merged, Path(tokenizer.name_or_path), args.output_dir, record)
     print(shown(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0
 

@@ -14,11 +14,10 @@ from typing import TextIO
 
 from accelerate import Accelerator
 
-from dataset.command_line import SettingsError, check_writable
-from dataset.lm_dataset import file_sha256
-from model.model_minimind import CheckpointError, read_json, sync, write_text
+from dataset.command_line import REPO_DIR, SettingsError, check_writable
+from dataset.jsonl import file_sha256
+from model.files import CheckpointError, read_json, sync, write_text
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 RESULTS = ":(exclude)evaluation/results"  # git's pathspec of everything but results
 # Settings that do not change what a run comes to.
 WITHOUT_EFFECT = {

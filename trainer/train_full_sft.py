@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.checkpoint import save_model, weights_fingerprint
 from model.model_lora import TRAINABLE_PARTS, select_trainable
-from model.model_minimind import save_model, weights_fingerprint
 from trainer.arguments import (
     OUT_DIR,
     add_conversation_flags,

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.command_line import Parser, SettingsError, refuse_ignored
+from model.checkpoint import load_tokenizer, weights_fingerprint
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
-from model.model_minimind import load_tokenizer, weights_fingerprint
 from trainer.arguments import (
     OUT_DIR,
     add_conversation_flags,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.model_minimind import save_model
+from model.checkpoint import save_model
 from trainer.arguments import add_model_flags, check_args, make_parser
 from trainer.failures import run_script
 from trainer.run_folder import find_run_folder

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.lm_dataset import read_jsonl, record_messages, record_text
+from dataset.jsonl import read_jsonl
+from dataset.lm_dataset import record_messages, record_text
 from dataset.untrusted import shown
-from model.model_minimind import write_text
+from model.files import write_text
 from trainer.failures import run_script
 
 MAX_VOCAB = 2**20

@@ -47,20 +47,11 @@ from dataset.lm_dataset import (
     load_dataset,
 )
 from dataset.untrusted import shown
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, tokenizer_of
+from model.files import read_json, write_text
 from model.hub import fetch, is_hub_id
 from model.model_lora import lora_layers
-from model.model_minimind import (
-    TOKENIZER_DIR,
-    MiniMindForCausalLM,
-    check_tokenizer,
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    minimind_config,
-    own_tokenizer,
-    read_json,
-    write_text,
-)
+from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer.arguments import DEFAULT_SHAPE
 from trainer.failures import (
     DISK_IS_FULL,
@@ -147,9 +138,8 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
     for flag, value in shape.items():
         if found[flag] != value:
             raise SettingsError(f"--{flag} {value}: {path} has {found[flag]}; drop the flag")
-    folder = args.tokenizer_path or own_tokenizer(path)
-    tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, model, path)
+    tokenizer = tokenizer_of(model, path, args.tokenizer_path)
+    folder = Path(tokenizer.name_or_path)
     if len(tokenizer) < model.config.vocab_size:  # padded, or another's tokenizer
         print(f"note: {path} has {model.config.vocab_size} tokens, {folder} {len(tokenizer)}")
     check_length(args.max_seq_len, model.config.max_position_embeddings)
