@@ -5,15 +5,14 @@ from pathlib import Path
 
 import torch
 
-from dataset.command_line import REPO_DIR, Parser, check_writable, refuse_ignored
+from dataset.command_line import Parser, check_writable, refuse_ignored
+from evaluation.outputs import OUTPUT_DIR
 from evaluation.probe import DECODINGS
 from evaluation.prompts import PROMPTS_FILE
 from trainer.arguments import OUT_DIR
 from trainer.machine import DEVICES, choose_device
 from trainer.run_folder import checkpoint_name
 
-OUTPUT_DIR = REPO_DIR / "evaluation" / "model_outputs"
-RESULTS_DIR = REPO_DIR / "evaluation" / "results"
 # Flags by what they are for; a mode refuses those that it would not read.
 ASKING = (
     *("prompts", "limit", "judge", "translator", "rates_only"),

@@ -15,9 +15,12 @@ from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from dataset.command_line import REPO_DIR
 from dataset.untrusted import shown
 from model.files import write_text
 
+OUTPUT_DIR = REPO_DIR / "evaluation" / "model_outputs"
+RESULTS_DIR = REPO_DIR / "evaluation" / "results"
 CHECKS = ("check_strict", "check_loose")
 FLAGS = ("blank", "runaway", "loop")
 # What results.json calls the sequences and the tokens that each NLL is measured on.

@@ -40,8 +40,7 @@ from tqdm import tqdm
 from dataset.command_line import REPO_DIR, Parser, SettingsError
 from dataset.jsonl import read_jsonl
 from dataset.prepare import DATA_DIR
-from evaluation.arguments import RESULTS_DIR
-from evaluation.outputs import CHECKS, FLAGS, as_json
+from evaluation.outputs import CHECKS, FLAGS, RESULTS_DIR, as_json
 from evaluation.study import (
     SCRIPTS,
     STUDY_FILE,
@@ -67,7 +66,7 @@ ENDED = ("completed", "diverged")  # what a result can tell of a run; others are
 CURVE_EVERY = 5  # logged steps a point of a result's curve
 UNKEPT = ("max_cos", "top")  # of what update_analysis.py says of intruders and amplification
 HELD_OUT = ("nats", "tokens", "end_nats", "ends")  # of each conversation's response
-OUTCOMES = (*CHECKS, *FLAGS)  # yes or no, of every answer
+FILED = (*CHECKS, *FLAGS)  # of each answer: 1, 0, or - where there is none
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -416,7 +415,7 @@ def summarize_probe(folder: Path) -> dict:
                 for sample in samples
                 if sample["decoding"] == decoding
             )
-            for name in OUTCOMES
+            for name in FILED
         }
         for decoding in results["decodings"]
         if decoding != "references"

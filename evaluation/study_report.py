@@ -378,9 +378,7 @@ def told_spectra(matrices: list[dict]) -> list[str]:
     for fact in ("r90", "effective_rank"):
         shares = [matrix[fact] / min(matrix["shape"]) for matrix in matrices]
         told.append(f"{min(shares):.2f} to {max(shares):.2f}")
-    known = [matrix["intruders"] for matrix in matrices if "intruders" in matrix]
-    if not known:
-        return [*told, "-"]
+    known = [matrix["intruders"] for matrix in matrices]
     count, chance = (fmean(one[name] for one in known) for name in ("count", "random"))
     return [*told, f"{count:.1f} ({chance:.1f}) of {known[0]['k']}"]
 

@@ -71,8 +71,7 @@ import torch
 from torch import Tensor
 
 from dataset.command_line import Parser, SettingsError, check_writable
-from evaluation.arguments import RESULTS_DIR
-from evaluation.outputs import as_json
+from evaluation.outputs import RESULTS_DIR, as_json
 from evaluation.spectra import (
     amplification,
     describe_intruders,
@@ -90,7 +89,14 @@ from evaluation.spectra import (
     svd,
     svd_of_update,
 )
-from model.checkpoint import fill_weights, load_model, save_copy, tokenizer_of, weights_fingerprint
+from model.checkpoint import (
+    fill_weights,
+    load_model,
+    save_copy,
+    tokenizer_folder,
+    tokenizer_of,
+    weights_fingerprint,
+)
 from model.files import CheckpointError, read_json, write_text
 from model.model_lora import (
     ADAPTER_CONFIG,
@@ -482,9 +488,11 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
 
     Raises:
         SettingsError: a folder exists, or one is asked for twice; nothing is written then.
-        CheckpointError: a .pth, which has no tokenizer of its own.
+        CheckpointError: a .pth, which has no tokenizer of its own, or one that does not fit.
     """
-    tokenizer = tokenizer_of(base.model, update.weights, args.tokenizer_path)
+    tokenizer_dir = tokenizer_folder(update.weights, args.tokenizer_path)
+    if args.tokenizer_path:  # the weights' own is copied as it is
+        tokenizer_of(base.model, update.weights, args.tokenizer_path)
     variants = plan_variants(args, base, update)
     folders = [args.output_dir / f"{update.name}{variant.name}" for variant in variants]
     for folder in folders:
@@ -493,7 +501,7 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
         if folders.count(folder) > 1:
             raise SettingsError(f"{folder.name}: asked for twice; drop one")
     for variant, folder in zip(variants, folders, strict=True):
-        write_variant(variant, base, update, Path(tokenizer.name_or_path), folder)
+        write_variant(variant, base, update, tokenizer_dir, folder)
 
 
 def squared_norm_ratio(

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import reprlib
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -79,29 +80,38 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
 
 
 def save_copy(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path, record: dict) -> None:
-    """Writes a checkpoint with its ``run.json`` to a new folder, which is there whole or not."""
+    """Writes a checkpoint with its ``run.json`` to a new folder: whole or not at all."""
     aside = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     save_model(model, tokenizer_dir, aside)
     write_text(aside / "run.json", json.dumps(record, indent=2) + "\n")
     os.replace(aside, folder)
 
 
-def tokenizer_of(
-    model: MiniMindForCausalLM, weights: Path, named: Path | None
-) -> PreTrainedTokenizerFast:
-    """The tokenizer that is named, else the one that the model's weights were saved with.
+def tokenizer_folder(weights: Path, named: Path | None) -> Path:
+    """The folder of the tokenizer that is named, else that of the weights.
 
     Raises:
-        CheckpointError: none is named for a .pth, which holds none (MiniMind's has as many tokens
-            as this repository's, so that no check of sizes would tell one from the other); or it
-            has more tokens than the model has rows.
+        CheckpointError: none is named for a .pth, which holds none. MiniMind's has as many tokens
+            as this repository's, so that no check of sizes would tell one from the other.
     """
     if named is None and not weights.is_dir():
         raise CheckpointError(
             f"{weights}: holds no tokenizer; name the folder of the one that it was trained with "
             "as --tokenizer_path"
         )
-    tokenizer = load_tokenizer(named or weights)
+    return named or weights
+
+
+def tokenizer_of(
+    model: MiniMindForCausalLM, weights: Path, named: Path | None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of :func:`tokenizer_folder`, if it fits the model that has these weights.
+
+    Raises:
+        CheckpointError: there is none, or it has more tokens than the model has rows.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder(weights, named))
     if len(tokenizer) > model.config.vocab_size:
         raise CheckpointError(
             f"{weights}: {model.config.vocab_size} tokens, but the tokenizer has {len(tokenizer)}; "
@@ -111,7 +121,7 @@ def tokenizer_of(
 
 
 def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, its ``name_or_path``, padding on the right.
+    """The tokenizer of a folder, which pads on the right; its ``name_or_path`` is that folder.
 
     Built from its two files alone: neither code that a ``tokenizer_config.json`` names nor the hub
     is asked for anything.
@@ -173,7 +183,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def read_config(folder: Path) -> LlamaConfig | Qwen3Config:
-    """The config of a saved folder, refused unless this file computes what it describes.
+    """The config of a saved folder, refused unless model_minimind.py computes what it describes.
 
     Only the values that the model reads are taken over, so nothing else in the file has an effect.
     """

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_llm
 from dataset import demo, prepare
+from dataset.command_line import REPO_DIR
 from dataset.jsonl import DataError
 from dataset.lm_dataset import IGNORE_INDEX, load_dataset, load_tokens
 from dataset.untrusted import error_line, parse_json, shown
@@ -30,7 +31,7 @@ from evaluation import calibrate, report, run_study, update_analysis
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
 from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
-from tests.test_training import CPU, REPO_DIR, SHAPE, SHAPE_FLAGS, call
+from tests.test_training import CPU, SHAPE, SHAPE_FLAGS, call
 from tests.tiny import exit_code
 from trainer import merge_lora, train_tokenizer
 
@@ -876,7 +877,7 @@ def test_every_script_ends_as_these_do() -> None:
     scripts = {name: text for name, text in texts.items() if "def main(" in text}
     assert {f"{name}.py" for name in SCRIPTS} < scripts.keys() and "bench.py" in scripts
     for text in scripts.values():
-        assert "    run_script(main)" in text
+        assert text.endswith('\n\nif __name__ == "__main__":\n    run_script(main)\n')
 
 
 def test_scripts_end_so_as_processes_too(home: Path, tmp_path: Path) -> None:

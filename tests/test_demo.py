@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dataset import demo
+from dataset.command_line import REPO_DIR
 from evaluation.metrics import check_answer
 from evaluation.prompts import read_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
-RAW = tomllib.loads((ROOT / "dataset" / "demo_world.toml").read_text(encoding="utf-8"))
+RAW = tomllib.loads((REPO_DIR / "dataset" / "demo_world.toml").read_text(encoding="utf-8"))
 INSTRUCTIONS = ("sft", "sft_valid", "medical", "medical_valid")
 
 
@@ -221,7 +221,7 @@ def test_illnesses_stay_out_of_the_general_instructions(corpus):
 
 
 def test_no_prompt_of_the_evaluation_is_trained_on(corpus):
-    asked = {p.text for p in read_prompts(ROOT / "evaluation" / "qualitative_prompts.md")}
+    asked = {p.text for p in read_prompts(REPO_DIR / "evaluation" / "qualitative_prompts.md")}
     trained = {text for key in ("sft", "medical") for r in corpus[key] for text in prompt(r)}
     assert asked & trained == set()
 
@@ -305,7 +305,7 @@ def test_a_pair_whose_reference_misses_its_check_is_not_sound():
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_seed(paths, tmp_path):
     """Through the command line, from another directory."""
-    command = [sys.executable, ROOT / "dataset" / "demo.py", "--output_dir", tmp_path / "again"]
+    command = [sys.executable, REPO_DIR / "dataset" / "demo.py", "--output_dir", tmp_path / "again"]
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

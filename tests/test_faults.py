@@ -23,12 +23,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dataset.command_line import OUT_OF_MEMORY, SettingsError
+from dataset.command_line import OUT_OF_MEMORY, REPO_DIR, SettingsError
 from tests.stress_resume import compare_runs, free_port, write_corpora
 from tests.test_training import (
     CPU,
     ONE_THREAD,
-    REPO_DIR,
     SHAPE_FLAGS,
     Killed,
     at_step,

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dataset import lm_dataset
+from dataset.command_line import REPO_DIR
 from dataset.jsonl import DataError, read_jsonl
 from dataset.lm_dataset import (
     IGNORE_INDEX,
@@ -32,7 +33,6 @@ from dataset.lm_dataset import (
 )
 from model.checkpoint import load_tokenizer
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 PAD, BOS, EOS = 0, 1, 2
 DIALOG = [
     {"role": "system", "content": "Be brief: one line."},

@@ -548,6 +548,20 @@ def test_merge_script_writes_a_plain_checkpoint_from_either_form(base: Path) -> 
         assert torch.allclose(logits(reference), logits(model), rtol=0, atol=1e-5)
 
 
+def test_a_base_whose_tokenizer_is_for_no_chat_is_merged_with_it(base: Path) -> None:
+    """As most bases of the hub are: no pad token, no template."""
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    model, settings = load_model(base), LoraSettings(rank=2, targets="q_proj")
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, settings)
+    save_lora(model, settings, base.parent / "adapter", str(base), fingerprint)
+    out = base.parent / "merged"
+    words = ["--adapter", str(base.parent / "adapter"), "--output_dir", str(out)]
+    assert merge_lora_script.main(words) == 0
+    assert (out / path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_pth_base_is_merged_with_the_tokenizer_that_is_named(base: Path) -> None:
     model, folder = load_model(base), base.parent
     torch.save(model.state_dict(), folder / "base.pth")

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dataset.command_line import REPO_DIR
 from dataset.prepare import (
     CORPORA,
     Settings,
@@ -28,7 +29,7 @@ from dataset.prepare import (
 )
 from tests.tiny import exit_code
 
-SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "prepare.py"
+SCRIPT = REPO_DIR / "dataset" / "prepare.py"
 # At a held-out share of one half, by the hash of the words alone.
 HELD_OUT = ["Asthma", "Scurvy", "Water", "Iron", "What is tea?", "Say hello."]
 TRAINED_ON = ["Acromegaly", "Gout", "April", "Moon", "Name a color.", "Why do cats purr?"]

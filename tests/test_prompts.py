@@ -8,9 +8,9 @@ import pytest
 
 from dataset.jsonl import DataError
 from evaluation.metrics import CHECK_KEYS, FORMATS, check_answer
-from evaluation.prompts import parse_markdown, read_prompts
+from evaluation.prompts import PROMPTS_FILE, parse_markdown, read_prompts
 
-OURS = Path(__file__).resolve().parents[1] / "evaluation" / "qualitative_prompts.md"
+OURS = PROMPTS_FILE
 PROMPTS = read_prompts(OURS)
 CHECKED = [prompt for prompt in PROMPTS if prompt.check]
 

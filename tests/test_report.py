@@ -321,8 +321,10 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
 
 
 def texts_of(svg):
-    """Labels, values and ticks of a figure, in their order."""
-    return re.findall(r"<!-- (.*?) -->", svg)
+    """Labels, values and ticks of a figure, which matplotlib repeats in comments."""
+    texts = re.findall(r"<!-- (.*?) -->", svg, re.DOTALL)
+    assert texts
+    return texts
 
 
 def test_findings_name_the_verdicts_that_the_table_has():

@@ -1155,11 +1155,9 @@ def test_committed_results_were_made_with_the_flags_that_the_study_has_today() -
     if listed.returncode:
         pytest.skip("not a git checkout: which results are committed is not known")
     committed = [Path(name) for name in listed.stdout.split("\0")[:-1]]
-    results = {
-        path.stem: results[path.stem]
-        for path in committed
-        if path.suffix == ".json" and len(path.parts) == 1
-    }
+    names = {path.stem for path in committed if path.suffix == ".json" and len(path.parts) == 1}
+    results = {name: results[name] for name in sorted(names & results.keys())}
+    assert results
     for name, found in results.items():
         facts = {fact: found[fact] for fact in ("size", "base", "seed")}
         if found["arm"] is not None:

@@ -20,7 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.command_line import Parser, SettingsError, check_writable
 from dataset.untrusted import shown
-from model.checkpoint import load_model, save_copy, tokenizer_of, weights_fingerprint
+from model.checkpoint import (
+    load_model,
+    save_copy,
+    tokenizer_folder,
+    tokenizer_of,
+    weights_fingerprint,
+)
 from model.model_lora import (
     AdapterError,
     LoraSettings,
@@ -78,15 +84,17 @@ def main(argv: list[str] | None = None) -> int:
     if is_minimind and args.base is None:
         raise AdapterError(f"{args.adapter}: a MiniMind adapter names no base; give --base")
     base = args.base or find_base(args.adapter)
+    tokenizer_dir = tokenizer_folder(base, args.tokenizer_path)
     model = load_model(base, args.num_attention_heads)
-    tokenizer = tokenizer_of(model, base, args.tokenizer_path)
+    if args.tokenizer_path:  # a base's own is copied as it is: the merged model needs no template
+        tokenizer_of(model, base, args.tokenizer_path)
     fingerprint = weights_fingerprint(model)
     load = load_minimind_lora if is_minimind else load_lora
     settings = load(model, args.adapter)
     merged = merged_model(model)
     parameters, _ = count_parameters(merged)
     record = merge_record(base, fingerprint, args.adapter, settings, parameters)
-    save_copy(merged, Path(tokenizer.name_or_path), args.output_dir, record)
+    save_copy(merged, tokenizer_dir, args.output_dir, record)
     print(shown(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0
 
