@@ -1,5 +1,4 @@
-r"""
-Probes saved checkpoints with prompts, measures them on held-out data, or chats with one.
+r"""Probes saved checkpoints with prompts, measures them on held-out data, or chats with one.
 
     python eval_llm.py --list
     python eval_llm.py --model out/full_sft

@@ -23,7 +23,7 @@ class SettingsError(UserError):
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Runs a script's ``main`` and exits: a user's error is one line and exit code 2."""
+    """Runs a script's `main` and exits: a user's error is one line and exit code 2."""
     try:
         code = main()
     except (UserError, OSError) as error:

@@ -27,7 +27,7 @@ class DataError(UserError):
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields ``("file:line", record)`` for each non-empty line of a plain or gzip JSONL file.
+    """Yields `("file:line", record)` for each non-empty line of a plain or gzip JSONL file.
 
     Lines end in LF or CRLF; a UTF-8 byte order mark at the start is skipped.
 
@@ -92,7 +92,7 @@ def first_line(line: bytes, path: Path) -> bytes:
 
 
 def parse_record(line: bytes, where: str) -> dict:
-    """One JSONL line as a dict; ``where`` ("file:line") opens every error message."""
+    """One JSONL line as a dict; `where` ("file:line") opens every error message."""
     if b"\0" in line:
         raise DataError(
             f"{where}: holds NUL bytes; convert UTF-16 to UTF-8, get a damaged file anew"

@@ -6,9 +6,9 @@ Two record forms, plain or gzip, one or several files (the forms MiniMind reads)
     {"conversations": [{"role": "user", "content": "..."},   fine-tuning
                        {"role": "assistant", "content": "..."}]}
 
-``messages`` is read like ``conversations``, and ``instruction``/``input``/``output`` as one turn.
+`messages` is read like `conversations`, and `instruction`/`input`/`output` as one turn.
 
-Tokens are written once to ``dataset/cache/<key>/``, where the key covers the content of the files,
+Tokens are written once to `dataset/cache/<key>/`, where the key covers the content of the files,
 the tokenizer, the chat template and the length, and memory-mapped from then on: a warm start reads
 no JSON. Pretraining serves packed blocks; fine-tuning serves length-grouped batches, padded on the
 right to their longest sample (under causal attention no real token sees the padding, so no
@@ -160,7 +160,7 @@ def encode_batch(
     """Token ids of many texts.
 
     Args:
-        special: whether strings such as ``<|im_end|>`` in a text become control tokens. Only the
+        special: whether strings such as `<|im_end|>` in a text become control tokens. Only the
             chat template's own text may; a corpus or a user's message that contains such a
             string keeps it as ordinary characters.
         known: token ids by word, to which new words are added: with it, texts that come in parts
@@ -182,7 +182,7 @@ def encode_whole(backend: Tokenizer, texts: list[str], special: bool) -> list[li
 
 
 def splits_as_gpt2(backend: Tokenizer) -> bool:
-    """Whether a text's tokens are those of its words, as ``ASCII_WORDS`` finds them."""
+    """Whether a text's tokens are those of its words, as `ASCII_WORDS` finds them."""
     split = backend.pre_tokenizer
     return (
         isinstance(split, pre_tokenizers.ByteLevel)
@@ -213,7 +213,7 @@ def encode_words(
 def render_template(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], generation_prompt: bool
 ) -> list[str]:
-    """The chat template's text around the contents: ``len(messages) + 1`` pieces."""
+    """The chat template's text around the contents: `len(messages) + 1` pieces."""
     slots = [{"role": message["role"], "content": CONTENT_SLOT} for message in messages]
     try:
         rendered = tokenizer.apply_chat_template(
@@ -246,7 +246,7 @@ def encode_conversations(
 
     Args:
         generation_prompt: append the template's opening of an assistant turn (for inference).
-        known: see :func:`encode_batch`.
+        known: see `encode_batch`.
     """
     pieces_by_roles: dict[tuple[str, ...], list[list[int]]] = {}
     for messages in conversations:
@@ -277,7 +277,7 @@ def encode_conversations(
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-    """Consecutive lists of ``size`` items; the last may be shorter."""
+    """Consecutive lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -299,7 +299,7 @@ def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Tokens of a data set, memory-mapped: sample i is ``tokens[starts[i]:starts[i + 1]]``."""
+    """Tokens of a data set, memory-mapped: sample i is `tokens[starts[i]:starts[i + 1]]`."""
 
     tokens: np.ndarray  # (number of tokens,) uint16 or uint32
     starts: np.ndarray  # (samples + 1,) int64
@@ -315,16 +315,16 @@ def load_tokens(
     max_seq_len: int,
     cache_dir: Path = CACHE_DIR,
 ) -> TokenStore:
-    """The tokens of ``paths``, from the cache or tokenized now.
+    """The tokens of `paths`, from the cache or tokenized now.
 
     Args:
-        kind: ``"sft"``, ``"pretrain"`` (documents end with the pad/end-of-text token), or
-            ``"pretrain_wrapped"`` (a chat turn's tokens around each document besides).
+        kind: `"sft"`, `"pretrain"` (documents end with the pad/end-of-text token), or
+            `"pretrain_wrapped"` (a chat turn's tokens around each document besides).
         max_seq_len: longest conversation in tokens; longer ones are cut and counted, and those
             that lose every label are dropped and counted.
 
     Raises:
-        DataError: see :func:`read_jsonl`, :func:`record_text` and :func:`record_messages`.
+        DataError: see `read_jsonl`, `record_text` and `record_messages`.
     """
     for path in paths:
         check_file(path)
@@ -353,7 +353,7 @@ def load_tokens(
 
 
 def read_store(folder: Path, dtype: type) -> TokenStore:
-    """A store that :func:`write_store` wrote.
+    """A store that `write_store` wrote.
 
     Raises:
         DataError: files are missing, broken, or not as long as each other says.
@@ -384,7 +384,7 @@ def build_store(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
 ) -> None:
-    """Tokenizes ``paths`` into ``folder``: written aside, then moved into place in one step.
+    """Tokenizes `paths` into `folder`: written aside, then moved into place in one step.
 
     Two processes may build the same store at once; the first to finish puts its copy in place
     and the other's, which is identical, is discarded.
@@ -409,7 +409,7 @@ def write_store(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
 ) -> None:
-    """Writes the arrays of a :class:`TokenStore` and ``info.json`` to ``folder``."""
+    """Writes the arrays of a `TokenStore` and `info.json` to `folder`."""
     dtype = token_dtype(tokenizer)
     lengths: list[int] = []
     labeled: list[np.ndarray] = []
@@ -494,7 +494,7 @@ def encode_samples(
     counts: dict[str, int],
     known: dict[str, list[int]],
 ) -> list[tuple[list[int], list[bool]]]:
-    """Conversations cut at ``max_seq_len`` tokens; adds what was cut and dropped to ``counts``."""
+    """Conversations cut at `max_seq_len` tokens; adds what was cut and dropped to `counts`."""
     conversations = [record_messages(record, where) for where, record in chunk]
     kept = []
     for ids, mask in encode_conversations(tokenizer, conversations, known=known):
@@ -515,12 +515,12 @@ ENCODERS = {
 
 
 def count_shared(store: TokenStore, other: TokenStore) -> int:
-    """How many samples of ``store`` are in ``other`` too, token for token."""
+    """How many samples of `store` are in `other` too, token for token."""
     return int(np.isin(store.digests, other.digests).sum())
 
 
 def data_notes(info: dict) -> list[str]:
-    """What was cut, dropped or found twice, a sentence each; ``info`` is a store's."""
+    """What was cut, dropped or found twice, a sentence each; `info` is a store's."""
     notes = {
         "truncated": "cut at --max_seq_len tokens",
         "dropped_without_labels": "dropped: --max_seq_len leaves no token of the assistant",
@@ -545,7 +545,7 @@ def tail_length(total: int, max_seq_len: int) -> int:
 
 
 class PackedDataset(Dataset):
-    """Pretraining blocks of ``max_seq_len`` tokens from one stream of documents.
+    """Pretraining blocks of `max_seq_len` tokens from one stream of documents.
 
     Every token but the first of a block is a target. A last, shorter block is served too.
     """
@@ -563,7 +563,7 @@ class PackedDataset(Dataset):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and labels of block ``index``, each (length,) int64."""
+        """Token ids and labels of block `index`, each (length,) int64."""
         start = index * self.max_seq_len
         ids = self.store.tokens[start : start + self.lengths[index]].astype(np.int64)
         return ids, ids
@@ -596,7 +596,7 @@ class ConversationDataset(Dataset):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and labels (``IGNORE_INDEX`` off the assistant), each (length,) int64."""
+        """Token ids and labels (`IGNORE_INDEX` off the assistant), each (length,) int64."""
         first = self.kept[index]
         span = slice(self.store.starts[first], self.store.starts[first + 1])
         ids = self.store.tokens[span].astype(np.int64)
@@ -604,7 +604,7 @@ class ConversationDataset(Dataset):
 
 
 def with_subset(store: TokenStore, kept: np.ndarray) -> TokenStore:
-    """The store with the digests of the samples ``kept`` (indices), counted apart in ``info``."""
+    """The store with the digests of the samples `kept` (indices), counted apart in `info`."""
     spans = [slice(store.starts[i], store.starts[i + 1]) for i in kept]
     counts = {
         "samples": len(kept),
@@ -622,7 +622,7 @@ def load_dataset(
     cache_dir: Path = CACHE_DIR,
     max_samples: int | None = None,
 ) -> PackedDataset | ConversationDataset:
-    """The data set of a stage: ``kind`` is that of :func:`load_tokens`.
+    """The data set of a stage: `kind` is that of `load_tokens`.
 
     Args:
         max_samples: conversations to keep, by default all.
@@ -634,9 +634,9 @@ def load_dataset(
 
 
 def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Samples as ``input_ids`` and ``labels``, (batch, longest) int64, padded on the right.
+    """Samples as `input_ids` and `labels`, (batch, longest) int64, padded on the right.
 
-    ``num_tokens``, a scalar, counts the tokens that are not padding, fillers left out.
+    `num_tokens`, a scalar, counts the tokens that are not padding, fillers left out.
     """
     longest = max(len(ids) for ids, _ in samples)
     input_ids = np.full((len(samples), longest), pad_id, dtype=np.int64)
@@ -656,7 +656,7 @@ def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[s
 class StepCollator:
     """One optimizer step of one process, from indices to a list of micro-batches.
 
-    A negative index ``~i`` is sample i without labels: a filler that keeps processes in step when
+    A negative index `~i` is sample i without labels: a filler that keeps processes in step when
     a last batch runs short.
     """
 
@@ -668,7 +668,7 @@ class StepCollator:
         return [collate([self.fetch(i) for i in micro], self.pad_id) for micro in step]
 
     def fetch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ``index``; for a filler, its tokens with nothing to learn."""
+        """Sample `index`; for a filler, its tokens with nothing to learn."""
         if index >= 0:
             return self.dataset[index]
         ids, labels = self.dataset[~index]
@@ -679,8 +679,8 @@ class StepSampler(Sampler):
     """Plans the whole run: one item is one optimizer step of one process.
 
     An item is a list of micro-batches, each a list of sample indices. Samples are shuffled by
-    ``(seed, epoch)``, grouped by length when lengths differ, and cut into global batches of
-    ``batch_size * accumulation_steps * world_size``. Which samples form a global batch does not
+    `(seed, epoch)`, grouped by length when lengths differ, and cut into global batches of
+    `batch_size * accumulation_steps * world_size`. Which samples form a global batch does not
     depend on how many processes share it, so one process and two train on the same batches; and
     since the plan is a pure function of its arguments, a resumed run continues with the very
     batch that it would have seen.
@@ -744,7 +744,7 @@ class StepSampler(Sampler):
 def describe_sample(
     tokenizer: PreTrainedTokenizerFast, dataset: PackedDataset | ConversationDataset, index: int
 ) -> str:
-    """Sample ``index`` as a table of position, token, and the label that this position predicts."""
+    """Sample `index` as a table of position, token, and the label that this position predicts."""
     ids, labels = dataset[index]
     targets = np.append(labels[1:], IGNORE_INDEX)
     lines = [f"sample {index}: {len(ids)} tokens", f"{'pos':>5}  {'token':<24} predicts"]

@@ -1,8 +1,8 @@
 """Text and JSON that others wrote: read strictly, and shown so that it cannot act.
 
 A corpus, a prompt, a model's output or a config may hold escape sequences, markup, or JSON that two
-readers understand differently. What a script prints of them goes through :func:`shown`, and every
-error through :func:`error_line`.
+readers understand differently. What a script prints of them goes through `shown`, and every
+error through `error_line`.
 """
 
 import json
@@ -19,7 +19,7 @@ UNSAFE = re.compile(
 
 
 def shown(text: str) -> str:
-    """``text`` with control, zero-width and direction characters written as \\uXXXX.
+    """`text` with control, zero-width and direction characters written as \\uXXXX.
 
     Half of a surrogate pair, which no output can encode, is written in the same way.
     """
@@ -33,13 +33,13 @@ def has_unread(turn: dict) -> bool:
 
 
 def error_line(error: Exception | str) -> str:
-    """``error: ...`` as one inert line, whatever the message quotes."""
+    """`error: ...` as one inert line, whatever the message quotes."""
     message = shown(str(error)).replace("\n", "\\n").replace("\t", "\\t")
     return f"error: {message}"
 
 
 def parse_json(text: str) -> object:
-    """The JSON value in ``text``, refused where readers differ on what it says.
+    """The JSON value in `text`, refused where readers differ on what it says.
 
     Raises:
         ValueError: broken JSON, nesting too deep to read, a name given twice in an object (of
@@ -70,5 +70,5 @@ def unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def refuse_constant(name: str) -> float:
-    """Python reads ``NaN`` and ``Infinity``, which are no JSON."""
+    """Python reads `NaN` and `Infinity`, which are no JSON."""
     raise ValueError(f"{name} is no JSON number")

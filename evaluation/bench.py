@@ -1,5 +1,4 @@
-r"""
-Measures speed and memory of training, generation and loading, beside transformers and PEFT.
+r"""Measures speed and memory of training, generation and loading, beside transformers and PEFT.
 
     python evaluation/bench.py                            # or: make bench; about half an hour
     python evaluation/bench.py --sizes xs --quick         # some minutes: does it run?
@@ -220,7 +219,7 @@ def write_random_data(path: Path, samples: int, seed: int = SEED) -> Path:
 
 
 def load_sft(paths: list[Path], cache: Path) -> ConversationDataset:
-    """The conversations that arms train on; their tokens go into the temporary ``cache``."""
+    """The conversations that arms train on; their tokens go into the temporary `cache`."""
     return load_dataset("sft", paths, load_tokenizer(), MAX_SEQ_LEN, cache)
 
 
@@ -334,7 +333,7 @@ def in_turns(works: list[Work], steps: int, folder: Path) -> dict[str, list[dict
 
 
 class Pace:
-    """A process's side of :class:`Arm`: holds each step until it is told to take it."""
+    """A process's side of `Arm`: holds each step until it is told to take it."""
 
     def __init__(self, device: str):
         self.device = device

@@ -74,7 +74,7 @@ def training_row(size: str, method: str, measured: dict) -> list[str]:
 
 
 def time_ratio(arm: dict, other: dict) -> dict[str, float]:
-    """How many times as long as ``other`` an arm takes: median, smallest and largest.
+    """How many times as long as `other` an arm takes: median, smallest and largest.
 
     Of the turns, in each of which both take the same batch: a slow minute of the machine is in
     both.

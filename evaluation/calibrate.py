@@ -1,5 +1,4 @@
-"""
-Calibrates the measures: which of them tell reference answers from deliberately spoiled ones?
+"""Calibrates the measures: which of them tell reference answers from deliberately spoiled ones?
 
     python evaluation/calibrate.py
     python evaluation/calibrate.py --judge out/full_sft

@@ -61,8 +61,7 @@ def answer(
     decoding: Decoding,
     messages: list[dict[str, str]],
 ) -> list[dict[str, str]]:
-    """
-    Prints the answer to `messages`, which end with the user's, and its speed.
+    """Prints the answer to `messages`, which end with the user's, and its speed.
 
     Returns:
         The messages with the answer, or only the system's where they fill the context.

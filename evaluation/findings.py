@@ -1,5 +1,4 @@
-"""
-What the study's results say: each claim's verdict, what is forgotten, how few prompts mislead.
+"""What the study's results say: each claim's verdict, what is forgotten, how few prompts mislead.
 
 A verdict follows from the rules in study.toml and from nothing else. With few seeds a bootstrap
 interval is too narrow in what comes from seeds (drawing three with replacement has 2/3 of their

@@ -1,5 +1,4 @@
-"""
-Statistics of a comparison: how sure a rate, a difference or a separation is.
+"""Statistics of a comparison: how sure a rate, a difference or a separation is.
 
 What scipy has is taken from scipy. The two-level bootstrap and the AUC's interval, which it lacks,
 are a few lines of numpy over resampling counts: row d says how often draw d takes each unit.
@@ -36,8 +35,7 @@ def percentile_interval(
 
 
 def wilson_interval(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """
-    Wilson score interval of a rate of k in n; (0, 1) for n = 0. Wilson 1927, JASA 22:209.
+    """Wilson score interval of a rate of k in n; (0, 1) for n = 0. Wilson 1927, JASA 22:209.
 
     Raises:
         ValueError: not 0 <= k <= n.
@@ -49,8 +47,7 @@ def wilson_interval(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[flo
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """
-    Two-sided p-value of McNemar's exact test on paired outcomes, (n,) bool each.
+    """Two-sided p-value of McNemar's exact test on paired outcomes, (n,) bool each.
 
     Of the pairs that differ, as many should fall either way: a binomial test of 1/2. 1 where no
     pair differs. McNemar 1947, Psychometrika 12:153.
@@ -62,8 +59,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def most_unseen(n: int, confidence: float) -> float:
-    """
-    Upper end of the exact interval of a rate of which n trials showed not one (Clopper-Pearson).
+    """Upper end of the exact interval of a rate of which n trials showed not one (Clopper-Pearson).
 
     Near 3/n at 90%: what no pair of n showed may still happen. Resampling cannot tell this.
     """
@@ -72,7 +68,7 @@ def most_unseen(n: int, confidence: float) -> float:
 
 @lru_cache(maxsize=8)
 def resampling_counts(units: int, draws: int, seed: int) -> np.ndarray:
-    """(draws, units) float64: how often each of ``units`` is drawn when that many are drawn."""
+    """(draws, units) float64: how often each of `units` is drawn when that many are drawn."""
     generator = np.random.default_rng([seed, units])
     counts = generator.multinomial(units, np.full(units, 1 / units), size=draws)
     return counts.astype(np.float64)
@@ -85,8 +81,7 @@ def paired_bootstrap(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> Interval:
-    """
-    Percentile interval of a weighted mean difference between two arms, over seeds and prompts.
+    """Percentile interval of a weighted mean difference between two arms, over seeds and prompts.
 
     Every draw takes seeds with replacement, and prompts with replacement, the same for both arms
     and the same prompts for every seed drawn: prompts are crossed with seeds, and drawing them anew
@@ -118,8 +113,7 @@ def paired_bootstrap(
 
 
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> Interval:
-    """
-    Percentile interval of sum(numerators) / sum(denominators), (n,) each, over what they belong to.
+    """Percentile interval of sum(numerators) / sum(denominators), (n,) each, over their units.
 
     Both are resampled together. The denominators' sum must be well above 0, in every draw too.
     """
@@ -135,8 +129,7 @@ def auc(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> Interval:
-    """
-    P(reference > control) + P(equal) / 2 over all pairs, and its paired percentile interval.
+    """P(reference > control) + P(equal) / 2 over all pairs, and its paired percentile interval.
 
     The area under the ROC curve, Mann-Whitney's U / n^2: 1/2 where a measure cannot tell the two
     apart. Element i of both, (n,) each, belongs to prompt i; prompts are resampled.

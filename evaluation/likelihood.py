@@ -1,5 +1,4 @@
-"""
-What a model's likelihood tells: NLL of held-out data, and whether an answer fits its prompt.
+"""What a model's likelihood tells: NLL of held-out data, and whether an answer fits its prompt.
 
 Prompt retrieval. An answer y is on topic if an independent judge model finds it likelier under its
 own prompt x than under any of nine other prompts, by log p(y|x) - log p(y); by chance one answer
@@ -48,8 +47,7 @@ def sequence_nats(
     name: str,
     end_id: int | None = None,
 ) -> np.ndarray:
-    """
-    Negative log-likelihood of each sample's labeled tokens, summed: (samples, 2) float64, in nats.
+    """Summed negative log-likelihood of each sample's labeled tokens: (samples, 2) float64, nats.
 
     Args:
         samples: token ids and labels of each, as `collate` takes them.
@@ -80,8 +78,7 @@ def held_out_nll(
     batch_size: int,
     cache_dir: Path = CACHE_DIR,
 ) -> dict:
-    """
-    Mean negative log-likelihood of held-out data in nats per token, as training reports it.
+    """Mean negative log-likelihood of held-out data in nats per token, as training reports it.
 
     Args:
         kind: "sft" for the response tokens of conversations, "pretrain" for every token but the
@@ -125,8 +122,7 @@ class Judge:
 
 
 def check_independence(judge: Judge, checkpoints: list[Checkpoint]) -> list[str]:
-    """
-    Refuses a judge that is a probed checkpoint or the base of one.
+    """Refuses a judge that is a probed checkpoint or the base of one.
 
     A model finds its own answers likely, on topic or not, and an adapter or a fine-tuned model is
     close to its base: such a judge favors one arm. One that was fine-tuned from a probed base, or
@@ -162,8 +158,7 @@ def own_fingerprint(checkpoint: Checkpoint) -> str | None:
 
 
 def draw_candidates(prompts: list[Prompt]) -> list[list[int]]:
-    """
-    For each prompt its own index, then nine others', drawn from a fixed seed.
+    """For each prompt its own index, then nine others', drawn from a fixed seed.
 
     A distractor asks something else in the same script (Chinese or not): an English answer would be
     told from Chinese prompts by its script alone. Where a script has too few prompts, others join.
@@ -190,8 +185,7 @@ def draw_candidates(prompts: list[Prompt]) -> list[list[int]]:
 def add_topic_measures(
     judge: Judge, prompts: list[Prompt], samples: list[dict], batch_size: int
 ) -> None:
-    """
-    Sets `off_topic` and `prompt_pmi` (nats) of every sample, whose `text` is judged.
+    """Sets `off_topic` and `prompt_pmi` (nats) of every sample, whose `text` is judged.
 
     A blank answer is equally likely under every prompt, so it is off topic, with a PMI of 0.
     """
@@ -219,8 +213,7 @@ def labeled_answer(prompt_ids: list[int], answer_ids: list[int]) -> tuple[np.nda
 
 
 def topic_of(scores: np.ndarray) -> tuple[bool, float]:
-    """
-    Whether an answer is off topic, and its PMI with its prompt in nats.
+    """Whether an answer is off topic, and its PMI with its prompt in nats.
 
     Args:
         scores: (candidates,) log p(y|x) in nats; the answer's own prompt is first.

@@ -1,5 +1,4 @@
-"""
-Measures of what a model wrote, without a judge model.
+"""Measures of what a model wrote, without a judge model.
 
 Degeneration (blank, runaway, loop, repeated n-grams, diversity, compression), content-word recall,
 and checkable instructions in IFEval's style. Every definition is here and only here; what needs a
@@ -80,8 +79,7 @@ def is_runaway(stopped: bool) -> bool:
 
 
 def find_loop(text: str, min_tokens: int = 2, min_repeats: int = 3) -> tuple[int, int] | None:
-    """
-    Character span of the loop that `text` ends in, or None.
+    """Character span of the loop that `text` ends in, or None.
 
     A loop is a phrase of at least `min_tokens` tokens that stands at least `min_repeats` times in a
     row at the very end, that is: the last `min_repeats * p` tokens have period p. Tokens are words
@@ -115,8 +113,7 @@ def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
 
 
 def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float | None:
-    """
-    Share of repeated n-grams: 1 - (unique n-grams) / (all n-grams); None below n tokens.
+    """Share of repeated n-grams: 1 - (unique n-grams) / (all n-grams); None below n tokens.
 
     Welleck et al. 2020, arXiv 1908.04319 (seq-rep-4).
     """
@@ -125,8 +122,7 @@ def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float | None:
 
 
 def diversity(tokens: Sequence[Hashable]) -> float | None:
-    """
-    Product over n = 2, 3, 4 of (1 - rep-n), rep-n as in `seq_rep_n`: 1 where nothing repeats.
+    """Product over n = 2, 3, 4 of (1 - rep-n), rep-n as in `seq_rep_n`: 1 where nothing repeats.
 
     None below four tokens: an answer too short to repeat itself is not a diverse one.
     Su et al. 2022, arXiv 2202.06417.
@@ -136,8 +132,7 @@ def diversity(tokens: Sequence[Hashable]) -> float | None:
 
 
 def equal_slices(outputs: Iterable[Sequence], size: int, budget: int) -> list[Sequence]:
-    """
-    The first `size` tokens or characters of each output, until they are `budget` together.
+    """The first `size` tokens or characters of each output, until they are `budget` together.
 
     None counts for more than another, and a verbose model is not measured on fewer prompts than a
     terse one, save where answers are shorter than `size`. The last slice may be cut; empty if all
@@ -154,8 +149,7 @@ def equal_slices(outputs: Iterable[Sequence], size: int, budget: int) -> list[Se
 
 
 def distinct_n(outputs: Iterable[Sequence[Hashable]], n: int) -> float | None:
-    """
-    Unique over all n-grams of `outputs`; None if there are none.
+    """Unique over all n-grams of `outputs`; None if there are none.
 
     Li et al. 2016, arXiv 1510.03055 (distinct-1, distinct-2). The ratio falls as text gets longer:
     pass `equal_slices`. No n-gram spans two outputs.
@@ -165,8 +159,7 @@ def distinct_n(outputs: Iterable[Sequence[Hashable]], n: int) -> float | None:
 
 
 def compression_ratio(text: str) -> float:
-    """
-    Bytes of `text` (UTF-8) over its bytes after gzip: the more repetitive, the higher; 0 if empty.
+    """Bytes of `text` (UTF-8) over those after gzip: higher if repetitive, 0 if empty.
 
     Shaib et al. 2024, arXiv 2403.00553. gzip's 18-byte frame weighs on short text, and long text
     is packed better: pass `equal_slices` of all outputs, joined.
@@ -176,8 +169,7 @@ def compression_ratio(text: str) -> float:
 
 
 def content_recall(answer: str, reference: str) -> float | None:
-    """
-    Share of the reference's distinct content words that stand in the answer; None if it has none.
+    """Share of the reference's distinct content words that the answer has; None if it has none.
 
     |C(answer) & C(reference)| / |C(reference)|, C(t) = lower-cased words of t without `STOP_WORDS`:
     unigram recall as in ROUGE-1 (Lin 2004, aclanthology.org/W04-1013), counting a word once.
@@ -260,8 +252,7 @@ def is_json(text: str) -> bool:
 
 
 def has_format(text: str, name: str) -> bool:
-    """
-    True if the whole of `text` has the format `name`.
+    """True if the whole of `text` has the format `name`.
 
     bullets, numbered: every line is an item, the numbers counting 1, 2, 3... comma: one line of two
     or more short entries. uppercase, lowercase: every cased letter. one_sentence: no sentence end
@@ -319,8 +310,7 @@ def loose_variants(text: str) -> list[str]:
 
 
 def check_answer(text: str, check: dict, strict: bool = True) -> bool:
-    """
-    True if `text` meets every requirement in `check`; never for a blank text.
+    """True if `text` meets every requirement in `check`; never for a blank text.
 
     Keys: `contains` (all of these words or phrases, whole words, any case), `contains_any`,
     `excludes`, `starts_with`, `ends_with` (any case), `equals` (exactly, after strip), `min_words`,

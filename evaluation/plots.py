@@ -1,5 +1,4 @@
-"""
-Figures of single runs, as SVG: rates with intervals, loss curves, learning rates, energy by rank.
+"""Figures of single runs, as SVG: rates with intervals, loss curves, sweeps, energy by rank.
 
 Lines and rows are named where they stand; colors are Okabe and Ito's (jfly.uni-koeln.de/color,
 2008), which people with any color vision can tell apart. The same results give the same bytes: ids

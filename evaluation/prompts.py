@@ -1,5 +1,4 @@
-"""
-Reads probing prompts: `qualitative_prompts.md`, or JSONL of conversations.
+"""Reads probing prompts: `qualitative_prompts.md`, or JSONL of conversations.
 
 Markdown: `## Section`, then for every prompt `### id`, the prompt as a block quote, and any of
 

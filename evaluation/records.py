@@ -1,5 +1,4 @@
-"""
-Committed results, read and joined: what `report.py` makes tables, figures and the page from.
+"""Committed results, read and joined: what `report.py` makes tables, figures and the page from.
 
     results/<name>/run.json               what a training run recorded
     results/<name>/metrics.jsonl          its curve
@@ -451,7 +450,7 @@ def short(number: float) -> str:
 
 
 def unfinished(record: Record) -> str:
-    """`` (diverged at step 40 of 932)`` for a run that did not complete; empty for one that did."""
+    """` (diverged at step 40 of 932)` for a run that did not complete; empty for one that did."""
     if record.status == "completed" or record.run is None:
         return ""
     step, steps = record.run.get("step"), record.run["steps"]

@@ -1,5 +1,4 @@
-"""
-What the study's runs recover of full fine-tuning's gain, and what they forget.
+"""What the study's runs recover of full fine-tuning's gain, and what they forget.
 
 R = (L_base - L_arm) / (L_base - L_FFT) on the test conversations, those with an odd index, with the
 95% interval of a two-level paired bootstrap: every draw takes seeds and conversations, the same for
@@ -240,7 +239,7 @@ def gains_enough(base: np.ndarray, full: Measured) -> bool:
 
 @lru_cache(maxsize=16)
 def counts_with_all(units: int, draws: int, seed: int) -> np.ndarray:
-    """Counts of :func:`resampling_counts` after a row of ones: the estimate itself."""
+    """Counts of `resampling_counts` after a row of ones: the estimate itself."""
     return np.vstack([np.ones(units), resampling_counts(units, draws, seed)])
 
 
@@ -250,7 +249,7 @@ def rows_of(arm: Measured, seeds: Iterable[int]) -> np.ndarray:
 
 
 def interval_of(draws: np.ndarray) -> Interval:
-    """The percentile interval of what :func:`recovery_draws` returns, or of a difference of it."""
+    """The percentile interval of what `recovery_draws` returns, or of a difference of it."""
     return percentile_interval(draws[0], draws[1:])
 
 

@@ -1,5 +1,4 @@
-r"""
-Makes the READMEs' tables, the figures and the page from committed results, and from nothing else.
+r"""Makes the READMEs' tables, the figures and the page from committed results alone.
 
     python evaluation/report.py                  # or: make report
     python evaluation/report.py --add out/full_sft out/lora_all    # file these runs' records first

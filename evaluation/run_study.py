@@ -1,5 +1,4 @@
-"""
-Runs the study: what `study.toml` lists and `results/study/` has no result of, by the stage scripts.
+"""Runs what `study.toml` lists and `results/study/` has no result of, by the stage scripts.
 
     python evaluation/run_study.py --dry_run           # what is left, with its commands and time
     python evaluation/run_study.py                     # all of it; what was stopped is continued

@@ -25,14 +25,14 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def svd_of_update(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`svd` without the singular values that are zero in the tensor's precision."""
+    """`svd` without the singular values that are zero in the tensor's precision."""
     u, s, vh = svd(delta)
     rank = int((s > s[0] * max(delta.shape) * torch.finfo(s.dtype).eps).sum())
     return u[:, :rank], s[:rank], vh[:rank]
 
 
 def energy_rank(s: Tensor, share: float) -> int:
-    """The smallest r whose r largest singular values hold ``share`` of the squared norm."""
+    """The smallest r whose r largest singular values hold `share` of the squared norm."""
     energy = s.square().cumsum(0)
     reached = energy >= (share - 1e-9) * energy[-1]  # rounding aside: 9 of 10 equal ones hold .9
     return int(reached.nonzero()[0]) + 1
@@ -49,7 +49,7 @@ def stable_rank(s: Tensor) -> float:
 
 
 def low_rank(delta: Tensor, rank: int) -> Tensor:
-    """The best approximation of rank at most ``rank`` (Eckart & Young 1936).
+    """The best approximation of rank at most `rank` (Eckart & Young 1936).
 
     A vector counts as a matrix of one column.
     """
@@ -58,9 +58,9 @@ def low_rank(delta: Tensor, rank: int) -> Tensor:
 
 
 def random_low_rank(delta: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """A product of two Gaussian factors, scaled to the norm of ``delta``.
+    """A product of two Gaussian factors, scaled to the norm of `delta`.
 
-    Its rank is ``rank``, or the largest that the shape can have; a vector is one column.
+    Its rank is `rank`, or the largest that the shape can have; a vector is one column.
     """
     rows, columns = delta.reshape(len(delta), -1).shape
     rank = min(rank, rows, columns)
@@ -71,7 +71,7 @@ def random_low_rank(delta: Tensor, rank: int, generator: torch.Generator) -> Ten
 
 
 def random_directions(s: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A matrix (m, n) with singular values ``s`` and random singular vectors."""
+    """A matrix (m, n) with singular values `s` and random singular vectors."""
     u, v = (
         torch.linalg.qr(torch.randn(size, len(s), dtype=s.dtype, generator=generator)).Q
         for size in shape
@@ -80,7 +80,7 @@ def random_directions(s: Tensor, shape: torch.Size, generator: torch.Generator) 
 
 
 def ranks_to_show(rank: int) -> list[int]:
-    """1, 2, 4... up to ``rank`` or 64, and ``rank`` itself if it is not above 64."""
+    """1, 2, 4... up to `rank` or 64, and `rank` itself if it is not above 64."""
     powers = [2**i for i in range(LARGEST_RANK.bit_length()) if 2**i <= rank]
     return powers if rank > LARGEST_RANK else sorted({*powers, rank})
 
@@ -112,7 +112,7 @@ def chance_cosine(shape: torch.Size, tail: float) -> float:
     """What the largest |cos| of a random direction with p orthonormal ones in R^m rarely exceeds.
 
     One squared cosine is Beta(1/2, (m - 1) / 2). The union bound over the p gives the threshold
-    that is exceeded with probability ``tail`` at most; for a tail of .05 it lies within .2% of the
+    that is exceeded with probability `tail` at most; for a tail of .05 it lies within .2% of the
     quantile: .308 at m = p = 128, .230 at 256, .171 at 512.
     """
     m, p = shape[0], min(shape)
@@ -134,7 +134,7 @@ def describe_intruders(w0: Tensor, u0: Tensor, delta: Tensor, generator: torch.G
     """Intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228), nulls and shares.
 
     A left singular vector of W among the top k is one if its |cos| with every left singular vector
-    of W0 is below .5. ``random`` counts those of W0 plus an update with the same singular values,
+    of W0 is below .5. `random` counts those of W0 plus an update with the same singular values,
     so of the same norm, in random directions; for the other keys see update_analysis.py.
 
     Args:
@@ -178,7 +178,7 @@ def right_directions(matrix: Tensor) -> Tensor:
 def similarity(first: Tensor, second: Tensor, i: int, j: int) -> float:
     """phi = ||U_i^T U_j||_F^2 / min(i, j) (Hu et al. 2021, arXiv 2106.09685, section 7.2).
 
-    U_i, U_j are the first i and j columns of ``first`` and ``second``, each orthonormal.
+    U_i, U_j are the first i and j columns of `first` and `second`, each orthonormal.
     """
     return ((first[:, :i].T @ second[:, :j]).square().sum() / min(i, j)).item()
 

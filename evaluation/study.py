@@ -1,5 +1,4 @@
-"""
-The study as data: reads `study.toml`, lists its runs, and finds what is known of them.
+"""The study as data: reads `study.toml`, lists its runs, and finds what is known of them.
 
 A run is one training: a base, or an arm from a base with a rate and a seed. Its result is one JSON
 file in `results/study/`, made by `run_study.py`:
@@ -332,7 +331,7 @@ def run_of(cell: Cell, seed: int, probe: bool = False) -> Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is known of an arm's learning rates, see :func:`sweep_of`."""
+    """What is known of an arm's learning rates, see `sweep_of`."""
 
     losses: dict[str, float]  # mean validation NLL by rate
     seeds: dict[str, int]  # how many tuning seeds each mean is over: all, or the first alone

@@ -1,4 +1,4 @@
-"""The study's figures, as SVG, from what :func:`evaluation.findings.gather` found."""
+"""The study's figures, as SVG, from what `evaluation.findings.gather` found."""
 
 import matplotlib
 import numpy as np

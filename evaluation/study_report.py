@@ -1,9 +1,8 @@
-"""
-The study's part of the README and its tables, from `results/study/` and `study.toml`.
+"""The study's part of the README and its tables, from `results/study/` and `study.toml`.
 
-The README gets a summary (:func:`summary_block`), the verdicts and the figures
-(:func:`study_block`); every rule, cell and rate stands in `results/study/README.md`
-(:func:`study_details`).
+The README gets a summary (`summary_block`), the verdicts and the figures
+(`study_block`); every rule, cell and rate stands in `results/study/README.md`
+(`study_details`).
 """
 
 from collections.abc import Iterable

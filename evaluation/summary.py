@@ -50,8 +50,7 @@ def check_rates(samples: list[dict]) -> dict:
 
 
 def summarize(samples: list[dict], hidden: Collection[str] = ()) -> dict:
-    """
-    Rates and means over the samples of one decoding.
+    """Rates and means over the samples of one decoding.
 
     Args:
         hidden: measures that are not shown; they are None.
@@ -83,8 +82,7 @@ def summarize(samples: list[dict], hidden: Collection[str] = ()) -> dict:
 def corpus_measures(
     samples: list[dict], of_tokens: tuple[int, int], of_characters: tuple[int, int]
 ) -> dict[str, float | None]:
-    """
-    distinct-1 to -3 and compression of all answers together; None where there is too little text.
+    """distinct-1 to -3 and compression of all answers together; None where text is too little.
 
     Answers are taken seed by seed, in an order of the prompts that is by chance (by their hash) and
     the same for every checkpoint.
@@ -110,8 +108,7 @@ def chance_order(sample: dict) -> tuple[int, str]:
 
 
 def compare(samples_a: list[dict], samples_b: list[dict]) -> dict[str, dict[str, dict]]:
-    """
-    How the answers of B differ from those of A, prompt by prompt, for each decoding and measure.
+    """How the answers of B differ from those of A, prompt by prompt, for each decoding and measure.
 
     Both are lines of samples.jsonl. Intervals are the two-level paired bootstrap's over the `seed`
     and the prompts of the samples. The seeds of one checkpoint are those of the decoding; to
@@ -210,8 +207,7 @@ def compare_all_nll(a: dict[str, dict | None], b: dict[str, dict | None]) -> dic
 
 
 def compare_nll(a: dict, b: dict) -> dict:
-    """
-    How B's NLL on held-out data differs from A's, as `compare` has it, in nats per token.
+    """How B's NLL on held-out data differs from A's, as `compare` has it, in nats per token.
 
     On pretraining text this is forgetting, where A is the model before fine-tuning.
 

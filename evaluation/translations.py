@@ -1,5 +1,4 @@
-"""
-English translations of saved prompts and outputs that hold Chinese or Japanese.
+"""English translations of saved prompts and outputs that hold Chinese or Japanese.
 
 samples.jsonl has a slot for each: `prompt_translation` and `output_translation`. They are filled by
 hand in that file, or by `eval_llm.py --translator`, which fills empty slots only. Beside it,
@@ -51,8 +50,7 @@ Store = dict[Key, Translation]
 
 
 def read_store(folder: Path, prompts: list[Prompt]) -> Store:
-    """
-    What translations.jsonl and samples.jsonl in `folder` hold; a change in the latter is by hand.
+    """What translations.jsonl and samples.jsonl in `folder` hold; one changes the latter by hand.
 
     Args:
         prompts: those with a translation in their own file keep it there; what samples.jsonl says
@@ -145,8 +143,7 @@ class Translator:
 
 
 def load_translator(path: str, device: str) -> Translator:
-    """
-    A sequence-to-sequence model of one direction, from a folder or a hub id.
+    """A sequence-to-sequence model of one direction, from a folder or a hub id.
 
     transformers 5 has no translation pipeline any more: this is its model and tokenizer. Weights
     are read from safetensors only, and no code that comes with them is run.
@@ -186,8 +183,7 @@ def translate_missing(samples: list[dict], store: Store, translator: Translator)
 
 @torch.inference_mode()
 def translate(translator: Translator, texts: list[str]) -> tuple[list[str], int]:
-    """
-    English of each text, line by line, so that lists stay lists; lines without Chinese stay as is.
+    """English of each text, line by line, so that lists stay lists; other lines stay as they are.
 
     Translation models are trained on sentences.
 

@@ -228,7 +228,7 @@ def norms(w0: Tensor, delta: Tensor) -> dict:
 
 
 def describe_matrix(name: str, w0: Tensor, delta: Tensor, generator: torch.Generator) -> dict:
-    """An entry of ``matrices``."""
+    """An entry of `matrices`."""
     u0, s0, _ = svd(w0)
     s = svd_of_update(delta)[1]
     return {
@@ -268,7 +268,7 @@ def total_norm(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def analyze(base: dict[str, Tensor], update: Update, seed: int) -> dict:
-    """Everything the docstring lists but ``provenance``."""
+    """Everything the docstring lists but `provenance`."""
     generator = torch.Generator().manual_seed(seed)
     changed = {name: tensor for name, tensor in update.delta.items() if tensor.any()}
     size = total_norm(update.delta)
@@ -309,7 +309,7 @@ def compare(base: dict[str, Tensor], update: Update, other: Update) -> dict:
 
 
 def compare_matrix(name: str, w0: Tensor, update: Update, other: Update) -> dict:
-    """An entry of ``matrices`` in a comparison."""
+    """An entry of `matrices` in a comparison."""
     of = "A" if name in update.lora_a and name in other.lora_a else "dW"
     first, second = (
         right_directions(each.lora_a[name] if of == "A" else each.delta[name])
@@ -349,7 +349,7 @@ class Variant:
 def change_linears(
     delta: dict[str, Tensor], linears: set[str], rest: str, change: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """``change`` applied to the update of every linear, and to the rest if that says ``alike``."""
+    """`change` applied to the update of every linear, and to the rest if that says `alike`."""
 
     def changed(name: str, tensor: Tensor) -> Tensor:
         if name in linears or rest == "alike":
@@ -362,7 +362,7 @@ def change_linears(
 def truncated(
     delta: dict[str, Tensor], linears: set[str], rest: str, rank: int
 ) -> dict[str, Tensor]:
-    """The update of every linear cut to ``rank``."""
+    """The update of every linear cut to `rank`."""
     return change_linears(delta, linears, rest, partial(low_rank, rank=rank))
 
 
@@ -376,18 +376,18 @@ def randomized(
 
 
 def only(delta: dict[str, Tensor], kept: set[str]) -> dict[str, Tensor]:
-    """The update of the weights in ``kept`` alone."""
+    """The update of the weights in `kept` alone."""
     return {n: tensor if n in kept else torch.zeros_like(tensor) for n, tensor in delta.items()}
 
 
 def without_intruders(delta: dict[str, Tensor], intruders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The update without its part along ``intruders``, orthonormal columns of some weights."""
+    """The update without its part along `intruders`, orthonormal columns of some weights."""
     taken = {name: u @ (u.T @ delta[name]) for name, u in intruders.items()}
     return {n: tensor - taken[n] if n in taken else tensor for n, tensor in delta.items()}
 
 
 def shrunk(delta: dict[str, Tensor], intruders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The update scaled, weight by weight, to the norms of :func:`without_intruders`."""
+    """The update scaled, weight by weight, to the norms of `without_intruders`."""
     smaller = without_intruders(delta, intruders)
     scales = {name: smaller[name].norm() / delta[name].norm() for name in intruders}
     return {n: tensor * scales[n] if n in scales else tensor for n, tensor in delta.items()}
@@ -416,7 +416,7 @@ def linear_weights(model: MiniMindForCausalLM) -> set[str]:
 
 
 def part_weights(model: MiniMindForCausalLM, spec: str) -> set[str]:
-    """Names of the weights that ``--trainable spec`` trains; ``requires_grad`` then says so."""
+    """Names of the weights that `--trainable spec` trains; `requires_grad` then says so."""
     select_trainable(model, spec)
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -507,7 +507,7 @@ def write_checkpoints(args: argparse.Namespace, base: Base, update: Update) -> N
 def squared_norm_ratio(
     delta: dict[str, Tensor], tuned: dict[str, Tensor], names: Set[str]
 ) -> float | None:
-    """The squared norm of ``delta`` over that of ``tuned`` in ``names``; None where that is 0."""
+    """The squared norm of `delta` over that of `tuned` in `names`; None where that is 0."""
     numerator, denominator = (
         sum(update[name].square().sum().item() for name in names) for update in (delta, tuned)
     )
@@ -609,7 +609,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def provenance(base: Base, updates: dict[str, Update], seed: int | None) -> dict:
-    """What a result was computed from; ``updates`` by their role."""
+    """What a result was computed from; `updates` by their role."""
     runs = {
         role: {"name": update.name, "sha256": update.fingerprint}
         for role, update in updates.items()

@@ -27,7 +27,7 @@ LONGEST = 1024
 def blockwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Causal attention of (B, H, T, d) queries on (B, K, T, d) keys and values: (B, H, T, d).
 
-    Computed in the type of ``v``, the softmax in float32.
+    Computed in the type of `v`, the softmax in float32.
     """
     batch, heads, length, size = q.shape
     group = heads // k.shape[1]
@@ -87,7 +87,7 @@ def attend_backward(
     v: torch.Tensor,
     weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of ``q``, ``k`` and ``v``, from those of the output; ``row_sums`` of P * dP."""
+    """The gradients of `q`, `k` and `v`, from those of the output; `row_sums` of P * dP."""
     q_grad = torch.empty_like(q)
     k_grad = torch.zeros_like(k, dtype=torch.float32)  # summed over blocks
     v_grad = torch.zeros_like(v, dtype=torch.float32)
@@ -114,7 +114,7 @@ def attend_backward_queries(
     v: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of the queries alone, as :func:`attend_backward`."""
+    """The gradient of the queries alone, as `attend_backward`."""
     q_grad = torch.empty_like(grad)
     for block, part in weight_blocks(weights, grad):
         end = block.stop
@@ -132,12 +132,12 @@ def _(grad, row_sums, k, v, weights) -> torch.Tensor:
 def gradient_of_scores(
     grad_rows: torch.Tensor, row_sums: torch.Tensor, v: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """dS of a block, shaped as its ``weights``, (N, queries * G, keys)."""
+    """dS of a block, shaped as its `weights`, (N, queries * G, keys)."""
     return torch.bmm(grad_rows, v.mT).sub_(row_sums.flatten(1, 2)).mul_(weights)
 
 
 def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
-    """Saves what :func:`attend_gradients` reads; the weights as an output have no gradient."""
+    """Saves what `attend_gradients` reads; the weights as an output have no gradient."""
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
@@ -146,7 +146,7 @@ def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
 def attend_gradients(
     ctx, grad: torch.Tensor, _: None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The backward of :func:`attend`; rowsum(P * dP) is rowsum(O * dO), which is smaller."""
+    """The backward of `attend`; rowsum(P * dP) is rowsum(O * dO), which is smaller."""
     q, k, v, out, weights = ctx.saved_tensors
     grad = grad.contiguous()
     row_sums = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)

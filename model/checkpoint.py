@@ -80,7 +80,7 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
 
 
 def save_copy(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path, record: dict) -> None:
-    """Writes a checkpoint with its ``run.json`` to a new folder: whole or not at all."""
+    """Writes a checkpoint with its `run.json` to a new folder: whole or not at all."""
     aside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     save_model(model, tokenizer_dir, aside)
@@ -106,7 +106,7 @@ def tokenizer_folder(weights: Path, named: Path | None) -> Path:
 def tokenizer_of(
     model: MiniMindForCausalLM, weights: Path, named: Path | None
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of :func:`tokenizer_folder`, if it fits the model that has these weights.
+    """The tokenizer of `tokenizer_folder`, if it fits the model that has these weights.
 
     Raises:
         CheckpointError: there is none, or it has more tokens than the model has rows.
@@ -121,9 +121,9 @@ def tokenizer_of(
 
 
 def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, which pads on the right; its ``name_or_path`` is that folder.
+    """The tokenizer of a folder, which pads on the right; its `name_or_path` is that folder.
 
-    Built from its two files alone: neither code that a ``tokenizer_config.json`` names nor the hub
+    Built from its two files alone: neither code that a `tokenizer_config.json` names nor the hub
     is asked for anything.
 
     Raises:
@@ -251,20 +251,20 @@ def check_config_values(values: dict, path: Path) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether ``value`` is a whole number; Python counts True and False among them."""
+    """Whether `value` is a whole number; Python counts True and False among them."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_positive(value: object) -> bool:
-    """Whether ``value`` is a number above 0 that float32 holds; NaN is not."""
+    """Whether `value` is a number above 0 that float32 holds; NaN is not."""
     return isinstance(value, int | float) and 0 < value < 1e38
 
 
 def load_model(path: str | Path, num_attention_heads: int = 8) -> MiniMindForCausalLM:
-    """A model in float32 from a saved folder or from a MiniMind ``.pth`` file, loaded strictly.
+    """A model in float32 from a saved folder or from a MiniMind `.pth` file, loaded strictly.
 
     Args:
-        num_attention_heads: for a ``.pth`` only, whose tensors show every size but this one.
+        num_attention_heads: for a `.pth` only, whose tensors show every size but this one.
 
     Raises:
         CheckpointError: a file is missing, broken, or does not fit the config.
@@ -287,7 +287,7 @@ def load_model(path: str | Path, num_attention_heads: int = 8) -> MiniMindForCau
 
 
 def fill_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies tensors that :func:`fitting_tensors` let pass into the model, whatever their type."""
+    """Copies tensors that `fitting_tensors` let pass into the model, whatever their type."""
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
             if name in tensors:  # a tied head is not: it is the embedding
@@ -361,7 +361,7 @@ def config_of_tensors(
 def fitting_tensors(
     model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
-    """``tensors`` without a tied head, if every name and shape is the model's.
+    """`tensors` without a tied head, if every name and shape is the model's.
 
     Raises:
         CheckpointError: names the first tensors that are missing, unknown, of another shape, or

@@ -19,7 +19,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     """Writes a safetensors file aside and moves it into place.
 
     Raises:
-        OSError: the disk is full, for instance; what was at ``path`` is still there.
+        OSError: the disk is full, for instance; what was at `path` is still there.
     """
     aside = path.with_name(path.name + ".tmp")
     try:

@@ -1,6 +1,6 @@
 """Generation: a model's weights laid out to be read once a token, and a loop that does no more.
 
-transformers' ``generate`` works with the model too, and gives the same greedy answers in float32
+transformers' `generate` works with the model too, and gives the same greedy answers in float32
 (tests/test_generation.py). Here a token costs little beside reading the weights: q, k and v are one
 matrix, gate and up another, a CPU gets them packed for oneDNN, an adapter is merged into its
 weight, the cache grows by blocks, no key head is copied, what all prompts begin with is read once,
@@ -39,7 +39,7 @@ PACKED_FOR = 32
 
 @dataclass
 class Decoding:
-    """How the next token is chosen; the most likely one unless ``do_sample``."""
+    """How the next token is chosen; the most likely one unless `do_sample`."""
 
     max_new_tokens: int
     eos_token_id: int | None = None  # ends an answer; None: nothing does
@@ -51,7 +51,7 @@ class Decoding:
 def effective_weight(module: nn.Module) -> torch.Tensor:
     """What a linear or an embedding multiplies by, (out, in) or (V, D), its adapter merged.
 
-    Added in float32 and cast once, as :func:`model.model_lora.merge_lora` does it, though of
+    Added in float32 and cast once, as `model.model_lora.merge_lora` does it, though of
     factors that were cast with the model.
     """
     if isinstance(module, LoRALinear) and module.unmerged_weight is None:
@@ -65,9 +65,9 @@ def effective_weight(module: nn.Module) -> torch.Tensor:
 class Matrix:
     """The linears side by side as one, applied to (N, in).
 
-    On a CPU they are packed once for oneDNN, as ``torch.compile`` packs frozen linears whose batch
+    On a CPU they are packed once for oneDNN, as `torch.compile` packs frozen linears whose batch
     varies. At the shapes of a 26M model 1 to 100 rows then take .43 to .69 of the time of
-    ``F.linear`` in float32, and .55 to .87 in bfloat16.
+    `F.linear` in float32, and .55 to .87 in bfloat16.
     """
 
     def __init__(self, *linears: nn.Module):
@@ -83,7 +83,7 @@ class Matrix:
         return F.linear(x, self.weight)
 
     def add_to(self, rest: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``rest``, (N, out), and what :meth:`times` gives of ``x``."""
+        """`rest`, (N, out), and what `times` gives of `x`."""
         if self.is_packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x, rest, self.weight, None, "add")
         return rest + F.linear(x, self.weight)
@@ -141,11 +141,10 @@ class Decoder:
         return [self.embedding.new_zeros(shape) for _ in self.layers]
 
     def rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Tables of the first positions, (length, H + 2K, d): of queries, keys and values at once.
+        """Tables of the first positions, (length, H + 2K, d): of queries, keys and values at once.
 
         Queries are scaled by them, too, and values are left as they are. The sine's first half is
-        negative, see :func:`turned`.
+        negative, see `turned`.
         """
         positions = torch.arange(length, device=self.embedding.device)[None]
         theta = self.config.rope_parameters["rope_theta"]
@@ -158,7 +157,7 @@ class Decoder:
         return cos, sin
 
     def bias(self, visible: torch.Tensor) -> torch.Tensor:
-        """What is added to scores where keys are not ``visible``: minus infinity."""
+        """What is added to scores where keys are not `visible`: minus infinity."""
         return self.embedding.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
 
     def logits(
@@ -169,15 +168,14 @@ class Decoder:
         seen: int,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """
-        The last position's logits, (B, V) float32; fills T places of ``cache`` up to ``seen``.
+        """The last position's logits, (B, V) float32; fills T places of `cache` up to `seen`.
 
         Args:
             ids: (B, T).
-            rope: rows of :meth:`rope` for these tokens, (B, T, H + 2K, d).
+            rope: rows of `rope` for these tokens, (B, T, H + 2K, d).
             cache: of every layer (2, B, K, room, d).
-            bias: (B, 1, T, room) or up to ``seen``, see :meth:`bias`, added to the attention
-                scores; minus infinity from ``seen`` on. None, for T = 1: all that is seen is
+            bias: (B, 1, T, room) or up to `seen`, see `bias`, added to the attention
+                scores; minus infinity from `seen` on. None, for T = 1: all that is seen is
                 visible.
         """
         batch, new = ids.shape
@@ -210,8 +208,7 @@ class Decoder:
         rope: tuple[torch.Tensor, torch.Tensor],
         places: torch.Tensor,
     ) -> torch.Tensor:
-        """
-        (B, T, H + 2K, d) to queries (B, K, groups * T, d); fills ``places`` (2, B, K, T, d).
+        """(B, T, H + 2K, d) to queries (B, K, groups * T, d); fills `places` (2, B, K, T, d).
 
         Queries that share a key head are stacked along T, so that no head is copied.
         """
@@ -227,7 +224,7 @@ class Decoder:
         return q.reshape(batch, kv_heads, -1, size)
 
     def stacked_bias(self, bias: torch.Tensor, is_plain: bool) -> torch.Tensor:
-        """``bias`` for stacked queries: (B, 1, groups * T, S), or (B * K, 1, S) of one token."""
+        """`bias` for stacked queries: (B, 1, groups * T, S), or (B * K, 1, S) of one token."""
         if is_plain:
             return bias.expand(-1, self.kv_heads, -1, -1).flatten(0, 1)
         if bias.shape[2] == 1:
@@ -253,8 +250,7 @@ def attend_plainly(
 def last_positions(
     q: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, new: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Of T = ``new`` positions the last one's: (B, K, groups, d), (B, 1, 1, S) and (B, D).
+    """Of T = `new` positions the last one's: (B, K, groups, d), (B, 1, 1, S) and (B, D).
 
     Args:
         q: (B, K, groups * T, d).
@@ -265,14 +261,14 @@ def last_positions(
 
 
 def unstacked(out: torch.Tensor, new: int) -> torch.Tensor:
-    """Attention's (B, K, groups * T, d), ``new`` being T, as (B * T, H * d)."""
+    """Attention's (B, K, groups * T, d), `new` being T, as (B * T, H * d)."""
     batch, kv_heads, stacked, size = out.shape
     out = out.view(batch, kv_heads, -1, new, size).permute(0, 3, 1, 2, 4)
     return out.reshape(batch * new, kv_heads * (stacked // new) * size)
 
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """:func:`model.model_minimind.rotate` with the sign in the sine: three operations a layer."""
+    """`model.model_minimind.rotate` with the sign in the sine: three operations a layer."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
@@ -289,7 +285,7 @@ def shared_length(prompts: list[list[int]]) -> int:
 
 
 def groups_of(prompts: list[list[int]], shared: int) -> list[slice]:
-    """Neighbors of at most ``GROUP_TOKENS`` tokens to be read, padding included, or one prompt."""
+    """Neighbors of at most `GROUP_TOKENS` tokens to be read, padding included, or one prompt."""
     groups, first, longest = [], 0, len(prompts[0])
     for row, ids in enumerate(prompts):
         longest = max(longest, len(ids))
@@ -306,9 +302,9 @@ def read_prompts(
     rope: tuple[torch.Tensor, torch.Tensor],
     cache: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Logits (B, V) after each prompt; fills ``cache``, of every layer (2, B, K, S, d).
+    """Logits (B, V) after each prompt; fills `cache`, of every layer (2, B, K, S, d).
 
-    First what all prompts begin with, ``shared`` tokens, then padding, then the rest of each, so
+    First what all prompts begin with, `shared` tokens, then padding, then the rest of each, so
     that all end at the same place.
     """
     if shared:
@@ -330,7 +326,7 @@ def read_group(
     rope: tuple[torch.Tensor, torch.Tensor],
     cache: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Logits (B, V) after each prompt, whose first ``shared`` tokens are in ``cache`` already."""
+    """Logits (B, V) after each prompt, whose first `shared` tokens are in `cache` already."""
     width, device = cache[0].shape[3], cache[0].device
     new = max(map(len, prompts)) - shared
     padding = torch.tensor([width - len(ids) for ids in prompts], device=device)[:, None]
@@ -351,7 +347,7 @@ def read_group(
 
 
 def is_real(places: torch.Tensor, padding: torch.Tensor, shared: int) -> torch.Tensor:
-    """Which of (S,) places hold no padding, (B, S); ``padding`` is (B, 1)."""
+    """Which of (S,) places hold no padding, (B, S); `padding` is (B, 1)."""
     return (places < shared) | (places >= shared + padding)
 
 
@@ -359,8 +355,7 @@ def is_real(places: torch.Tensor, padding: torch.Tensor, shared: int) -> torch.T
 
 
 def choose(logits: torch.Tensor, decoding: Decoding, draws: torch.Tensor) -> torch.Tensor:
-    """
-    The next tokens, (B,) int64, of (B, V) logits.
+    """The next tokens, (B,) int64, of (B, V) logits.
 
     Args:
         draws: (B,) uniform numbers in [0, 1). A token is the place where the cumulated
@@ -381,7 +376,7 @@ def choose(logits: torch.Tensor, decoding: Decoding, draws: torch.Tensor) -> tor
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The most likely tokens that together reach ``top_p``; 0 elsewhere, not renormalized.
+    """The most likely tokens that together reach `top_p`; 0 elsewhere, not renormalized.
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, eq. 3).
     """
@@ -404,12 +399,11 @@ def smallest_kept(descending: torch.Tensor, top_p: float) -> torch.Tensor:
 def continue_prompts(
     decoder: Decoder, prompts: list[list[int]], decoding: Decoding, draws: torch.Tensor
 ) -> Iterator[list[tuple[int, int]]]:
-    """
-    Yields, step by step, (row, token) for each prompt whose answer has not ended.
+    """Yields, step by step, (row, token) for each prompt whose answer has not ended.
 
     Args:
         prompts: token ids; those of similar length are best neighbors.
-        draws: (B, max_new_tokens) uniform numbers, see :func:`choose`.
+        draws: (B, max_new_tokens) uniform numbers, see `choose`.
     """
     width, shared = max(map(len, prompts)), shared_length(prompts)
     device = decoder.embedding.device

@@ -1,7 +1,7 @@
 """LoRA written by hand (Hu et al. 2021, arXiv 2106.09685), saved in PEFT's format.
 
-An adapted linear computes ``W x + scaling * B A x`` with W frozen, B = 0 at the start, and scaling
-``alpha / r`` or, rank-stabilized, ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732).
+An adapted linear computes `W x + scaling * B A x` with W frozen, B = 0 at the start, and scaling
+`alpha / r` or, rank-stabilized, `alpha / sqrt(r)` (Kalajdzievski 2023, arXiv 2312.03732).
 
     apply_lora(model, LoraSettings(rank=8, alpha=32, targets="all-linear"))   # put in and freeze
     ...train...
@@ -11,7 +11,7 @@ An adapted linear computes ``W x + scaling * B A x`` with W frozen, B = 0 at the
     load_lora(model, folder)       # logits are now the adapted model's
     merge_lora(model)              # the same logits from plain weights; unmerge_lora undoes it
 
-``square`` is the placement of MiniMind's scripts, by accident of a shape test: under grouped-query
+`square` is the placement of MiniMind's scripts, by accident of a shape test: under grouped-query
 attention only q_proj and o_proj are square, so keys, values and the MLP get nothing.
 """
 
@@ -55,12 +55,12 @@ class LoraSettings:
     """What is adapted, and how.
 
     Attributes:
-        rank: r; 0 adapts no linear (with ``train_tokens`` or ``modules_to_save`` alone).
+        rank: r; 0 adapts no linear (with `train_tokens` or `modules_to_save` alone).
         alpha: numerator of the scaling.
-        targets: one of ``TARGET_NAMES``, or module names joined by commas.
-        init: A is ``kaiming`` U(+-1/sqrt(in)) as in PEFT, or ``gaussian`` N(0, .02) as in MiniMind.
+        targets: one of `TARGET_NAMES`, or module names joined by commas.
+        init: A is `kaiming` U(+-1/sqrt(in)) as in PEFT, or `gaussian` N(0, .02) as in MiniMind.
         train_tokens: ids of tokens whose embedding rows train too (at both ends of a tied model).
-        modules_to_save: parts trained whole: ``embeddings``, ``norms``, or names of such modules.
+        modules_to_save: parts trained whole: `embeddings`, `norms`, or names of such modules.
     """
 
     rank: int = 8
@@ -81,8 +81,8 @@ class LoraSettings:
 class LoRALinear(nn.Module):
     """A frozen bias-free linear and its low-rank update.
 
-    ``weight`` (out, in) keeps its name, so the base's parameters are called as before; ``lora_A``
-    is (r, in), ``lora_B`` (out, r).
+    `weight` (out, in) keeps its name, so the base's parameters are called as before; `lora_A`
+    is (r, in), `lora_B` (out, r).
     """
 
     def __init__(self, linear: nn.Linear, rank: int, scaling: float, dropout: float, init: str):
@@ -113,7 +113,7 @@ class LoRALinear(nn.Module):
         return self.weight + self.scaling * (self.lora_B @ self.lora_A)
 
     def delta(self) -> torch.Tensor:
-        """The update to ``weight``, (out, in), in the factors' type: float32, if not cast."""
+        """The update to `weight`, (out, in), in the factors' type: float32, if not cast."""
         return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
 
 
@@ -149,7 +149,7 @@ class TokenRowsHead(TokenRowsEmbedding):
 
 
 def find_targets(model: MiniMindForCausalLM, targets: str) -> list[str]:
-    """Names of the linears that ``targets`` selects, in model order.
+    """Names of the linears that `targets` selects, in model order.
 
     Raises:
         AdapterError: a name matches no linear of the model.
@@ -173,12 +173,12 @@ def find_targets(model: MiniMindForCausalLM, targets: str) -> list[str]:
 
 
 def matches(name: str, part: str) -> bool:
-    """Whether module ``name`` is ``part`` or ends with it at a dot, as PEFT matches names."""
+    """Whether module `name` is `part` or ends with it at a dot, as PEFT matches names."""
     return name == part or name.endswith("." + part)
 
 
 def find_saved_modules(model: MiniMindForCausalLM, parts: tuple[str, ...]) -> list[str]:
-    """Names of the modules trained whole: ``embeddings``, ``norms``, or by name."""
+    """Names of the modules trained whole: `embeddings`, `norms`, or by name."""
     found: list[str] = []
     for part in parts:
         if part == "embeddings":
@@ -204,7 +204,7 @@ def is_whole(name: str, module: nn.Module) -> bool:
 
 
 def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
-    """Freezes ``model`` and puts the adapter in; returns the names of the adapted linears.
+    """Freezes `model` and puts the adapter in; returns the names of the adapted linears.
 
     Nothing is changed when an argument is refused.
 
@@ -263,7 +263,7 @@ def check_rank(name: str, linear: nn.Linear, rank: int) -> None:
 
 
 def put_in_rows(model: MiniMindForCausalLM, token_ids: tuple[int, ...]) -> None:
-    """Replaces embedding and tied head by modules that train the rows of ``token_ids``."""
+    """Replaces embedding and tied head by modules that train the rows of `token_ids`."""
     embedding = TokenRowsEmbedding(model.model.embed_tokens.weight, token_ids)
     model.model.embed_tokens = embedding
     model.lm_head = TokenRowsHead(embedding)
@@ -273,7 +273,7 @@ def select_trainable(model: MiniMindForCausalLM, spec: str) -> None:
     """Freezes all but the named parts: the dense counterparts of the adapter's placements.
 
     Args:
-        spec: ``all``, or some of ``TRAINABLE_PARTS`` joined by commas; ``frozen-embeddings`` is
+        spec: `all`, or some of `TRAINABLE_PARTS` joined by commas; `frozen-embeddings` is
             everything but the tied embedding.
 
     Raises:
@@ -307,7 +307,7 @@ def select_trainable(model: MiniMindForCausalLM, spec: str) -> None:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The adapted linears of ``model``, with names."""
+    """The adapted linears of `model`, with names."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
 
 
@@ -315,7 +315,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def merge_lora(model: MiniMindForCausalLM) -> None:
-    """Adds every update to its weight, in float32 and cast once; :func:`unmerge_lora` undoes it.
+    """Adds every update to its weight, in float32 and cast once; `unmerge_lora` undoes it.
 
     The weights before are kept, so that undoing gives back the very bits.
 
@@ -338,7 +338,7 @@ def merge_lora(model: MiniMindForCausalLM) -> None:
 
 
 def unmerge_lora(model: MiniMindForCausalLM) -> None:
-    """Puts the bits of the weights before :func:`merge_lora` back."""
+    """Puts the bits of the weights before `merge_lora` back."""
     for name, layer in lora_layers(model):
         if layer.unmerged_weight is None:
             raise AdapterError(f"{name} is not merged")
@@ -347,10 +347,10 @@ def unmerge_lora(model: MiniMindForCausalLM) -> None:
 
 
 def merged_model(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """A plain model with the logits of the adapted one, ready to be saved; ``model`` is unchanged.
+    """A plain model with the logits of the adapted one, ready to be saved; `model` is unchanged.
 
     Raises:
-        AdapterError: see :func:`merge_lora`.
+        AdapterError: see `merge_lora`.
     """
     merge_lora(model)
     plain = MiniMindForCausalLM(model.config)
@@ -394,11 +394,11 @@ def save_lora(
     base: str,
     fingerprint: str,
 ) -> None:
-    """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does.
+    """Writes `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
 
     Args:
-        base: folder or hub id of the base, for ``base_model_name_or_path``.
-        fingerprint: :func:`weights_fingerprint` of the base before the adapter was put in.
+        base: folder or hub id of the base, for `base_model_name_or_path`.
+        fingerprint: `weights_fingerprint` of the base before the adapter was put in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     layers = [name for name, _ in lora_layers(model)]
@@ -429,7 +429,7 @@ def save_lora(
 
 
 def read_adapter_config(folder: Path) -> dict:
-    """``adapter_config.json``, refused when it asks for what this module does not compute."""
+    """`adapter_config.json`, refused when it asks for what this module does not compute."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise AdapterError(f"{path}: missing; an adapter folder holds {ADAPTER_CONFIG}")
@@ -522,7 +522,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
 def put_on(
     model: MiniMindForCausalLM, settings: LoraSettings, tensors: dict[str, torch.Tensor], path: Path
 ) -> None:
-    """Puts in an adapter with the tensors that ``path`` holds for it.
+    """Puts in an adapter with the tensors that `path` holds for it.
 
     Raises:
         AdapterError: tensors are missing, unknown or of another shape.
@@ -594,7 +594,7 @@ def fill_adapter(model: MiniMindForCausalLM, tensors: dict[str, torch.Tensor], p
 
 
 def load_minimind_lora(model: MiniMindForCausalLM, path: str | Path) -> LoraSettings:
-    """Puts a classic MiniMind adapter ``.pth`` on ``model``: square targets, scaling 1.
+    """Puts a classic MiniMind adapter `.pth` on `model`: square targets, scaling 1.
 
     Raises:
         AdapterError: tensors are missing, unknown, or of the wrong shape.

@@ -1,7 +1,7 @@
 """A MiniMind-style causal LM, written by hand: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-Parameter names and arithmetic are those of transformers' Llama (of Qwen3 with ``qk_norm``), and a
-saved folder says so in its ``config.json``: ``AutoModelForCausalLM.from_pretrained(folder)`` gives
+Parameter names and arithmetic are those of transformers' Llama (of Qwen3 with `qk_norm`), and a
+saved folder says so in its `config.json`: `AutoModelForCausalLM.from_pretrained(folder)` gives
 the same logits without this file.
 
 Shapes in the comments: B batch, T new tokens, S tokens seen (cached and new), D hidden size,
@@ -41,7 +41,7 @@ def minimind_config(
     """The model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
 
     Raises:
-        ValueError: heads that do not divide the hidden size, or what :func:`check_shape` refuses.
+        ValueError: heads that do not divide the hidden size, or what `check_shape` refuses.
     """
     if hidden_size % num_attention_heads:
         raise ValueError(
@@ -126,7 +126,7 @@ def rope_tables(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates (B, heads, T, d) by the tables of :func:`rope_tables`, in the layout of Llama."""
+    """Rotates (B, heads, T, d) by the tables of `rope_tables`, in the layout of Llama."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
@@ -134,7 +134,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def visible_positions(
     attention_mask: torch.Tensor | None, new: int, seen: int, device: torch.device
 ) -> torch.Tensor | None:
-    """Which of ``seen`` keys each of ``new`` queries may attend to.
+    """Which of `seen` keys each of `new` queries may attend to.
 
     Args:
         attention_mask: (B, S), 1 for real tokens and 0 for padding, or None.
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         mode: str,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D); adds this layer's keys and values to ``cache``."""
+        """(B, T, D) -> (B, T, D); adds this layer's keys and values to `cache`."""
         batch, new, _ = x.shape
         q = self.q_proj(x).view(batch, new, -1, self.head_dim)
         k = self.k_proj(x).view(batch, new, -1, self.head_dim)
@@ -235,7 +235,7 @@ class Block(nn.Module):
 def attention_mode(
     visible: torch.Tensor | None, new: int, cache: Cache | None, device: torch.device
 ) -> str:
-    """``masked`` where ``visible`` or a single query says it all, else the faster causal way."""
+    """`masked` where `visible` or a single query says it all, else the faster causal way."""
     if visible is not None or new == 1:
         return "masked"
     is_blockwise = device.type == "cpu" and cache is None and new <= LONGEST
@@ -259,7 +259,7 @@ class MiniMindModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """(B, T) int64 -> (B, T, D); ``attention_mask`` is (B, S), for padded batches."""
+        """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for padded batches."""
         new = input_ids.shape[1]
         seen = new + (cache.get_seq_length() if cache is not None else 0)
         if position_ids is None:
@@ -280,7 +280,7 @@ class MiniMindModel(nn.Module):
 
 
 class LMHead(nn.Linear):
-    """Hidden states to logits; adapted heads offer the same :meth:`effective_weight`."""
+    """Hidden states to logits; adapted heads offer the same `effective_weight`."""
 
     def effective_weight(self) -> torch.Tensor:
         """(V, D)."""
@@ -288,7 +288,7 @@ class LMHead(nn.Linear):
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model: :class:`MiniMindModel` under a head tied to the embedding."""
+    """The language model: `MiniMindModel` under a head tied to the embedding."""
 
     config_class = LlamaConfig
     base_model_prefix = "model"
@@ -314,12 +314,12 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits, or with ``labels`` the loss alone.
+        """Logits, or with `labels` the loss alone.
 
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, S), 0 on padding; not needed for padding on the right.
-            labels: (B, T) int64, as ``input_ids``, ``-100`` where no loss falls; shifted here.
+            labels: (B, T) int64, as `input_ids`, `-100` where no loss falls; shifted here.
                 Logits are then computed for the labeled positions only and not returned.
             logits_to_keep: logits of the last so many positions; 0 keeps all.
             num_items_in_batch: divides the summed loss, in nats; by default the labels counted
@@ -348,7 +348,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of ``states @ weight.T``, a chunk of positions at a time.
+    """Summed cross-entropy of `states @ weight.T`, a chunk of positions at a time.
 
     The gradient of the logits, softmax minus one-hot, is known as soon as the logits are; taking
     both while a chunk is at hand means that the (N, V) logits never exist and each is read once.

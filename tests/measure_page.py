@@ -1,5 +1,4 @@
-"""
-Measures how long the page takes to be usable in Chromium, by the wall clock.
+"""Measures how long the page takes to be usable in Chromium, by the wall clock.
 
     python tests/measure_page.py
 

@@ -176,7 +176,7 @@ def write_corpora(home: Path) -> None:
 
 
 def flags_of(case: Case, home: Path, run: Path) -> list[str]:
-    """The command line of a run of this case, from the corpora and the base in ``home``."""
+    """The command line of a run of this case, from the corpora and the base in `home`."""
     if case.stage == "pretrain":
         data = f"{SHAPE} --data_path {home}/text.jsonl --eval_data_path {home}/text.jsonl"
     else:
@@ -189,7 +189,7 @@ def flags_of(case: Case, home: Path, run: Path) -> list[str]:
 def be_process(
     stage: str, flags: list[str], environment: dict[str, str], log: Path, aim: int | None
 ) -> None:
-    """In a forked process: what ``python trainer/train_<stage>.py`` does, its output in ``log``.
+    """In a forked process: what `python trainer/train_<stage>.py` does, its output in `log`.
 
     Args:
         aim: in which save, counted from 0, it kills itself; None: in none.
@@ -209,7 +209,7 @@ def be_process(
 
 
 def die_in_save(aim: int) -> None:
-    """Lets this process kill itself in save ``aim``: the old state is aside, the new one not there.
+    """Lets this process kill itself in save `aim`: the old state is aside, the new one not there.
 
     A first save replaces no state, so that there its kill comes before its only rename.
     """
@@ -280,9 +280,9 @@ def run_to_end(case: Case, home: Path, run: Path) -> float:
 def kill_run(
     case: Case, flags: list[str], log: Path, delay: float, whom: slice, aim: int | None
 ) -> bool:
-    """Starts a run and kills the processes ``whom`` after ``delay`` seconds, unless it ended.
+    """Starts a run and kills the processes `whom` after `delay` seconds, unless it ended.
 
-    With an ``aim``, one kills itself. Whom a kill leaves alive must end by itself: it has lost its
+    With an `aim`, one kills itself. Whom a kill leaves alive must end by itself: it has lost its
     partner.
 
     Returns:
@@ -343,7 +343,7 @@ def next_flags(run: Path) -> list[str]:
 
 
 def try_case(name: str, case: Case, home: Path, kills: int, seed: int, until: float) -> Outcome:
-    """Kills runs of a case ``kills`` times, or until the clock (monotonic) says ``until``."""
+    """Kills runs of a case `kills` times, or until the clock (monotonic) says `until`."""
     outcome = Outcome(name, case.stage, case.flags, case.processes)
     draw = random.Random(f"{seed} {name}")
     folder = home / name.replace(", ", "-").replace(" ", "-")

@@ -1,7 +1,7 @@
 """Input that cannot be used, and files that want to do more than be read.
 
 Every case of the table ends in one line that says what is wrong, where, and what to do; in exit
-code 2; and with nothing written. ``...`` in an expected line stands for words of a library.
+code 2; and with nothing written. `...` in an expected line stands for words of a library.
 """
 # ruff: noqa: E501 (the table is read by its lines)
 
@@ -161,7 +161,7 @@ def weights(name: str, **changes: torch.Tensor | None) -> Callable[[Path, Path],
 
 
 def saved(name: str, content: Callable[[Path], object]) -> Callable[[Path, Path], None]:
-    """A file of torch.save; ``content`` gets the folder that a payload would write to."""
+    """A file of torch.save; `content` gets the folder that a payload would write to."""
     return lambda home, tmp: torch.save(content(tmp), tmp / name)
 
 
@@ -211,7 +211,7 @@ WHERE = "{tmp}/d.jsonl:4:"  # of what data() puts behind two good records and an
 
 
 def data(line: bytes, good: bytes) -> Callable[[Path, Path], None]:
-    """A file whose fourth line is ``line``."""
+    """A file whose fourth line is `line`."""
     return file("d.jsonl", good * 2 + b"\n" + line.rstrip(b"\n") + b"\n" + good)
 
 
@@ -832,7 +832,7 @@ def run(script: str, words: list[str], home: Path) -> int:
 
 
 def pattern(line: str) -> str:
-    """An expected line as a regular expression; ``...`` stands for anything."""
+    """An expected line as a regular expression; `...` stands for anything."""
     return "error: " + re.escape(line).replace(r"\.\.\.", ".*")
 
 

@@ -1,6 +1,6 @@
 """What stops a run: kills in the middle of a save, signals, full disks, damaged files, no memory.
 
-``stress_resume.py`` kills whole processes at random moments; here each moment is chosen.
+`stress_resume.py` kills whole processes at random moments; here each moment is chosen.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ STEPS = 10
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with corpora, a base and ``whole/full_sft``, a run of 10 steps left in peace."""
+    """A folder with corpora, a base and `whole/full_sft`, a run of 10 steps left in peace."""
     place = tmp_path_factory.mktemp("faults")
     write_corpora(place)
     flags = f"{SHAPE_FLAGS} {CPU} --data_path {place}/text.jsonl --save_dir {place} --run_name base"
@@ -394,7 +394,7 @@ def test_process_that_dies_ends_the_run(place: Path, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """While open, no file of this process can grow beyond ``size`` bytes, as on a full disk."""
+    """While open, no file of this process can grow beyond `size` bytes, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -480,7 +480,7 @@ def test_save_dir_below_a_file(
 
 
 def after_step(step: int, spoil: Callable[[torch.nn.Module], float]) -> pytest.MonkeyPatch:
-    """Patches the training step: step ``step`` returns as its loss what ``spoil(model)`` says."""
+    """Patches the training step: step `step` returns as its loss what `spoil(model)` says."""
     patch, train_step, taken = pytest.MonkeyPatch(), trainer_utils.train_step, []
 
     def watched(job: object, model: torch.nn.Module, *args: object) -> tuple:
@@ -622,7 +622,7 @@ def test_other_data_under_the_same_name_is_refused(
 def test_compiling_changes_what_is_computed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``--use_compile auto`` decides by the machine's compiler too."""
+    """`--use_compile auto` decides by the machine's compiler too."""
     with at_step(1, terminate):
         assert call("full_sft", flags_in(place, tmp_path), place) == 130
     monkeypatch.setattr(trainer_utils, "compile_blocks", lambda *_: True)

@@ -1,4 +1,4 @@
-"""The generation loop against transformers' ``generate``, and its pieces against known values."""
+"""The generation loop against transformers' `generate`, and its pieces against known values."""
 
 import pytest
 import torch

@@ -439,7 +439,7 @@ LENGTHS = np.random.default_rng(3).integers(5, 60, 203)
 
 
 def plan(lengths: np.ndarray = LENGTHS, **settings: int) -> list[list[list[int]]]:
-    """Two epochs of steps, unless ``max_steps`` says otherwise."""
+    """Two epochs of steps, unless `max_steps` says otherwise."""
     sampler = StepSampler(lengths, **({"batch_size": 8} | settings))
     if sampler.max_steps is None:
         sampler.max_steps = 2 * sampler.steps_per_epoch

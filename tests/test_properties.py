@@ -129,7 +129,7 @@ def test_any_bytes_give_records_or_one_error(content: bytes, name: str, pack: bo
 
 
 def spoiled(content: bytes, noise: bytes, place: int) -> bytes:
-    """``content`` with some bytes replaced."""
+    """`content` with some bytes replaced."""
     return content[:place] + noise + content[place + len(noise) :]
 
 

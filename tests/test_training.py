@@ -66,7 +66,7 @@ WEIGHTS["lora"] = "adapter_model.safetensors"
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small corpora; ``pretrain/`` and ``cache/`` are added to it."""
+    """A folder with small corpora; `pretrain/` and `cache/` are added to it."""
     folder = tmp_path_factory.mktemp("training")
 
     def write(name: str, records: list[dict]) -> None:
@@ -86,7 +86,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(stage: str, flags: str, home: Path) -> int:
-    """``main()`` of a stage as a fresh process would run it; returns its exit code."""
+    """`main()` of a stage as a fresh process would run it; returns its exit code."""
     torch.manual_seed(next(SEEDS))  # nothing may depend on what ran before
     AcceleratorState._reset_state(True)
     threads = torch.get_num_threads()
@@ -121,7 +121,7 @@ def sft_flags(home: Path, out: Path, data: str = "sft.jsonl") -> str:
 
 
 def rows_of(run: Path) -> list[dict]:
-    """The lines of ``metrics.jsonl`` without what depends on the clock."""
+    """The lines of `metrics.jsonl` without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("tokens_per_second", None)
@@ -459,7 +459,7 @@ class Killed(BaseException):
 
 
 def at_step(step: int, action: Callable[[], None]) -> contextlib.AbstractContextManager:
-    """While open, the optimizer step ``step`` (counted from 1 within a call) runs ``action``."""
+    """While open, the optimizer step `step` (counted from 1 within a call) runs `action`."""
     train_step, taken = trainer_utils.train_step, []
 
     def watched(*args: object) -> tuple[float, float, int, int]:
@@ -867,7 +867,7 @@ def test_blocks_are_compiled_where_it_pays(
 
 @pytest.fixture(scope="session")
 def shelf(base: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``out/`` with a finished, a stateless and a stopped run."""
+    """`out/` with a finished, a stateless and a stopped run."""
     shelf = tmp_path_factory.mktemp("shelf")
     for stage in ("full_sft", "lora"):
         flags = sft_flags(home, shelf / "out")

@@ -318,7 +318,7 @@ def adapter(base: Path, settings: LoraSettings, name: str = "lora", seed: int = 
 
 
 def call(base: Path, tuned: Path, flags: str) -> int:
-    """The script's ``main()`` with these flags."""
+    """The script's `main()` with these flags."""
     return update_analysis.main(["--base", str(base), "--tuned", str(tuned), *flags.split()])
 
 

@@ -101,7 +101,7 @@ def add_conversation_flags(parser: Parser) -> None:
 
 
 def check_conversation_args(args: argparse.Namespace) -> None:
-    """Refuses values of :func:`add_conversation_flags` that cannot work."""
+    """Refuses values of `add_conversation_flags` that cannot work."""
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise SettingsError(f"--max_train_samples {args.max_train_samples}: must be 1 or more")
 

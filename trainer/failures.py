@@ -31,12 +31,12 @@ class Diverged(ArithmeticError):
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """:func:`dataset.command_line.run_script`, which knows torch's errors, too."""
+    """`dataset.command_line.run_script`, which knows torch's errors, too."""
     command_line.run_script(lambda: translated(main))
 
 
 def translated(main: Callable[[], int]) -> int:
-    """What ``main`` returns.
+    """What `main` returns.
 
     Raises:
         SettingsError: in place of torch's errors of which the cause is known.

@@ -21,7 +21,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def choose_device(name: str) -> str:
-    """The device to compute on; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
+    """The device to compute on; `auto` takes CUDA, then Apple's MPS, then the CPU."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -35,7 +35,7 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str) -> str:
-    """The type of matrix products; ``auto`` takes bfloat16 where the processor computes it."""
+    """The type of matrix products; `auto` takes bfloat16 where the processor computes it."""
     if device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device == "cpu":

@@ -68,7 +68,7 @@ def base_reference(from_weight: str) -> str:
 
 
 def printable_settings(args: argparse.Namespace) -> dict:
-    """Every setting as JSON values, with paths shortened by :func:`printable_path`."""
+    """Every setting as JSON values, with paths shortened by `printable_path`."""
 
     def printable(value: object) -> object:
         if isinstance(value, Path):
@@ -99,7 +99,7 @@ def git_state() -> dict:
 
 @dataclass
 class RunFolder:
-    """``run.json``, ``metrics.jsonl`` and ``resume/`` of one run; only the main process writes."""
+    """`run.json`, `metrics.jsonl` and `resume/` of one run; only the main process writes."""
 
     path: Path
     is_main: bool
@@ -109,8 +109,8 @@ class RunFolder:
     def lock(self) -> None:
         """Takes the run for this process, until it ends, however it ends.
 
-        The lock lies beside the folder, so that it outlives ``--overwrite``. It is a POSIX lock
-        (``lockf``): unlike one of ``flock`` it is not inherited by the data loader's processes,
+        The lock lies beside the folder, so that it outlives `--overwrite`. It is a POSIX lock
+        (`lockf`): unlike one of `flock` it is not inherited by the data loader's processes,
         which live some seconds longer than a killed run, and it works on NFS.
 
         Raises:
@@ -131,7 +131,7 @@ class RunFolder:
             ) from error
 
     def create(self, overwrite: bool) -> None:
-        """Makes the folder, in place of the one that ``--overwrite`` gives up.
+        """Makes the folder, in place of the one that `--overwrite` gives up.
 
         Raises:
             SettingsError: since this run was started, another one made the folder.
@@ -147,19 +147,19 @@ class RunFolder:
             ) from error
 
     def write(self, **changes: object) -> None:
-        """Updates ``run.json``."""
+        """Updates `run.json`."""
         self.record |= changes
         if self.is_main:
             write_text(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
 
     def log(self, row: dict) -> None:
-        """Appends a line to ``metrics.jsonl``."""
+        """Appends a line to `metrics.jsonl`."""
         if self.is_main:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forgets what was logged after ``step``: a resumed run is about to log it again."""
+        """Forgets what was logged after `step`: a resumed run is about to log it again."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         # A line cut short by a kill lies after the last saved state and is dropped with those.
@@ -252,7 +252,7 @@ def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFo
     """The run's folder, to be made or to be continued; nothing is written yet but a lock.
 
     Raises:
-        SettingsError: the folder exists and neither ``--from_resume`` nor ``--overwrite`` is
+        SettingsError: the folder exists and neither `--from_resume` nor `--overwrite` is
             given, it cannot be written to, another process trains in it, there is no state to
             resume from, or settings are not what they were.
     """

@@ -3,9 +3,9 @@
     python trainer/train_tokenizer.py --data_path pretrain.jsonl.gz sft.jsonl.gz \
         --output_dir model
 
-Reads ``{"text"}`` and conversation records alike, so that words that occur only in fine-tuning
-data (medical terms, say) get tokens of their own. Writes ``tokenizer.json`` and
-``tokenizer_config.json``; `AutoTokenizer.from_pretrained(output_dir)` loads them.
+Reads `{"text"}` and conversation records alike, so that words that occur only in fine-tuning
+data (medical terms, say) get tokens of their own. Writes `tokenizer.json` and
+`tokenizer_config.json`; `AutoTokenizer.from_pretrained(output_dir)` loads them.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def corpus_texts(paths: list[Path]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``vocab_size`` tokens, special tokens first."""
+    """A byte-level BPE of `vocab_size` tokens, special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

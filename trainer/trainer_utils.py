@@ -4,7 +4,7 @@ Pretraining, full fine-tuning and LoRA differ in their data, their start and whi
 train; everything from here on (batches, schedule, loss, clipping, precision, evaluation, saving)
 is the same code for all three, so a comparison between them is controlled by construction.
 
-A run leaves ``<save_dir>/<run_name>/``:
+A run leaves `<save_dir>/<run_name>/`:
 
     config.json, model.safetensors, tokenizer   or adapter_config.json, adapter_model.safetensors
     run.json        settings, data and base fingerprints, versions, status, cost, final losses
@@ -93,7 +93,7 @@ TOKENIZING_TIMEOUT = timedelta(hours=12)
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Sets the seed and the device, and resolves ``auto`` in ``args`` to what is used."""
+    """Sets the seed and the device, and resolves `auto` in `args` to what is used."""
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     if args.use_compile == "on" and not can_compile(args.device):
@@ -170,7 +170,7 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 def fill_data_paths(args: argparse.Namespace, kind: str, accelerator: Accelerator) -> None:
-    """Points a run without ``--data_path`` to the demo corpus, made when it is missing."""
+    """Points a run without `--data_path` to the demo corpus, made when it is missing."""
     if args.data_path is None:
         from dataset.demo import DEMO_FILES, ensure_demo_corpus
 
@@ -208,9 +208,9 @@ def show_sample(tokenizer_dir: Path, dataset: PackedDataset | ConversationDatase
 
 
 def compile_blocks(model: MiniMindForCausalLM, mode: str, flops: float, device: str) -> bool:
-    """Compiles the transformer block, once for all layers, if ``mode`` or the run's size says so.
+    """Compiles the transformer block, once for all layers, if `mode` or the run's size says so.
 
-    ``auto`` leaves short runs alone, and machines without a compiler; it depends on the settings
+    `auto` leaves short runs alone, and machines without a compiler; it depends on the settings
     only, never on a clock, so a resumed run computes what the first part computed.
     """
     earns = flops >= COMPILE_FLOPS.get(device, math.inf)
@@ -227,9 +227,9 @@ def compile_blocks(model: MiniMindForCausalLM, mode: str, flops: float, device: 
 def learning_rate_at(
     step: int, steps: int, peak: float, schedule: str, warmup_ratio: float, min_ratio: float
 ) -> float:
-    """The rate of optimizer step ``step`` (0 to ``steps`` - 1).
+    """The rate of optimizer step `step` (0 to `steps` - 1).
 
-    Linear warm-up to ``peak``, then constant, or down to ``min_ratio * peak`` in a line or half a
+    Linear warm-up to `peak`, then constant, or down to `min_ratio * peak` in a line or half a
     cosine (Loshchilov & Hutter 2016, arXiv 1608.03983, eq. 5).
     """
     warmup = round(steps * warmup_ratio)
@@ -243,9 +243,9 @@ def learning_rate_at(
 
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace, b_ratio: float = 1.0) -> list:
-    """Trainable parameters as AdamW groups; ``lr_ratio`` multiplies the scheduled rate.
+    """Trainable parameters as AdamW groups; `lr_ratio` multiplies the scheduled rate.
 
-    Weight decay falls on matrices outside the embedding. ``b_ratio`` is LoRA+'s lr_B / lr_A
+    Weight decay falls on matrices outside the embedding. `b_ratio` is LoRA+'s lr_B / lr_A
     (Hayou et al. 2024, arXiv 2402.12354).
     """
     decayed, plain, fast = [], [], []
@@ -334,7 +334,7 @@ class Job:
 def train(job: Job) -> int:
     """Trains, evaluates and saves; returns the exit code.
 
-    Whatever ends the run, ``run.json`` says how, and only a run that came to its end is said to be
+    Whatever ends the run, `run.json` says how, and only a run that came to its end is said to be
     completed.
 
     Raises:
@@ -449,7 +449,7 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether something that happens every ``interval`` steps happens now; 0 is never."""
+    """Whether something that happens every `interval` steps happens now; 0 is never."""
     return interval > 0 and step % interval == 0
 
 
@@ -634,9 +634,9 @@ def log_evaluation(job: Job, model: nn.Module, step: int, bar: tqdm) -> None:
 def describe_run(
     job: Job, first_step: int, steps: int, steps_per_epoch: int, compiled: bool
 ) -> None:
-    """Writes everything known before the first step to ``run.json`` and says it in a line.
+    """Writes everything known before the first step to `run.json` and says it in a line.
 
-    Code and machine are those that the run began with; a list under ``resumed`` tells where each
+    Code and machine are those that the run began with; a list under `resumed` tells where each
     continuation began, and on what.
     """
     args = job.args
@@ -675,7 +675,7 @@ def describe_run(
 
 
 def trained_parts(model: nn.Module) -> list[str]:
-    """What trains of a model that does not train whole, such as ``adapted: 4 q_proj, 4 o_proj``.
+    """What trains of a model that does not train whole, such as `adapted: 4 q_proj, 4 o_proj`.
 
     A line for the adapted linears and one for the parameters that train themselves, by their last
     names and how often these occur.
@@ -699,7 +699,7 @@ def code_and_machine(device: str) -> dict:
 
 
 def end_run(job: Job, progress: Progress, status: str, message: str) -> int:
-    """Writes the last ``run.json``, says how the run ended, and returns the exit code."""
+    """Writes the last `run.json`, says how the run ended, and returns the exit code."""
     memory = max(job.run.record.get("peak_memory_bytes", 0), peak_memory_bytes(job.args.device))
     job.run.write(
         status=status,
@@ -736,14 +736,14 @@ def ignore_signals(_: int) -> None:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether ``flag`` holds on some process: a signal may reach them at different steps."""
+    """Whether `flag` holds on some process: a signal may reach them at different steps."""
     if accelerator.num_processes == 1:
         return flag
     return accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item() > 0
 
 
 def make_run_folder(job: Job) -> None:
-    """Makes the folder of a new run, in place of one that ``--overwrite`` gives up."""
+    """Makes the folder of a new run, in place of one that `--overwrite` gives up."""
     job.accelerator.wait_for_everyone()  # every process has looked before one of them makes it
     if job.run.is_main and not job.args.from_resume:
         job.run.create(job.args.overwrite)
@@ -782,7 +782,7 @@ def save_state(job: Job, progress: Progress) -> None:
 
 
 def restore(job: Job, progress: Progress, compiled: bool) -> None:
-    """Loads the resume state into the prepared model and optimizer, and into ``progress``.
+    """Loads the resume state into the prepared model and optimizer, and into `progress`.
 
     Raises:
         SettingsError: the data, the base, the number of processes or whether the model is compiled

@@ -1,5 +1,4 @@
-"""
-Fills the page: one file without any other, that opens from disk and asks no network for anything.
+"""Fills the page: one file, that opens from disk and asks no network for anything.
 
 page.html.jinja is the frame, page.css its style, page.js its behavior. What the page tells is JSON
 in a <script type="application/json">, whose every `<` is written \\u003c, so that nothing in it can
