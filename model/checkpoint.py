@@ -50,7 +50,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     facts += [config.rope_parameters["rope_theta"], config.model_type]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == HEAD_WEIGHT and model.config.tie_word_embeddings:
             continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())
@@ -66,7 +66,7 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
     tensors = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
-        if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+        if not (name == HEAD_WEIGHT and model.config.tie_word_embeddings)
     }
     save_tensors(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config = model.config.to_dict() | {"dtype": "float32"}
@@ -82,7 +82,8 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
 def save_copy(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path, record: dict) -> None:
     """Writes a checkpoint with its `run.json` to a new folder: whole or not at all."""
     aside = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    if aside.exists():  # of a process that was killed
+        shutil.rmtree(aside)
     save_model(model, tokenizer_dir, aside)
     write_text(aside / "run.json", json.dumps(record, indent=2) + "\n")
     os.replace(aside, folder)

@@ -280,27 +280,28 @@ def trained_samples(data: Path, stage: str) -> list[tuple[int, int]]:
         total = sum(len(tokenizer(record["text"])["input_ids"]) + 1 for record in records)
         lengths = [32] * (total // 32) + ([total % 32] if total % 32 > 1 else [])
         return [(length, length - 1) for length in lengths]
-    samples = []
-    for record in records:
-        messages = [{"role": "user", "content": record["instruction"]}]
-        messages += [{"role": "assistant", "content": record["output"]}]
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        samples.append((len(encoded["input_ids"]), sum(encoded["assistant_masks"])))
-    return samples
+    return [(len(chat["input_ids"]), sum(chat["assistant_masks"])) for chat in encoded_chats(data)]
 
 
-def conversations(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """All conversations of a file as one padded batch, ids and labels, by transformers alone."""
-    rows, labels = [], []
+def encoded_chats(data: Path) -> list[dict]:
+    """Ids of every conversation and which of them are the assistant's, by transformers alone."""
+    chats = []
     for record in map(json.loads, data.read_text().splitlines()):
         messages = [{"role": "user", "content": record["instruction"]}]
         messages += [{"role": "assistant", "content": record["output"]}]
-        encoded = load_tokenizer().apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        chats.append(
+            load_tokenizer().apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
         )
-        ids, answer = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"])
+    return chats
+
+
+def conversations(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All conversations of a file as one padded batch, ids and labels."""
+    rows, labels = [], []
+    for chat in encoded_chats(data):
+        ids, answer = torch.tensor(chat["input_ids"]), torch.tensor(chat["assistant_masks"])
         rows.append(ids)
         labels.append(ids.where(answer == 1, torch.tensor(-100)))
     pad = nn.utils.rnn.pad_sequence
