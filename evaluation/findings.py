@@ -44,6 +44,7 @@ from evaluation.study import (
     short_name,
     sweep_of,
     tuned_cells,
+    tuning_cell,
 )
 
 FEWEST_SEEDS = 3  # that a verdict may rest on
@@ -410,7 +411,7 @@ def forgetting_by_arm(evidence: Evidence, size: str) -> dict[str, list[Forgotten
 
     Of the runs that rates were tuned by, whatever their recovery.
     """
-    study, results, tuning = evidence.study, evidence.results, evidence.study["tuning"]
+    study, results = evidence.study, evidence.results
     chosen = [
         cell.arm
         for experiment in study["experiments"]
@@ -420,9 +421,8 @@ def forgetting_by_arm(evidence: Evidence, size: str) -> dict[str, list[Forgotten
     ]
     found = {}
     for arm in dict.fromkeys(chosen):
-        place = (size, tuning["base"], tuning["base_seed"], arm)
         rates = sorted(rates_of(study, arm, size), key=float)
-        cells = [Cell(*place, rate, tuning["variant"]) for rate in rates]
+        cells = [tuning_cell(study, arm, rate, size) for rate in rates]
         points = [forgotten(study, cell, results) for cell in cells]
         if points := [point for point in points if point]:
             found[arm] = points

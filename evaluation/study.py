@@ -144,10 +144,11 @@ def check_experiment(study: dict, experiment: dict) -> None:
 
 def check_sweep(tuning: dict, experiment: dict, cell: Cell) -> None:
     """Refuses a sweep of other runs than those that rates are tuned by."""
-    place = {"base": cell.base, "base_seed": cell.base_seed, "variant": cell.variant}
+    place = {"base_seed": cell.base_seed, "variant": cell.variant}
     odd = [name for name, value in place.items() if value != tuning[name]]
-    if any(experiment["seeds"] != tuning["seeds"].get(size) for size in experiment["sizes"]):
-        odd.append("seeds")
+    for name in ("base", "seeds"):
+        if any(experiment[name] != tuning[name].get(size) for size in experiment["sizes"]):
+            odd.append(name)
     odd += [name for name, value in (("part", cell.part), ("probe", experiment["probe"])) if value]
     if odd:
         raise SettingsError(f"{cell.arm}@sweep has {odd[0]} other than [tuning]'s")
@@ -408,9 +409,14 @@ def rates_of(study: dict, arm: str, size: str) -> list[str]:
 
 def tuning_run(study: dict, arm: str, rate: str, size: str, seed: int) -> Run:
     """One run of the sweep that an arm's rate is chosen by."""
+    return run_of(tuning_cell(study, arm, rate, size), seed)
+
+
+def tuning_cell(study: dict, arm: str, rate: str, size: str) -> Cell:
+    """An arm at a rate, as a size's rates are tuned."""
     tuning = study["tuning"]
-    place = (tuning["base"], tuning["base_seed"])
-    return run_of(Cell(size, *place, arm, rate, tuning["variant"]), seed)
+    place = (size, tuning["base"][size], tuning["base_seed"])
+    return Cell(*place, arm, rate, tuning["variant"])
 
 
 def validation_nll(result: dict) -> float:

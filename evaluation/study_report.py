@@ -45,6 +45,7 @@ from evaluation.study import (
     short_name,
     sweep_of,
     tuned_cells,
+    tuning_cell,
     tuning_run,
     validation_nll,
     variant_of,
@@ -463,15 +464,14 @@ def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -
     """What is known of an arm whose grid the first seed has not finished; empty if nothing is."""
     if sweep_of(study, arm, size, results):
         return []
-    tuning, cells, told, seeds = study["tuning"], [], [], []
+    cells, told, seeds = [], [], []
     for rate in rates_of(study, arm, size):
-        runs = [tuning_run(study, arm, rate, size, seed) for seed in tuning["seeds"][size]]
+        runs = [tuning_run(study, arm, rate, size, seed) for seed in study["tuning"]["seeds"][size]]
         done = [results[run.id] for run in runs if run.id in results]
         if not done:
             continue
         cells.append(f"{rate}: {fmean(map(validation_nll, done)):.3f}")
-        cell = Cell(size, tuning["base"], tuning["base_seed"], arm, rate, tuning["variant"])
-        row = describe_cell(study, cell, results)
+        row = describe_cell(study, tuning_cell(study, arm, rate, size), results)
         told.append(f"R = {in_words(row.recovery if row else None)} at {rate}")
         seeds.append(len(done))
     if not cells:

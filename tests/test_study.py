@@ -127,7 +127,7 @@ stage = "lora"
 rates = ["1e-3", "1e-2"]
 flags = { lora_targets = "square", lora_rank = 2 }
 [tuning]
-base = "plain"
+base = { xs = "plain" }
 base_seed = 42
 variant = "main"
 seeds = { xs = [1, 2] }
