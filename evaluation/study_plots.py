@@ -21,14 +21,14 @@ from evaluation.intervals import Interval
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.records import DECODING_LABELS
 from evaluation.recovery import Row, known_cell
-from evaluation.study import Sweep, full_name, planned_bases, tuned_cells
+from evaluation.study import Sweep, full_name, planned_bases, tuned_cells, variant_of
 
 R_AXIS = (
     "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals; hollow: without end tokens"
 )
 
 
-HOLLOW = {"color": COLORS[0], "markerfacecolor": "white", "markersize": 4, "zorder": 1}
+HOLLOW = {"markerfacecolor": "white", "markersize": 4, "zorder": 1}
 
 
 def study_figures(evidence: Evidence) -> dict[str, str]:
@@ -62,6 +62,10 @@ def study_figures(evidence: Evidence) -> dict[str, str]:
             pairs = few_prompt_rates(evidence, size)
             if len(pairs) > 1:  # one pair is a line of the table
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
+        for experiment in study["experiments"]:
+            by_size = recoveries_by_size(evidence, experiment)
+            if experiment["summary"] and len(by_size) > 1:
+                drawn[f"study_{experiment['base']}_sizes.svg"] = draw_sizes(experiment, by_size)
         return {name: as_svg(figure) for name, figure in drawn.items()}
 
 
@@ -145,6 +149,36 @@ def draw_recoveries(recoveries: list[tuple[str, Row]]) -> Figure:
     return figure
 
 
+def recoveries_by_size(evidence: Evidence, experiment: dict) -> dict[str, dict[str, Row]]:
+    """The measured cells of an experiment by size and by name, of sizes that have any."""
+    found: dict[str, dict[str, Row]] = {}
+    for size in experiment["sizes"]:
+        for cell in tuned_cells(experiment, size):
+            if (row := evidence.rows[cell]) and row.recovery:
+                title = evidence.study["arms"][cell.arm]["title"]
+                found.setdefault(size, {})[", ".join([title, *variant_of(cell)])] = row
+    return found
+
+
+def draw_sizes(experiment: dict, by_size: dict[str, dict[str, Row]]) -> Figure:
+    """R of the same arms at each size, with their 95% intervals."""
+    names = list(dict.fromkeys(name for rows in by_size.values() for name in rows))
+    figure = Figure(figsize=(8, 1.4 + 0.5 * len(names)))
+    axes = figure.subplots()
+    for index, (size, rows) in enumerate(by_size.items()):
+        for name, row in rows.items():
+            place = names.index(name) + 0.4 * (index / (len(by_size) - 1) - 0.5)
+            draw_recovery(axes, place, row, COLORS[index])
+        axes.plot([], [], "o", color=COLORS[index], markersize=4, label=size)
+    for edge in (0, 1):
+        axes.axvline(edge, **GRID)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(R_AXIS)
+    axes.legend(frameon=False, title=f"size, from its {experiment['base']} base")
+    return figure
+
+
 def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
     """A panel for every order of changes: R with its 95% interval after each."""
     heights = [len(rows) for _, rows in ladders]
@@ -195,16 +229,18 @@ def rung_name(name: str, row: Row | None) -> str:
     return f"{name} ({failed} diverged)" if failed else name
 
 
-def draw_recovery(axes: matplotlib.axes.Axes, place: int, row: Row) -> None:
+def draw_recovery(
+    axes: matplotlib.axes.Axes, place: float, row: Row, color: str = COLORS[0]
+) -> None:
     """A dot with its interval and its value in figures; a hollow one without end tokens."""
     interval = row.recovery
     below, above = interval.estimate - interval.low, interval.high - interval.estimate
     spread = np.maximum([[below], [above]], 0)
-    axes.errorbar([interval.estimate], [place], xerr=spread, fmt="o", color=COLORS[0], markersize=4)
+    axes.errorbar([interval.estimate], [place], xerr=spread, fmt="o", color=color, markersize=4)
     where = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 7}
     axes.annotate(f"{interval.estimate:.2f}", (interval.estimate, place), **where)
     if row.answer_recovery:
-        axes.plot([row.answer_recovery.estimate], [place], "o", **HOLLOW)
+        axes.plot([row.answer_recovery.estimate], [place], "o", color=color, **HOLLOW)
 
 
 def probes_by_cell(study: dict, size: str, results: dict[str, dict]) -> dict[str, list[dict]]:

@@ -78,17 +78,18 @@ TITLES = {  # of figures, by how their files' names end
     "_forgetting.svg": "What is forgotten against what is learned, at every rate",
     "_answers.svg": "Share of answers that never end or are blank, of every arm that was asked",
     "_prompts.svg": "How often eight prompts, judged once, name the worse of two arms",
+    "_sizes.svg": "Recovery of the same arms at each size",
 }
+IN_SUMMARY = ("_ladder.svg", "_sizes.svg")  # beside the README's first tables
 
 
 def summary_block(evidence: Evidence, drawn: Iterable[str]) -> list[str]:
     """Markdown lines of what is to be remembered: the README's first table, and the ladder."""
     lines = []
-    for size in evidence.study["sizes"]:
-        for experiment in evidence.study["experiments"]:
-            if experiment["summary"] and size in experiment["sizes"]:
-                lines += summary_table(evidence, experiment, size)
-        lines += figure_lines(name for name in drawn if name == f"study_{size}_ladder.svg")
+    for experiment in evidence.study["experiments"]:
+        for size in experiment["sizes"] if experiment["summary"] else ():
+            lines += summary_table(evidence, experiment, size)
+    lines += figure_lines(name for name in drawn if name.endswith(IN_SUMMARY))
     return lines[:-1]
 
 
@@ -197,7 +198,7 @@ def size_lines(
     lines += claim_lines(claims)
     lines += [f"Every rule, cell, tuned rate, and their commands: [`{DETAILS}`]({DETAILS}).", ""]
     mine = [name for name in drawn if name.startswith(f"study_{size}_")]
-    return lines + figure_lines(name for name in mine if not name.endswith("_ladder.svg"))
+    return lines + figure_lines(name for name in mine if not name.endswith(IN_SUMMARY))
 
 
 def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:

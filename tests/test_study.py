@@ -81,7 +81,14 @@ from evaluation.study import (
     tuned_rate,
     tuning_runs,
 )
-from evaluation.study_plots import draw_recovery, probes_by_cell, recovery_by_cell, study_figures
+from evaluation.study_plots import (
+    draw_recovery,
+    draw_sizes,
+    probes_by_cell,
+    recoveries_by_size,
+    recovery_by_cell,
+    study_figures,
+)
 from evaluation.study_report import ANSWER_RATES, study_block, study_details, summary_block
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.tiny import tiny_model
@@ -1044,6 +1051,37 @@ def test_recovery_is_drawn_where_its_interval_lies(study: dict) -> None:
     assert (dot.get_xydata().tolist(), hollow.get_xydata().tolist()) == ([[0.5, 3]], [[0.3, 3]])
     (bar,) = axes.collections
     assert bar.get_segments()[0].tolist() == [[pytest.approx(0.4), 3], [pytest.approx(0.8), 3]]
+
+
+def test_sizes_are_compared_where_more_than_one_was_measured(study: dict) -> None:
+    study["sizes"]["m"] = study["sizes"]["xs"]
+    study["tuning"]["base"]["m"], study["tuning"]["seeds"]["m"] = "plain", [1]
+    experiment = DEFAULTS | {"id": "S", "question": "Q.", "seeds": [1], "summary": True}
+    experiment |= {"sizes": ["xs", "m"], "cells": ["square@1e-3", "fft@tuned"]}
+    study["experiments"].append(experiment)
+    square = {"xs-plain42-square-lr1e-3-s1": [0.0, 80.0, 0.0, 160.0]}
+    results = BASE | results_of(SWEEP | square)
+    assert "study_plain_sizes.svg" not in figures_of(study, results)
+    # The other size has the same base and full fine-tuning, but its LoRA does nothing.
+    found = SWEEP | {"xs-plain42-square-lr1e-3-s1": [0.0, 100.0, 0.0, 200.0]}
+    for name, result in (BASE | results_of(found)).items():
+        other = name.replace("xs-", "m-")
+        results[other] = result | {"id": other, "size": "m"}
+    evidence = gather(study, results, LANGUAGES)
+    by_size = recoveries_by_size(evidence, experiment)
+    estimates = {
+        size: {name: row.recovery.estimate for name, row in rows.items()}
+        for size, rows in by_size.items()
+    }
+    assert estimates == {
+        "xs": {"LoRA on q and o": pytest.approx(0.5), "all of it": 1.0},
+        "m": {"LoRA on q and o": pytest.approx(0.0), "all of it": 1.0},
+    }
+    (axes,) = draw_sizes(experiment, by_size).axes
+    bars = [bar.get_segments()[0][0].tolist() for bar in axes.collections]  # xs above, m below
+    assert bars == [pytest.approx(at) for at in ([0.5, -0.2], [1, 0.8], [0, 0.2], [1, 1.2])]
+    drawn = study_figures(evidence)
+    assert "![Recovery of the same arms" in "\n".join(summary_block(evidence, drawn))
 
 
 def test_recoveries_are_listed_from_the_lowest(study: dict) -> None:
