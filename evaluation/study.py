@@ -41,7 +41,7 @@ DEFAULTS = {
     "probe": False,
     "ladder": "",  # or "steps", "without"
     "few_prompts": False,
-    "summary": False,  # the README's first table
+    "summary": False,  # one of the README's first tables
     "claims": [],
 }
 # What a rule may bound: R of a cell, what R of one is above another's, or how many answers of one
@@ -111,6 +111,9 @@ def read_study(path: Path = STUDY_FILE) -> dict:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from error
     study["experiments"] = [DEFAULTS | experiment for experiment in study["experiments"]]
+    for size in study["sizes"]:
+        if study["tuning"]["base"].get(size) not in study["bases"]:
+            raise SettingsError(f"{path}: [tuning] names no base for {size!r} that [bases] has")
     for experiment in study["experiments"]:
         try:
             check_experiment(study, experiment)
@@ -206,6 +209,11 @@ def short_name(cell: Cell) -> str:
 def variant_of(cell: Cell) -> list[str]:
     """A cell's variant, if it is not what most have."""
     return [] if cell.variant == DEFAULTS["variant"] else [cell.variant]
+
+
+def titled(study: dict, cell: Cell) -> str:
+    """A cell by its arm's title, in a table or figure of one base."""
+    return ", ".join([study["arms"][cell.arm]["title"], *variant_of(cell)])
 
 
 def full_name(study: dict, cell: Cell) -> str:

@@ -21,7 +21,7 @@ from evaluation.intervals import Interval
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.records import DECODING_LABELS
 from evaluation.recovery import Row, known_cell
-from evaluation.study import Sweep, full_name, planned_bases, tuned_cells, variant_of
+from evaluation.study import Sweep, full_name, planned_bases, titled, tuned_cells
 
 R_AXIS = (
     "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals; hollow: without end tokens"
@@ -62,10 +62,10 @@ def study_figures(evidence: Evidence) -> dict[str, str]:
             pairs = few_prompt_rates(evidence, size)
             if len(pairs) > 1:  # one pair is a line of the table
                 drawn[f"study_{size}_prompts.svg"] = draw_few_prompts(pairs)
-        for experiment in study["experiments"]:
-            by_size = recoveries_by_size(evidence, experiment)
-            if experiment["summary"] and len(by_size) > 1:
-                drawn[f"study_{experiment['base']}_sizes.svg"] = draw_sizes(experiment, by_size)
+        for experiment in (one for one in study["experiments"] if one["summary"]):
+            if len(by_size := recoveries_by_size(evidence, experiment)) > 1:
+                name = experiment["id"].replace(" ", "_")
+                drawn[f"study_{name}_sizes.svg"] = draw_sizes(experiment, by_size)
         return {name: as_svg(figure) for name, figure in drawn.items()}
 
 
@@ -150,13 +150,15 @@ def draw_recoveries(recoveries: list[tuple[str, Row]]) -> Figure:
 
 
 def recoveries_by_size(evidence: Evidence, experiment: dict) -> dict[str, dict[str, Row]]:
-    """The measured cells of an experiment by size and by name, of sizes that have any."""
-    found: dict[str, dict[str, Row]] = {}
+    """The measured cells of an experiment by size and by name, of sizes that have them all."""
+    found = {}
     for size in experiment["sizes"]:
-        for cell in tuned_cells(experiment, size):
-            if (row := evidence.rows[cell]) and row.recovery:
-                title = evidence.study["arms"][cell.arm]["title"]
-                found.setdefault(size, {})[", ".join([title, *variant_of(cell)])] = row
+        rows = {
+            f"{titled(evidence.study, cell)}, {cell.rate}": evidence.rows[cell]
+            for cell in tuned_cells(experiment, size)
+        }
+        if all(row and row.recovery for row in rows.values()):
+            found[size] = rows
     return found
 
 

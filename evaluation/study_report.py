@@ -44,11 +44,11 @@ from evaluation.study import (
     runs_of,
     short_name,
     sweep_of,
+    titled,
     tuned_cells,
     tuning_cell,
     tuning_run,
     validation_nll,
-    variant_of,
 )
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "without end tokens")
@@ -84,7 +84,7 @@ IN_SUMMARY = ("_ladder.svg", "_sizes.svg")  # beside the README's first tables
 
 
 def summary_block(evidence: Evidence, drawn: Iterable[str]) -> list[str]:
-    """Markdown lines of what is to be remembered: the README's first table, and the ladder."""
+    """Markdown lines of what is to be remembered: the README's first tables and figures."""
     lines = []
     for experiment in evidence.study["experiments"]:
         for size in experiment["sizes"] if experiment["summary"] else ():
@@ -109,12 +109,11 @@ def summary_table(evidence: Evidence, experiment: dict, size: str) -> list[str]:
     for cell in tuned_cells(experiment, size):
         if (row := evidence.rows[cell]) and row.recovery:
             measured = row.measured
-            name = ", ".join([study["arms"][cell.arm]["title"], *variant_of(cell)])
             probes = list(probes_of(study, cell, results).values())
             seeds = f"{len(measured.seeds)}{asked(len(probes), measured)}"
             facts = [costs(measured.records)[0], measured.cell.rate, seeds]
             recoveries = [in_words(row.recovery), in_words(row.answer_recovery)]
-            told.append([name, *facts, *recoveries, bad_rates(probes, english)])
+            told.append([titled(study, cell), *facts, *recoveries, bad_rates(probes, english)])
     if not told:
         return []
     base = results.get(base_id(size, experiment["base"], experiment["base_seed"]), {})

@@ -288,6 +288,7 @@ def test_sweep_of_other_runs_than_rates_are_tuned_by_is_refused(tmp_path: Path) 
     for old, new, named in (
         ("fft@sweep", "fft@sweep/long", "variant"),
         ("seeds = [1, 2]\n[[", "seeds = [1, 2, 3]\n[[", "seeds"),
+        ('cells = ["fft@sweep"]', 'base = "other"\ncells = ["fft@sweep"]', "base"),
     ):
         path.write_text(TOML.replace(old, new))
         with pytest.raises(SettingsError, match=f"'rates': fft@sweep has {named} other than"):
@@ -930,6 +931,7 @@ def test_few_prompts_name_the_wrong_winner_as_often_as_counted() -> None:
         ('"fft@tuned/long"', '"fft@best"', "must be arm@rate"),
         ("at_most = 0.5", "below = 0.5", "one of at_least, at_most"),
         ('not_shown = "why"', "", "a claim has no not_shown"),
+        ('base = { xs = "plain" }', 'base = { xs = "long" }', "[tuning] names no base for 'xs'"),
         ("[common]", "[common", "study.toml"),
     ],
 )
@@ -1055,18 +1057,22 @@ def test_recovery_is_drawn_where_its_interval_lies(study: dict) -> None:
 
 def test_sizes_are_compared_where_more_than_one_was_measured(study: dict) -> None:
     study["sizes"]["m"] = study["sizes"]["xs"]
-    study["tuning"]["base"]["m"], study["tuning"]["seeds"]["m"] = "plain", [1]
+    # Its rates were tuned from another base, where they are the same; a tuned cell asks for that.
+    study["bases"]["other"] = study["bases"]["plain"]
+    study["tuning"]["base"]["m"], study["tuning"]["seeds"]["m"] = "other", [1]
     experiment = DEFAULTS | {"id": "S", "question": "Q.", "seeds": [1], "summary": True}
     experiment |= {"sizes": ["xs", "m"], "cells": ["square@1e-3", "fft@tuned"]}
     study["experiments"].append(experiment)
     square = {"xs-plain42-square-lr1e-3-s1": [0.0, 80.0, 0.0, 160.0]}
     results = BASE | results_of(SWEEP | square)
-    assert "study_plain_sizes.svg" not in figures_of(study, results)
+    assert "study_S_sizes.svg" not in figures_of(study, results)
     # The other size has the same base and full fine-tuning, but its LoRA does nothing.
     found = SWEEP | {"xs-plain42-square-lr1e-3-s1": [0.0, 100.0, 0.0, 200.0]}
     for name, result in (BASE | results_of(found)).items():
         other = name.replace("xs-", "m-")
         results[other] = result | {"id": other, "size": "m"}
+        tuned = other.replace("plain", "other")
+        results[tuned] = result | {"id": tuned, "size": "m", "base": "other"}
     evidence = gather(study, results, LANGUAGES)
     by_size = recoveries_by_size(evidence, experiment)
     estimates = {
@@ -1074,8 +1080,8 @@ def test_sizes_are_compared_where_more_than_one_was_measured(study: dict) -> Non
         for size, rows in by_size.items()
     }
     assert estimates == {
-        "xs": {"LoRA on q and o": pytest.approx(0.5), "all of it": 1.0},
-        "m": {"LoRA on q and o": pytest.approx(0.0), "all of it": 1.0},
+        "xs": {"LoRA on q and o, 1e-3": pytest.approx(0.5), "all of it, tuned": 1.0},
+        "m": {"LoRA on q and o, 1e-3": pytest.approx(0.0), "all of it, tuned": 1.0},
     }
     (axes,) = draw_sizes(experiment, by_size).axes
     bars = [bar.get_segments()[0][0].tolist() for bar in axes.collections]  # xs above, m below
