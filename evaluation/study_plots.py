@@ -150,14 +150,16 @@ def draw_recoveries(recoveries: list[tuple[str, Row]]) -> Figure:
 
 
 def recoveries_by_size(evidence: Evidence, experiment: dict) -> dict[str, dict[str, Row]]:
-    """The measured cells of an experiment by size and by name, of sizes that have them all."""
+    """The measured cells of an experiment by size and by name, of sizes that have two or more."""
     found = {}
     for size in experiment["sizes"]:
+        cells = [(cell, evidence.rows[cell]) for cell in tuned_cells(experiment, size)]
         rows = {
-            f"{titled(evidence.study, cell)}, {cell.rate}": evidence.rows[cell]
-            for cell in tuned_cells(experiment, size)
+            f"{titled(evidence.study, cell)}, {cell.rate}": row
+            for cell, row in cells
+            if row and row.recovery
         }
-        if all(row and row.recovery for row in rows.values()):
+        if len(rows) > 1:  # full fine-tuning alone says nothing
             found[size] = rows
     return found
 

@@ -1073,6 +1073,9 @@ def test_sizes_are_compared_where_more_than_one_was_measured(study: dict) -> Non
         results[other] = result | {"id": other, "size": "m"}
         tuned = other.replace("plain", "other")
         results[tuned] = result | {"id": tuned, "size": "m", "base": "other"}
+    lora = results.pop("m-plain42-square-lr1e-3-s1")
+    assert "study_S_sizes.svg" not in figures_of(study, results)  # of m full fine-tuning alone
+    results |= {lora["id"]: lora}
     evidence = gather(study, results, LANGUAGES)
     by_size = recoveries_by_size(evidence, experiment)
     estimates = {
