@@ -145,7 +145,7 @@ def draw_recoveries(recoveries: list[tuple[str, Row]]) -> Figure:
         axes.axvline(edge, **GRID)
     axes.set_yticks(range(len(recoveries)), [name for name, _ in recoveries])
     axes.set_ylim(-0.5, len(recoveries) - 0.5)
-    axes.set_xlabel(R_AXIS)
+    figure.supxlabel(R_AXIS, fontsize=9)
     return figure
 
 
@@ -178,7 +178,7 @@ def draw_sizes(experiment: dict, by_size: dict[str, dict[str, Row]]) -> Figure:
         axes.axvline(edge, **GRID)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(R_AXIS)
+    figure.supxlabel(R_AXIS, fontsize=9)
     axes.legend(frameon=False, title=f"size, from its {experiment['base']} base")
     return figure
 
@@ -200,7 +200,7 @@ def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
         axes.set_yticks(range(len(rows)), [rung_name(name, row) for name, row in names])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(experiment["question"])
-    panels[-1, 0].set_xlabel(R_AXIS)
+    figure.supxlabel(R_AXIS, fontsize=9)
     return figure
 
 
