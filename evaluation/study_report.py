@@ -189,7 +189,7 @@ def size_lines(
     lines = [
         f"**At `{size}`**: {len(done)} of {len(known)} runs have a result"
         + (f" ({broken} diverged)" if broken else "")
-        + (f"; {len(waiting)} cells will add runs once their rate is known" if waiting else "")
+        + (f"; cells that add more once a rate is known: {len(waiting)}" if waiting else "")
         + f". They took {hours:.1f} hours of runs.",
         "",
     ]
@@ -476,7 +476,7 @@ def unfinished_row(study: dict, arm: str, size: str, results: dict[str, dict]) -
         seeds.append(len(done))
     if not cells:
         return []
-    return [arm, ", ".join(cells), f"grid not finished; {', '.join(told)}", str(min(seeds))]
+    return [arm, ", ".join(cells), f"not tuned; {', '.join(told)}", str(min(seeds))]
 
 
 def forgetting_lines(evidence: Evidence, size: str) -> list[str]:

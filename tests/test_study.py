@@ -1037,7 +1037,7 @@ def test_report_tells_what_was_run(study: dict) -> None:
     row = f"| square: LoRA on q and o | 1,234 | 1e-3 | 2 | 4.000 | {HALF} | {THIRD} | +0.00 |"
     assert f"{row} 3.0 | 1.50 |" in text
     assert "| fft | 1e-3: 2.000, **1e-2: 1.000**, 1e-1: inf | 1e-2 | 2 |" in text
-    unfinished = "grid not finished; R = 0.50 [0.50, 0.50] at 1e-3"  # square has two rates
+    unfinished = "not tuned; R = 0.50 [0.50, 0.50] at 1e-3"  # square has two rates
     assert f"| square | 1e-3: 0.000 | {unfinished} | 2 |" in text
     for figure in ("rates", "recovery"):
         assert f"evaluation/figures/study_xs_{figure}.svg" in text
