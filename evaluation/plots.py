@@ -32,6 +32,7 @@ GRID = {"color": "#dddddd", "linewidth": 0.6}
 STYLE = {
     "svg.hashsalt": "report",
     "font.size": 9,
+    "figure.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 9,

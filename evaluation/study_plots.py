@@ -145,7 +145,7 @@ def draw_recoveries(recoveries: list[tuple[str, Row]]) -> Figure:
         axes.axvline(edge, **GRID)
     axes.set_yticks(range(len(recoveries)), [name for name, _ in recoveries])
     axes.set_ylim(-0.5, len(recoveries) - 0.5)
-    figure.supxlabel(R_AXIS, fontsize=9)
+    figure.supxlabel(R_AXIS)
     return figure
 
 
@@ -178,7 +178,7 @@ def draw_sizes(experiment: dict, by_size: dict[str, dict[str, Row]]) -> Figure:
         axes.axvline(edge, **GRID)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel(R_AXIS, fontsize=9)
+    figure.supxlabel(R_AXIS)
     axes.legend(frameon=False, title=f"size, from its {experiment['base']} base")
     return figure
 
@@ -200,7 +200,7 @@ def draw_ladders(ladders: list[tuple[dict, list[Row | None]]]) -> Figure:
         axes.set_yticks(range(len(rows)), [rung_name(name, row) for name, row in names])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(experiment["question"])
-    figure.supxlabel(R_AXIS, fontsize=9)
+    figure.supxlabel(R_AXIS)
     return figure
 
 
@@ -283,7 +283,7 @@ def draw_answers(probes: dict[str, list[dict]], languages: dict[str, np.ndarray]
         axes.set_title(f"{chosen.sum()} {language} prompts")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel("answers that never end or are blank; bars: 95% intervals", fontsize=9)
+    figure.supxlabel("answers that never end or are blank; bars: 95% intervals")
     marks, labels = panels[0].get_legend_handles_labels()
     figure.legend(marks, labels, loc="outside upper right", ncols=2, frameon=False)
     return figure
