@@ -432,6 +432,8 @@ def method(record: Record) -> str:
         words.append("rows of " + " ".join(settings["train_tokens"]))
     if settings["modules_to_save"]:
         words.append("and " + ", ".join(settings["modules_to_save"]))
+    if settings.get("modules_to_save_lr_ratio", 1) != 1:  # older runs have no such flag
+        words.append(f"these at {settings['modules_to_save_lr_ratio']:g} times the rate")
     return ", ".join(words)
 
 

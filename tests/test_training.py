@@ -807,31 +807,37 @@ def test_weight_decay_falls_on_matrices_outside_the_embedding() -> None:
     assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.3, 1), (0.0, 1)]
 
 
-def test_loraplus_raises_the_rate_of_b_alone() -> None:
+def test_b_and_modules_to_save_have_rates_of_their_own() -> None:
     model = tiny_model()
     settings = LoraSettings(rank=2, train_tokens=(1, 2), modules_to_save=("norms",))
     apply_lora(model, settings)
-    groups = parameter_groups(model, Namespace(weight_decay=0.3), b_ratio=16.0)
-    decayed, plain, fast = names_by_group(model, groups)
-    assert len(decayed) == len(fast) == 14
-    assert all(name.endswith("lora_A") for name in decayed)
-    assert all(name.endswith("lora_B") for name in fast)
-    assert len(plain) == 6 and "model.embed_tokens.rows" in plain
-    assert [group["lr_ratio"] for group in groups] == [1.0, 1.0, 16.0]
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.3]
-    assert len(parameter_groups(model, Namespace(weight_decay=0.3))) == 2
+    args = Namespace(weight_decay=0.3, loraplus_lr_ratio=16.0, modules_to_save_lr_ratio=0.5)
+    groups = parameter_groups(model, args, functools.partial(train_lora.rate_ratio, args=args))
+    a, b, norms, rows = names_by_group(model, groups)
+    assert len(a) == len(b) == 14
+    assert all(name.endswith("lora_A") for name in a)
+    assert all(name.endswith("lora_B") for name in b)
+    assert len(norms) == 5 and all(name.endswith("norm.weight") for name in norms)
+    assert rows == {"model.embed_tokens.rows"}
+    assert [group["lr_ratio"] for group in groups] == [1.0, 16.0, 0.5, 1.0]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.0, 0.0]
+    assert len(parameter_groups(model, args)) == 2
 
 
-@pytest.mark.parametrize("ratio", [1, 16])
-def test_first_step_moves_b_by_its_own_rate(
-    base: Path, home: Path, tmp_path: Path, ratio: int
+@pytest.mark.parametrize(("b_ratio", "saved_ratio"), [(1, 1), (16, 0.5)])
+def test_first_step_moves_each_by_its_own_rate(
+    base: Path, home: Path, tmp_path: Path, b_ratio: int, saved_ratio: float
 ) -> None:
     """Adam's first step is the rate itself, whatever the gradient; A has none while B is 0."""
-    flags = sft_flags(home, tmp_path) + f" --loraplus_lr_ratio {ratio} --max_steps 1"
+    flags = sft_flags(home, tmp_path) + " --max_steps 1 --modules_to_save embeddings"
+    flags += f" --loraplus_lr_ratio {b_ratio} --modules_to_save_lr_ratio {saved_ratio}"
     assert call("lora", flags, home) == 0
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     largest = max(t.abs().max().item() for name, t in tensors.items() if ".lora_B." in name)
-    assert largest == pytest.approx(ratio * 3e-3, rel=1e-3)
+    assert largest == pytest.approx(b_ratio * 3e-3, rel=1e-3)
+    name = "model.embed_tokens.weight"
+    moved = tensors[f"base_model.model.{name}"] - load_file(base / "model.safetensors")[name]
+    assert moved.abs().max().item() == pytest.approx(saved_ratio * 3e-3, rel=1e-3)
 
 
 def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ The folder loads in PEFT; `python eval_llm.py --model out/<lora_name>` probes it
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,6 +82,12 @@ def add_lora_flags(parser: Parser) -> None:
         help="parts trained whole and saved with the adapter: embeddings, norms, or such a "
         "module's name",
     )
+    add(
+        "--modules_to_save_lr_ratio",
+        type=float,
+        default=1.0,
+        help="rate of these parts over --learning_rate (1)",
+    )
 
 
 def lora_settings(args: argparse.Namespace, tokenizer_dir: Path) -> LoraSettings:
@@ -113,11 +120,28 @@ def check_lora_args(args: argparse.Namespace, parser: Parser) -> None:
         raise SettingsError(f"--lora_rank {args.lora_rank}: must be 0 or more")
     if not 0 <= args.lora_dropout < 1:
         raise SettingsError(f"--lora_dropout {args.lora_dropout}: must lie in [0, 1)")
-    for flag in ("lora_alpha", "loraplus_lr_ratio"):
+    for flag in ("lora_alpha", "loraplus_lr_ratio", "modules_to_save_lr_ratio"):
         if not 0 < vars(args)[flag] < float("inf"):
             raise SettingsError(f"--{flag} {vars(args)[flag]}: must be a positive number")
     if args.lora_rank == 0:
         refuse_ignored(args, parser, OF_MATRICES, "--lora_rank 0 adapts no matrix")
+    if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
+        raise SettingsError(
+            f"--modules_to_save_lr_ratio {args.modules_to_save_lr_ratio}: there are no such parts; "
+            "name them with --modules_to_save or drop it"
+        )
+
+
+def rate_ratio(name: str, args: argparse.Namespace) -> float:
+    """A trained parameter's rate over --learning_rate.
+
+    That of B is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
+    """
+    if name.endswith("lora_B"):
+        return args.loraplus_lr_ratio
+    if name.endswith(("lora_A", ".rows")):
+        return 1.0
+    return args.modules_to_save_lr_ratio
 
 
 def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
@@ -172,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             run=run,
             save=lambda trained, folder: save_lora(trained, settings, folder, base, fingerprint),
             facts={"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted},
-            b_ratio=args.loraplus_lr_ratio,
+            lr_ratio=partial(rate_ratio, args=args),
         )
     )
 

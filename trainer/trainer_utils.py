@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -242,28 +242,31 @@ def learning_rate_at(
     return peak * (min_ratio + (1 - min_ratio) * remaining)
 
 
-def parameter_groups(model: nn.Module, args: argparse.Namespace, b_ratio: float = 1.0) -> list:
-    """Trainable parameters as AdamW groups; `lr_ratio` multiplies the scheduled rate.
+def same_rate(name: str) -> float:
+    """The rate of a parameter over --learning_rate: of every one the same."""
+    return 1.0
 
-    Weight decay falls on matrices outside the embedding. `b_ratio` is LoRA+'s lr_B / lr_A
-    (Hayou et al. 2024, arXiv 2402.12354).
+
+def parameter_groups(
+    model: nn.Module, args: argparse.Namespace, lr_ratio: Callable[[str], float] = same_rate
+) -> list[dict]:
+    """Trainable parameters as AdamW groups; a group's `lr_ratio` multiplies the scheduled rate.
+
+    Weight decay falls on matrices outside the embedding.
+
+    Args:
+        lr_ratio: a parameter's rate over --learning_rate, by its name.
     """
-    decayed, plain, fast = [], [], []
+    groups = defaultdict(list)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith("lora_B") and b_ratio != 1.0:
-            fast.append(parameter)
-        elif parameter.ndim == 2 and not name.startswith(("model.embed_tokens", "lm_head")):
-            decayed.append(parameter)
-        else:
-            plain.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": args.weight_decay, "lr_ratio": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_ratio": 1.0},
-        {"params": fast, "weight_decay": args.weight_decay, "lr_ratio": b_ratio},
+        if parameter.requires_grad:
+            in_vocabulary = name.startswith(("model.embed_tokens", "lm_head"))
+            is_plain = in_vocabulary or parameter.ndim != 2
+            groups[is_plain, lr_ratio(name)].append(parameter)
+    return [
+        {"params": members, "weight_decay": 0.0 if plain else args.weight_decay, "lr_ratio": ratio}
+        for (plain, ratio), members in sorted(groups.items(), key=lambda group: group[0])
     ]
-    return [group for group in groups if group["params"]]
 
 
 def check_weight_decay(model: nn.Module, args: argparse.Namespace) -> None:
@@ -328,7 +331,7 @@ class Job:
     run: RunFolder
     save: Callable[[MiniMindForCausalLM, Path], None]  # writes the final weights
     facts: dict  # what else run.json should tell: base, adapter...
-    b_ratio: float = 1.0
+    lr_ratio: Callable[[str], float] = same_rate  # of a parameter, by its name
 
 
 def train(job: Job) -> int:
@@ -461,7 +464,7 @@ def global_batch_size(job: Job) -> int:
 def prepare(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer on the device, wrapped for precision and processes; trackers started."""
     args, accelerator = job.args, job.accelerator
-    groups = parameter_groups(job.model, args, job.b_ratio)
+    groups = parameter_groups(job.model, args, job.lr_ratio)
     # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
     fused = args.dtype != "float16"
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused)
