@@ -24,7 +24,8 @@ def bench_lines(result: dict) -> list[str]:
     lines += [*markdown_table(GENERATION_COLUMNS, generation_rows(result["generation"])), ""]
     lines += [generation_sentence(result["generation"]), "", *other_sentences(result)]
     if "sweep" in result:
-        lines += ["", *markdown_table(SWEEP_COLUMNS, sweep_rows(result))]
+        lines += ["", sweep_sentence(result["sweep"]), ""]
+        lines += markdown_table(SWEEP_COLUMNS, sweep_rows(result))
     return lines
 
 
@@ -145,6 +146,11 @@ def other_sentences(result: dict) -> list[str]:
         f"JSONL to the cache, {theirs} MB/s by the tokenizer's own `encode_batch` alone.",
         f"Loading a step's batch, by data processes: {loading}.",
     ]
+
+
+def sweep_sentence(sweep: dict) -> str:
+    """What the table by batch size is of, and how to ask for it."""
+    return f"By batch size at {sweep['size']}, with `--sweep {' '.join(sweep['batches'])}`:"
 
 
 def sweep_rows(result: dict) -> list[list[str]]:
