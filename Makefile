@@ -1,11 +1,12 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
-# make study  every run of evaluation/study.toml at xs that has no result yet, all of them in about a
-#             day on two cores; needs dataset/data/ (README, "What we found so far")
+# make study  every run of evaluation/study.toml at xs that has no result yet; needs dataset/data/
+#             (README, "What we found so far", says how long all of them take)
 # make bench  speed beside transformers and PEFT, about half an hour on two CPU cores
 # make report the READMEs' tables, the figures and the page, from the committed results
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
+# STUDY="--jobs 2" make study             flags of evaluation/run_study.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
@@ -33,7 +34,7 @@ stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
 
 study: install
-	$(RUN) evaluation/run_study.py
+	$(RUN) evaluation/run_study.py $(STUDY)
 	$(RUN) evaluation/report.py
 
 bench: install

@@ -33,6 +33,8 @@ from trainer.run_folder import WITHOUT_EFFECT
 DEMO_PREFIX = "demo_"
 STUDY_FOLDER = "study"  # in results/, of run_study.py: one file a run, and bases/
 RUN_KEYS = ("status", "stage", "settings")
+# Flags that came later, with what runs from before them did.
+LATER_SETTINGS = {"lora": {"modules_to_save_lr_ratio": 1.0}}
 TRAINING_KEYS = ("parameters", "trainable_parameters", "steps", "train_data")
 # Stages of copies of a tuned checkpoint: with a part of its update, or with its adapter merged.
 CHANGED = ("update_analysis", "merge_lora")
@@ -178,6 +180,7 @@ def read_run_record(path: Path) -> dict:
     """The content of run.json, which must tell what the report tells of such a run."""
     run = read_keys(path, RUN_KEYS)
     require_keys(run, () if run["stage"] in CHANGED else TRAINING_KEYS, str(path))
+    run["settings"] = LATER_SETTINGS.get(run["stage"], {}) | run["settings"]
     return run
 
 
@@ -432,7 +435,7 @@ def method(record: Record) -> str:
         words.append("rows of " + " ".join(settings["train_tokens"]))
     if settings["modules_to_save"]:
         words.append("and " + ", ".join(settings["modules_to_save"]))
-    if settings.get("modules_to_save_lr_ratio", 1) != 1:  # older runs have no such flag
+    if settings["modules_to_save_lr_ratio"] != 1:
         words.append(f"these at {settings['modules_to_save_lr_ratio']:g} times the rate")
     return ", ".join(words)
 

@@ -59,6 +59,7 @@ def run_record(name: str, stage: str, **changes: object) -> dict:
             "loraplus_lr_ratio": 1.0,
             "train_tokens": [],
             "modules_to_save": [],
+            "modules_to_save_lr_ratio": 1.0,
         },
     }[stage]
     record = {

@@ -171,6 +171,7 @@ def test_tables_by_hand():
     for line in (
         "| base, 1.0M | FFT | 1,000 (990-1,010) | 74% (70%-80%) | 500 (490-510) | 2.00 | 1 | 12 "
         "| 900 | 1,100 |",
+        "By batch size at base, with `--sweep 1`:",
         "| base, 1.0M | LoRA, square r8 | 2,000 (1,990-2,010) | 74% (70%-80%) | 800 (790-810) "
         "| 2.50 | 0.50 | 12 | 900 | 1,100 |",
         "The floor of an adapter's step beside FFT's, with one adapter on the first block's q: "

@@ -598,6 +598,19 @@ def test_continuing_as_another_run_is_refused(
     assert hashes(tmp_path) == before
 
 
+def test_continuing_a_run_of_older_code_is_refused(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with at_step(1, terminate):
+        assert call("full_sft", flags_in(place, tmp_path), place) == 130
+    file = tmp_path / "full_sft/run.json"
+    record = json.loads(file.read_text())
+    del record["settings"]["grad_clip"]
+    file.write_text(json.dumps(record))
+    message = error_of(capfd, place, f"{flags_in(place, tmp_path)} --from_resume")
+    assert "--from_resume: this run was begun by code that had no --grad_clip" in message
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [

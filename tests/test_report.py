@@ -24,6 +24,7 @@ from evaluation.records import (
     families,
     measured_rates,
     method,
+    read_run_record,
     read_shown_rates,
     recoveries,
     recovery,
@@ -167,6 +168,14 @@ def test_a_sweep_differs_in_the_rate_alone():
     assert [[r.name for r in runs] for runs in sweeps(runs)] == [["b", "a"]]
 
 
+def test_runs_from_before_a_flag_are_swept_with_later_ones(tmp_path):
+    old = run_record("old", "lora", learning_rate=1e-2)
+    del old["settings"]["modules_to_save_lr_ratio"]
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    runs = [Record("old", run=read_run_record(tmp_path / "run.json")), tuned("new", None)]
+    assert [[r.name for r in found] for found in sweeps(runs)] == [["new", "old"]]
+
+
 def test_the_best_rate_is_inside_the_grid_or_at_its_edge():
     low, middle, high = (
         tuned(str(loss), None, learning_rate=rate, eval_loss=loss)
@@ -197,10 +206,11 @@ def test_methods_are_told_by_what_was_changed():
         loraplus_lr_ratio=16.0,
         train_tokens=["<|im_end|>"],
         modules_to_save=["norms"],
+        modules_to_save_lr_ratio=20.0,
     )
     assert method(everything) == (
         "LoRA on q_proj, v_proj, r=8, alpha 8, gaussian init, rsLoRA, LoRA+ 16, "
-        "rows of <|im_end|>, and norms"
+        "rows of <|im_end|>, and norms, these at 20 times the rate"
     )
 
 

@@ -490,7 +490,12 @@ RESUMED = [
     ("full_sft", "--accumulation_steps 2 --batch_size 2 --weight_decay 0.1", "float32"),
     ("full_sft", "--accumulation_steps 2 --batch_size 4", "bfloat16"),
     ("lora", "--lora_dropout 0.2 --loraplus_lr_ratio 4", "float32"),
-    ("lora", "--lora_dropout 0.2 --train_tokens <|im_end|> --modules_to_save norms", "bfloat16"),
+    (
+        "lora",
+        "--lora_dropout 0.2 --loraplus_lr_ratio 4 --train_tokens <|im_end|> "
+        "--modules_to_save norms --modules_to_save_lr_ratio 0.5",
+        "bfloat16",
+    ),
 ]
 
 
@@ -807,12 +812,21 @@ def test_weight_decay_falls_on_matrices_outside_the_embedding() -> None:
     assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.3, 1), (0.0, 1)]
 
 
+def test_weight_decay_spares_adapters_of_the_head() -> None:
+    model = tiny_model()
+    apply_lora(model, LoraSettings(rank=2, targets="q_proj,lm_head"))
+    groups = parameter_groups(model, Namespace(weight_decay=0.3))
+    decayed, others = names_by_group(model, groups)
+    assert len(decayed) == 4 and all("q_proj.lora_" in name for name in decayed)
+    assert others == {"lm_head.lora_A", "lm_head.lora_B"}
+
+
 def test_b_and_modules_to_save_have_rates_of_their_own() -> None:
     model = tiny_model()
     settings = LoraSettings(rank=2, train_tokens=(1, 2), modules_to_save=("norms",))
     apply_lora(model, settings)
     args = Namespace(weight_decay=0.3, loraplus_lr_ratio=16.0, modules_to_save_lr_ratio=0.5)
-    groups = parameter_groups(model, args, functools.partial(train_lora.rate_ratio, args=args))
+    groups = parameter_groups(model, args, functools.partial(train_lora.lr_ratio, args=args))
     a, b, norms, rows = names_by_group(model, groups)
     assert len(a) == len(b) == 14
     assert all(name.endswith("lora_A") for name in a)

@@ -289,9 +289,14 @@ def check_same_run(record: dict, args: argparse.Namespace) -> None:
     """Refuses to continue a run with settings that would make it another run."""
     before, now = record.get("settings", {}), printable_settings(args)
     for name in sorted(now.keys() - WITHOUT_EFFECT):
-        if before.get(name) != now[name]:
+        if name not in before:
             raise SettingsError(
-                f"--from_resume: --{name} was {before.get(name)} and is {now[name]} now; give the "
+                f"--from_resume: this run was begun by code that had no --{name}; continue it with "
+                "that, or start it anew with --overwrite in place of --from_resume"
+            )
+        if before[name] != now[name]:
+            raise SettingsError(
+                f"--from_resume: --{name} was {before[name]} and is {now[name]} now; give the "
                 "same, or start another run"
             )
 

@@ -86,7 +86,7 @@ def add_lora_flags(parser: Parser) -> None:
         "--modules_to_save_lr_ratio",
         type=float,
         default=1.0,
-        help="rate of these parts over --learning_rate (1)",
+        help="rate of the parts of --modules_to_save over --learning_rate (1)",
     )
 
 
@@ -125,14 +125,20 @@ def check_lora_args(args: argparse.Namespace, parser: Parser) -> None:
             raise SettingsError(f"--{flag} {vars(args)[flag]}: must be a positive number")
     if args.lora_rank == 0:
         refuse_ignored(args, parser, OF_MATRICES, "--lora_rank 0 adapts no matrix")
-    if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
-        raise SettingsError(
-            f"--modules_to_save_lr_ratio {args.modules_to_save_lr_ratio}: there are no such parts; "
-            "name them with --modules_to_save or drop it"
-        )
+    if args.modules_to_save_lr_ratio != 1:
+        check_modules_ratio(args)
 
 
-def rate_ratio(name: str, args: argparse.Namespace) -> float:
+def check_modules_ratio(args: argparse.Namespace) -> None:
+    """Refuses a ratio of two rates where only one of them is anything's."""
+    flag = f"--modules_to_save_lr_ratio {args.modules_to_save_lr_ratio}"
+    if not args.modules_to_save:
+        raise SettingsError(f"{flag}: no part has this rate; name some by --modules_to_save")
+    if args.lora_rank == 0 and not args.train_tokens:
+        raise SettingsError(f"{flag}: nothing else trains; give their rate as --learning_rate")
+
+
+def lr_ratio(name: str, args: argparse.Namespace) -> float:
     """A trained parameter's rate over --learning_rate.
 
     That of B is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
@@ -141,7 +147,7 @@ def rate_ratio(name: str, args: argparse.Namespace) -> float:
         return args.loraplus_lr_ratio
     if name.endswith(("lora_A", ".rows")):
         return 1.0
-    return args.modules_to_save_lr_ratio
+    return args.modules_to_save_lr_ratio  # nothing but adapters, rows and these parts trains
 
 
 def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
@@ -196,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             run=run,
             save=lambda trained, folder: save_lora(trained, settings, folder, base, fingerprint),
             facts={"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted},
-            lr_ratio=partial(rate_ratio, args=args),
+            lr_ratio=partial(lr_ratio, args=args),
         )
     )
 

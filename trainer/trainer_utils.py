@@ -257,15 +257,16 @@ def parameter_groups(
     Args:
         lr_ratio: a parameter's rate over --learning_rate, by its name.
     """
-    groups = defaultdict(list)
+    decayed, others = defaultdict(list), defaultdict(list)  # by their ratio
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             in_vocabulary = name.startswith(("model.embed_tokens", "lm_head"))
-            is_plain = in_vocabulary or parameter.ndim != 2
-            groups[is_plain, lr_ratio(name)].append(parameter)
+            kind = decayed if parameter.ndim == 2 and not in_vocabulary else others
+            kind[lr_ratio(name)].append(parameter)
     return [
-        {"params": members, "weight_decay": 0.0 if plain else args.weight_decay, "lr_ratio": ratio}
-        for (plain, ratio), members in sorted(groups.items(), key=lambda group: group[0])
+        {"params": members, "weight_decay": decay, "lr_ratio": ratio}
+        for kind, decay in ((decayed, args.weight_decay), (others, 0.0))
+        for ratio, members in sorted(kind.items())
     ]
 
 
