@@ -1,9 +1,9 @@
 r"""Measures speed and memory of training, generation and loading, beside transformers and PEFT.
 
-    python evaluation/bench.py                            # or: make bench; about half an hour
+    python evaluation/bench.py                            # or: make bench; about 40 minutes
     python evaluation/bench.py --sizes xs --quick         # some minutes: does it run?
     python evaluation/bench.py --data_path dataset/data/medquad.jsonl.gz
-    python evaluation/bench.py --sweep 1 8 32    # does a small batch keep it busy? On a GPU, always
+    python evaluation/bench.py --sweep 1 8 32    # does a small batch keep it busy?
 
 Everything is measured in one run on one machine, in turns: every arm takes a step, then every arm
 takes the next, so that a slow moment of the machine falls on all of them. An arm is a process of
@@ -110,6 +110,7 @@ REPEATS = 7  # of generation
 # Of a GPU's sweep, in which its utilization is asked: nvidia-smi's own mean is over up to a second.
 GPU_SECONDS = 5
 GPU_SWEEP = [1, 2, 4, 8, 16, 32, 64, 128]
+CPU_SWEEP = [8, 32]  # the study's batches
 # FLOP/s of dense bfloat16 products by a part of the card's name, as its maker states them.
 CARD_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 CACHE = "cache"  # of tokens, in the temporary folder
@@ -123,7 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=6, help="measured steps of every arm (6)")
     add("--quick", action="store_true", help="one measured step, one repetition")
     add("--data_path", type=Path, nargs="+", help="JSONL of conversations (default: random words)")
-    add("--sweep", type=int, nargs="+", help="batches to try at the last size (GPU: 1 to 128)")
+    add("--sweep", type=int, nargs="+", help="batches to try, last size (8 32; GPU: 1 to 128)")
     add("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try (0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--output", type=Path, default=RESULT, help="default: evaluation/bench.json")
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_worker(Work(**json.loads(args.worker)))
     args.device = choose_device(args.device)
     if args.sweep is None:
-        args.sweep = GPU_SWEEP if args.device == "cuda" else []
+        args.sweep = GPU_SWEEP if args.device == "cuda" else CPU_SWEEP
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         result = measure(args, Path(folder))
     print("\n".join(["", *bench_lines(result), ""]))
@@ -184,8 +185,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     result["generation"] = generation(args, folder, last)
     result["tokenizing"] = tokenizing(args.data_path, folder, 1 if args.quick else 3)
     result["loader"] = loader(load_sft(data, folder / CACHE), args.batch_size, args.workers)
-    if args.sweep:
-        result["sweep"] = {"size": last, "batches": sweep(args, folder, last, data)}
+    result["sweep"] = {"size": last, "batches": sweep(args, folder, last, data)}
     result["minutes"] = round((time.perf_counter() - started) / 60, 1)
     return result
 

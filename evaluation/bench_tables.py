@@ -23,10 +23,8 @@ def bench_lines(result: dict) -> list[str]:
     lines += [floor_sentence(result), ""]
     lines += [*markdown_table(GENERATION_COLUMNS, generation_rows(result["generation"])), ""]
     lines += [generation_sentence(result["generation"]), "", *other_sentences(result)]
-    if "sweep" in result:
-        lines += ["", sweep_sentence(result["sweep"]), ""]
-        lines += markdown_table(SWEEP_COLUMNS, sweep_rows(result))
-    return lines
+    lines += ["", sweep_sentence(result["sweep"]), ""]
+    return lines + markdown_table(SWEEP_COLUMNS, sweep_rows(result))
 
 
 def machine_sentence(result: dict) -> str:
