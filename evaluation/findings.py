@@ -78,7 +78,7 @@ class Judged:
 
     claim: dict  # of study.toml
     verdict: str  # supported, refuted, open with the reason, or `NOT_RUN`
-    evidence: list[str]  # each condition with its measured value
+    contrasts: dict[str, Contrast]  # what its conditions bound, by formula; empty if unknown
     seeds: int = 0  # fewest of any condition
     p: float = 1.0  # of the side that the verdict takes; if open, the smaller of both sides'
     without_ends: list[str] = field(default_factory=list)  # what R is in each, without end tokens
@@ -147,7 +147,7 @@ def judge(
             else:
                 explain, compare = why_unknown, contrast
             if why := explain(study, cells, results):
-                return Judged(claim, why, [])
+                return Judged(claim, why, {})
             formula = named(kind, names)
             if formula not in contrasts:
                 contrasts[formula] = compare(study, cells, results)
@@ -163,9 +163,8 @@ def judge(
         verdict = "open: a rate at the edge of its grid, or not run with every seed, neighbors too"
     else:
         verdict = side or "open"
-    evidence = [f"{formula} = {told(found)}" for formula, found in contrasts.items()]
     p = ps[side] if side else min(ps.values())
-    return Judged(claim, verdict, evidence, seeds, p, without)
+    return Judged(claim, verdict, contrasts, seeds, p, without)
 
 
 def why_unknown(study: dict, cells: list[Cell], results: dict[str, dict]) -> str:
@@ -191,7 +190,7 @@ def without_end_tokens(study: dict, cells: list[Cell], results: dict[str, dict])
     base, full = base_of(study, cells[0], results), full_of(study, cells[0], results)
     if not tell_ends(base, [*arms, full]):
         return "-"
-    return told(contrast(study, cells, results, with_ends=False))
+    return stated(contrast(study, cells, results, with_ends=False))
 
 
 def contrast(
@@ -333,11 +332,29 @@ def p_value(condition: dict, found: Contrast) -> float:
     return max(p, float(stats.ttest_1samp(found.by_seed, bound).pvalue))
 
 
-def told(found: Contrast) -> str:
+def stated(found: Contrast) -> str:
     """A measured contrast with its interval."""
     interval = found.interval
     words = f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
     return words + (f", {found.failed} runs diverged" if found.failed else "")
+
+
+def cited(judged: Judged) -> str:
+    """A verdict with what its rule bounds, such as `supported, +0.29 [+0.27, +0.31]`.
+
+    A sign marks a difference; a ratio of answers, or the R of one arm, has none.
+    """
+    word = NOT_RUN if judged.verdict == NOT_RUN else judged.verdict.partition(" ")[0].rstrip(":")
+    values = []
+    for condition in judged.claim["supported"] if judged.contrasts else ():
+        kind, cells = kind_of(condition), cells_of(condition)
+        found = judged.contrasts[named(kind, cells)].interval
+        sign = "+" if kind != "bad_answers" and len(cells) == 2 else ""
+        estimate, low, high = (
+            f"{value:{sign}.2f}" for value in (found.estimate, found.low, found.high)
+        )
+        values.append(f"{estimate} [{low}, {high}]")
+    return ", ".join([word, *values])
 
 
 def named(kind: str, cells: list[str]) -> str:

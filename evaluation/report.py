@@ -7,7 +7,8 @@ r"""Makes the READMEs' tables, the figures and the page from committed results a
 
     README.md                             what stands between <!-- report:NAME --> and its end;
                                           of reliability, from tests/stress_resume.json, and of
-                                          speed, from evaluation/bench.json
+                                          speed, from evaluation/bench.json; and in its sentences
+                                          what follows a claim's name, `(H1: supported, ...)`
     evaluation/results/README.md          likewise, single runs and sweeps of learning rates
     evaluation/results/study/README.md    the study's rules, cells and rates
     evaluation/figures/*.svg              made with matplotlib (plots.py)
@@ -35,7 +36,7 @@ from dataset.command_line import REPO_DIR, Parser, SettingsError
 from dataset.jsonl import DataError
 from dataset.untrusted import shown
 from evaluation.bench_tables import bench_lines
-from evaluation.findings import gather
+from evaluation.findings import Evidence, gather
 from evaluation.outputs import inline, markdown_table
 from evaluation.page.build import page_html
 from evaluation.plots import figures
@@ -64,7 +65,14 @@ from evaluation.records import (
 from evaluation.recovery import check_controlled, check_prompts
 from evaluation.study import read_results, read_study
 from evaluation.study_plots import study_figures
-from evaluation.study_report import DETAILS, NO_STUDY, study_block, study_details, summary_block
+from evaluation.study_report import (
+    DETAILS,
+    NO_STUDY,
+    citations,
+    study_block,
+    study_details,
+    summary_block,
+)
 from model.files import write_text
 from trainer.failures import run_script
 
@@ -75,6 +83,10 @@ BENCH_KEYS += ("startup", "tokenizing", "loader", "card_peak")
 STRESS_KEYS = ("git", "seed", "kills", "survived", "cases", "memory_bytes_by_step")
 RUN_COLUMNS = ("checkpoint", "trained", "on", "parameters", "learning rate", "steps", "NLL", "R")
 SWEEP_COLUMNS = ("trained", "on", "steps", "validation NLL by rate", "best rate")
+# What a sentence tells of a claim: after `(` or `; `, its name, its verdict and what is measured.
+CITATION = re.compile(
+    r"(?<=[(;])(?P<name>\s*[PHEX][^().;:]*:\s+)(?P<told>(?:supported|refuted|open|not\s+run)[^();]*)"
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -141,57 +153,76 @@ def build(root: Path) -> dict[Path, str]:
     if not records:
         raise DataError(f"{evaluation}: holds no results; run eval_llm.py or mend --root")
     rates = measured_rates(records, read_shown_rates(evaluation / "calibration.json"))
-    study_blocks, details, study_drawn = study_parts(
-        evaluation / "study.toml", evaluation / "results" / STUDY_FOLDER
-    )
+    study = read_evidence(evaluation / "study.toml", evaluation / "results" / STUDY_FOLDER)
+    study_drawn = study_figures(study) if study else {}
     drawn = figures(records, rates) | study_drawn
     stress = root / "tests" / "stress_resume.json"
     kills = read_keys(stress, STRESS_KEYS) if stress.is_file() else None
     bench = evaluation / "bench.json"
     speed = read_keys(bench, BENCH_KEYS) if bench.is_file() else None
-    files = fill(root / "README.md", measured_blocks(kills, speed) | study_blocks)
-    files |= fill(root / RUNS, run_blocks(records, rates, list(drawn)))
-    if details:
-        files[root / DETAILS] = "\n".join(details) + "\n"
+    readme = root / "README.md"
+    blocks = measured_blocks(kills, speed) | study_blocks(study, study_drawn)
+    files = {readme: cite(filled(readme, blocks), citations(study) if study else {}, str(readme))}
+    files[root / RUNS] = filled(root / RUNS, run_blocks(records, rates, list(drawn)))
+    if study:
+        files[root / DETAILS] = "\n".join(study_details(study)) + "\n"
     files |= {evaluation / "figures" / name: svg for name, svg in drawn.items()}
     return files | {evaluation / "model_outputs" / "index.html": page_html(records, rates)}
 
 
-def study_parts(
-    study_file: Path, folder: Path
-) -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
-    """What a folder of the study's results comes to.
-
-    Returns:
-        Its parts of the README, the lines of `DETAILS`, and its figures by file name.
-    """
+def read_evidence(study_file: Path, folder: Path) -> Evidence | None:
+    """What a folder of the study's results comes to; None if it holds none."""
     results = read_results(folder)
     if not results:
-        return {"summary": [NO_STUDY], "study": [NO_STUDY]}, [], {}
+        return None
     study = read_study(study_file)
     check_controlled(results)
     check_prompts(results, PROMPTS_FILE)
-    evidence = gather(study, results, by_language(read_prompts(PROMPTS_FILE)))
-    drawn = study_figures(evidence)
-    parts = {"summary": summary_block(evidence, drawn), "study": study_block(evidence, drawn)}
-    return parts, study_details(evidence), drawn
+    return gather(study, results, by_language(read_prompts(PROMPTS_FILE)))
+
+
+def study_blocks(evidence: Evidence | None, drawn: Iterable[str]) -> dict[str, list[str]]:
+    """The study's parts of the README; `drawn` are the names of its figures."""
+    if evidence is None:
+        return {"summary": [NO_STUDY], "study": [NO_STUDY]}
+    return {"summary": summary_block(evidence, drawn), "study": study_block(evidence, drawn)}
 
 
 def show_study(study_file: Path, folder: Path) -> None:
-    """Prints what a folder of the study's results comes to."""
-    parts, details, _ = study_parts(study_file, folder)
-    lines = [*parts["summary"], "", *parts["study"], "", *details]
-    for line in lines:
-        if not line.startswith("!["):  # its figures are not saved
-            print(shown(line))
+    """Prints what a folder of the study's results comes to, without its figures."""
+    evidence = read_evidence(study_file, folder)
+    parts = study_blocks(evidence, ())
+    details = study_details(evidence) if evidence else []
+    for line in (*parts["summary"], "", *parts["study"], "", *details):
+        print(shown(line))
 
 
-def fill(path: Path, parts: dict[str, list[str]]) -> dict[Path, str]:
-    """The text of a file with its generated parts made anew, by its path."""
+def filled(path: Path, parts: dict[str, list[str]]) -> str:
+    """The text of a file with its generated parts made anew."""
     text = path.read_text(encoding="utf-8")
     for name, lines in parts.items():
         text = replace_block(text, name, lines, str(path))
-    return {path: text}
+    return text
+
+
+def cite(text: str, told: dict[str, str], where: str) -> str:
+    """`text` with what its sentences tell of claims made anew, as in `(H1: open; P0: supported)`.
+
+    Args:
+        told: by a claim's name, its verdict and what was measured.
+
+    Raises:
+        DataError: a sentence names a claim that there is not.
+    """
+
+    def anew(found: re.Match[str]) -> str:
+        name = " ".join(found["name"].split()).rstrip(":")
+        if name not in told:
+            raise DataError(f"{where}: study.toml has no claim {name!r}; mend its name")
+        is_same = " ".join(found["told"].split()) == told[name]  # then lines stay as they are
+        return found["name"] + (found["told"] if is_same else told[name])
+
+    return CITATION.sub(anew, text)
 
 
 def write_changed(files: dict[Path, str]) -> list[Path]:

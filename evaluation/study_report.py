@@ -17,6 +17,7 @@ from evaluation.findings import (
     Judged,
     Pair,
     bound_of,
+    cited,
     contrast,
     few_prompt_rates,
     forgetting_by_arm,
@@ -24,6 +25,7 @@ from evaluation.findings import (
     marked,
     probes_of,
     rule_of,
+    stated,
     tuned_arms,
     why_unknown,
 )
@@ -250,20 +252,34 @@ def told_answers(base: dict) -> str:
 def claim_lines(claims: list[Judged]) -> list[str]:
     """The verdicts, and which claims have none yet."""
     told = [judged for judged in claims if judged.verdict != NOT_RUN]
-    rows = [
-        (
-            f"{judged.claim['name']}: {judged.claim['text']}",
-            f"**{judged.verdict}**",
-            "; ".join(judged.evidence) or "-",
-            "; ".join(judged.without_ends) or "-",
-            "; ".join(" and ".join(map(bound_of, judged.claim[side])) for side in SIDES),
-            str(judged.seeds),
-        )
-        for judged in told
-    ]
+    rows = [claim_row(judged) for judged in told]
     lines = [*markdown_table(CLAIM_COLUMNS, rows), ""] if rows else []
     not_run = [judged.claim["name"] for judged in claims if judged.verdict == NOT_RUN]
     return lines + ([f"Not run yet: {'; '.join(not_run)}.", ""] if not_run else [])
+
+
+def claim_row(judged: Judged) -> list[str]:
+    """One row of `CLAIM_COLUMNS`."""
+    claim = judged.claim
+    measured = [f"{formula} = {stated(found)}" for formula, found in judged.contrasts.items()]
+    return [
+        f"{claim['name']}: {claim['text']}",
+        f"**{judged.verdict}**",
+        "; ".join(measured) or "-",
+        "; ".join(judged.without_ends) or "-",
+        "; ".join(" and ".join(map(bound_of, claim[side])) for side in SIDES),
+        str(judged.seeds),
+    ]
+
+
+def citations(evidence: Evidence) -> dict[str, str]:
+    """What the README's sentences tell of each claim: of the first size that has run it."""
+    told = {}
+    for claims in evidence.verdicts.values():
+        for judged in claims:
+            if told.get(judged.claim["name"], NOT_RUN) == NOT_RUN:
+                told[judged.claim["name"]] = cited(judged)
+    return told
 
 
 def rule_lines(claims: list[Judged]) -> list[str]:

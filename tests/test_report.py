@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dataset.command_line import REPO_DIR
-from dataset.jsonl import read_jsonl
+from dataset.jsonl import DataError, read_jsonl
 from dataset.untrusted import shown
 from evaluation.metrics import check_answer, is_blank, is_loop
 from evaluation.page.build import embedded_json, loop_span, page_data, page_html, text_parts
@@ -36,6 +36,7 @@ from evaluation.records import (
 )
 from evaluation.report import (
     build,
+    cite,
     main,
     reliability_text,
     replace_block,
@@ -337,19 +338,21 @@ def texts_of(svg):
     return texts
 
 
-def test_findings_name_the_verdicts_that_the_table_has():
-    """`(H1: open; X rate: supported)` in the README's prose, against its generated table."""
-    text = (REPO_DIR / "README.md").read_text(encoding="utf-8")
-    findings = text.partition("## What we found so far")[2]
-    prose, _, table = findings.partition("<!-- report:study -->")
-    table = table.partition("<!-- /report:study -->")[0]
-    verdicts = dict(re.findall(r"^\| ([PHEX][^:|]*): .*? \| \*\*(\w+)", table, re.MULTILINE))
-    missing = table.partition("Not run yet: ")[2].partition(".\n")[0].split("; ")
-    verdicts |= dict.fromkeys(missing, "not run")
-    words = "supported|refuted|open|not run"
-    named = re.findall(rf"([PHEX][^().;:]*): ({words})[;)]", " ".join(prose.split()))
-    assert len(named) > 10
-    assert {name: verdicts[name.strip()] for name, _ in named} == dict(named)
+def test_sentences_cite_what_was_measured():
+    told = {"H1": "supported, +0.29 [+0.27, +0.31]", "X rate, s": "open, +0.18 [+0.16, +0.20]"}
+    old = "It is the rate (H1:\n  open; X rate,\n  s: supported, +0.30 [+0.28, +0.31]), at `s`."
+    new = (
+        "It is the rate (H1:\n  supported, +0.29 [+0.27, +0.31]; X rate,\n"
+        "  s: open, +0.18 [+0.16, +0.20]), at `s`."
+    )
+    assert cite(old, told, "README.md") == new
+    assert cite(new, told, "README.md") == new
+    broken = new.replace("[+0.27, +0.31]", "[+0.27,\n  +0.31]")  # lines are broken as before
+    assert cite(broken, told, "README.md") == broken
+    others = "Claims (H: what was planned; E: the study's) are judged: H1: open."
+    assert cite(others, told, "README.md") == others
+    with pytest.raises(DataError, match=r"^README.md: study.toml has no claim 'H1, s'; mend its"):
+        cite("(H1, s: open)", told, "README.md")
 
 
 def test_what_the_stress_command_measured_is_told():

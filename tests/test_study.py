@@ -26,6 +26,7 @@ from evaluation.findings import (
     Forgotten,
     Judged,
     bad_shares,
+    cited,
     contrast_answers,
     corrected,
     few_prompt_rates,
@@ -37,6 +38,7 @@ from evaluation.findings import (
     judge_claims,
     p_value,
     rule_of,
+    stated,
     why_no_answers,
     why_unknown,
     wrong_winner_rate,
@@ -328,7 +330,9 @@ def test_recovery_without_end_tokens_by_hand(study: dict) -> None:
     assert row.answer_recovery.estimate == pytest.approx(0.0)
     experiment = study["experiments"][1]
     judged = judge(study, experiment, experiment["claims"][0], "xs", results)
-    assert judged.evidence == ["R(square@1e-3) = 0.150 [0.150, 0.150]"]
+    ((formula, found),) = judged.contrasts.items()
+    assert (formula, stated(found)) == ("R(square@1e-3)", "0.150 [0.150, 0.150]")
+    assert cited(judged) == "open, 0.15 [0.15, 0.15]"  # of two seeds
     assert judged.without_ends == ["0.000 [0.000, 0.000]"]
     longer = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     row = describe_cell(study, CELL, results | results_of(longer))  # 0.1 nats for each end token
@@ -384,7 +388,7 @@ def test_verdict_needs_three_seeds_that_agree_and_a_rate_inside_its_grid(study: 
     low = [0, 96, 0, 192]  # R = .1
     (claim,) = judge_claims(study, "xs", three_seeds([low, low, base]))
     assert (claim.verdict, claim.seeds) == ("supported", 3)
-    assert claim.evidence[0].startswith("R(square@1e-3) = 0.067 [")
+    assert stated(claim.contrasts["R(square@1e-3)"]).startswith("0.067 [")
     (claim,) = judge_claims(study, "xs", three_seeds([good, good]))
     assert (claim.verdict, claim.seeds) == ("open: too few seeds", 2)
     (claim,) = judge_claims(study, "xs", three_seeds([base, base, bad]))
@@ -422,10 +426,12 @@ def test_no_verdict_on_an_arm_whose_own_rate_is_at_an_edge(study: dict) -> None:
     study["arms"]["square"]["rates"].insert(0, "1e-4")
     results |= results_of({f"xs-plain42-square-lr1e-4-s{s}": worse for s in (1, 2)})
     found = judge(study, experiment, claim, "xs", results)
-    assert (found.verdict, found.evidence[0][-1]) == ("supported", "]")
+    assert found.verdict == "supported"
+    assert stated(found.contrasts["R(square@tuned)"]).endswith("]")
     # A seed that diverged beside them is told of.
     results |= results_of({"xs-plain42-square-lr1e-3-s4": None})
-    assert judge(study, experiment, claim, "xs", results).evidence[0].endswith(", 1 runs diverged")
+    found = judge(study, experiment, claim, "xs", results)
+    assert stated(found.contrasts["R(square@tuned)"]).endswith("], 1 runs diverged")
 
 
 def test_no_verdict_on_answers_of_an_arm_whose_rate_is_at_an_edge(study: dict) -> None:
@@ -471,13 +477,13 @@ def test_verdicts_are_corrected_for_the_number_of_hypotheses() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     named = {"H1": 0.03, "H2": 0.01, "H5": 0.02, "P0": 0.04, "P2": 0.04, "P3": 0.04}
     named |= {"E1": 0.06, "X": 0.04}
-    claims = [Judged({"name": name}, "supported", [], 3, p) for name, p in named.items()]
+    claims = [Judged({"name": name}, "supported", {}, 3, p) for name, p in named.items()]
     assert [judged.verdict for judged in corrected(claims)] == [
         *["supported", "supported", "supported"],  # .04, .03 and .04 of 3
         *["supported", "supported", "supported", "open: p = 0.060", "supported"],
     ]
-    claims.append(Judged({"name": "H7"}, "open: too few seeds", [], 2, 0.001))
-    claims.append(Judged({"name": "H8"}, "not run", []))
+    claims.append(Judged({"name": "H7"}, "open: too few seeds", {}, 2, 0.001))
+    claims.append(Judged({"name": "H8"}, "not run", {}))
     # What is planned counts, too: 5 times .01, 4 times .02, 3 times .03.
     assert [judged.verdict for judged in corrected(claims)[:3]] == [
         *["open: p = 0.090", "supported", "open: p = 0.080"]
@@ -486,7 +492,7 @@ def test_verdicts_are_corrected_for_the_number_of_hypotheses() -> None:
 
 def test_no_hypothesis_is_concluded_before_the_gates() -> None:
     names = ("P0", "P3", "H1", "E1", "X")
-    claims = [Judged({"name": name}, "supported", [], 3, 0.001) for name in names]
+    claims = [Judged({"name": name}, "supported", {}, 3, 0.001) for name in names]
     verdicts = [judged.verdict for judged in corrected(claims)]
     waits = "open (gates not passed: P2): supported"
     assert verdicts == ["supported", "supported", waits, "supported", "supported"]
@@ -903,7 +909,9 @@ def test_claim_of_answers_is_judged_by_its_bound(study: dict) -> None:
     experiment = study["experiments"][1]
     found = judge(study, experiment, claim, "xs", results)
     assert (found.verdict, found.seeds) == ("supported", 3)
-    assert found.evidence[0].startswith("bad(square@1e-3) / bad(fft@1e-3) = 0.100 [0.000, 0.300]")
+    ratio = found.contrasts["bad(square@1e-3) / bad(fft@1e-3)"]
+    assert stated(ratio) == "0.100 [0.000, 0.300]"
+    assert cited(found) == "supported, 0.10 [0.00, 0.30]"
     for name in list(results):
         if "fft" in name:
             results[name]["probe"]["outcomes"]["greedy"]["runaway"] = "0000000000"
