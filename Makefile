@@ -2,7 +2,7 @@
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
 # make study  every run of evaluation/study.toml at xs that has no result yet; needs dataset/data/
-#             (README, "What we found so far", says how long all of them take)
+#             (README, "The findings, one by one", says how long all of them take)
 # make bench  speed beside transformers and PEFT, about 40 minutes on two CPU cores
 # make report the READMEs' tables, the figures and the page, from the committed results
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py

@@ -2,8 +2,8 @@ r"""Probes saved checkpoints with prompts, measures them on held-out data, or ch
 
     python eval_llm.py --list
     python eval_llm.py --model out/full_sft
-    python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora_r8
-    python eval_llm.py --model out/lora_r8 --prompts dataset/data/dolly_valid.jsonl.gz \
+    python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora_all
+    python eval_llm.py --model out/lora_all --prompts dataset/data/dolly_valid.jsonl.gz \
         --limit 500 --nll_data dataset/data/dolly_valid.jsonl.gz --output_dir out/probes
     python eval_llm.py --model out/full_sft --no_generation \
         --nll_data dataset/data/dolly_valid.jsonl.gz \
@@ -49,7 +49,7 @@ from evaluation.chat import chat
 from evaluation.checkpoints import (
     RUN_COLUMNS,
     Checkpoint,
-    find_checkpoint,
+    find_checkpoints,
     load_checkpoint,
     run_rows,
 )
@@ -120,7 +120,7 @@ class Probed:
 
 def run_probes(args: argparse.Namespace) -> None:
     """Probes every model given, writes its folder, and prints the comparison."""
-    checkpoints = [find_checkpoint(path) for path in args.model]
+    checkpoints = find_checkpoints(args.model, args.tokenizer_path)
     prompts = read_prompts(args.prompts, args.limit)
     folders = [args.output_dir / found.name for found in checkpoints]
     stores = [{} if args.rates_only else read_store(folder, prompts) for folder in folders]
@@ -178,11 +178,19 @@ def judge_facts(
     }
 
 
+def loaded(
+    checkpoint: Checkpoint, args: argparse.Namespace
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
+    """The model and the tokenizer of a checkpoint, as the flags say."""
+    dtype = DTYPES[args.dtype]
+    return load_checkpoint(
+        checkpoint, args.tokenizer_path, args.device, dtype, args.num_attention_heads
+    )
+
+
 def probe_checkpoint(checkpoint: Checkpoint, probe: Probe, args: argparse.Namespace) -> Probed:
     """The answers of one checkpoint and what they and its likelihoods come to."""
-    model, tokenizer = load_checkpoint(
-        checkpoint, args.tokenizer_path, args.device, DTYPES[args.dtype]
-    )
+    model, tokenizer = loaded(checkpoint, args)
     nll = measure_nll(model, tokenizer, args)
     runs = list(runs_of(args.decoding, args.seeds))
     samples = ask(
@@ -308,12 +316,10 @@ def print_differences(probed: list[Probed], hidden: list[str]) -> None:
 
 def run_nll(args: argparse.Namespace) -> None:
     """Measures NLL only; saved answers and their results stay as they are."""
-    checkpoints = [find_checkpoint(path) for path in args.model]
+    checkpoints = find_checkpoints(args.model, args.tokenizer_path)
     probed = []
     for checkpoint in checkpoints:
-        model, tokenizer = load_checkpoint(
-            checkpoint, args.tokenizer_path, args.device, DTYPES[args.dtype]
-        )
+        model, tokenizer = loaded(checkpoint, args)
         nll = measure_nll(model, tokenizer, args)
         write_nll(args.output_dir / checkpoint.name, provenance(checkpoint) | compute(args), nll)
         probed.append(Probed(checkpoint.name, [], nll, {}))
@@ -323,16 +329,14 @@ def run_nll(args: argparse.Namespace) -> None:
 
 
 def run_list(args: argparse.Namespace) -> None:
-    """Shows what is in out/."""
+    """Shows the runs of a folder."""
     print_rows(RUN_COLUMNS, run_rows(args.list))
 
 
 def run_chat(args: argparse.Namespace) -> None:
     """Chats with the one model given."""
-    checkpoint = find_checkpoint(args.model[0])
-    model, tokenizer = load_checkpoint(
-        checkpoint, args.tokenizer_path, args.device, DTYPES[args.dtype]
-    )
+    (checkpoint,) = find_checkpoints(args.model, args.tokenizer_path)
+    model, tokenizer = loaded(checkpoint, args)
     decoding = args.decoding[0] if args.decoding != list(DECODINGS) else "t0.85p0.85"
     torch.manual_seed(args.seeds[0])
     try:

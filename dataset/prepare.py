@@ -4,8 +4,8 @@
     python dataset/prepare.py simplewiki
     python dataset/prepare.py tinystories --source TinyStoriesV2-GPT4-train.txt --limit 100000
     python dataset/prepare.py dolly --output_dir /data/minimind
-    git clone https://github.com/abachaa/MedQuAD
-    python dataset/prepare.py medquad --source MedQuAD
+    git clone https://github.com/abachaa/MedQuAD dataset/data/MedQuAD
+    python dataset/prepare.py medquad --source dataset/data/MedQuAD
 
 Without `--source` the files come from the Hugging Face hub (and stay in its cache); with it, from a
 file or folder in the corpus's own format, so a machine without internet takes the same path.

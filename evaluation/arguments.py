@@ -9,7 +9,7 @@ from dataset.command_line import Parser, check_writable, refuse_ignored
 from evaluation.outputs import OUTPUT_DIR
 from evaluation.probe import DECODINGS
 from evaluation.prompts import PROMPTS_FILE
-from trainer.arguments import OUT_DIR
+from trainer.arguments import MAX_SEQ_LEN, OUT_DIR
 from trainer.machine import DEVICES, choose_device
 from trainer.run_folder import checkpoint_name
 
@@ -20,7 +20,7 @@ ASKING = (
 )
 CHATTING = {"decoding", "seeds", "max_new_tokens"}
 MEASURING = ("nll_data", "text_nll_data", "max_seq_len")
-COMPUTING = ("tokenizer_path", "batch_size", "device", "dtype", "output_dir")
+COMPUTING = ("tokenizer_path", "num_attention_heads", "batch_size", "device", "dtype", "output_dir")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,7 +49,13 @@ def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--tokenizer_path",
         type=Path,
-        help="tokenizer's folder (default: the model's; a .pth has none)",
+        help="tokenizer's folder for models that have none of their own, such as a .pth",
+    )
+    what.add_argument(
+        "--num_attention_heads",
+        type=int,
+        default=8,
+        help="of a .pth, whose tensors do not show it (default: 8)",
     )
     what.add_argument(
         "--prompts", type=Path, default=PROMPTS_FILE, help="prompts, .md or JSONL (default: ours)"
@@ -67,8 +73,8 @@ def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--max_seq_len",
         type=int,
-        default=512,
-        help="tokens of an NLL conversation or block of text (default: 512)",
+        default=MAX_SEQ_LEN,
+        help="tokens of an NLL conversation or block of text (default: training's, %(default)s)",
     )
     what.add_argument(
         "--judge",
@@ -117,7 +123,7 @@ def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuses values that cannot work, and flags that would be ignored."""
-    for name in ("limit", "max_new_tokens", "batch_size"):
+    for name in ("limit", "max_new_tokens", "batch_size", "num_attention_heads"):
         value = vars(args)[name]
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.checkpoint import load_model, tokenizer_of
+from dataset.command_line import SettingsError
+from model.checkpoint import TOKENIZER_FILES, load_model, tokenizer_of
 from model.files import CheckpointError, read_json
 from model.model_lora import ADAPTER_CONFIG, find_base, load_lora
 from model.model_minimind import MiniMindForCausalLM
@@ -26,6 +27,11 @@ class Checkpoint:
     def model_path(self) -> Path:
         """Where the full weights are."""
         return self.base or self.path
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the full weights."""
+        return (self.model_path / TOKENIZER_FILES[0]).is_file()
 
     def run_record(self) -> dict:
         """The run.json beside the weights; empty where there is none."""
@@ -48,22 +54,43 @@ def find_checkpoint(path: Path, flag: str = "--model") -> Checkpoint:
     return Checkpoint(name, path, find_base(path))
 
 
+def find_checkpoints(paths: list[Path], tokenizer_path: Path | None) -> list[Checkpoint]:
+    """What `paths` hold.
+
+    Raises:
+        SettingsError: a tokenizer is named, but each model has its own.
+        CheckpointError, AdapterError: see `find_checkpoint`.
+    """
+    found = [find_checkpoint(path) for path in paths]
+    if tokenizer_path and all(checkpoint.has_tokenizer for checkpoint in found):
+        raise SettingsError(
+            f"--tokenizer_path {tokenizer_path}: each model has its own tokenizer; drop the flag"
+        )
+    return found
+
+
 def load_checkpoint(
-    checkpoint: Checkpoint, tokenizer_path: Path | None, device: str, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    tokenizer_path: Path | None,
+    device: str,
+    dtype: torch.dtype,
+    num_attention_heads: int = 8,
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
     """The model, adapter in place and not merged, ready to generate; and its tokenizer.
 
     Args:
-        tokenizer_path: by default the model's own; a .pth has none.
+        tokenizer_path: of a model that has none of its own, such as a .pth.
+        num_attention_heads: of a .pth, whose tensors do not show it.
 
     Raises:
         CheckpointError: files do not fit, or a weight is not a number.
         AdapterError: the adapter does not fit, or was trained on another base.
     """
-    model = load_model(checkpoint.model_path)
+    model = load_model(checkpoint.model_path, num_attention_heads)
     if checkpoint.base:
         load_lora(model, checkpoint.path)
-    tokenizer = tokenizer_of(model, checkpoint.model_path, tokenizer_path)
+    named = None if checkpoint.has_tokenizer else tokenizer_path
+    tokenizer = tokenizer_of(model, checkpoint.model_path, named)
     return model.to(device, dtype).eval(), tokenizer
 
 

@@ -117,7 +117,7 @@ RATES_TABLE = {
     "strict": ("check_strict", "rate"),
     "loose": ("check_loose", "rate"),
     "blank": ("blank", "rate"),
-    "runaway": ("runaway", "rate"),
+    "never ends": ("runaway", "rate"),
     "loop": ("loop", "rate"),
     "off-topic": (OFF_TOPIC, "rate"),
 }

@@ -48,7 +48,7 @@ SMALLEST_GAIN = 0.3  # nats that FFT must gain for recovery to mean something
 # Rates that a reader is shown, by their key in results.json, in this order.
 RATES = {
     "check_strict": "check passed",
-    "runaway": "never stops",
+    "runaway": "never ends",
     "loop": "loops",
     "blank": "blank",
     "off_topic": "off topic",

@@ -148,9 +148,9 @@ def named_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     return tensors
 
 
-def load_base(path: Path) -> Base:
-    """The base of a path."""
-    model = load_model(path)
+def load_base(path: Path, num_attention_heads: int = 8) -> Base:
+    """The base of a path; the number of heads is that of a .pth, whose tensors do not show it."""
+    model = load_model(path, num_attention_heads)
     return Base(path, model, named_weights(model), weights_fingerprint(model))
 
 
@@ -165,16 +165,17 @@ def load_update(base: Base, path: Path) -> Update:
         CheckpointError: the checkpoint does not fit the base, or nothing changed.
     """
     is_adapter = (path / ADAPTER_CONFIG).is_file()
+    heads = base.model.config.num_attention_heads
     factors, lora_a = {}, {}
     if is_adapter:
-        adapted = load_model(base.path)
+        adapted = load_model(base.path, heads)
         load_lora(adapted, path)
         adapted.double()
         factors = {f"{name}.weight": layer.delta() for name, layer in lora_layers(adapted)}
         lora_a = {f"{name}.weight": layer.lora_A.detach() for name, layer in lora_layers(adapted)}
         model = merged_model(adapted)
     else:
-        model = load_model(path)
+        model = load_model(path, heads)
         check_base(base, path)
     after = named_weights(model)
     check_shapes(base, after, path)
@@ -551,6 +552,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder or .pth that fine-tuning started from")
     add("--tuned", type=Path, required=True, help="checkpoint or adapter folder, or full .pth")
+    add("--num_attention_heads", type=int, default=8, help="of a .pth (default 8)")
     add("--compare", type=Path, metavar="OTHER", help="another update of the same base")
     add("--output", type=Path, help="JSON file (default: under evaluation/results/<tuned>/)")
     add("--seed", type=int, help="of random directions and updates (default 0)")
@@ -601,6 +603,8 @@ def check_args(args: argparse.Namespace) -> None:
         check_writable(args.output.parent, "--output")
     if args.output_dir:
         check_writable(args.output_dir, "--output_dir")
+    if args.num_attention_heads < 1:
+        raise SettingsError(f"--num_attention_heads {args.num_attention_heads}: must be 1 or more")
     if args.seed is not None and args.seed < 0:
         raise SettingsError(f"--seed {args.seed}: must be 0 or more")
     for part in ",".join(args.keep).split(",") if args.keep else []:
@@ -678,7 +682,7 @@ def print_comparison(result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    base = load_base(args.base)
+    base = load_base(args.base, args.num_attention_heads)
     update = load_update(base, args.tuned)
     if writes_checkpoints(args):
         write_checkpoints(args, base, update)

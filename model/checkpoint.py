@@ -336,7 +336,10 @@ def config_of_tensors(
     ]
     for name in needed:
         if name not in tensors or tensors[name].ndim != 2:
-            raise CheckpointError(f"{path}: no matrix {name}; not a dense MiniMind checkpoint")
+            raise CheckpointError(
+                f"{path}: no matrix {name}; not a dense MiniMind checkpoint "
+                "(an adapter .pth is merged first: trainer/merge_lora.py)"
+            )
     vocab_size, hidden_size = tensors[needed[0]].shape
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     head_dim = hidden_size // num_attention_heads

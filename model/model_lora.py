@@ -3,9 +3,12 @@
 An adapted linear computes `W x + scaling * B A x` with W frozen, B = 0 at the start, and scaling
 `alpha / r` or, rank-stabilized, `alpha / sqrt(r)` (Kalajdzievski 2023, arXiv 2312.03732).
 
-    apply_lora(model, LoraSettings(rank=8, alpha=32, targets="all-linear"))   # put in and freeze
+    model = load_model("out/pretrain")                 # of model/checkpoint.py
+    fingerprint = weights_fingerprint(model)
+    settings = LoraSettings(rank=8, alpha=32, targets="all-linear")
+    apply_lora(model, settings)    # put in; the base is frozen
     ...train...
-    save_lora(model, settings, folder, base="out/pretrain", fingerprint=weights_fingerprint(base))
+    save_lora(model, settings, folder, "out/pretrain", fingerprint)
 
     model = load_model("out/pretrain")
     load_lora(model, folder)       # logits are now the adapted model's
@@ -152,14 +155,17 @@ def find_targets(model: MiniMindForCausalLM, targets: str) -> list[str]:
     """Names of the linears that `targets` selects, in model order.
 
     Raises:
-        AdapterError: a name matches no linear of the model.
+        AdapterError: a name, or `square`, matches no linear of the model.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     in_blocks = {n: m for n, m in linears.items() if n != HEAD}
     if targets == "all-linear":
         return list(in_blocks)
     if targets == "square":
-        return [n for n, m in in_blocks.items() if m.in_features == m.out_features]
+        square = [n for n, m in in_blocks.items() if m.in_features == m.out_features]
+        if not square:
+            raise AdapterError("square: no linear of this model is; use attention or mlp")
+        return square
     groups = {"attention": ATTENTION, "mlp": MLP}
     wanted = groups.get(targets) or tuple(part.strip() for part in targets.split(","))
     for part in wanted:
@@ -189,8 +195,8 @@ def find_saved_modules(model: MiniMindForCausalLM, parts: tuple[str, ...]) -> li
             names = [n for n, m in model.named_modules() if matches(n, part) and is_whole(n, m)]
         if not names:
             raise AdapterError(
-                f"--modules_to_save: {part!r} names no embedding or norm; linears are adapted or, "
-                "in full fine-tuning, trained with --trainable"
+                f"--modules_to_save: {part!r} names no embedding or norm (of several, give each as "
+                "a word); linears are adapted or, in full fine-tuning, trained with --trainable"
             )
         found += names
     if HEAD in found and EMBEDDING not in found:
@@ -237,7 +243,9 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     if settings.train_tokens and EMBEDDING in saved:
         raise AdapterError("--train_tokens: the whole embedding trains already; drop one of both")
     if not (targets or saved or settings.train_tokens):
-        raise AdapterError("nothing to train: --lora_rank 0 needs --train_tokens or more modules")
+        raise AdapterError(
+            "nothing to train: --lora_rank 0 needs --train_tokens or --modules_to_save"
+        )
     model.requires_grad_(False)
     for name in targets:
         linear = model.get_submodule(name)
@@ -414,6 +422,7 @@ def save_lora(
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
+        # Of trained factors it changes nothing; PEFT's gaussian has another spread, 1 / r.
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
         "target_modules": layers or NO_TARGETS,
         "modules_to_save": saved or None,
@@ -495,7 +504,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     if trained_on is not None and trained_on != weights_fingerprint(model):
         raise AdapterError(
             f"{folder}: was trained on another base than the one loaded; its base was "
-            f"{config.get('base_model_name_or_path')}"
+            f"{config.get('base_model_name_or_path')}: give that, or put it back"
         )
     rows = config.get("trainable_token_indices") or []
     rows = rows.get("embed_tokens", rows.get(EMBEDDING, [])) if isinstance(rows, dict) else rows
@@ -582,7 +591,7 @@ def fill_adapter(model: MiniMindForCausalLM, tensors: dict[str, torch.Tensor], p
             )
     missing = sorted(wanted.keys() - tensors.keys() - {f"{HEAD}.weight"})
     if missing:
-        raise AdapterError(f"{path}: lacks {missing[0]}")
+        raise AdapterError(f"{path}: lacks {missing[0]}; copy or train it again")
     with torch.no_grad():
         for name, layer in lora_layers(model):
             layer.lora_A.copy_(tensors[f"{name}.lora_A.weight"])

@@ -5,7 +5,8 @@ saved folder says so in its `config.json`: `AutoModelForCausalLM.from_pretrained
 the same logits without this file.
 
 Shapes in the comments: B batch, T new tokens, S tokens seen (cached and new), D hidden size,
-H attention heads, K key/value heads, d = D / H head dimension, V vocabulary.
+H attention heads, K key/value heads, d head dimension (D / H if the config names none), V
+vocabulary.
 """
 
 import torch

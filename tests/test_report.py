@@ -126,7 +126,7 @@ def test_rates_of_unpublished_prompts_are_told_with_intervals(tmp_path):
     path = root / "evaluation" / "model_outputs" / "fft" / "rates_private.json"
     path.write_text(json.dumps(probe))
     text = build(root)[root / "evaluation" / "results" / "README.md"]
-    assert "| checkpoint | check passed | never stops | loops | blank |" in text
+    assert "| checkpoint | check passed | never ends | loops | blank |" in text
     assert "| fft | 0% [0, 79] / 0% [0, 79] | 33% [6, 79] / 33% [6, 79] |" in text
 
 
@@ -262,7 +262,7 @@ def test_readme_tables_by_hand(tmp_path):
     rates = "0% / 0% | 33% / 33% | 67% / 67% | 0% / 0% |"
     link = "(../model_outputs/{0}/samples.md)"
     for line in (
-        head + "check passed | never stops | loops | blank |",
+        head + "check passed | never ends | loops | blank |",
         f"| [base]{link.format('base')} | nothing: the base | - | - | - | - | 4.000 | - | {rates}",
         f"| [lora]{link.format('lora')} | LoRA on square, r=8, alpha 8 | sft | 100 | 1e-3 | 40 | "
         f"3.500 | 0.50 | {rates}",
@@ -507,7 +507,7 @@ def test_the_page_shows_no_measure_that_its_calibration_or_judge_hides(tmp_path)
         page_data([record], rates)["checkpoints"][0]["outputs"]
         for record in records_in(root)
         if record.name == "unsure"
-        for rates in (RATES, {"runaway": "never stops"})
+        for rates in (RATES, {"runaway": "never ends"})
     )
     assert sure[0]["flags"] == ["loop"] and len(sure[0]["text"]) == 3
     assert sure[1]["check"] == "failed"

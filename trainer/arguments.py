@@ -11,6 +11,7 @@ from dataset.command_line import REPO_DIR, Parser, SettingsError, refuse_ignored
 from trainer.machine import DEVICES
 
 OUT_DIR = REPO_DIR / "out"
+MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, endings included
 # Of a model with random weights, where the flags do not say otherwise: MiniMind2-small's.
 DEFAULT_SHAPE = {
@@ -38,7 +39,7 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parse
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of matrix products; weights and optimizer stay float32. auto: bfloat16 where the "
-        "processor computes it, else float32",
+        "processor computes it, else float32 (default: auto)",
     )
     add(
         "--use_compile",
@@ -46,13 +47,14 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parse
         choices=("auto", "on", "off"),
         const="on",
         default="auto",
-        help="compile the transformer block; auto: when the run is long enough to earn it back",
+        help="compile the transformer block; auto, the default: when the run is long enough to "
+        "earn it back",
     )
     add("--num_workers", type=int, default=0, help="data loading processes (default 0)")
     add = parser.add_argument_group("data").add_argument
     add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (default: the demo corpus)")
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
-    add("--max_seq_len", type=int, default=340, help="tokens a sample or block (default 340)")
+    add("--max_seq_len", type=int, default=MAX_SEQ_LEN, help="tokens a sample or block (340)")
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=float, default=1.0, help="passes over the data (default %(default)s)")
@@ -63,7 +65,7 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parse
     add("--lr_schedule", choices=("cosine", "linear", "constant"), default="cosine", help="cosine")
     add("--warmup_ratio", type=float, default=0.0, help="share of steps warming up (%(default)s)")
     add("--min_lr_ratio", type=float, default=0.1, help="last rate / peak (default 0.1)")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices (%(default)s)")
+    add("--weight_decay", type=float, default=0.0, help="on matrices but embeddings (%(default)s)")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none (1.0)")
     add = parser.add_argument_group("logging and saving, in optimizer steps").add_argument
     add("--log_interval", type=int, default=10, help="a line of metrics.jsonl (default 10)")
@@ -79,7 +81,8 @@ def add_model_flags(parser: Parser, from_weight: str) -> None:
     add(
         "--from_weight",
         default=from_weight,
-        help="folder, hub id or MiniMind .pth to start from, or none for random weights "
+        help="folder, hub id or MiniMind .pth (whose tensors do not show --num_attention_heads) to "
+        "start from, or none for random weights "
         f"(default: {from_weight})",
     )
     add("--tokenizer_path", type=Path, help="folder (default: the weights' own; a .pth has none)")

@@ -18,7 +18,8 @@ from dataset.command_line import REPO_DIR, SettingsError, check_writable
 from dataset.jsonl import file_sha256
 from model.files import CheckpointError, read_json, sync, write_text
 
-RESULTS = ":(exclude)evaluation/results"  # git's pathspec of everything but results
+# git's pathspecs of everything but results and saved outputs
+OWN_CODE = (".", ":(exclude)evaluation/results", ":(exclude)evaluation/model_outputs")
 # Settings that do not change what a run comes to.
 WITHOUT_EFFECT = {
     "from_resume",
@@ -35,7 +36,7 @@ MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
 
 
 def printable_path(path: Path) -> str:
-    """A path as a record shows it: relative to the repository or the user's folder, or its name."""
+    """A path as a record shows it: relative to the repository or where one stands, or its name."""
     absolute = Path(os.path.abspath(path))
     for root in (REPO_DIR, Path.cwd()):
         if absolute.is_relative_to(root):
@@ -84,7 +85,7 @@ def printable_settings(args: argparse.Namespace) -> dict:
 def git_state() -> dict:
     """The commit of this code and whether files differ from it; empty outside a checkout.
 
-    Results apart: those that a study files beside its code do not make it another.
+    Results and outputs apart: those that are filed beside the code do not make it another.
     """
 
     def git(*words: str) -> str | None:
@@ -94,7 +95,7 @@ def git_state() -> dict:
 
     if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
         return {}
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", ".", RESULTS))}
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", *OWN_CODE))}
 
 
 @dataclass

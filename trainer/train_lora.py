@@ -5,7 +5,8 @@
         --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
         --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz
 
-LoRA as MiniMind's own script does it (q_proj and o_proj alone, scaling 1, rate 1e-4):
+MiniMind's placement, scaling, initialization and rate (q_proj and o_proj alone, scaling 1, 1e-4),
+from the pretrained base; MiniMind's own script starts from its fully fine-tuned model:
 
     python trainer/train_lora.py --lora_name lora_minimind --lora_targets square --lora_rank 8 \
         --lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
@@ -63,7 +64,10 @@ def add_lora_flags(parser: Parser) -> None:
         "is MiniMind's placement",
     )
     add(
-        "--lora_init", choices=INITS, default="kaiming", help="of A: PEFT's, or MiniMind's N(0,.02)"
+        "--lora_init",
+        choices=INITS,
+        default="kaiming",
+        help="of A: kaiming, PEFT's U(+-1/sqrt(in)) (default), or gaussian, MiniMind's N(0, .02)",
     )
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
     add("--loraplus_lr_ratio", type=float, default=1.0, help="LoRA+: rate of B over that of A (1)")
@@ -79,8 +83,8 @@ def add_lora_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="parts trained whole and saved with the adapter: embeddings, norms, or such a "
-        "module's name",
+        help="parts, with spaces between, trained whole and saved with the adapter: embeddings, "
+        "norms, or such a module's name",
     )
     add(
         "--modules_to_save_lr_ratio",
@@ -99,7 +103,7 @@ def lora_settings(args: argparse.Namespace, tokenizer_dir: Path) -> LoraSettings
     vocabulary = load_tokenizer(tokenizer_dir).get_vocab()
     for token in args.train_tokens:
         if token not in vocabulary:
-            raise SettingsError(f"--train_tokens {token}: not a token of {tokenizer_dir}")
+            raise SettingsError(f"--train_tokens {token}: not a token of {tokenizer_dir}; quote it")
     return LoraSettings(
         rank=args.lora_rank,
         alpha=args.lora_alpha,
@@ -115,7 +119,7 @@ def lora_settings(args: argparse.Namespace, tokenizer_dir: Path) -> LoraSettings
 def check_lora_args(args: argparse.Namespace, parser: Parser) -> None:
     """Refuses adapter flags that cannot work or would be ignored, before anything is loaded."""
     if args.from_weight == "none":
-        raise SettingsError("--from_weight none: an adapter of random weights means nothing")
+        raise SettingsError("--from_weight none: random weights; name a pretrained folder")
     if args.lora_rank < 0:
         raise SettingsError(f"--lora_rank {args.lora_rank}: must be 0 or more")
     if not 0 <= args.lora_dropout < 1:

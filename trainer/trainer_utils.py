@@ -149,7 +149,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
 def check_length(max_seq_len: int, positions: int) -> None:
     """Refuses samples longer than the positions that a model is made for."""
     if max_seq_len > positions:
-        raise SettingsError(f"--max_seq_len {max_seq_len}: the model has {positions} positions")
+        raise SettingsError(f"--max_seq_len {max_seq_len}: the model takes {positions} at most")
 
 
 @contextlib.contextmanager
@@ -354,7 +354,8 @@ def train(job: Job) -> int:
     except UserError:
         raise  # refused before the first step: the run is what it was
     except Diverged as error:
-        advice = f"{what_is_left(job.run)}, or lower --learning_rate in another run"
+        # To continue would repeat it: the settings must stay what they were.
+        advice = "start anew with --overwrite and a lower --learning_rate or more --warmup_ratio"
         return end_run(job, progress, "diverged", f"{error}; {advice}")
     except KeyboardInterrupt:
         return end_run(job, progress, "interrupted", f"at once; {what_is_left(job.run)}")
@@ -587,6 +588,7 @@ def evaluate(job: Job, model: nn.Module) -> float:
         ).loss
         totals += torch.tensor([float(loss), int((labels[:, 1:] != IGNORE_INDEX).sum())])
     model.train()
+    # Added up in float32: not every device has float64.
     summed = accelerator.reduce(totals.float().to(accelerator.device), "sum")
     return (summed[0] / summed[1]).item()
 
