@@ -49,12 +49,11 @@ def parse_args(doc: str, argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--tokenizer_path",
         type=Path,
-        help="tokenizer's folder for models that have none of their own, such as a .pth",
+        help="tokenizer's folder (default: the model's; a .pth has none)",
     )
     what.add_argument(
         "--num_attention_heads",
         type=int,
-        default=8,
         help="of a .pth, whose tensors do not show it (default: 8)",
     )
     what.add_argument(

@@ -69,6 +69,7 @@ from model.files import write_text
 from model.generation import Decoder, Decoding, generate
 from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer import train_full_sft, train_lora, trainer_utils
+from trainer.arguments import MAX_SEQ_LEN
 from trainer.failures import run_script
 from trainer.machine import (
     can_compile,
@@ -94,7 +95,6 @@ PEFT_TARGETS = {
     "lora_all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 RANK, ALPHA = 8, 32.0
-MAX_SEQ_LEN = 340
 SEED = 42
 WARM_UP = 5  # turns; most of what is compiled is compiled in these
 # A long run, of which the first steps are measured: ours compiles only what earns that back.

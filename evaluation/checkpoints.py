@@ -58,13 +58,15 @@ def find_checkpoints(paths: list[Path], tokenizer_path: Path | None) -> list[Che
     """What `paths` hold.
 
     Raises:
-        SettingsError: a tokenizer is named, but each model has its own.
+        SettingsError: a tokenizer is named for models of which some have one and others none.
         CheckpointError, AdapterError: see `find_checkpoint`.
     """
     found = [find_checkpoint(path) for path in paths]
-    if tokenizer_path and all(checkpoint.has_tokenizer for checkpoint in found):
+    owners = [checkpoint.name for checkpoint in found if checkpoint.has_tokenizer]
+    if tokenizer_path and 0 < len(owners) < len(found):
         raise SettingsError(
-            f"--tokenizer_path {tokenizer_path}: each model has its own tokenizer; drop the flag"
+            f"--tokenizer_path {tokenizer_path}: {owners[0]} has its own tokenizer; measure it in "
+            "a call without the flag"
         )
     return found
 
@@ -74,13 +76,13 @@ def load_checkpoint(
     tokenizer_path: Path | None,
     device: str,
     dtype: torch.dtype,
-    num_attention_heads: int = 8,
+    num_attention_heads: int | None = None,
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
     """The model, adapter in place and not merged, ready to generate; and its tokenizer.
 
     Args:
-        tokenizer_path: of a model that has none of its own, such as a .pth.
-        num_attention_heads: of a .pth, whose tensors do not show it.
+        tokenizer_path: by default the model's own; a .pth has none.
+        num_attention_heads: see `load_model`.
 
     Raises:
         CheckpointError: files do not fit, or a weight is not a number.
@@ -89,8 +91,7 @@ def load_checkpoint(
     model = load_model(checkpoint.model_path, num_attention_heads)
     if checkpoint.base:
         load_lora(model, checkpoint.path)
-    named = None if checkpoint.has_tokenizer else tokenizer_path
-    tokenizer = tokenizer_of(model, checkpoint.model_path, named)
+    tokenizer = tokenizer_of(model, checkpoint.model_path, tokenizer_path)
     return model.to(device, dtype).eval(), tokenizer
 
 

@@ -78,7 +78,8 @@ class Judged:
 
     claim: dict  # of study.toml
     verdict: str  # supported, refuted, open with the reason, or `NOT_RUN`
-    contrasts: dict[str, Contrast]  # what its conditions bound, by formula; empty if unknown
+    # What its conditions bound, by formula; empty if unknown. Arrays, which == cannot compare.
+    contrasts: dict[str, Contrast] = field(compare=False)
     seeds: int = 0  # fewest of any condition
     p: float = 1.0  # of the side that the verdict takes; if open, the smaller of both sides'
     without_ends: list[str] = field(default_factory=list)  # what R is in each, without end tokens
@@ -340,9 +341,10 @@ def stated(found: Contrast) -> str:
 
 
 def cited(judged: Judged) -> str:
-    """A verdict with what its rule bounds, such as `supported, +0.29 [+0.27, +0.31]`.
+    """A verdict with what its rule bounds, such as `supported, +0.290 [+0.273, +0.309]`.
 
-    A sign marks a difference; a ratio of answers, or the R of one arm, has none.
+    A sign marks a difference; a ratio of answers, or the R of one arm, has none. Why a claim is
+    open, and what diverged, the table of claims tells.
     """
     word = NOT_RUN if judged.verdict == NOT_RUN else judged.verdict.partition(" ")[0].rstrip(":")
     values = []
@@ -351,7 +353,7 @@ def cited(judged: Judged) -> str:
         found = judged.contrasts[named(kind, cells)].interval
         sign = "+" if kind != "bad_answers" and len(cells) == 2 else ""
         estimate, low, high = (
-            f"{value:{sign}.2f}" for value in (found.estimate, found.low, found.high)
+            f"{value:{sign}z.3f}" for value in (found.estimate, found.low, found.high)
         )
         values.append(f"{estimate} [{low}, {high}]")
     return ", ".join([word, *values])

@@ -83,10 +83,10 @@ BENCH_KEYS += ("startup", "tokenizing", "loader", "card_peak")
 STRESS_KEYS = ("git", "seed", "kills", "survived", "cases", "memory_bytes_by_step")
 RUN_COLUMNS = ("checkpoint", "trained", "on", "parameters", "learning rate", "steps", "NLL", "R")
 SWEEP_COLUMNS = ("trained", "on", "steps", "validation NLL by rate", "best rate")
-# What a sentence tells of a claim: after `(` or `; `, its name, its verdict and what is measured.
-CITATION = re.compile(
-    r"(?<=[(;])(?P<name>\s*[PHEX][^().;:]*:\s+)(?P<told>(?:supported|refuted|open|not\s+run)[^();]*)"
-)
+# What a sentence tells of a claim: after `(` or `; ` its name, and up to the next `;` or `)` what
+# `citations` says of it.
+CITATION = re.compile(r"(?<=[(;])(?P<name>\s*[PHEX][^().;:]*:\s+)(?P<told>[^();]*)")
+VERDICT = re.compile(r"(supported|refuted|open|not run)(, [-+]?\d+\.\d+ \[[^]]*\])*")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -212,14 +212,17 @@ def cite(text: str, told: dict[str, str], where: str) -> str:
         told: by a claim's name, its verdict and what was measured.
 
     Raises:
-        DataError: a sentence names a claim that there is not.
+        DataError: a sentence names a claim that there is not, or says more of one.
     """
 
     def anew(found: re.Match[str]) -> str:
         name = " ".join(found["name"].split()).rstrip(":")
-        if name not in told:
+        words = " ".join(found["told"].split())
+        if name in told and not VERDICT.fullmatch(words):
+            raise DataError(f"{where}: after {name!r} stands {words!r}; put it after another ';'")
+        if name not in told and VERDICT.fullmatch(words):
             raise DataError(f"{where}: study.toml has no claim {name!r}; mend its name")
-        is_same = " ".join(found["told"].split()) == told[name]  # then lines stay as they are
+        is_same = words == told.get(name, words)  # then lines stay as they are
         return found["name"] + (found["told"] if is_same else told[name])
 
     return CITATION.sub(anew, text)

@@ -129,6 +129,8 @@ def check_experiment(study: dict, experiment: dict) -> None:
     for claim in experiment["claims"]:
         if missing := [name for name in CLAIM if name not in claim]:
             raise SettingsError(f"a claim has no {missing[0]}")
+        if set(claim["name"]) & set(".:;()"):
+            raise SettingsError(f"claim {claim['name']!r}: no . : ; ( ) in a name that is cited")
         for condition in (*claim["supported"], *claim["refuted"]):
             check_condition(condition)
             texts += cells_of(condition)

@@ -153,7 +153,7 @@ def study_details(evidence: Evidence) -> list[str]:
         "Made by `python evaluation/report.py` from the JSON files beside this one, one a run "
         "([`study.py`](../../study.py) says what they hold), and from the rules in "
         "[`study.toml`](../../study.toml). What they come to is told in the "
-        "[README](../../../README.md#what-we-found-so-far). R(a) is the recovery of a cell, in "
+        "[README](../../../README.md#the-findings-one-by-one). R(a) is the recovery of a cell, in "
         "brackets its 95% interval over seeds and conversations; bad(a) / bad(b) compares how many "
         "answers, under all decodings, never end (no end token within the limit) or are blank. "
         "`R without end tokens` counts all response tokens but those that end a message. "
@@ -274,10 +274,11 @@ def claim_row(judged: Judged) -> list[str]:
 
 def citations(evidence: Evidence) -> dict[str, str]:
     """What the README's sentences tell of each claim: of the first size that has run it."""
-    told = {}
+    experiments = evidence.study["experiments"]
+    told = {claim["name"]: NOT_RUN for one in experiments for claim in one["claims"]}
     for claims in evidence.verdicts.values():
         for judged in claims:
-            if told.get(judged.claim["name"], NOT_RUN) == NOT_RUN:
+            if told[judged.claim["name"]] == NOT_RUN:
                 told[judged.claim["name"]] = cited(judged)
     return told
 

@@ -1,8 +1,8 @@
 """What fine-tuning changed: dW = W - W0 of a checkpoint or an adapter, matrix by matrix.
 
     python evaluation/update_analysis.py --base out/pretrain --tuned out/full_sft     # analysis
-    python evaluation/update_analysis.py --base out/pretrain --tuned out/lora_r8 \\
-        --compare out/lora_r64                                 # do two updates share directions?
+    python evaluation/update_analysis.py --base out/pretrain --tuned out/lora_all \\
+        --compare out/lora_minimind                           # do two updates share directions?
 
 or checkpoints with a part of the update, ordinary folders in --output_dir for eval_llm.py and
 transformers, each with a run.json that says how it was made:
@@ -148,8 +148,8 @@ def named_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     return tensors
 
 
-def load_base(path: Path, num_attention_heads: int = 8) -> Base:
-    """The base of a path; the number of heads is that of a .pth, whose tensors do not show it."""
+def load_base(path: Path, num_attention_heads: int | None = None) -> Base:
+    """The base of a path; of its number of heads see `load_model`."""
     model = load_model(path, num_attention_heads)
     return Base(path, model, named_weights(model), weights_fingerprint(model))
 
@@ -175,7 +175,7 @@ def load_update(base: Base, path: Path) -> Update:
         lora_a = {f"{name}.weight": layer.lora_A.detach() for name, layer in lora_layers(adapted)}
         model = merged_model(adapted)
     else:
-        model = load_model(path, heads)
+        model = load_model(path, heads if path.suffix == ".pth" else None)
         check_base(base, path)
     after = named_weights(model)
     check_shapes(base, after, path)
@@ -552,7 +552,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder or .pth that fine-tuning started from")
     add("--tuned", type=Path, required=True, help="checkpoint or adapter folder, or full .pth")
-    add("--num_attention_heads", type=int, default=8, help="of a .pth (default 8)")
+    add("--num_attention_heads", type=int, help="of a .pth (default 8)")
     add("--compare", type=Path, metavar="OTHER", help="another update of the same base")
     add("--output", type=Path, help="JSON file (default: under evaluation/results/<tuned>/)")
     add("--seed", type=int, help="of random directions and updates (default 0)")
@@ -603,7 +603,7 @@ def check_args(args: argparse.Namespace) -> None:
         check_writable(args.output.parent, "--output")
     if args.output_dir:
         check_writable(args.output_dir, "--output_dir")
-    if args.num_attention_heads < 1:
+    if args.num_attention_heads is not None and args.num_attention_heads < 1:
         raise SettingsError(f"--num_attention_heads {args.num_attention_heads}: must be 1 or more")
     if args.seed is not None and args.seed < 0:
         raise SettingsError(f"--seed {args.seed}: must be 0 or more")

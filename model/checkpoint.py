@@ -26,6 +26,7 @@ from model.files import CheckpointError, read_json, save_tensors, write_text
 from model.model_minimind import MiniMindForCausalLM, check_shape, minimind_config
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
+MINIMIND_HEADS = 8  # of MiniMind's models
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 HEAD_WEIGHT = "lm_head.weight"
 TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers puts the chat template
@@ -261,23 +262,30 @@ def is_positive(value: object) -> bool:
     return isinstance(value, int | float) and 0 < value < 1e38
 
 
-def load_model(path: str | Path, num_attention_heads: int = 8) -> MiniMindForCausalLM:
+def load_model(path: str | Path, num_attention_heads: int | None = None) -> MiniMindForCausalLM:
     """A model in float32 from a saved folder or from a MiniMind `.pth` file, loaded strictly.
 
     Args:
-        num_attention_heads: for a `.pth` only, whose tensors show every size but this one.
+        num_attention_heads: of a `.pth`, whose tensors show every size but this one (8, if not
+            given); a folder's config names it.
 
     Raises:
-        CheckpointError: a file is missing, broken, or does not fit the config.
+        CheckpointError: a file is missing, broken, or does not fit the config, or this has another
+            number of heads.
     """
     path = Path(path)
     if path.suffix == ".pth":
         tensors = read_pth(path)
-        config = config_of_tensors(tensors, path, num_attention_heads)
+        config = config_of_tensors(tensors, path, num_attention_heads or MINIMIND_HEADS)
     else:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; train it first or mend the path")
         config = read_config(path)
+        if num_attention_heads not in (None, config.num_attention_heads):
+            raise CheckpointError(
+                f"--num_attention_heads {num_attention_heads}: {path} has "
+                f"{config.num_attention_heads}; drop the flag"
+            )
         tensors = read_safetensors(path / WEIGHTS_FILE)
     with torch.device("meta"):  # shapes without memory: a config that does not fit allocates none
         expected = MiniMindForCausalLM(config)

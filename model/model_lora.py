@@ -164,7 +164,7 @@ def find_targets(model: MiniMindForCausalLM, targets: str) -> list[str]:
     if targets == "square":
         square = [n for n, m in in_blocks.items() if m.in_features == m.out_features]
         if not square:
-            raise AdapterError("square: no linear of this model is; use attention or mlp")
+            raise AdapterError("square: this model has no square matrix; use attention or mlp")
         return square
     groups = {"attention": ATTENTION, "mlp": MLP}
     wanted = groups.get(targets) or tuple(part.strip() for part in targets.split(","))
@@ -504,7 +504,8 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     if trained_on is not None and trained_on != weights_fingerprint(model):
         raise AdapterError(
             f"{folder}: was trained on another base than the one loaded; its base was "
-            f"{config.get('base_model_name_or_path')}: give that, or put it back"
+            f"{config.get('base_model_name_or_path')}: give that, or put it back (a .pth with its "
+            "--num_attention_heads)"
         )
     rows = config.get("trainable_token_indices") or []
     rows = rows.get("embed_tokens", rows.get(EMBEDDING, [])) if isinstance(rows, dict) else rows

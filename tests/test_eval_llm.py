@@ -11,11 +11,12 @@ import torch
 from tqdm import tqdm
 
 import eval_llm
+from dataset.command_line import SettingsError
 from dataset.jsonl import DataError
 from dataset.untrusted import shown
 from eval_llm import main
 from evaluation import translations
-from evaluation.checkpoints import find_checkpoint, find_checkpoints, load_checkpoint
+from evaluation.checkpoints import find_checkpoint, load_checkpoint
 from evaluation.outputs import as_jsonl, as_markdown, fenced, inline
 from evaluation.probe import decoding_of, generate_all, make_sample, reference_samples
 from evaluation.prompts import Prompt, encode_prompts
@@ -426,32 +427,24 @@ def save_adapter(model: MiniMindForCausalLM, folder: Path, base: str) -> None:
     save_lora(model, settings, folder, base=base, fingerprint=fingerprint)
 
 
-def test_a_pth_takes_the_flags_that_a_folder_does_not_need(home, tmp_path):
-    """Its number of heads, which its tensors do not show, and its tokenizer."""
-    model = tiny_model(0)
-    torch.save(model.state_dict(), tmp_path / "mm.pth")
-    other = load_tokenizer()
-    other.eos_token = "<|im_start|>"  # as many tokens: nothing but the end tells them apart
-    other.save_pretrained(tmp_path / "other")
-    paths = [home / "one", tmp_path / "mm.pth"]
-    folder, pth = find_checkpoints(paths, tmp_path / "other")
-    named = (tmp_path / "other", "cpu", torch.float32, 4)
-    (same, own), (loaded, given) = load_checkpoint(folder, *named), load_checkpoint(pth, *named)
-    ids = torch.tensor([[1, 50, 60]])
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert torch.equal(same(ids).logits, model(ids).logits)
-    assert (own.eos_token, given.eos_token) == ("<|im_end|>", "<|im_start|>")
-    words = ["--model", *map(str, paths[1:]), "--tokenizer_path", str(home / "one")]
-    words += [
-        "--prompts",
-        str(home / "prompts.md"),
-        "--decoding",
-        "greedy",
-        "--max_new_tokens",
-        "4",
-    ]
-    main([*words, "--num_attention_heads", "4", "--output_dir", str(tmp_path)])
-    assert len(lines_of(tmp_path / "mm" / "samples.jsonl")) == 3
+def test_a_pth_answers_as_the_folder_that_it_was_made_of(home, tmp_path):
+    """Given its number of heads, which its tensors do not show, and its tokenizer."""
+    torch.save(tiny_model(0).state_dict(), tmp_path / "mm.pth")
+    words = ["--model", str(tmp_path / "mm.pth"), "--tokenizer_path", str(home / "one")]
+    words += ["--prompts", str(home / "prompts.md"), "--max_new_tokens", "8", "--output_dir"]
+    outputs = {}
+    for heads in (["--num_attention_heads", "4"], []):  # without: 8, which fit its shapes, too
+        main([*words, str(tmp_path / "out"), "--decoding", "greedy", "--device", "cpu", *heads])
+        samples = lines_of(tmp_path / "out" / "mm" / "samples.jsonl")
+        outputs[len(heads)] = [sample["output"] for sample in samples]
+    folder = probe(home, tmp_path / "out", "--decoding", "greedy")
+    same = [sample["output"] for sample in lines_of(folder / "samples.jsonl")]
+    assert outputs[2] == same != outputs[0]
+    paths = ["--model", str(home / "one"), "--model", str(tmp_path / "mm.pth")]
+    with pytest.raises(SettingsError, match="one has its own tokenizer; measure it in a call with"):
+        main([*paths, *words[2:], str(tmp_path / "out")])
+    with pytest.raises(CheckpointError, match="--num_attention_heads 8: .*one has 4; drop"):
+        main([*paths[:2], "--num_attention_heads", "8"])
 
 
 def test_an_adapter_is_probed_on_the_base_that_it_names(home, tmp_path, monkeypatch, capsys):
@@ -509,7 +502,7 @@ def test_an_adapter_on_another_base_is_refused(home, tmp_path, capsys):
         (["--model", "{home}/broken"], "broken JSON"),
         (["--model", "{home}/nan"], "the run diverged"),
         (["--model", "{home}/small"], "100 tokens, but the tokenizer has 6400"),
-        (["--model", "{home}/one", "--tokenizer_path", "{home}"], "each model has its own token"),
+        (["--model", "{home}/one", "--tokenizer_path", "{home}"], "tokenizer.json: missing"),
         (["--model", "{home}/one", "--prompts", "{home}/latin1.md"], "latin1.md: not UTF-8"),
     ],
 )

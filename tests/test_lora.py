@@ -418,7 +418,7 @@ def test_settings_that_cannot_work_are_refused(settings: LoraSettings, message: 
 def test_square_is_refused_where_no_linear_is() -> None:
     config = minimind_config(hidden_size=64, num_attention_heads=4, num_key_value_heads=1)
     config.head_dim, config.num_hidden_layers = 32, 1  # q is 128 x 64, k and v 32 x 64
-    with pytest.raises(AdapterError, match="^square: no linear of this model is; use attention"):
+    with pytest.raises(AdapterError, match="^square: this model has no square matrix; use"):
         apply_lora(MiniMindForCausalLM(config), LoraSettings(targets="square"))
 
 

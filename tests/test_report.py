@@ -339,20 +339,22 @@ def texts_of(svg):
 
 
 def test_sentences_cite_what_was_measured():
-    told = {"H1": "supported, +0.29 [+0.27, +0.31]", "X rate, s": "open, +0.18 [+0.16, +0.20]"}
-    old = "It is the rate (H1:\n  open; X rate,\n  s: supported, +0.30 [+0.28, +0.31]), at `s`."
+    told = {"H1": "supported, +0.290 [+0.273, +0.309]", "X rate, s": "open, 0.177 [0.157, 0.198]"}
+    old = "It is the rate (H1:\n  open; X rate,\n  s: supported, 0.3 [0.2, 0.4]; at `s`)."
     new = (
-        "It is the rate (H1:\n  supported, +0.29 [+0.27, +0.31]; X rate,\n"
-        "  s: open, +0.18 [+0.16, +0.20]), at `s`."
+        "It is the rate (H1:\n  supported, +0.290 [+0.273, +0.309]; X rate,\n"
+        "  s: open, 0.177 [0.157, 0.198]; at `s`)."
     )
     assert cite(old, told, "README.md") == new
     assert cite(new, told, "README.md") == new
-    broken = new.replace("[+0.27, +0.31]", "[+0.27,\n  +0.31]")  # lines are broken as before
+    broken = new.replace("[+0.273, +0.309]", "[+0.273,\n  +0.309]")  # lines are broken as before
     assert cite(broken, told, "README.md") == broken
-    others = "Claims (H: what was planned; E: the study's) are judged: H1: open."
+    others = "Claims (H: what was planned; E: the study's; X scale: H1: open) are judged: H1: open."
     assert cite(others, told, "README.md") == others
     with pytest.raises(DataError, match=r"^README.md: study.toml has no claim 'H1, s'; mend its"):
         cite("(H1, s: open)", told, "README.md")
+    with pytest.raises(DataError, match=r"after 'H1' stands 'open, since it is'; put it after"):
+        cite("(H1: open, since it is)", told, "README.md")
 
 
 def test_what_the_stress_command_measured_is_told():

@@ -91,7 +91,13 @@ from evaluation.study_plots import (
     recovery_by_cell,
     study_figures,
 )
-from evaluation.study_report import ANSWER_RATES, study_block, study_details, summary_block
+from evaluation.study_report import (
+    ANSWER_RATES,
+    citations,
+    study_block,
+    study_details,
+    summary_block,
+)
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.tiny import tiny_model
 
@@ -332,7 +338,13 @@ def test_recovery_without_end_tokens_by_hand(study: dict) -> None:
     judged = judge(study, experiment, experiment["claims"][0], "xs", results)
     ((formula, found),) = judged.contrasts.items()
     assert (formula, stated(found)) == ("R(square@1e-3)", "0.150 [0.150, 0.150]")
-    assert cited(judged) == "open, 0.15 [0.15, 0.15]"  # of two seeds
+    assert cited(judged) == "open, 0.150 [0.150, 0.150]"  # of two seeds
+    evidence = gather(study, results, LANGUAGES)
+    told_of = citations(evidence)
+    assert told_of[judged.claim["name"]] == cited(judged)
+    later = {"name": "H9", "text": "", "not_shown": "", "supported": [], "refuted": []}
+    evidence.study["experiments"].append({"claims": [later]})  # of a size that has no result yet
+    assert citations(evidence) == told_of | {"H9": NOT_RUN}
     assert judged.without_ends == ["0.000 [0.000, 0.000]"]
     longer = {f"xs-plain42-square-lr1e-3-s{s}": [0.0, 80.0, 0.0, 160.0] for s in (1, 2)}
     row = describe_cell(study, CELL, results | results_of(longer))  # 0.1 nats for each end token
@@ -911,7 +923,7 @@ def test_claim_of_answers_is_judged_by_its_bound(study: dict) -> None:
     assert (found.verdict, found.seeds) == ("supported", 3)
     ratio = found.contrasts["bad(square@1e-3) / bad(fft@1e-3)"]
     assert stated(ratio) == "0.100 [0.000, 0.300]"
-    assert cited(found) == "supported, 0.10 [0.00, 0.30]"
+    assert cited(found) == "supported, 0.100 [0.000, 0.300]"
     for name in list(results):
         if "fft" in name:
             results[name]["probe"]["outcomes"]["greedy"]["runaway"] = "0000000000"

@@ -166,6 +166,9 @@ def test_code_is_dirty_when_it_was_changed_not_when_there_are_results(
     result = tmp_path / "evaluation" / "results" / "run.json"
     result.parent.mkdir(parents=True)
     result.write_text("{}")
+    output = tmp_path / "evaluation" / "model_outputs" / "one" / "samples.md"
+    output.parent.mkdir(parents=True)
+    output.write_text("hello\n")
     assert run_folder.git_state()["dirty"] is False
     code.with_name("tokenizer.json").write_text("{}")
     assert run_folder.git_state()["dirty"] is True

@@ -54,7 +54,7 @@ def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parse
     add = parser.add_argument_group("data").add_argument
     add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (default: the demo corpus)")
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
-    add("--max_seq_len", type=int, default=MAX_SEQ_LEN, help="tokens a sample or block (340)")
+    add("--max_seq_len", type=int, default=MAX_SEQ_LEN, help="tokens a sample (%(default)s)")
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=float, default=1.0, help="passes over the data (default %(default)s)")
@@ -81,7 +81,7 @@ def add_model_flags(parser: Parser, from_weight: str) -> None:
     add(
         "--from_weight",
         default=from_weight,
-        help="folder, hub id or MiniMind .pth (whose tensors do not show --num_attention_heads) to "
+        help="folder, hub id or MiniMind .pth (with --tokenizer_path and --num_attention_heads) to "
         "start from, or none for random weights "
         f"(default: {from_weight})",
     )

@@ -73,9 +73,9 @@ def explain(error: BaseException, step: int, run: RunFolder) -> Exception | None
     """What an error that stopped a run means and what to do, where that is known."""
     if is_out_of_memory(error):
         return SettingsError(
-            f"out of memory at step {step}: {what_is_left(run)}, with more memory free; or start "
-            "anew with --overwrite, --batch_size halved and --accumulation_steps doubled (the same "
-            "training), or a shorter --max_seq_len"
+            f"out of memory at step {step}: free some, or start anew with --overwrite and "
+            "--batch_size halved, --accumulation_steps doubled (the same training), or a shorter "
+            f"--max_seq_len; {what_is_left(run)}"
         )
     if WORKER_DIED in str(error):
         return SettingsError(

@@ -5,10 +5,10 @@
         --tokenizer_path minimind/model --output_dir out/medical_merged
 
 The adapter is a folder of ours or of PEFT's, or a MiniMind adapter .pth, whose base is named with
---base; a base that is a .pth holds no tokenizer, so --tokenizer_path names it. The result loads in
-transformers, vLLM or llama.cpp's converter without any adapter. An update of a head that is tied to
-the embedding is refused: merging it would change both ends. The folder's run.json says what was
-merged into what.
+--base; a base that is a .pth holds no tokenizer and does not show its heads, so --tokenizer_path
+and --num_attention_heads (8, if not given) name them. The result loads in transformers, vLLM or
+llama.cpp's converter without any adapter. An update of a head that is tied to the embedding is
+refused: merging it would change both ends. The folder's run.json says what was merged into what.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder, or a MiniMind adapter .pth")
     add("--base", type=Path, help="its base (default: the one that the adapter's config names)")
-    add("--num_attention_heads", type=int, default=8, help="of a base that is a .pth (8)")
+    add("--num_attention_heads", type=int, help="of a base that is a .pth (default 8)")
     add("--tokenizer_path", type=Path, help="folder (default: the base's own; a .pth has none)")
     add("--output_dir", type=Path, required=True, help="folder to make")
     return parser.parse_args(argv)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output_dir.exists():
         raise SettingsError(f"--output_dir {args.output_dir}: exists; name another folder")
     check_writable(args.output_dir, "--output_dir")
-    if args.num_attention_heads < 1:
+    if args.num_attention_heads is not None and args.num_attention_heads < 1:
         raise SettingsError(f"--num_attention_heads {args.num_attention_heads}: must be 1 or more")
     is_minimind = args.adapter.suffix == ".pth"
     if is_minimind and args.base is None:

@@ -103,7 +103,7 @@ def lora_settings(args: argparse.Namespace, tokenizer_dir: Path) -> LoraSettings
     vocabulary = load_tokenizer(tokenizer_dir).get_vocab()
     for token in args.train_tokens:
         if token not in vocabulary:
-            raise SettingsError(f"--train_tokens {token}: not a token of {tokenizer_dir}; quote it")
+            raise SettingsError(f"--train_tokens {token}: no single token of {tokenizer_dir}")
     return LoraSettings(
         rank=args.lora_rank,
         alpha=args.lora_alpha,

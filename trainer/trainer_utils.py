@@ -133,7 +133,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
         return MiniMindForCausalLM(config), folder
     named = args.from_weight
     path = fetch(named, "--from_weight") if is_hub_id(named) else Path(named)
-    model = load_model(path, **{k: v for k, v in shape.items() if k == "num_attention_heads"})
+    model = load_model(path, args.num_attention_heads)
     found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
     for flag, value in shape.items():
         if found[flag] != value:
