@@ -164,7 +164,7 @@ def encode_batch(
             chat template's own text may; a corpus or a user's message that contains such a
             string keeps it as ordinary characters.
         known: token ids by word, to which new words are added: with it, texts that come in parts
-            are encoded several times as fast.
+            are encoded faster (see `encode_words`).
     """
     if special or known is None or not splits_as_gpt2(backend):
         return encode_whole(backend, texts, special)
@@ -200,7 +200,8 @@ def encode_words(
 ) -> list[list[int]]:
     """Token ids of ASCII texts without control tokens, each different word encoded once.
 
-    No token spans two words, and texts repeat most of theirs: three times as fast.
+    No token spans two words, and texts repeat most of theirs. On two cores a sixth faster than the
+    whole texts for the demo corpus (`make bench`), a tenth at most for Simple English Wikipedia.
     """
     if len(known) > KNOWN_WORDS:
         known.clear()
