@@ -588,7 +588,7 @@ def evaluate(job: Job, model: nn.Module) -> float:
         ).loss
         totals += torch.tensor([float(loss), int((labels[:, 1:] != IGNORE_INDEX).sum())])
     model.train()
-    # Added up in float32: not every device has float64.
+    # Over processes in float32: not every device has float64.
     summed = accelerator.reduce(totals.float().to(accelerator.device), "sum")
     return (summed[0] / summed[1]).item()
 
