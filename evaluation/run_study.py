@@ -160,7 +160,11 @@ def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[st
         and (chosen is None or run.id in chosen)
     ]
     needed = {run.base_id for run in left}
-    missing = [run for run in runs if run.id in needed and not has_base(run.id, args)]
+    missing: list[Run] = []
+    for run in reversed(runs):  # a base stands before those that continue it
+        if run.id in needed and not has_base(run.id, args):
+            missing.insert(0, run)
+            needed.add(run.base_id)
     if args.shard[1] > 1 and missing:
         raise SettingsError(
             f"--shard: {missing[0].id} is not in {args.save_dir}; make it first, or copy it there: "
@@ -234,7 +238,7 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
     folder = args.save_dir / run.id
     if not has_weights(run.id, args.save_dir):
-        if run.arm is not None:
+        if run.base_id is not None:
             check_start(run, weights_fingerprint(load_model(args.save_dir / run.base_id)), args)
         script = str(REPO_DIR / "trainer" / f"{SCRIPTS[stage]}.py")
         command = [sys.executable, script, *as_words(flags), *how_to_go_on(folder)]
@@ -243,7 +247,7 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     status = record.get("status", "not trained")
     if status not in ENDED:
         raise SettingsError(f"{run.id}: {status}; {args.save_dir / run.id}.log says why")
-    if run.arm is not None:
+    if run.base_id is not None:
         check_start(run, record["base_fingerprint"], args)
     path = args.results_dir / f"{run.id}.json"
     known = read_json(path) if path.is_file() else {}

@@ -75,6 +75,7 @@ class Run:
     arm: str | None = None
     rate: str | None = None
     variant: str | None = None
+    continues: str | None = None  # of a base, the one whose weights it starts from
     probe: bool = False  # with prompts, too
     parts: bool = False  # its update cut to parts, and these measured
 
@@ -88,8 +89,10 @@ class Run:
 
     @property
     def base_id(self) -> str | None:
-        """The run that it starts from."""
-        return None if self.arm is None else base_id(self.size, self.base, self.base_seed)
+        """The run that it starts from; None for random weights."""
+        if self.arm is not None:
+            return base_id(self.size, self.base, self.base_seed)
+        return None if self.continues is None else base_id(self.size, self.continues, self.seed)
 
 
 def base_id(size: str, base: str, seed: int) -> str:
@@ -114,12 +117,24 @@ def read_study(path: Path = STUDY_FILE) -> dict:
     for size in study["sizes"]:
         if study["tuning"]["base"].get(size) not in study["bases"]:
             raise SettingsError(f"{path}: [tuning] names no base for {size!r} that [bases] has")
+    check_bases(study, path)
     for experiment in study["experiments"]:
         try:
             check_experiment(study, experiment)
         except SettingsError as error:
             raise SettingsError(f"{path}, experiment {experiment['id']!r}: {error}") from error
     return study
+
+
+def check_bases(study: dict, path: Path) -> None:
+    """Refuses a base that continues one which does not stand above it."""
+    above = []
+    for name, base in study["bases"].items():
+        if "continues" in base and base["continues"] not in above:
+            raise SettingsError(
+                f"{path}: base {name!r} continues {base['continues']!r}, which is not above it"
+            )
+        above.append(name)
 
 
 def check_experiment(study: dict, experiment: dict) -> None:
@@ -298,14 +313,22 @@ def ids_for(study: dict, experiment: dict, size: str, results: dict[str, dict]) 
     runs = [run for text in texts for run in runs_of(study, experiment, text, size, results)]
     arms = {cell.arm for cell in cells if cell.rate == "tuned"} | {FULL}
     runs += [run for arm in arms for run in tuning_runs(study, arm, size, results)]
-    return {run.id for run in runs} | {run.base_id for run in runs}
+    bases = [base for run in runs for base in lineage(study, size, run.base, run.base_seed)]
+    return {run.id for run in runs} | {base.id for base in bases}
 
 
 def planned_bases(study: dict, size: str) -> list[Run]:
-    """The base models of a size, in the order of the experiments."""
+    """The base models of a size, in the order of the experiments, after those they continue."""
     experiments = [one for one in study["experiments"] if size in one["sizes"]]
-    keys = dict.fromkeys((one["base"], one["base_seed"]) for one in experiments)
-    return [Run(size, base, seed, probe=True) for base, seed in keys]
+    lines = (lineage(study, size, one["base"], one["base_seed"]) for one in experiments)
+    return list(dict.fromkeys(base for line in lines for base in line))
+
+
+def lineage(study: dict, size: str, base: str, seed: int) -> list[Run]:
+    """A base after those that it continues, the one from random weights first."""
+    before = study["bases"][base].get("continues")
+    oldest = lineage(study, size, before, seed) if before else []
+    return [*oldest, Run(size, base, seed, continues=before, probe=True)]
 
 
 def runs_of(
@@ -448,10 +471,11 @@ def is_interior(sweep: Sweep) -> bool:
 
 def training_flags(study: dict, run: Run, data_dir: Path, save_dir: Path) -> tuple[str, dict]:
     """The stage of a run and its script's flags."""
+    base, size = study["bases"][run.base], study["sizes"][run.size]
+    start = {"from_weight": save_dir / run.base_id} if run.base_id else {}
     if run.arm is None:
-        base, size = study["bases"][run.base], study["sizes"][run.size]
         flags = study["common"] | size | base["flags"] | files(study, "pretrain", data_dir)
-        return "pretrain", flags | {
+        return "pretrain", flags | start | {
             "epochs": size["epochs"] * base["share"],
             "run_name": run.id,
             "save_dir": save_dir,
@@ -464,12 +488,11 @@ def training_flags(study: dict, run: Run, data_dir: Path, save_dir: Path) -> tup
         | arm.get("flags", {})
         | variant["flags"]
         | {"data_path": files(study, variant["data"], data_dir)["data_path"]}
+        | {name: run.id, "save_dir": save_dir}
+        | start
         | {
-            name: run.id,
-            "save_dir": save_dir,
-            "from_weight": save_dir / run.base_id,
             "learning_rate": run.rate,
-            "dtype": study["sizes"][run.size]["dtype"],
+            "dtype": base["flags"].get("dtype", size["dtype"]),
             "seed": run.seed,
         }
     )

@@ -40,6 +40,7 @@ from evaluation.study import (
     Run,
     base_id,
     is_interior,
+    lineage,
     planned_bases,
     planned_runs,
     rates_of,
@@ -209,7 +210,9 @@ def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
         base = results.get(run.id, {})
         if "text_nll" in base:
             made = base["run"]
-            tokens, parameters = made["tokens"], made["parameters"]
+            line = lineage(study, size, run.base, run.seed)
+            tokens = sum(results[older.id]["run"]["tokens"] for older in line)
+            parameters = made["parameters"]
             lines.append(
                 f"- `{run.id}`: {parameters:,} parameters, pretrained on {tokens / 1e6:.1f}M "
                 f"tokens ({tokens / parameters:.1f} each) in {made['settings']['dtype']}; "

@@ -65,6 +65,7 @@ from evaluation.run_study import (
     missing_data,
     parse_shard,
     perform,
+    runs_left,
     summarize_probe,
 )
 from evaluation.study import (
@@ -74,6 +75,7 @@ from evaluation.study import (
     Run,
     as_words,
     is_interior,
+    lineage,
     planned_runs,
     rates_of,
     read_results,
@@ -557,6 +559,43 @@ def test_experiment_brings_all_that_its_verdict_rests_on(study: dict) -> None:
     args.experiment = ["H9"]
     with pytest.raises(SettingsError, match="--experiment H9: choose among rates, H"):
         chosen_ids(study, args, {})
+
+
+def test_base_that_continues_another_comes_after_it_and_starts_from_its_weights(
+    study: dict, tmp_path: Path
+) -> None:
+    study["bases"]["longer"] = {"share": 0.25, "flags": {"dtype": "bfloat16"}, "continues": "plain"}
+    study["bases"]["longest"] = study["bases"]["longer"] | {"continues": "longer"}
+    study["experiments"][1]["base"] = "longest"
+    runs, _ = planned_runs(study, "xs", {})
+    bases = ["xs-plain42", "xs-longer42", "xs-longest42"]
+    assert [run.id for run in runs[:3]] == bases
+    assert [run.base_id for run in runs[:3]] == [None, *bases[:2]]
+    assert bases[0] not in {run.base_id for run in runs if run.base == "longest"}
+    stage, flags = training_flags(study, runs[2], tmp_path, tmp_path)
+    assert (stage, flags["from_weight"]) == ("pretrain", tmp_path / "xs-longer42")
+    assert (flags["epochs"], flags["dtype"]) == (0.5, "bfloat16")  # a quarter of two
+    arm = next(run for run in runs if run.arm and run.base == "longest")
+    stage, flags = training_flags(study, arm, tmp_path, tmp_path)
+    assert (flags["from_weight"], flags["dtype"]) == (tmp_path / "xs-longest42", "bfloat16")
+    # Without weights of any, an arm waits for all three, oldest first.
+    args = argparse.Namespace(size="xs", only=[arm.id], experiment=None, shard=(1, 1))
+    args.results_dir, args.save_dir = tmp_path / "results", tmp_path / "out"
+    left, _ = runs_left(study, args)
+    assert [run.id for run in left] == [*bases, arm.id]
+    assert [run.id for run in run_study.ready(left, [], args)] == bases[:1]
+    args.only, args.experiment = ["*"], ["H"]
+    assert [run.id for run in runs_left(study, args)[0]][:3] == bases
+
+
+def test_base_that_continues_one_below_it_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    for before in ("plain", "missing"):
+        path.write_text(TOML.replace("share = 0.5", f'share = 0.5\ncontinues = "{before}"'))
+        with pytest.raises(
+            SettingsError, match=f"base 'plain' continues '{before}', which is not above it"
+        ):
+            read_study(path)
 
 
 def test_run_from_another_base_is_refused(tmp_path: Path) -> None:
@@ -1227,9 +1266,12 @@ def test_committed_results_were_made_with_the_flags_that_the_study_has_today() -
     assert results
     for name, found in results.items():
         facts = {fact: found[fact] for fact in ("size", "base", "seed")}
-        if found["arm"] is not None:
+        if found["arm"] is None:
+            run = lineage(study, **facts)[-1]
+        else:
             facts |= {fact: found[fact] for fact in ("base_seed", "arm", "rate", "variant")}
-        stage, flags = training_flags(study, Run(**facts), *COMMITTED)
+            run = Run(**facts)
+        stage, flags = training_flags(study, run, *COMMITTED)
         assert found["command"].endswith(f"train_{stage}.py {shlex.join(as_words(flags))}"), name
     bases = {result["id"] for result in results.values() if result["arm"] is None}
     assert bases == {path.parts[1] for path in committed if path.parts[0] == "bases"}

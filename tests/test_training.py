@@ -207,8 +207,8 @@ def test_run_folder_is_complete(base: Path, home: Path, tmp_path: Path, stage: s
     adapter = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert record["trainable_parameters"] == (adapter if stage == "lora" else base_size)
     assert record["parameters"] == base_size + (adapter if stage == "lora" else 0)
-    if stage != "pretrain":
-        assert record["base_fingerprint"] == weights_fingerprint(load_model(base))
+    start = None if stage == "pretrain" else weights_fingerprint(load_model(base))
+    assert record.get("base_fingerprint") == start
 
     train_rows = [row for row in rows if "loss" in row]
     assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
@@ -576,6 +576,15 @@ def test_resume_refuses_other_data_or_another_base_under_the_same_name(
     name = {"sft.jsonl": "train_data", "base": "base_fingerprint"}[changed]
     with pytest.raises(SettingsError, match=f"--from_resume: {name}.* was .* and is .* now"):
         call("full_sft", flags + " --from_resume", home)
+
+
+def test_pretraining_that_goes_on_from_weights_names_them(
+    base: Path, home: Path, tmp_path: Path
+) -> None:
+    flags = f"{CPU} --from_weight {base} --save_dir {tmp_path} --data_path {home}/text.jsonl"
+    assert call("pretrain", f"{flags} --max_seq_len 32 --batch_size 8 --max_steps 1", home) == 0
+    record = json.loads((tmp_path / "pretrain" / "run.json").read_text())
+    assert record["base_fingerprint"] == weights_fingerprint(load_model(base))
 
 
 def test_skipped_float16_step_is_no_divergence(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import save_model
+from model.checkpoint import save_model, weights_fingerprint
 from trainer.arguments import add_model_flags, check_args, make_parser
 from trainer.failures import run_script
 from trainer.run_folder import find_run_folder
@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # Model and data.
     model, tokenizer_dir = load_start(args)
+    facts = {"stage": "pretrain"}
+    if args.from_weight != "none":
+        facts["base_fingerprint"] = weights_fingerprint(model)
     kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
     train_set, eval_set = load_data(args, kind, tokenizer_dir, accelerator)
     if args.show_sample:
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             eval_set=eval_set,
             run=run,
             save=lambda trained, folder: save_model(trained, tokenizer_dir, folder),
-            facts={"stage": "pretrain"},
+            facts=facts,
         )
     )
 
