@@ -129,13 +129,15 @@ def check_controlled(results: dict[str, dict]) -> None:
 
     Arms of one data set must have read the same samples with the same template, masks and tokenizer
     (one token store, by its files' and tokenizer's hashes and its counts), whatever their variant,
-    and must have started from the weights that their base's result names, computed in the same
-    type. Everything of one data set was measured on the same conversations.
+    and must have started from the weights that their base's result names; those from bases of one
+    kind, computed in the same type. Everything of one data set was measured on the same
+    conversations.
 
     Raises:
         DataError: names a result that differs.
     """
     data: dict[tuple, dict] = {}
+    types: dict[tuple, dict] = {}
     measured: dict[str, tuple[str, list[int]]] = {}
     for name, result in results.items():
         for held_out, found in result.get("held_out", {}).items():
@@ -151,6 +153,7 @@ def check_controlled(results: dict[str, dict]) -> None:
         known = data.setdefault(key, result)
         if result["run"]["train_data"] != known["run"]["train_data"]:
             raise DataError(f"{name}: was trained on other data than {known['id']}")
+        known = types.setdefault((*key, result["base"]), result)
         if result["run"]["settings"]["dtype"] != known["run"]["settings"]["dtype"]:
             raise DataError(f"{name}: was trained in another dtype than {known['id']}")
 

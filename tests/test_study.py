@@ -810,6 +810,8 @@ def test_results_of_other_data_or_another_base_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=f"{name(2)}: .*{told}"):
             check_controlled(results | {name(2): other | {"run": changed}})
+    elsewhere = {"base": "half", "run": run | {"settings": {"dtype": "bfloat16"}}}
+    check_controlled(results | {name(2): other | elsewhere})  # R compares arms from one base
     longer = other | {"variant": "long", "run": run | {"train_data": {"samples": 15}}}
     with pytest.raises(DataError, match=f"{name(2)}: .*other data"):
         check_controlled(results | {name(2): longer})  # R compares it with the main variant's
