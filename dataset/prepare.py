@@ -349,7 +349,9 @@ def convert_minimind_chat(fields: dict, settings: Settings) -> Example | str:
         return "roles_out_of_order"
     if any(not turn["content"].strip() for turn in turns if turn["role"] != "system"):
         return "empty_turn"
-    kept = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    # An empty system turn says nothing, and training refuses empty turns.
+    said = [turn for turn in turns if turn["content"].strip()]
+    kept = [{"role": turn["role"], "content": turn["content"]} for turn in said]
     first_question = next(turn["content"] for turn in turns if turn["role"] == "user")
     return Example(first_question, {"conversations": kept}, {})
 

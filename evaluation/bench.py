@@ -388,7 +388,7 @@ def run_ours(work: Work, method: str, pace: Pace) -> None:
     flags += ["--max_steps", str(PLANNED_STEPS), "--max_seq_len", str(MAX_SEQ_LEN), "--overwrite"]
     flags += ["--learning_rate", "1e-4", "--log_interval", str(PLANNED_STEPS)]
     if work.device == "cuda" and can_compile("cuda"):
-        flags += ["--use_compile", "on"]  # "auto" compiles long runs only: some arms, not all
+        flags += ["--use_compile", "on"]  # "auto" compiles long runs only
     name = f"{work.size}_{method}_{work.batch_size}"
     if method == "fft":
         train_full_sft.main([*flags, "--run_name", name])

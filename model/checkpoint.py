@@ -356,6 +356,7 @@ def config_of_tensors(
             f"{path}: hidden size {hidden_size} does not fit {num_attention_heads} heads; "
             "set --num_attention_heads"
         )
+    qk_norm = "model.layers.0.self_attn.q_norm.weight" in tensors
     try:
         return minimind_config(
             vocab_size=vocab_size,
@@ -364,7 +365,9 @@ def config_of_tensors(
             num_attention_heads=num_attention_heads,
             num_key_value_heads=tensors[needed[1]].shape[0] // head_dim,
             intermediate_size=tensors[needed[2]].shape[0],
-            qk_norm="model.layers.0.self_attn.q_norm.weight" in tensors,
+            qk_norm=qk_norm,
+            # The file does not tell: MiniMind changed it with the version that brought q_norm.
+            rms_norm_eps=1e-6 if qk_norm else 1e-5,
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; set --num_attention_heads") from error

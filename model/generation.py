@@ -48,15 +48,10 @@ class Decoding:
     top_p: float = 1.0
 
 
-def effective_weight(module: nn.Module) -> torch.Tensor:
-    """What a linear or an embedding multiplies by, (out, in) or (V, D), its adapter merged.
-
-    Added in float32 and cast once, as `model.model_lora.merge_lora` does it, though of
-    factors that were cast with the model.
-    """
-    if isinstance(module, LoRALinear) and module.unmerged_weight is None:
-        merged = module.weight.detach().float() + module.delta().float()
-        return merged.to(module.weight.dtype)
+def plain_weight(module: nn.Module) -> torch.Tensor:
+    """What a linear or an embedding multiplies by, (out, in) or (V, D), its adapter merged."""
+    if isinstance(module, LoRALinear):
+        return module.merged_weight()
     if isinstance(module, TokenRowsEmbedding):
         return module.effective_weight().detach()
     return module.weight.detach()
@@ -71,7 +66,7 @@ class Matrix:
     """
 
     def __init__(self, *linears: nn.Module):
-        self.weight = torch.cat([effective_weight(linear) for linear in linears])
+        self.weight = torch.cat([plain_weight(linear) for linear in linears])
         self.is_packed = can_pack(self.weight)
         if self.is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR)
@@ -124,7 +119,7 @@ class Decoder:
         self.config = config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.embedding = effective_weight(model.model.embed_tokens)
+        self.embedding = plain_weight(model.model.embed_tokens)
         self.layers = [Layer(block) for block in model.model.layers]
         self.norm = model.model.norm
         self.head = Matrix(model.lm_head)

@@ -60,7 +60,7 @@ class LoraSettings:
     Attributes:
         rank: r; 0 adapts no linear (with `train_tokens` or `modules_to_save` alone).
         alpha: numerator of the scaling.
-        targets: one of `TARGET_NAMES`, or module names joined by commas.
+        targets: some of `TARGET_NAMES` or module names, joined by commas.
         init: A is `kaiming` U(+-1/sqrt(in)) as in PEFT, or `gaussian` N(0, .02) as in MiniMind.
         train_tokens: ids of tokens whose embedding rows train too (at both ends of a tied model).
         modules_to_save: parts trained whole: `embeddings`, `norms`, or names of such modules.
@@ -110,7 +110,7 @@ class LoRALinear(nn.Module):
         return out + F.linear(F.linear(self.dropout(x), self.lora_A) * self.scaling, self.lora_B)
 
     def effective_weight(self) -> torch.Tensor:
-        """(out, in): what the input is multiplied by, without dropout."""
+        """(out, in): what the input is multiplied by, without dropout, for the loss to train."""
         if self.unmerged_weight is not None:
             return self.weight
         return self.weight + self.scaling * (self.lora_B @ self.lora_A)
@@ -118,6 +118,13 @@ class LoRALinear(nn.Module):
     def delta(self) -> torch.Tensor:
         """The update to `weight`, (out, in), in the factors' type: float32, if not cast."""
         return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+
+    def merged_weight(self) -> torch.Tensor:
+        """(out, in): `weight` with its update, added in float32 and cast once; no gradient."""
+        if self.unmerged_weight is not None:
+            return self.weight.detach()
+        merged = self.weight.detach().float() + self.delta().float()
+        return merged.to(self.weight.dtype)
 
 
 class TokenRowsEmbedding(nn.Module):
@@ -159,21 +166,18 @@ def find_targets(model: MiniMindForCausalLM, targets: str) -> list[str]:
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     in_blocks = {n: m for n, m in linears.items() if n != HEAD}
-    if targets == "all-linear":
-        return list(in_blocks)
-    if targets == "square":
-        square = [n for n, m in in_blocks.items() if m.in_features == m.out_features]
-        if not square:
-            raise AdapterError("square: this model has no square matrix; use attention or mlp")
-        return square
-    groups = {"attention": ATTENTION, "mlp": MLP}
-    wanted = groups.get(targets) or tuple(part.strip() for part in targets.split(","))
+    square = [n for n, m in in_blocks.items() if m.in_features == m.out_features]
+    groups = {"attention": ATTENTION, "mlp": MLP, "square": square, "all-linear": in_blocks}
+    parts = [part.strip() for part in targets.split(",")]
+    if "square" in parts and not square:
+        raise AdapterError("square: this model has no square matrix; use attention or mlp")
+    wanted = [name for part in parts for name in groups.get(part, (part,))]
     for part in wanted:
         if not any(matches(name, part) for name in linears):
             known = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise AdapterError(
                 f"--lora_targets: no linear is called {part!r}; use {', '.join(TARGET_NAMES)} or "
-                f"names among {', '.join(known)}"
+                f"names among {', '.join(known)}, several joined by commas"
             )
     return [name for name in linears if any(matches(name, part) for part in wanted)]
 
@@ -220,6 +224,30 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     """
     targets = find_targets(model, settings.targets) if settings.rank else []
     saved = find_saved_modules(model, settings.modules_to_save)
+    check_adapter(model, settings, targets, saved)
+    model.requires_grad_(False)
+    for name in targets:
+        linear = model.get_submodule(name)
+        adapted = LoRALinear(
+            linear, settings.rank, settings.scaling, settings.dropout, settings.init
+        )
+        model.set_submodule(name, adapted)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    if settings.train_tokens:
+        put_in_rows(model, settings.train_tokens)
+    return targets
+
+
+def check_adapter(
+    model: MiniMindForCausalLM, settings: LoraSettings, targets: list[str], saved: list[str]
+) -> None:
+    """Refuses an adapter that the model cannot have.
+
+    Args:
+        targets: linears to adapt.
+        saved: modules to train whole.
+    """
     for name in targets:
         check_rank(name, model.get_submodule(name), settings.rank)
     vocab_size, tokens = model.config.vocab_size, settings.train_tokens
@@ -246,18 +274,6 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
         raise AdapterError(
             "nothing to train: --lora_rank 0 needs --train_tokens or --modules_to_save"
         )
-    model.requires_grad_(False)
-    for name in targets:
-        linear = model.get_submodule(name)
-        adapted = LoRALinear(
-            linear, settings.rank, settings.scaling, settings.dropout, settings.init
-        )
-        model.set_submodule(name, adapted)
-    for name in saved:
-        model.get_submodule(name).requires_grad_(True)
-    if settings.train_tokens:
-        put_in_rows(model, settings.train_tokens)
-    return targets
 
 
 def check_rank(name: str, linear: nn.Linear, rank: int) -> None:
@@ -340,9 +356,9 @@ def merge_lora(model: MiniMindForCausalLM) -> None:
     if any(layer.unmerged_weight is not None for layer in layers.values()):
         raise AdapterError("the adapter is merged already")
     for layer in layers.values():
+        merged = layer.merged_weight()
         layer.unmerged_weight = layer.weight.detach().clone()
-        merged = layer.weight.detach().float() + layer.delta()
-        layer.weight.data.copy_(merged.to(layer.weight.dtype))
+        layer.weight.data.copy_(merged)
 
 
 def unmerge_lora(model: MiniMindForCausalLM) -> None:
@@ -453,9 +469,9 @@ def read_adapter_config(folder: Path) -> dict:
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise AdapterError(f"{path}: lora_dropout must lie in [0, 1)")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         raise AdapterError(
-            f"{path}: init_lora_weights {reprlib.repr(config['init_lora_weights'])} changes the "
+            f"{path}: init_lora_weights {reprlib.repr(config['init_lora_weights'])} may change the "
             "base; convert the adapter with PEFT (path_initial_model_for_weight_conversion) first"
         )
     neutral = {"bias": "none"}

@@ -438,7 +438,7 @@ CASES = [
      "--qk_norm True: {home}/base has False; drop the flag"),
     # ---- names
     ("unknown target", "lora", "--lora_targets q_proj,x_proj", nothing,
-     "--lora_targets: no linear is called 'x_proj'; use square, attention, mlp, all-linear or names among down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),
+     "--lora_targets: no linear is called 'x_proj'; use square, attention, mlp, all-linear or names among down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, several joined by commas"),
     ("unknown part", "full_sft", "--trainable norms,nose", nothing,
      "--trainable 'nose': known are all, square, attention, mlp, embeddings, norms, frozen-embeddings"),
     ("unknown module", "lora", "--modules_to_save nose", nothing,
@@ -588,6 +588,8 @@ CASES = [
      "{tmp}/adapter_config.json: missing; an adapter folder holds adapter_config.json"),
     ("adapter of another base", "merge_lora", "--adapter {home}/adapter --base {home}/base", nothing,
      "{home}/adapter: was trained on another base than the one loaded; its base was {home}/other: give that, or put it back (a .pth with its --num_attention_heads)"),
+    ("base that is not there", "merge_lora", "--adapter {home}/adapter --base {tmp}/pretrian", nothing,
+     "{tmp}/pretrian: no such folder; train it first or mend the path"),
     ("adapter whose base is gone", "merge_lora", "--adapter {tmp}/adapter", edited("adapter/adapter_config.json", base_model_name_or_path="../gone"),
      "{tmp}/adapter/adapter_config.json: the base ../gone is not there; put it back"),
     ("adapter that names no base", "merge_lora", "--adapter {tmp}/adapter", edited("adapter/adapter_config.json", base_model_name_or_path=7),

@@ -3,6 +3,7 @@
 `stress_resume.py` kills whole processes at random moments; here each moment is chosen.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -40,7 +41,7 @@ from tests.test_training import (
 )
 from trainer import run_folder, train_full_sft, trainer_utils
 from trainer.failures import run_script, stop_on_signals
-from trainer.run_folder import differences
+from trainer.run_folder import check_same_run, differences, printable_settings
 
 STEPS = 10
 
@@ -596,6 +597,43 @@ def test_continuing_as_another_run_is_refused(
     flags = f"{flags_in(place, tmp_path)} {flags.format(place=place)} --from_resume"
     assert f"--from_resume: {reason}" in error_of(capfd, place, flags)
     assert hashes(tmp_path) == before
+
+
+def test_a_file_may_be_named_by_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {"data_path": [tmp_path / "exp/x.jsonl"], "tokenizer_path": tmp_path / "exp/tokenizer"}
+    args = argparse.Namespace(**paths, eval_data_path=None, from_weight="none")
+    (tmp_path / "exp").mkdir()
+    monkeypatch.chdir(tmp_path / "exp")
+    record = {"settings": printable_settings(args)}
+    assert record["settings"]["data_path"] == ["x.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    assert printable_settings(args)["data_path"] == ["exp/x.jsonl"]
+    check_same_run(record, args)
+    args.data_path = [tmp_path / "exp/y.jsonl"]
+    with pytest.raises(SettingsError, match="--data_path was .*x.jsonl.* and is .*y.jsonl"):
+        check_same_run(record, args)
+
+
+def test_no_memory_when_a_run_is_continued_forgets_no_step(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with at_step(3, terminate):
+        assert call("full_sft", flags_in(place, tmp_path), place) == 130
+    before = record_of(tmp_path / "full_sft")
+
+    def no_room(job: object) -> None:
+        raise torch.OutOfMemoryError("no room for the model")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_utils, "prepare", no_room)
+        with pytest.raises(SettingsError, match="out of memory"):
+            call("full_sft", flags_in(place, tmp_path) + " --from_resume", place)
+    record = record_of(tmp_path / "full_sft")
+    assert record["status"] == "oom"
+    assert [record[name] for name in ("step", "tokens")] == [3, before["tokens"]]
+    assert finish(place, tmp_path) == []
 
 
 def test_continuing_a_run_of_older_code_is_refused(

@@ -11,10 +11,10 @@ from model.generation import (
     Decoding,
     choose,
     continue_prompts,
-    effective_weight,
     generate,
     groups_of,
     nucleus,
+    plain_weight,
     shared_length,
 )
 from model.model_lora import LoraSettings, apply_lora, merge_lora
@@ -141,9 +141,9 @@ def test_an_adapted_model_continues_as_its_own_forward_pass():
     assert unmerged == [alone(model, prompt, 8) for prompt in PROMPTS]
     assert unmerged != generate(Decoder(tiny_model()), PROMPTS, Decoding(8), no_draws(PROMPTS, 8))
     layer = model.model.layers[0].self_attn.q_proj
-    before = effective_weight(layer)
+    before = plain_weight(layer)
     merge_lora(model)
-    assert torch.equal(effective_weight(layer), before)
+    assert torch.equal(plain_weight(layer), before)
 
 
 def test_answers_end_at_the_end_token_and_leave_the_batch(monkeypatch):

@@ -162,6 +162,9 @@ def test_targets_by_name() -> None:
     assert len(find_targets(model, "mlp")) == 9
     assert len(find_targets(model, "all-linear")) == 21
     assert find_targets(model, "down_proj, lm_head")[-1] == "lm_head"
+    assert find_targets(model, "mlp,attention") == find_targets(model, "all-linear")
+    short = {n.rsplit(".", 1)[1] for n in find_targets(model, "square,k_proj")}
+    assert short == {"q_proj", "o_proj", "k_proj"}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +263,7 @@ def test_peft_loads_our_adapter(trained: tuple, base: Path) -> None:
     [
         {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]},
         {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "use_rslora": True},
+        {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
         {
             "r": 3,
             "target_modules": ["v_proj"],
@@ -273,7 +277,7 @@ def test_peft_loads_our_adapter(trained: tuple, base: Path) -> None:
             "ensure_weight_tying": True,
         },
     ],
-    ids=["names", "all-linear-rslora", "tokens", "norms", "embeddings"],
+    ids=["names", "all-linear-rslora", "orthogonal", "tokens", "norms", "embeddings"],
 )
 def test_we_load_pefts_adapter(base: Path, options: dict) -> None:
     reference = AutoModelForCausalLM.from_pretrained(base)
@@ -484,7 +488,7 @@ def test_fingerprint_is_in_the_adapters_metadata(trained: tuple, base: Path) -> 
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"use_dora": True}, "use_dora = True"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' may change the base"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"r": None}, "r is missing"),
         ({"r": 3}, "lora_A.weight is .*the model has"),

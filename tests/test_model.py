@@ -43,7 +43,7 @@ SMALL = {
 }
 
 
-def make_model(seed: int = 0, noise: float = 0.3, **shape: int | bool) -> MiniMindForCausalLM:
+def make_model(seed: int = 0, noise: float = 0.3, **shape: float) -> MiniMindForCausalLM:
     """A random model whose logits differ clearly between positions."""
     torch.manual_seed(seed)
     return stir(MiniMindForCausalLM(minimind_config(**(SMALL | shape))).eval(), noise)
@@ -387,7 +387,8 @@ def minimind_tensors(model: MiniMindForCausalLM) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_minimind_pth_loads(tmp_path: Path, qk_norm: bool) -> None:
-    model = make_model(qk_norm=qk_norm)
+    # MiniMind's own default, 1e-6 since it normalizes queries and keys.
+    model = make_model(qk_norm=qk_norm, rms_norm_eps=1e-6 if qk_norm else 1e-5)
     torch.save(minimind_tensors(model), tmp_path / "pretrain_64.pth")
     loaded = load_model(tmp_path / "pretrain_64.pth", num_attention_heads=4)
     ids = torch.randint(3, 6400, (1, 12))

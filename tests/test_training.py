@@ -32,8 +32,8 @@ from model.checkpoint import (
     save_model,
     weights_fingerprint,
 )
-from model.model_lora import LoraSettings, apply_lora, load_lora
-from model.model_minimind import MiniMindForCausalLM, minimind_config
+from model.model_lora import LoraSettings, apply_lora, load_lora, select_trainable
+from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer import run_folder, train_full_sft, train_lora, train_pretrain, trainer_utils
 from trainer.arguments import DEFAULT_SHAPE
 from trainer.failures import run_script
@@ -876,21 +876,29 @@ def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("mode", "flops", "has_compiler", "compiles"),
     [
-        ("auto", 2e14, True, True),
-        ("auto", 2e14, False, False),  # falls back
+        ("auto", 1.2e14, True, True),
+        ("auto", 1.2e14, False, False),  # falls back
         ("auto", 5e13, True, False),  # would not earn it back
         ("on", 5e13, True, True),
         ("off", 2e14, True, False),
     ],
 )
+@pytest.mark.parametrize("trainable", ["all", "norms"])
 def test_blocks_are_compiled_where_it_pays(
-    mode: str, flops: float, has_compiler: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    flops: float,
+    has_compiler: bool,
+    compiles: bool,
+    trainable: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = "/usr/bin/g++" if has_compiler else None
     monkeypatch.setattr(shutil, "which", lambda name: found)
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
     model = tiny_model()
-    assert compile_blocks(model, mode, flops, "cpu") is compiles
+    select_trainable(model, trainable)  # which must not decide it
+    tokens = flops / 6 / count_parameters(model)[0]
+    assert compile_blocks(model, mode, tokens, "cpu") is compiles
     calls = {layer._compiled_call_impl is not None for layer in model.model.layers}
     assert calls == {compiles}
 

@@ -27,6 +27,7 @@ from model.checkpoint import (
     tokenizer_of,
     weights_fingerprint,
 )
+from model.hub import fetch, is_hub_id
 from model.model_lora import (
     AdapterError,
     LoraSettings,
@@ -45,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder, or a MiniMind adapter .pth")
-    add("--base", type=Path, help="its base (default: the one that the adapter's config names)")
+    add("--base", help="its base: a folder, hub id or .pth (default: what its config names)")
     add("--num_attention_heads", type=int, help="of a base that is a .pth (default 8)")
     add("--tokenizer_path", type=Path, help="folder (default: the base's own; a .pth has none)")
     add("--output_dir", type=Path, required=True, help="folder to make")
@@ -73,6 +74,11 @@ def merge_record(
     }
 
 
+def given_base(named: str) -> Path:
+    """The base of --base: a path, or an id of the hub, which is fetched."""
+    return fetch(named, "--base") if is_hub_id(named) else Path(named)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.output_dir.exists():
@@ -83,9 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     is_minimind = args.adapter.suffix == ".pth"
     if is_minimind and args.base is None:
         raise AdapterError(f"{args.adapter}: a MiniMind adapter names no base; give --base")
-    base = args.base or find_base(args.adapter)
-    tokenizer_dir = tokenizer_folder(base, args.tokenizer_path)
+    base = given_base(args.base) if args.base else find_base(args.adapter)
     model = load_model(base, args.num_attention_heads)
+    tokenizer_dir = tokenizer_folder(base, args.tokenizer_path)
     if args.tokenizer_path:  # a base's own is copied as it is: the merged model needs no template
         tokenizer_of(model, base, args.tokenizer_path)
     fingerprint = weights_fingerprint(model)

@@ -32,6 +32,8 @@ WITHOUT_EFFECT = {
     "save_interval",
     "eval_interval",
 }
+# Settings that are paths: how a record spells one depends on where the run was started from.
+PATHS = {"data_path", "eval_data_path", "from_weight", "tokenizer_path"}
 MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
 
 
@@ -287,7 +289,10 @@ def check_resumable(folder: Path, has_state: bool) -> None:
 
 
 def check_same_run(record: dict, args: argparse.Namespace) -> None:
-    """Refuses to continue a run with settings that would make it another run."""
+    """Refuses to continue a run with settings that would make it another run.
+
+    Of paths their names count here; what they hold is compared when it has been read.
+    """
     before, now = record.get("settings", {}), printable_settings(args)
     for name in sorted(now.keys() - WITHOUT_EFFECT):
         if name not in before:
@@ -295,11 +300,19 @@ def check_same_run(record: dict, args: argparse.Namespace) -> None:
                 f"--from_resume: this run was begun by code that had no --{name}; continue it with "
                 "that, or start it anew with --overwrite in place of --from_resume"
             )
-        if before[name] != now[name]:
+        named = file_names if name in PATHS else lambda setting: setting
+        if named(before[name]) != named(now[name]):
             raise SettingsError(
                 f"--from_resume: --{name} was {before[name]} and is {now[name]} now; give the "
                 "same, or start another run"
             )
+
+
+def file_names(paths: str | list[str] | None) -> str | list[str] | None:
+    """The last parts of paths."""
+    if isinstance(paths, list):
+        return [Path(path).name for path in paths]
+    return None if paths is None else Path(paths).name
 
 
 def differences(name: str, before: object, now: object) -> Iterator[str]:

@@ -6,7 +6,8 @@
         --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz
 
 MiniMind's placement, scaling, initialization and rate (q_proj and o_proj alone, scaling 1, 1e-4),
-from the pretrained base; MiniMind's own script starts from its fully fine-tuned model:
+from the pretrained base; MiniMind's own script starts from its fully fine-tuned model, and has
+AdamW's default weight decay of 0.01, which at this rate does next to nothing, where this has none:
 
     python trainer/train_lora.py --lora_name lora_minimind --lora_targets square --lora_rank 8 \
         --lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
@@ -60,8 +61,8 @@ def add_lora_flags(parser: Parser) -> None:
     add(
         "--lora_targets",
         default="all-linear",
-        help=f"{', '.join(TARGET_NAMES)}, or names joined by commas (default: all-linear); square "
-        "is MiniMind's placement",
+        help=f"{', '.join(TARGET_NAMES)}, or names, several joined by commas (default: "
+        "all-linear); square is MiniMind's placement",
     )
     add(
         "--lora_init",

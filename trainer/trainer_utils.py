@@ -81,7 +81,7 @@ from trainer.run_folder import (
     remove_folder,
 )
 
-# Below this many planned FLOPs a run ends before compiling its blocks has paid for itself.
+# Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 # How long a process of several waits for another one that says nothing: at the start and in a step,
 # and while the main process tokenizes. One that dies is noticed at once, by its connections.
@@ -119,18 +119,28 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
     """The model to train, in float32, and the folder of its tokenizer."""
     shape = {flag: vars(args)[flag] for flag in DEFAULT_SHAPE if vars(args)[flag] is not None}
-    if args.from_weight == "none":
-        folder = args.tokenizer_path or TOKENIZER_DIR
-        tokenizer = load_tokenizer(folder)
-        try:
-            config = minimind_config(vocab_size=len(tokenizer), **shape)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
-        config.pad_token_id = tokenizer.pad_token_id
-        config.bos_token_id = tokenizer.bos_token_id
-        config.eos_token_id = tokenizer.eos_token_id
-        check_length(args.max_seq_len, config.max_position_embeddings)
-        return MiniMindForCausalLM(config), folder
+    start = random_start if args.from_weight == "none" else saved_start
+    model, folder = start(args, shape)
+    check_length(args.max_seq_len, model.config.max_position_embeddings)
+    return model, folder
+
+
+def random_start(args: argparse.Namespace, shape: dict) -> tuple[MiniMindForCausalLM, Path]:
+    """A model of this shape with random weights, for a tokenizer that is there."""
+    folder = args.tokenizer_path or TOKENIZER_DIR
+    tokenizer = load_tokenizer(folder)
+    try:
+        config = minimind_config(vocab_size=len(tokenizer), **shape)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    return MiniMindForCausalLM(config), folder
+
+
+def saved_start(args: argparse.Namespace, shape: dict) -> tuple[MiniMindForCausalLM, Path]:
+    """A saved model, which must have what of a shape was given, and its tokenizer's folder."""
     named = args.from_weight
     path = fetch(named, "--from_weight") if is_hub_id(named) else Path(named)
     model = load_model(path, args.num_attention_heads)
@@ -142,7 +152,6 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Path]:
     folder = Path(tokenizer.name_or_path)
     if len(tokenizer) < model.config.vocab_size:  # padded, or another's tokenizer
         print(f"note: {path} has {model.config.vocab_size} tokens, {folder} {len(tokenizer)}")
-    check_length(args.max_seq_len, model.config.max_position_embeddings)
     return model, folder
 
 
@@ -207,13 +216,15 @@ def show_sample(tokenizer_dir: Path, dataset: PackedDataset | ConversationDatase
     return 0
 
 
-def compile_blocks(model: MiniMindForCausalLM, mode: str, flops: float, device: str) -> bool:
+def compile_blocks(model: MiniMindForCausalLM, mode: str, tokens: float, device: str) -> bool:
     """Compiles the transformer block, once for all layers, if `mode` or the run's size says so.
 
     `auto` leaves short runs alone, and machines without a compiler; it depends on the settings
-    only, never on a clock, so a resumed run computes what the first part computed.
+    only, never on a clock, so a resumed run computes what the first part computed; and not on what
+    trains, so that a comparison of methods on the same data compiles all of them or none.
     """
-    earns = flops >= COMPILE_FLOPS.get(device, math.inf)
+    total, _ = count_parameters(model)
+    earns = 6 * total * tokens >= COMPILE_FLOPS.get(device, math.inf)
     wanted = mode == "on" or (mode == "auto" and earns and can_compile(device))
     if wanted:
         for layer in model.model.layers:
@@ -284,7 +295,8 @@ def flops_per_token(model: MiniMindForCausalLM, sequence_length: float) -> float
     """Model FLOPs of training on one token, forward and backward.
 
     2 N forward, 2 N for the gradients of activations and 2 N_trainable for those of weights
-    (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and 6 L D T for causal attention.
+    (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and 6 L D T for causal attention. Nominal:
+    the head counts for every token, though the loss skips tokens without a label.
     """
     total, trainable = count_parameters(model)
     config = model.config
@@ -375,12 +387,17 @@ def run_loop(job: Job, progress: Progress) -> int:
     # A token's attention costs its sample's length, and long samples have more tokens.
     per_token = flops_per_token(job.model, float((lengths**2).sum() / lengths.sum()))
     steps_per_epoch = -(-len(lengths) // global_batch_size(job))
-    steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
-    flops = per_token * lengths.sum() * steps / steps_per_epoch
-    compiled = compile_blocks(job.model, args.use_compile, float(flops), args.device)
+    # Rounded first: 1.1 epochs of 10 steps are 11, not the 11.000000000000002 of the product.
+    steps = args.max_steps or max(1, math.ceil(round(args.epochs * steps_per_epoch, 6)))
+    tokens = float(lengths.sum()) * steps / steps_per_epoch
+    compiled = compile_blocks(job.model, args.use_compile, tokens, args.device)
+    if args.from_resume:
+        check_resume(job, compiled)
+        # Before anything can fail, or run.json would say that the run stands at step 0.
+        vars(progress).update(read_json(run.resume_state() / "progress.json"))
     model, optimizer = prepare(job)
     if args.from_resume:
-        restore(job, progress, compiled)
+        restore(job, progress)
     describe_run(job, progress.step, steps, steps_per_epoch, compiled)
     with make_bar(job, progress.step, steps) as bar:
         take_steps(job, progress, model, optimizer, steps, stop, bar)
@@ -787,8 +804,8 @@ def save_state(job: Job, progress: Progress) -> None:
     accelerator.wait_for_everyone()
 
 
-def restore(job: Job, progress: Progress, compiled: bool) -> None:
-    """Loads the resume state into the prepared model and optimizer, and into `progress`.
+def check_resume(job: Job, compiled: bool) -> None:
+    """Refuses to go on with what is not the run's, or from a state that is damaged.
 
     Raises:
         SettingsError: the data, the base, the number of processes or whether the model is compiled
@@ -810,14 +827,18 @@ def restore(job: Job, progress: Progress, compiled: bool) -> None:
                 f"--from_resume: {difference}, by {run.path / 'run.json'}; restore what changed, "
                 "or start another run"
             )
+    check_state(run.resume_state())
+
+
+def restore(job: Job, progress: Progress) -> None:
+    """Loads the resume state into model and optimizer, and cuts what was logged after it."""
+    run = job.run
     state = run.resume_state()
-    check_state(state)
-    vars(progress).update(read_json(state / "progress.json"))
     job.accelerator.load_state(str(state))
     run.rewind(progress.step)
     run.remove_leftovers()
     if job.accelerator.is_main_process:
         print(f"{job.args.run_name}: resumed from {state} at step {progress.step}")
-        before = {name: record.get(name) for name in ("git", "machine")}
+        before = {name: run.record.get(name) for name in ("git", "machine")}
         for difference in differences("run.json", before, code_and_machine(job.args.device)):
             print(f"note: {difference}; the last bits may differ from an uninterrupted run's")
