@@ -53,6 +53,9 @@ SIDES = ("supported", "refuted")
 HYPOTHESIS = "H"  # what the names of claims begin with that are corrected for their number
 GATES = ("P0", "P2", "P3")  # claims without which no hypothesis is concluded
 BAD = ("runaway", "blank")  # answers that the protocol counts together
+# Prompts with such an answer. With k of them e^-k of the draws have none, and with fewer than this
+# more than the 2.5% beyond an interval's end: a ratio to them would have no upper end.
+FEWEST_BAD = 4
 FEW_PROMPTS = 8  # what the reproduced study judged by
 DECODING = "t0.85p0.85"  # and how it sampled
 FAULTS = ("runaway", "loop", "blank")  # of an answer, which it saw by eye
@@ -277,6 +280,8 @@ def why_no_answers(study: dict, cells: list[Cell], results: dict[str, dict]) -> 
         return NOT_RUN
     if not all(second[seed].any() for seed in seeds):
         return f"open: a seed of {cells[1].arm} has no answer that never ends or is blank"
+    if sum(second[seed] for seed in seeds).astype(bool).sum() < FEWEST_BAD:
+        return f"open: too few answers of {cells[1].arm} never end or are blank"
     return ""
 
 
@@ -285,9 +290,9 @@ def contrast_answers(study: dict, cells: list[Cell], results: dict[str, dict]) -
     first, second = (bad_answers(study, cell, results) for cell in cells)
     seeds = sorted(first.keys() & second.keys())
     counts = [np.array([found[seed] for seed in seeds]) for found in (first, second)]
-    of_seeds = counts_with_all(len(seeds), DRAWS, SEED)
-    of_prompts = counts_with_all(counts[0].shape[1], DRAWS, SEED + 1)
-    ours, others = ((of_seeds * (of_prompts @ bad.T)).sum(axis=1) for bad in counts)
+    seed_counts = counts_with_all(len(seeds), DRAWS, SEED)
+    prompt_counts = counts_with_all(counts[0].shape[1], DRAWS, SEED + 1)
+    ours, others = ((seed_counts * (prompt_counts @ bad.T)).sum(axis=1) for bad in counts)
     draws = np.divide(ours, others, out=np.full(len(ours), np.inf), where=others > 0)
     single = [float(ours.sum() / others.sum()) for ours, others in zip(*counts, strict=True)]
     failed = sum(count_diverged(study, cell, results) for cell in cells)
@@ -364,18 +369,6 @@ def named(kind: str, cells: list[str]) -> str:
     if kind == "bad_answers":
         return " / ".join(f"bad({cell})" for cell in cells)
     return " - ".join(f"R({cell})" for cell in cells)
-
-
-def rule_of(claim: dict) -> str:
-    """A claim's rule in words: both sides with their bounds."""
-    sides = []
-    for side in SIDES:
-        conditions = [
-            f"{named(kind_of(condition), cells_of(condition))} {bound_of(condition)}"
-            for condition in claim[side]
-        ]
-        sides.append(f"{side} if {' and '.join(conditions)}")
-    return "; ".join(sides)
 
 
 def bound_of(condition: dict) -> str:

@@ -304,7 +304,8 @@ def full_reference(record: Record, records: list[Record]) -> Record | None:
     """The full fine-tuning that `record` is compared with.
 
     Of the completed ones from the same base on the same files whose outputs were probed: the one
-    with the lowest validation loss, so that the choice does not look at what is reported.
+    with the lowest validation loss. Where NLL is then reported on the same held-out files, the
+    choice favors it a little; the study keeps the two apart.
     """
     rivals = [
         other

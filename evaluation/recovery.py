@@ -177,17 +177,18 @@ def check_prompts(results: dict[str, dict], path: Path) -> None:
 
 
 def mean_nll_draws(
-    nats: np.ndarray, tokens: np.ndarray, of_seeds: np.ndarray, of_conversations: np.ndarray
+    nats: np.ndarray, tokens: np.ndarray, seed_counts: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
     """NLL in nats a token in every draw: (draws,).
 
     Args:
         nats: (seeds, conversations).
         tokens: (conversations,).
-        of_seeds: (draws, seeds) how often each is drawn; `of_conversations` likewise.
+        seed_counts: (draws, seeds) how often each is drawn.
+        counts: (draws, conversations) likewise.
     """
-    total = (of_seeds * (of_conversations @ nats.T)).sum(axis=1)
-    return total / (of_seeds.sum(axis=1) * (of_conversations @ tokens))
+    total = (seed_counts * (counts @ nats.T)).sum(axis=1)
+    return total / (seed_counts.sum(axis=1) * (counts @ tokens))
 
 
 def recovery_draws(
@@ -206,14 +207,14 @@ def recovery_draws(
     seeds = common_seeds(arms, full)
     if not seeds:
         raise ValueError("no seed is common to all arms")
-    of_seeds = counts_with_all(len(seeds), draws, SEED)
-    of_conversations = counts_with_all(len(base), draws, SEED + 1)
+    seed_counts = counts_with_all(len(seeds), draws, SEED)
+    counts = counts_with_all(len(base), draws, SEED + 1)
     losses = [
-        mean_nll_draws(rows_of(arm, seeds), full.tokens, of_seeds, of_conversations)
+        mean_nll_draws(rows_of(arm, seeds), full.tokens, seed_counts, counts)
         for arm in (full, *arms)
     ]
     once = np.ones((1 + draws, 1))
-    start = mean_nll_draws(base[None], full.tokens, once, of_conversations)
+    start = mean_nll_draws(base[None], full.tokens, once, counts)
     return [(start - loss) / (start - losses[0]) for loss in losses[1:]]
 
 

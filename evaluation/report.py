@@ -10,7 +10,7 @@ r"""Makes the READMEs' tables, the figures and the page from committed results a
                                           speed, from evaluation/bench.json; and in its sentences
                                           what follows a claim's name, `(H1: supported, ...)`
     evaluation/results/README.md          likewise, single runs and sweeps of learning rates
-    evaluation/results/study/README.md    the study's rules, cells and rates
+    evaluation/results/study/README.md    the study's verdicts, cells and rates
     evaluation/figures/*.svg              made with matplotlib (plots.py)
     evaluation/model_outputs/index.html   the page to read and compare outputs on (page/)
 

@@ -47,6 +47,7 @@ from evaluation.study import (
     as_words,
     held_out_names,
     ids_for,
+    lineage,
     nll_flags,
     planned_runs,
     read_results,
@@ -58,10 +59,11 @@ from model.checkpoint import load_model, weights_fingerprint
 from model.files import CheckpointError, read_json, write_text
 from trainer.arguments import OUT_DIR
 from trainer.failures import run_script
-from trainer.run_folder import remove_folder
+from trainer.run_folder import PATHS, WITHOUT_EFFECT, remove_folder
 
 STUDY_RESULTS = RESULTS_DIR / "study"
 ENDED = ("completed", "diverged")  # what a result can tell of a run; others are run again
+NAMES = {"run_name", "lora_name"}  # the flags that name a run
 CURVE_EVERY = 5  # logged steps a point of a result's curve
 UNKEPT = ("max_cos", "top")  # of what update_analysis.py says of intruders and amplification
 HELD_OUT = ("nats", "tokens", "end_nats", "ends")  # of each conversation's response
@@ -173,7 +175,7 @@ def runs_left(study: dict, args: argparse.Namespace) -> tuple[list[Run], list[st
     return list(dict.fromkeys([*missing, *left])), waiting
 
 
-def check_bases(left: list[Run], args: argparse.Namespace) -> None:
+def refuse_diverged_bases(left: list[Run], args: argparse.Namespace) -> None:
     """Refuses runs from a base of which nothing can start.
 
     Raises:
@@ -186,6 +188,21 @@ def check_bases(left: list[Run], args: argparse.Namespace) -> None:
                 f"{name}: {results[name]['status']}, so nothing can start from it; mend it in "
                 f"{args.study} and delete {args.results_dir / name}.json"
             )
+
+
+def check_patterns(study: dict, args: argparse.Namespace) -> None:
+    """Refuses a pattern of `--only` that no run has, as if all of its runs were done.
+
+    Says so where a run that waits for a tuned rate may have it later.
+    """
+    results = read_results(args.results_dir)
+    runs, waiting = planned_runs(study, args.size, results)
+    for pattern in args.only:
+        if not fnmatch.filter([*(run.id for run in runs), *results], pattern):
+            told = f"--only {pattern}: no run of {args.size} is called so"
+            if not waiting:
+                raise SettingsError(f"{told}; --dry_run lists them")
+            print(f"{told}, yet: {len(waiting)} cells wait for a rate", file=sys.stderr)
 
 
 def lacks(run: Run, result: dict | None) -> bool:
@@ -247,6 +264,7 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     status = record.get("status", "not trained")
     if status not in ENDED:
         raise SettingsError(f"{run.id}: {status}; {args.save_dir / run.id}.log says why")
+    check_settings(run, record["settings"], flags, args)
     if run.base_id is not None:
         check_start(run, record["base_fingerprint"], args)
     path = args.results_dir / f"{run.id}.json"
@@ -262,6 +280,24 @@ def perform(run: Run, study: dict, args: argparse.Namespace) -> None:
     args.results_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, as_json(result))
     remove_folder(folder / "resume")  # thrice the weights, and nothing is left to continue
+
+
+def check_settings(run: Run, settings: dict, flags: dict, args: argparse.Namespace) -> None:
+    """Refuses to file what lies in `save_dir` as a run of other flags than it was trained with."""
+    if name := changed_flag(settings, flags):
+        raise SettingsError(
+            f"{run.id}: {args.save_dir / run.id} was trained with --{name} {settings.get(name)}, "
+            f"and {args.study} says {flags[name]}; delete that folder, or mend {args.study}"
+        )
+
+
+def changed_flag(settings: dict, flags: dict) -> str | None:
+    """The first of a run's flags that its record tells otherwise, names and paths apart."""
+    for name in sorted(flags.keys() - WITHOUT_EFFECT - PATHS - NAMES):
+        value = float(flags[name]) if name == "learning_rate" else flags[name]
+        if settings.get(name) != value:
+            return name
+    return None
 
 
 def check_same_base(run: Run, result: dict, known: dict, args: argparse.Namespace) -> None:
@@ -461,14 +497,20 @@ def run_all(study: dict, args: argparse.Namespace) -> None:
     print_waiting(study, args)
     if failed:
         raise SettingsError(f"{len(failed)} runs broke off: {', '.join(failed)}; call again")
-    check_bases(runs_left(study, args)[0], args)
+    refuse_diverged_bases(runs_left(study, args)[0], args)
 
 
 def runs_to_start(study: dict, args: argparse.Namespace, failed: Iterable[str]) -> list[Run]:
-    """The runs left, but for those that broke off or whose base did or diverged."""
+    """The runs left, but for those that broke off, or diverged, or a base of theirs did."""
     results = read_results(args.results_dir).values()
     ended = {result["id"] for result in results if result["status"] != "completed"}.union(failed)
-    return [run for run in runs_left(study, args)[0] if not {run.id, run.base_id} & ended]
+    return [run for run in runs_left(study, args)[0] if not ended & {run.id, *bases_of(study, run)}]
+
+
+def bases_of(study: dict, run: Run) -> set[str]:
+    """All bases that a run comes from: the one that it starts from, and those that it continues."""
+    seed = run.seed if run.arm is None else run.base_seed
+    return {base.id for base in lineage(study, run.size, run.base, seed)}
 
 
 def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list[Run]:
@@ -542,9 +584,10 @@ def main(argv: list[str] | None = None) -> int:
     study = read_study(args.study)
     if args.size not in study["sizes"]:
         raise SettingsError(f"--size {args.size}: choose among {', '.join(study['sizes'])}")
+    check_patterns(study, args)
     left, _ = runs_left(study, args)
     if args.list or args.dry_run:
-        check_bases(left, args)
+        refuse_diverged_bases(left, args)
     if left and not args.dry_run:
         check_data(study, args.data_dir)
     if args.list:

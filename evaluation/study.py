@@ -47,6 +47,10 @@ DEFAULTS = {
 # What a rule may bound: R of a cell, what R of one is above another's, or how many answers of one
 # never end or are blank, as a share of the other's.
 CONDITIONS = ("recovery", "gain", "bad_answers")
+TABLES = ("common", "measure", "probe", "data", "parts", "sizes", "bases", "arms", "tuning")
+TABLES += ("variants", "experiments")
+EXPERIMENT = ("id", "question", "cells", "seeds")
+LADDERS = ("", "steps", "without")
 RESULT = ("id", "size", "base", "arm", "seed", "status", "run", "seconds")  # what each has
 CLAIM = ("name", "text", "not_shown", "supported", "refuted")
 
@@ -113,6 +117,9 @@ def read_study(path: Path = STUDY_FILE) -> dict:
         study = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from error
+    if missing := [table for table in TABLES if table not in study]:
+        raise SettingsError(f"{path}: has no [{missing[0]}]")
+    check_names(study["experiments"], path)
     study["experiments"] = [DEFAULTS | experiment for experiment in study["experiments"]]
     for size in study["sizes"]:
         if study["tuning"]["base"].get(size) not in study["bases"]:
@@ -124,6 +131,25 @@ def read_study(path: Path = STUDY_FILE) -> dict:
         except SettingsError as error:
             raise SettingsError(f"{path}, experiment {experiment['id']!r}: {error}") from error
     return study
+
+
+def check_names(experiments: list[dict], path: Path) -> None:
+    """Refuses experiments with keys that nobody reads, without one that is needed, or of one name.
+
+    Raises:
+        SettingsError: names the experiment, or the claim whose name another has.
+    """
+    for place, experiment in enumerate(experiments, start=1):
+        where = f"{path}, experiment {experiment.get('id', place)!r}"
+        if missing := [key for key in EXPERIMENT if key not in experiment]:
+            raise SettingsError(f"{where}: has no {missing[0]}")
+        if odd := sorted(experiment.keys() - {*EXPERIMENT, "rungs", *DEFAULTS}):
+            raise SettingsError(f"{where}: {odd[0]} is no key of an experiment")
+    claims = [claim for one in experiments for claim in one.get("claims", [])]
+    named = [claim["name"] for claim in claims if "name" in claim]  # others are refused later
+    for names in ([experiment["id"] for experiment in experiments], named):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise SettingsError(f"{path}: {twice[0]!r} is named twice")
 
 
 def check_bases(study: dict, path: Path) -> None:
@@ -149,6 +175,7 @@ def check_experiment(study: dict, experiment: dict) -> None:
         for condition in (*claim["supported"], *claim["refuted"]):
             check_condition(condition)
             texts += cells_of(condition)
+            check_reference(study, experiment, condition)
     for text in texts:
         cell = parse_cell(text, experiment, experiment["sizes"][0])
         names += [(cell.arm, "arms"), (cell.variant, "variants")]
@@ -157,6 +184,8 @@ def check_experiment(study: dict, experiment: dict) -> None:
     for name, table in names:
         if name not in study[table]:
             raise SettingsError(f"{name!r} is not among {', '.join(study[table])}")
+    if experiment["ladder"] not in LADDERS:
+        raise SettingsError(f"ladder {experiment['ladder']!r}: choose among {LADDERS[1:]}")
     rungs = experiment.get("rungs", [])
     if experiment["ladder"] and len(rungs) != len(experiment["cells"]):
         raise SettingsError(f"{len(rungs)} rungs for {len(experiment['cells'])} cells")
@@ -182,6 +211,20 @@ def check_condition(condition: dict) -> None:
         raise SettingsError(
             f"{condition} must have one of {', '.join(CONDITIONS)} and one of at_least, at_most"
         )
+    (kind,) = kinds
+    if kind != "recovery" and len(condition[kind]) != 2:
+        raise SettingsError(f"{condition}: {kind} is of two cells")
+
+
+def check_reference(study: dict, experiment: dict, condition: dict) -> None:
+    """Refuses a difference of two recoveries that are shares of different gains."""
+    if kind_of(condition) != "gain":
+        return
+    cells = [parse_cell(text, experiment, experiment["sizes"][0]) for text in cells_of(condition)]
+    variants = [study["variants"].get(cell.variant, {}) for cell in cells]
+    facts = [[variant.get(name) for name in ("data", "reference")] for variant in variants]
+    if facts[0] != facts[1]:
+        raise SettingsError(f"{condition}: its cells differ in data, or in what R is a share of")
 
 
 def cells_of(condition: dict) -> list[str]:

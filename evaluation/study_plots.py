@@ -113,7 +113,7 @@ def rates_panel(arm: dict) -> str:
     """The panel of an arm, so that few lines share one."""
     if arm["stage"] == "full_sft":
         return "full fine-tuning, of all or of a part"
-    if "modules_to_save" in arm["flags"]:
+    if "modules_to_save" in arm.get("flags", {}):
         return "LoRA with embedding and norms"
     return "LoRA, vocabulary frozen or but two rows of it"
 

@@ -1,8 +1,7 @@
 """The study's part of the README and its tables, from `results/study/` and `study.toml`.
 
-The README gets a summary (`summary_block`), the verdicts and the figures
-(`study_block`); every rule, cell and rate stands in `results/study/README.md`
-(`study_details`).
+The README gets a summary (`summary_block`), the bases and the figures (`study_block`); every
+verdict with its rule, every cell and rate stands in `results/study/README.md` (`study_details`).
 """
 
 from collections.abc import Iterable
@@ -24,7 +23,6 @@ from evaluation.findings import (
     ladder_is_whole,
     marked,
     probes_of,
-    rule_of,
     stated,
     tuned_arms,
     why_unknown,
@@ -32,7 +30,15 @@ from evaluation.findings import (
 from evaluation.intervals import Interval
 from evaluation.outputs import markdown_table
 from evaluation.records import RATES
-from evaluation.recovery import Measured, Row, base_of, count_diverged, describe_cell, full_of
+from evaluation.recovery import (
+    Measured,
+    Row,
+    base_of,
+    count_diverged,
+    describe_cell,
+    full_of,
+    gains_enough,
+)
 from evaluation.study import (
     FULL,
     TEST,
@@ -55,10 +61,11 @@ from evaluation.study import (
 )
 
 CLAIM_COLUMNS = ("claim", "verdict", "measured", "without end tokens")
-CLAIM_COLUMNS += ("supported if; refuted if", "seeds")
+CLAIM_COLUMNS += ("supported if; refuted if", "seeds", "it does not show")
 SUMMARY_COLUMNS = ("trained", "parameters", "learning rate", "seeds", "R", "R without end tokens")
 SUMMARY_COLUMNS += ("never end or blank, English prompts: greedy / T=.85",)
-CELL_COLUMNS = ("trained", "parameters", "rate", "seeds", "NLL", "R", "R without end tokens")
+CELL_COLUMNS = ("trained", "parameters", "rate", "steps", "seeds", "NLL", "R")
+CELL_COLUMNS += ("R without end tokens",)
 CELL_COLUMNS += ("forgets", "TFLOP", "peak GB")
 FORGETTING_COLUMNS = ("trained", "rate", "seeds", "NLL", "forgets")
 # Rates of answers, greedy / as the reproduced study sampled, in cells that were probed.
@@ -122,8 +129,8 @@ def summary_table(evidence: Evidence, experiment: dict, size: str) -> list[str]:
     base = results.get(base_id(size, experiment["base"], experiment["base_seed"]), {})
     probes = [base["probe"]] if "probe" in base else []
     start = ["nothing: the base", "-", "-", "-", "0", "0", bad_rates(probes, english)]
-    steps = f"*At `{size}`. {experiment['question']}*"
-    return [steps, "", *markdown_table(SUMMARY_COLUMNS, [start, *told]), ""]
+    title = f"*At `{size}`. {experiment['question']}*"
+    return [title, "", *markdown_table(SUMMARY_COLUMNS, [start, *told]), ""]
 
 
 def bad_rates(probes: list[dict], chosen: np.ndarray) -> str:
@@ -138,15 +145,15 @@ def bad_rates(probes: list[dict], chosen: np.ndarray) -> str:
 
 
 def study_block(evidence: Evidence, drawn: Iterable[str]) -> list[str]:
-    """Markdown lines for the README: for each size what was run, the verdicts, the figures."""
+    """Markdown lines for the README: for each size what was run, from what, and the figures."""
     lines = []
-    for size, claims in evidence.verdicts.items():
-        lines += size_lines(evidence.study, size, evidence.results, claims, drawn)
+    for size in evidence.verdicts:
+        lines += size_lines(evidence.study, size, evidence.results, drawn)
     return lines[:-1]
 
 
 def study_details(evidence: Evidence) -> list[str]:
-    """Markdown lines of `DETAILS`: for each size the rules, the cells, the tuned rates."""
+    """Markdown lines of `DETAILS`: for each size the verdicts, the cells, the tuned rates."""
     study, results, chinese = evidence.study, evidence.results, evidence.languages["Chinese"]
     lines = [
         "# The study's results",
@@ -158,16 +165,18 @@ def study_details(evidence: Evidence) -> list[str]:
         "brackets its 95% interval over seeds and conversations; bad(a) / bad(b) compares how many "
         "answers, under all decodings, never end (no end token within the limit) or are blank. "
         "`R without end tokens` counts all response tokens but those that end a message. "
-        "`forgets`: nats a token of held-out pretraining text above the base's. `TFLOP` and "
-        "`peak GB`: of one training, and the most memory that its process held. Rates are of "
-        f"all prompts, {chinese.sum()} of {len(chinese)} in Chinese, greedy / T=.85.",
+        "`forgets`: nats a token of held-out pretraining text above the base's, from the lowest "
+        "to the highest seed where there are several. `TFLOP` and `peak GB`: of one training, by "
+        "the parameters and tokens, and the most memory that its process held, libraries and data "
+        f"with it. Rates are of all prompts, {chinese.sum()} of {len(chinese)} in Chinese, "
+        "greedy / T=.85.",
         "",
         f"{count_dirty(results)} of {len(results)} runs say `dirty`: their working tree held what "
         "was not committed.",
         "",
     ]
     for size, claims in evidence.verdicts.items():
-        lines += [f"## At `{size}`", "", *rule_lines(claims)]
+        lines += [f"## At `{size}`", "", *claim_lines(claims)]
         for experiment in study["experiments"]:
             lines += experiment_lines(evidence, experiment, size)
         lines += rate_lines(study, size, results)
@@ -180,9 +189,7 @@ def count_dirty(results: dict[str, dict]) -> int:
     return sum(result["run"]["git"].get("dirty", False) for result in results.values())
 
 
-def size_lines(
-    study: dict, size: str, results: dict[str, dict], claims: list[Judged], drawn: Iterable[str]
-) -> list[str]:
+def size_lines(study: dict, size: str, results: dict[str, dict], drawn: Iterable[str]) -> list[str]:
     """The README's lines of one size."""
     runs, waiting = planned_runs(study, size, results)
     done = [result for result in results.values() if result["size"] == size]
@@ -197,8 +204,8 @@ def size_lines(
         "",
     ]
     lines += base_lines(study, size, results)
-    lines += claim_lines(claims)
-    lines += [f"Every rule, cell, tuned rate, and their commands: [`{DETAILS}`]({DETAILS}).", ""]
+    where = f"[`{DETAILS}`]({DETAILS}#at-{size})"
+    lines += [f"Every verdict with its rule, every cell and tuned rate, and commands: {where}.", ""]
     mine = [name for name in drawn if name.startswith(f"study_{size}_")]
     return lines + figure_lines(name for name in mine if not name.endswith(IN_SUMMARY))
 
@@ -210,17 +217,24 @@ def base_lines(study: dict, size: str, results: dict[str, dict]) -> list[str]:
         base = results.get(run.id, {})
         if "text_nll" in base:
             made = base["run"]
-            line = lineage(study, size, run.base, run.seed)
-            tokens = sum(results[older.id]["run"]["tokens"] for older in line)
-            parameters = made["parameters"]
             lines.append(
-                f"- `{run.id}`: {parameters:,} parameters, pretrained on {tokens / 1e6:.1f}M "
-                f"tokens ({tokens / parameters:.1f} each) in {made['settings']['dtype']}; "
+                f"- `{run.id}`: {made['parameters']:,} parameters, "
+                f"{told_tokens(study, run, results)} in {made['settings']['dtype']}; "
                 f"{base['text_nll']:.3f} nats a token of held-out text, {told_starts(base)} a "
                 f"response token (the test half, from which R counts)"
                 f"{told_ends(study, run, results)}{told_answers(base)}."
             )
     return [*lines, ""] if lines else []
+
+
+def told_tokens(study: dict, run: Run, results: dict[str, dict]) -> str:
+    """How much text a base was pretrained on, with what it continues."""
+    line = lineage(study, run.size, run.base, run.seed)
+    if missing := [older.id for older in line if older.id not in results]:
+        return f"pretrained from `{missing[-1]}`, which has no result here,"
+    tokens = sum(results[older.id]["run"]["tokens"] for older in line)
+    each = tokens / results[run.id]["run"]["parameters"]
+    return f"pretrained on {tokens / 1e6:.1f}M tokens ({each:.1f} each)"
 
 
 def told_starts(base: dict) -> str:
@@ -235,7 +249,8 @@ def told_ends(study: dict, run: Run, results: dict[str, dict]) -> str:
     """How much of what full fine-tuning gains from a base is of end tokens."""
     cell = Cell(run.size, run.base, run.seed, FULL, "tuned", study["tuning"]["variant"])
     base, full = base_of(study, cell, results), full_of(study, cell, results)
-    if full is None or full.end_nats is None:
+    ends_are_known = full and base.end_nats is not None and full.end_nats is not None
+    if not (ends_are_known and gains_enough(base.nats, full)):
         return ""
     gain = base.nats.sum() - full.nats.mean(axis=0).sum()
     of_ends = base.end_nats.sum() - full.end_nats.mean(axis=0).sum()
@@ -272,11 +287,15 @@ def claim_row(judged: Judged) -> list[str]:
         "; ".join(judged.without_ends) or "-",
         "; ".join(" and ".join(map(bound_of, claim[side])) for side in SIDES),
         str(judged.seeds),
+        claim["not_shown"],
     ]
 
 
 def citations(evidence: Evidence) -> dict[str, str]:
-    """What the README's sentences tell of each claim: of the first size that has run it."""
+    """What the README's sentences tell of each claim: of the first size that has run it.
+
+    A claim that is run at a second one stands in the details, and is to be told in words.
+    """
     experiments = evidence.study["experiments"]
     told = {claim["name"]: NOT_RUN for one in experiments for claim in one["claims"]}
     for claims in evidence.verdicts.values():
@@ -284,17 +303,6 @@ def citations(evidence: Evidence) -> dict[str, str]:
             if told[judged.claim["name"]] == NOT_RUN:
                 told[judged.claim["name"]] = cited(judged)
     return told
-
-
-def rule_lines(claims: list[Judged]) -> list[str]:
-    """The rule of each claim that was judged, and what its verdict leaves open."""
-    lines = [
-        f"- {judged.claim['name']}: {rule_of(judged.claim)}. It does not show "
-        f"{judged.claim['not_shown']}."
-        for judged in claims
-        if judged.verdict != NOT_RUN
-    ]
-    return [*lines, ""] if lines else []
 
 
 def experiment_lines(evidence: Evidence, experiment: dict, size: str) -> list[str]:
@@ -334,7 +342,7 @@ def cell_table(
             if ladder:
                 line.append(told_change(study, cells, place, ladder, results))
         elif diverged := count_diverged(study, cell, results):
-            line += ["-", cell.rate, f"0 ({diverged} diverged)"]
+            line += ["-", cell.rate, "-", f"0 ({diverged} diverged)"]
             line += ["-"] * (len(columns) - len(line))
         else:
             continue
@@ -409,10 +417,10 @@ def cell_row(row: Row, probed: bool) -> list[str]:
     seeds = told_seeds(len(measured.seeds), measured.failed)
     if probed:
         seeds += asked(len(measured.rates), measured)
-    forgets = "-" if row.forgetting is None else f"{row.forgetting:+.2f}"
-    parameters, flops, memory = costs(measured.records)
-    cells = [parameters, measured.cell.rate, seeds, f"{measured.nll:.3f}"]
-    cells += [in_words(row.recovery), in_words(row.answer_recovery), forgets, flops, memory]
+    parameters, steps, flops, memory = costs(measured.records)
+    cells = [parameters, measured.cell.rate, steps, seeds, f"{measured.nll:.3f}"]
+    cells += [in_words(row.recovery), in_words(row.answer_recovery), told_forgetting(row)]
+    cells += [flops, memory]
     return cells + ([mean_rates(measured.rates, key) for key in ANSWER_RATES] if probed else [])
 
 
@@ -426,15 +434,26 @@ def asked(count: int, measured: Measured) -> str:
     return f" ({count} asked)" if count not in (0, len(measured.seeds)) else ""
 
 
-def costs(records: list[dict]) -> tuple[str, str, str]:
-    """How many parameters a run trained, its TFLOP, and its GB of memory: means of the seeds."""
+def told_forgetting(row: Row) -> str:
+    """What was forgotten, in the mean, and from the lowest to the highest seed."""
+    if row.forgetting is None:
+        return "-"
+    mean = np.mean(row.measured.text_nll)
+    around = [row.forgetting + nll - mean for nll in row.measured.text_nll]
+    spread = f" ({min(around):+z.2f} to {max(around):+z.2f})" if len(around) > 1 else ""
+    return f"{row.forgetting:+z.2f}{spread}"
+
+
+def costs(records: list[dict]) -> tuple[str, str, str, str]:
+    """Parameters that a run trained, its steps, and means of the seeds: TFLOP, GB of memory."""
     if not records:
-        return "-", "-", "-"
+        return "-", "-", "-", "-"
     flops, memory = (
         fmean(record[name] for record in records) for name in ("flops", "peak_memory_bytes")
     )
     parameters = records[0]["trainable_parameters"]
-    return f"{parameters:,}", f"{flops / 1e12:.1f}", f"{memory / 1e9:.2f}"
+    steps = str(records[0]["steps"])
+    return f"{parameters:,}", steps, f"{flops / 1e12:.1f}", f"{memory / 1e9:.2f}"
 
 
 def mean_rates(rates: list[dict], key: str) -> str:

@@ -331,6 +331,16 @@ def test_readme_and_page_are_in_sync_with_the_committed_results(tmp_path):
         assert committed == text, f"{path.name}: run make report"
 
 
+def test_every_claim_that_was_judged_is_told_in_the_readme():
+    details = (REPO_DIR / "evaluation/results/study/README.md").read_text()
+    claims = re.findall(r"^\| ([A-Z][^:|]*): [^|]* \| \*\*\w+", details, re.MULTILINE)
+    assert len(claims) > 40
+    sentences = " ".join((REPO_DIR / "README.md").read_text().split())
+    for claim in claims:
+        told = rf"[(;] ?{re.escape(claim)}: (supported|refuted|open), "
+        assert re.search(told, sentences), f"README.md: no sentence cites {claim}"
+
+
 def texts_of(svg):
     """Labels, values and ticks of a figure, which matplotlib repeats in comments."""
     texts = re.findall(r"<!-- (.*?) -->", svg, re.DOTALL)
