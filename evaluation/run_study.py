@@ -522,10 +522,10 @@ def ready(left: list[Run], running: list[Run], args: argparse.Namespace) -> list
 
 
 def print_waiting(study: dict, args: argparse.Namespace) -> None:
-    """Prints, by experiment, how many cells still wait for a tuned rate."""
+    """Prints, by experiment that is asked for, how many cells still wait for a tuned rate."""
     _, waiting = runs_left(study, args)
     counts = Counter(cell.partition(": ")[0] for cell in waiting)
-    asked = args.experiment or counts
+    asked = args.experiment or (counts if args.only == ["*"] else ())
     told = [f"{name} ({count})" for name, count in counts.items() if name in asked]
     if told:
         print(f"cells that add more once a rate is known: {', '.join(told)}")
@@ -561,6 +561,9 @@ def print_plan(left: list[Run], study: dict, args: argparse.Namespace) -> None:
     results = read_results(args.results_dir)
     total, unknown = 0.0, 0
     for run in left:
+        if has_base(run.id, args):
+            print(f"# {run.id}: its weights are there, to be measured")
+            continue
         seconds = estimated_seconds(run, results)
         stage, flags = training_flags(study, run, args.data_dir, args.save_dir)
         guess = "?" if seconds is None else f"{seconds / 60:.1f} min"

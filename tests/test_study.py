@@ -732,6 +732,12 @@ def test_dry_run_tells_commands_and_a_time_learned_from_finished_runs(
     assert "cells that add more once a rate is known: H (1), rates (1)" in told
     assert f"first make, with dataset/prepare.py: {tmp_path / 'data' / 'chat.jsonl'}" in told
     assert not (tmp_path / "out").exists()
+    (tmp_path / "results" / "bases" / "xs-plain42").mkdir(parents=True)
+    assert run_study.main([*words, "--dry_run", "--only", "xs-plain42"]) == 0
+    told = capsys.readouterr().out  # of what waits for a rate nothing was asked
+    assert told.startswith(
+        "# xs-plain42: its weights are there, to be measured\n1 runs left\nfirst"
+    )
 
 
 def test_weights_of_other_flags_are_not_filed(tmp_path: Path) -> None:
