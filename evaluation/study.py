@@ -35,7 +35,7 @@ SCRIPTS = {"pretrain": "train_pretrain", "full_sft": "train_full_sft", "lora": "
 # What an experiment may leave out.
 DEFAULTS = {
     "sizes": ["xs"],
-    "base": "plain",
+    "base": "plain",  # or a table by size
     "base_seed": 42,
     "variant": "main",
     "probe": False,
@@ -165,7 +165,8 @@ def check_bases(study: dict, path: Path) -> None:
 
 def check_experiment(study: dict, experiment: dict) -> None:
     """Refuses names that no table has, and rules and ladders that cannot be read."""
-    names = [(size, "sizes") for size in experiment["sizes"]] + [(experiment["base"], "bases")]
+    names = [(size, "sizes") for size in experiment["sizes"]]
+    names += [(base_name(experiment, size), "bases") for size in experiment["sizes"]]
     texts = list(experiment["cells"])
     for claim in experiment["claims"]:
         if missing := [name for name in CLAIM if name not in claim]:
@@ -195,9 +196,9 @@ def check_sweep(tuning: dict, experiment: dict, cell: Cell) -> None:
     """Refuses a sweep of other runs than those that rates are tuned by."""
     place = {"base_seed": cell.base_seed, "variant": cell.variant}
     odd = [name for name, value in place.items() if value != tuning[name]]
-    for name in ("base", "seeds"):
-        if any(experiment[name] != tuning[name].get(size) for size in experiment["sizes"]):
-            odd.append(name)
+    for size in experiment["sizes"]:
+        own = {"base": base_name(experiment, size), "seeds": experiment["seeds"]}
+        odd += [name for name, value in own.items() if value != tuning[name].get(size)]
     odd += [name for name, value in (("part", cell.part), ("probe", experiment["probe"])) if value]
     if odd:
         raise SettingsError(f"{cell.arm}@sweep has {odd[0]} other than [tuning]'s")
@@ -250,7 +251,22 @@ def parse_cell(text: str, experiment: dict, size: str) -> Cell:
     if not at or not (rate in ("sweep", "tuned") or is_number(rate)):
         raise SettingsError(f"{text!r} must be arm@rate, with a number, sweep or tuned")
     variant = variant or experiment["variant"]
-    return Cell(size, experiment["base"], experiment["base_seed"], arm, rate, variant, part)
+    base = base_name(experiment, size)
+    return Cell(size, base, experiment["base_seed"], arm, rate, variant, part)
+
+
+def base_name(experiment: dict, size: str) -> str:
+    """The base that an experiment's arms start from at a size.
+
+    Raises:
+        SettingsError: its table of bases has none for this size.
+    """
+    bases = experiment["base"]
+    if isinstance(bases, str):
+        return bases
+    if size not in bases:
+        raise SettingsError(f"base: names none for size {size!r}")
+    return bases[size]
 
 
 def tuned_cells(experiment: dict, size: str) -> list[Cell]:
@@ -363,7 +379,7 @@ def ids_for(study: dict, experiment: dict, size: str, results: dict[str, dict]) 
 def planned_bases(study: dict, size: str) -> list[Run]:
     """The base models of a size, in the order of the experiments, after those they continue."""
     experiments = [one for one in study["experiments"] if size in one["sizes"]]
-    lines = (lineage(study, size, one["base"], one["base_seed"]) for one in experiments)
+    lines = (lineage(study, size, base_name(one, size), one["base_seed"]) for one in experiments)
     return list(dict.fromkeys(base for line in lines for base in line))
 
 

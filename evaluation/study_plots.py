@@ -21,7 +21,7 @@ from evaluation.intervals import Interval
 from evaluation.plots import COLORS, GRID, STYLE, as_svg, label_ends, line_style
 from evaluation.records import DECODING_LABELS
 from evaluation.recovery import Row, known_cell
-from evaluation.study import Sweep, full_name, planned_bases, titled, tuned_cells
+from evaluation.study import Sweep, base_name, full_name, planned_bases, titled, tuned_cells
 
 R_AXIS = (
     "recovery R: 0 the base, 1 full fine-tuning; bars: 95% intervals; hollow: without end tokens"
@@ -173,13 +173,14 @@ def draw_sizes(experiment: dict, by_size: dict[str, dict[str, Row]]) -> Figure:
         for name, row in rows.items():
             place = names.index(name) + 0.4 * (index / (len(by_size) - 1) - 0.5)
             draw_recovery(axes, place, row, COLORS[index])
-        axes.plot([], [], "o", color=COLORS[index], markersize=4, label=size)
+        label = f"{size}, {base_name(experiment, size)}"
+        axes.plot([], [], "o", color=COLORS[index], markersize=4, label=label)
     for edge in (0, 1):
         axes.axvline(edge, **GRID)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(R_AXIS)
-    axes.legend(frameon=False, title=f"size, from its {experiment['base']} base")
+    axes.legend(frameon=False, title="size, and its base")
     return figure
 
 

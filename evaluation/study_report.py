@@ -45,6 +45,7 @@ from evaluation.study import (
     Cell,
     Run,
     base_id,
+    base_name,
     is_interior,
     lineage,
     planned_bases,
@@ -126,11 +127,12 @@ def summary_table(evidence: Evidence, experiment: dict, size: str) -> list[str]:
             told.append([titled(study, cell), *facts, *recoveries, bad_rates(probes, english)])
     if not told:
         return []
-    base = results.get(base_id(size, experiment["base"], experiment["base_seed"]), {})
+    start = base_id(size, base_name(experiment, size), experiment["base_seed"])
+    base = results.get(start, {})
     probes = [base["probe"]] if "probe" in base else []
-    start = ["nothing: the base", "-", "-", "-", "0", "0", bad_rates(probes, english)]
+    untrained = ["nothing: the base", "-", "-", "-", "0", "0", bad_rates(probes, english)]
     title = f"*At `{size}`. {experiment['question']}*"
-    return [title, "", *markdown_table(SUMMARY_COLUMNS, [start, *told]), ""]
+    return [title, "", *markdown_table(SUMMARY_COLUMNS, [untrained, *told]), ""]
 
 
 def bad_rates(probes: list[dict], chosen: np.ndarray) -> str:

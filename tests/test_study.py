@@ -1108,6 +1108,8 @@ def test_few_prompts_name_the_wrong_winner_as_often_as_counted() -> None:
         ("at_most = 0.5", "below = 0.5", "one of at_least, at_most"),
         ('not_shown = "why"', "", "a claim has no not_shown"),
         ('base = { xs = "plain" }', 'base = { xs = "long" }', "[tuning] names no base for 'xs'"),
+        ('id = "H"', 'id = "H"\nbase = { s = "plain" }', "'H': base: names none for size 'xs'"),
+        ('id = "H"', 'id = "H"\nbase = { xs = "lain" }', "'lain' is not among plain"),
         ("[common]", "[common", "study.toml"),
         ("[measure]", "[measures]", "has no [measure]"),
         ('question = "Which rate?"\n', "", "experiment 'rates': has no question"),
@@ -1249,22 +1251,22 @@ def test_recovery_is_drawn_where_its_interval_lies(study: dict) -> None:
 def test_sizes_are_compared_where_more_than_one_was_measured(study: dict) -> None:
     study["sizes"]["m"] = study["sizes"]["xs"]
     # Its rates were tuned from another base, where they are the same; a tuned cell asks for that.
-    study["bases"]["other"] = study["bases"]["plain"]
+    study["bases"]["other"] = study["bases"]["large"] = study["bases"]["plain"]
     study["tuning"]["base"]["m"], study["tuning"]["seeds"]["m"] = "other", [1]
     experiment = DEFAULTS | {"id": "S", "question": "Q.", "seeds": [1], "summary": True}
     experiment |= {"sizes": ["xs", "m"], "cells": ["square@1e-3", "fft@tuned"]}
+    experiment["base"] = {"xs": "plain", "m": "large"}
     study["experiments"].append(experiment)
     square = {"xs-plain42-square-lr1e-3-s1": [0.0, 80.0, 0.0, 160.0]}
     results = BASE | results_of(SWEEP | square)
     assert "study_S_sizes.svg" not in figures_of(study, results)
-    # The other size has the same base and full fine-tuning, but its LoRA does nothing.
+    # The other size has a base and full fine-tuning of the same NLL, but its LoRA does nothing.
     found = SWEEP | {"xs-plain42-square-lr1e-3-s1": [0.0, 100.0, 0.0, 200.0]}
     for name, result in (BASE | results_of(found)).items():
-        other = name.replace("xs-", "m-")
-        results[other] = result | {"id": other, "size": "m"}
-        tuned = other.replace("plain", "other")
-        results[tuned] = result | {"id": tuned, "size": "m", "base": "other"}
-    lora = results.pop("m-plain42-square-lr1e-3-s1")
+        for base in ("large", "other"):
+            other = name.replace("xs-plain", f"m-{base}")
+            results[other] = result | {"id": other, "size": "m", "base": base}
+    lora = results.pop("m-large42-square-lr1e-3-s1")
     assert "study_S_sizes.svg" not in figures_of(study, results)  # of m full fine-tuning alone
     results |= {lora["id"]: lora}
     evidence = gather(study, results, LANGUAGES)
@@ -1280,6 +1282,8 @@ def test_sizes_are_compared_where_more_than_one_was_measured(study: dict) -> Non
     (axes,) = draw_sizes(experiment, by_size).axes
     bars = [bar.get_segments()[0][0].tolist() for bar in axes.collections]  # xs above, m below
     assert bars == [pytest.approx(at) for at in ([0.5, -0.2], [1, 0.8], [0, 0.2], [1, 1.2])]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["xs, plain", "m, large"]
     drawn = study_figures(evidence)
     assert "![Recovery of the same arms" in "\n".join(summary_block(evidence, drawn))
 
