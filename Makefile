@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
-# make study  every run of evaluation/study.toml at xs that has no result yet; needs dataset/data/
+# make study  every run of evaluation/study.toml at xs and s without a result; needs dataset/data/
 #             (README, "The findings, one by one", says how long all of them take)
 # make bench  speed beside transformers and PEFT, about 40 minutes on two CPU cores
 # make report the READMEs' tables, the figures and the page, from the committed results
@@ -34,7 +34,8 @@ stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
 
 study: install
-	$(RUN) evaluation/run_study.py $(STUDY)
+	$(RUN) evaluation/run_study.py --size xs $(STUDY)
+	$(RUN) evaluation/run_study.py --size s $(STUDY)
 	$(RUN) evaluation/report.py
 
 bench: install
