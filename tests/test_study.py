@@ -77,6 +77,7 @@ from evaluation.study import (
     as_words,
     is_interior,
     lineage,
+    parse_cell,
     planned_runs,
     rates_of,
     read_results,
@@ -1412,6 +1413,49 @@ def test_committed_results_were_made_with_the_flags_that_the_study_has_today() -
         assert changed_flag(found["run"]["settings"], flags) is None, name
     bases = {result["id"] for result in results.values() if result["arm"] is None}
     assert bases == {path.parts[1] for path in committed if path.parts[0] == "bases"}
+
+
+# What the README's first findings say in words: the size and the base, the cell or the two whose R
+# differ so much, and what the words allow.
+IN_WORDS = [
+    ("an epoch less than a tenth", "xs-plain", ["minimind@1e-4/one_epoch"], (0, 0.1)),
+    ("at both sizes", "s-short", ["minimind@1e-4/one_epoch"], (0, 0.1)),
+    ("costs over a third", "xs-plain", ["all_r16_vocabulary@tuned", "all_r16@tuned"], (1 / 3, 0.4)),
+    ("over a quarter of the gain", "xs-plain", ["minimind@tuned", "minimind@1e-4"], (0.25, 0.3)),
+    (
+        "costs two fifths if",
+        "xs-plain",
+        ["all_r16_vocabulary@tuned", "all_r16_vocabulary@1e-4"],
+        (0.37, 0.43),
+    ),
+    (
+        "nearly a tenth if the adapters alone do",
+        "xs-plain",
+        ["all_r16_vocabulary@tuned", "all_r16_vocabulary_fast_vocabulary@1e-4"],
+        (0.08, 0.1),
+    ),
+    ("cost nearly a sixth", "xs-plain", ["all_r8@tuned", "square@tuned"], (0.14, 1 / 6)),
+    ("nine tenths at either size", "xs-plain", ["all_r8_vocabulary@tuned"], (0.87, 0.95)),
+    ("nine tenths at either size", "s-short", ["all_r8_vocabulary@tuned"], (0.87, 0.95)),
+    ("nine tenths at either size", "s-whole", ["all_r8_vocabulary@tuned"], (0.87, 0.95)),
+    ("recover about four fifths", "xs-plain", ["embeddings_norms@tuned"], (0.77, 0.83)),
+    ("recover about four fifths", "s-short", ["embeddings_norms@tuned"], (0.77, 0.83)),
+    ("a third of the gain at `xs`", "xs-short", ["all_r8@tuned"], (0.31, 0.36)),
+    ("nearly two thirds at `s`", "s-short", ["all_r8@tuned"], (0.62, 2 / 3)),
+    ("over half and nearly three quarters", "xs-plain", ["all_r8@tuned"], (0.5, 0.6)),
+    ("over half and nearly three quarters", "s-whole", ["all_r8@tuned"], (0.71, 0.75)),
+]
+
+
+def test_committed_readme_says_in_words_what_the_results_are() -> None:
+    study, results = read_study(STUDY_FILE), read_results(STUDY_RESULTS)
+    said = " ".join((REPO_DIR / "README.md").read_text(encoding="utf-8").split())
+    for words, place, texts, (low, high) in IN_WORDS:
+        assert words in said
+        size, base = place.split("-")
+        cells = [parse_cell(text, DEFAULTS | {"base": base}, size) for text in texts]
+        first, *others = (describe_cell(study, cell, results).recovery.estimate for cell in cells)
+        assert low < first - sum(others) < high, (words, place)
 
 
 def test_study_runs_from_nothing_and_then_does_nothing(tmp_path: Path) -> None:
