@@ -6,10 +6,11 @@
 # make bench  speed beside transformers and PEFT, about 40 minutes on two CPU cores
 # make report the READMEs' tables, the figures and the page, from the committed results
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
-# STUDY="--jobs 2" make study             flags of evaluation/run_study.py
+# SIZES=base STUDY="--jobs 2" make study  other sizes; flags of evaluation/run_study.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
+SIZES ?= xs s
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -34,8 +35,7 @@ stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
 
 study: install
-	$(RUN) evaluation/run_study.py --size xs $(STUDY)
-	$(RUN) evaluation/run_study.py --size s $(STUDY)
+	for size in $(SIZES); do $(RUN) evaluation/run_study.py --size $$size $(STUDY) || exit; done
 	$(RUN) evaluation/report.py
 
 bench: install
