@@ -213,7 +213,7 @@ def estimate_sum(
 def select_skills(evidence: Evidence, decoding: str, prompts: pd.DataFrame) -> pd.DataFrame:
     """Keep the prompts of skills on which full fine-tuning has 40 to 95% at every size."""
     kept = set(prompts.skill)
-    for size in ("xs", "m26"):
+    for size in evidence.study.sizes:
         runs = find_cell(evidence, "fft", size)
         if not runs.empty:
             marks = mark_answers(runs, prompts, decoding, "correct").mean(axis=0)

@@ -16,13 +16,12 @@ from matplotlib.figure import Figure
 from evaluation.study.analysis import (
     Evidence,
     choose_prompts,
-    find_cell,
     list_endings,
     list_paths,
     mark_answers,
     tabulate_shares,
 )
-from evaluation.study.plan import MAIN_BASE
+from evaluation.study.plan import MAIN_BASE, tune_rate
 
 STYLE = {
     "svg.fonttype": "none",
@@ -45,6 +44,7 @@ LADDER = (
     "fft_frozen",
     "fft",
 )
+RATE_ARMS = ("fft", "seed_tuned", "all_r8", "all_r8_vocabulary")
 
 
 def save_svg(figure: Figure) -> str:
@@ -93,7 +93,7 @@ def draw_edition1(evidence: Evidence) -> tuple[Figure, str]:
             ax, cells.rename(columns=columns)[["name", *columns.values()]], color, label, shift
         )
     ax.set(xlim=(0, 1), xlabel="share of full fine-tuning's gain in likelihood", title=title)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="upper right")
     return figure, title
 
 
@@ -184,31 +184,15 @@ def draw_endings(evidence: Evidence) -> tuple[Figure, str] | None:
 
 
 def draw_rates(evidence: Evidence) -> tuple[Figure, str] | None:
-    """Draw the share of correct answers on the tuning half by learning rate."""
-    runs = evidence.final
-    arms = [
-        arm
-        for arm in ("fft", "seed_tuned", "all_r8", "all_r8_vocabulary")
-        if len(runs) and (runs.arm == arm).any()
-    ]
-    if not arms:
+    """Draw the share of correct answers on the tuning half by learning rate, at xs."""
+    study = evidence.study
+    sweeps = {arm: tune_rate(study, "xs", arm, evidence.runs) for arm in RATE_ARMS}
+    if not any(sweep.best for sweep in sweeps.values()):
         return None
     figure, ax = plt.subplots(figsize=(5, 3))
-    for arm in arms:
-        cell = find_cell(evidence, arm, "xs")
-        if not cell.empty:
-            first = cell.iloc[0]
-            tried = runs[
-                (
-                    runs[["arm", "base", "epochs", "seed"]]
-                    == first[["arm", "base", "epochs", "seed"]]
-                ).all(axis=1)
-            ]
-            tried = tried[tried.start == "base"].sort_values("learning_rate")
-            ax.plot(
-                tried.learning_rate, tried.tune_correct, ".-", label=evidence.study.arms[arm].title
-            )
-    title = "At xs each arm has a best learning rate inside its grid"
+    for arm, sweep in sweeps.items():
+        ax.plot(list(sweep.shares), list(sweep.shares.values()), ".-", label=study.arms[arm].title)
+    title = "Each way of training has its own best learning rate (xs)"
     ax.set(xscale="log", xlabel="learning rate", ylabel="correct, tuning half", title=title)
     ax.legend(frameon=False, fontsize=7)
     return figure, title

@@ -182,6 +182,7 @@ class Sweep:
     best: float | None  # None while runs are missing
     missing: list[float]
     is_interior: bool
+    shares: dict[float, float]  # correct on the tuning half, by rate
 
 
 def tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
@@ -211,13 +212,13 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     above = [float(f"{grid[-1] * ratio**step:.3g}") for step in steps]
     known = look_up(grid)
     if missing := [rate for rate in grid if rate not in known]:
-        return Sweep(None, missing, False)
+        return Sweep(None, missing, False, {rate: known[rate][0] for rate in known})
     known |= look_up(below + above)
     table = pd.DataFrame(known, index=["share", "nll"]).T.fillna({"share": -1, "nll": float("inf")})
     best = float(table[table.share >= table.share.max() - study.tie].nll.idxmin())
     beyond = {min(known): below, max(known): above}.get(best, [])
     missing = [rate for rate in beyond if rate not in known][:1]
-    return Sweep(None if missing else best, missing, not beyond)
+    return Sweep(None if missing else best, missing, not beyond, table.share.sort_index().to_dict())
 
 
 def list_rates(study: Study, size: str, arm: str, done: pd.DataFrame) -> list[float]:

@@ -60,7 +60,8 @@ def to_table(frame: pd.DataFrame | None) -> str:
     """Return a data frame as a Markdown table; a dash where nothing was measured."""
     if frame is None or frame.empty:
         return "Not run yet."
-    return frame.fillna("-").to_markdown(index=False, disable_numparse=True)
+    text = frame.fillna("-").to_markdown(index=False, disable_numparse=True)
+    return re.sub(r"-{3,}", "---", re.sub(r" +\|", " |", text))  # without padding
 
 
 def to_percent(found: Estimate) -> str:
@@ -82,15 +83,17 @@ def make_edition1_table(folder: Path) -> pd.DataFrame:
         if not found.tuned and "1e-4" not in cell:
             continue  # at the other size's rate
         row = rows.setdefault(name, {"trained": name})
-        row[f"R without end tokens: {title}"] = (
-            f"{found.R_no_end:.2f} [{found.R_no_end_low:.2f}, {found.R_no_end_high:.2f}]"
+        interval = f"[{found.R_no_end_low:.2f}, {found.R_no_end_high:.2f}]"
+        row[f"{title}: R without end tokens (R)"] = (
+            f"{found.R_no_end:.2f} {interval} ({found.R:.2f})"
         )
-        row[f"R: {title}"] = f"{found.R:.2f}"
         if pd.notna(found.never_end_greedy):
             shares = (found.never_end_greedy, found.never_end_sampled)
-            row[f"never end: {title}"] = " / ".join(f"{100 * share:.0f}%" for share in shares)
-    table = pd.DataFrame(rows.values())
-    return table[["trained", *sorted(table.columns[1:], key=lambda name: name[0] != "R")]]
+            row[f"{title}: never end"] = " / ".join(f"{100 * share:.0f}%" for share in shares)
+    columns = [
+        f"{t}: {c}" for t in BASES_1.values() for c in ("R without end tokens (R)", "never end")
+    ]
+    return pd.DataFrame(rows.values())[["trained", *columns]]
 
 
 def name_cell(evidence: Evidence, cell: pd.Series) -> str:
@@ -153,25 +156,20 @@ def make_kind_table(evidence: Evidence) -> pd.DataFrame:
 
 
 def make_rate_table(evidence: Evidence) -> pd.DataFrame:
-    """Return the share correct at each learning rate that was tried, the best one in bold."""
-    rows, runs = [], evidence.final
+    """Return the share correct on the tuning half by learning rate, the best rate in bold."""
+    rows = []
     for name, arm in evidence.study.arms.items():
         for size in arm.rates:
             sweep = tune_rate(evidence.study, size, name, evidence.runs)
-            place = (runs.arm == name) & (runs["size"] == size) & (runs.start == "base")
-            if runs.empty or not place.any():
-                continue
-            shares = runs[place].groupby("learning_rate").tune_correct.first()
-            cells = [
-                f"**{rate:g}: {100 * share:.0f}**"
-                if rate == sweep.best
-                else f"{rate:g}: {100 * share:.0f}"
-                for rate, share in shares.items()
+            cells = [f"{rate:g}: {100 * share:.0f}" for rate, share in sweep.shares.items()]
+            bold = [
+                f"**{c}**" if r == sweep.best else c
+                for r, c in zip(sweep.shares, cells, strict=True)
             ]
-            inside = "inside" if sweep.is_interior else "at the edge" if sweep.best else "not tuned"
-            rows.append(
-                {"size": size, "trained": arm.title, "rates": ", ".join(cells), "best": inside}
-            )
+            place = "inside" if sweep.is_interior else "at the edge" if sweep.best else "not tuned"
+            if cells:
+                row = {"size": size, "trained": arm.title, "rate: percent correct": ", ".join(bold)}
+                rows.append(row | {"best rate": place})
     return pd.DataFrame(rows)
 
 
@@ -213,7 +211,7 @@ def make_tables(evidence: Evidence) -> dict:
     """Return every table of blocks.md.jinja by name."""
     shares = tabulate_shares(evidence)
     claims, estimates = judge_claims(evidence)
-    estimates = estimates.assign(value=[str(one or "not run") for one in estimates.value])
+    estimates = estimates.dropna(subset="value").assign(value=lambda table: table.value.map(str))
     endings = list_endings(evidence)
     return {
         "headline": make_headline(evidence, shares),

@@ -40,9 +40,10 @@ def read_runs(folder: Path, edition: int) -> pd.DataFrame:
     lines = [line for _, line in read_jsonl(path)] if path.is_file() else []
     rows = [line | line.get("scalars", {}) for line in lines if line["edition"] == edition]
     table = pd.DataFrame(rows)
-    needed = ["id", "size", "base", "arm", "learning_rate", "seed", "status"]
-    needed += ["tune_correct", "tune_nll"]
-    return table.reindex(columns=[*table, *(name for name in needed if name not in table)])
+    needed = ["id", "size", "base", "arm", "learning_rate", "seed", "status", "start", "data"]
+    needed += ["epochs", "samples", "tune_correct", "tune_nll"]
+    table = table.reindex(columns=[*table, *(name for name in needed if name not in table)])
+    return table.astype({"id": str, "status": str})
 
 
 def read_nll(folder: Path, edition: int) -> pd.DataFrame:

@@ -197,6 +197,19 @@ def test_the_report_is_stable(folder, tmp_path) -> None:
     assert folder / "figures" / "headline.svg" in first
 
 
+def test_a_report_before_the_first_run(tmp_path) -> None:
+    """Without a run of the second edition the first edition's table stands alone."""
+    for name in ("edition1.csv", "bases.csv"):
+        source = Path(__file__).parents[2] / "evaluation" / "study" / name
+        (tmp_path / name).write_text(source.read_text())
+    markers = "<!-- study:{0} -->\n<!-- /study:{0} -->\n"
+    text = "".join(markers.format(name) for name in ("headline", "edition1", "claims", "endings"))
+    (tmp_path / "README.md").write_text(text)
+    readme = make_report(tmp_path, tmp_path)[tmp_path / "README.md"]
+    assert "| the study's LoRA, 2 epochs | 0.10 [0.09, 0.11] (0.10) | 100% / 100% |" in readme
+    assert readme.count("not run") >= 13
+
+
 def test_a_block_without_a_table_is_refused() -> None:
     """A marker with a name that no template has is an error that names the file."""
     text = "<!-- study:nothing -->\n<!-- /study:nothing -->"
