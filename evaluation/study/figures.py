@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from evaluation.study.analysis import (
     Evidence,
     choose_prompts,
-    list_endings,
-    list_paths,
     mark_answers,
     tabulate_shares,
 )
-from evaluation.study.plan import MAIN_BASE, tune_rate
+from evaluation.study.claims import list_endings, list_paths
+from evaluation.study.plan import tune_rate
+from evaluation.study.settings import MAIN_BASE
 
 STYLE = {
     "svg.fonttype": "none",

@@ -21,11 +21,11 @@ from dataset.world.generate import PROBES, ensure_world
 from evaluation.probe.answers import Checkpoint, probe
 from evaluation.probe.likelihood import measure_nll, sum_nats
 from evaluation.probe.prompts import Prompt
-from evaluation.study.plan import Probe, read_study
 from evaluation.study.results import LETTERS, RESULTS_DIR
+from evaluation.study.settings import STUDY_FILE, ProbeSettings, read_study
 from model.checkpoint import load_checkpoint
 from model.files import UserError, run_script, write_json
-from model.model_minimind import IGNORE_INDEX
+from model.model_minimind import IGNORE_INDEX, weights_fingerprint
 from model.reachability import reachable_probability
 
 MOST_DONORS = 50  # answers to other prompts of the skill, for the chance level
@@ -72,7 +72,9 @@ def check_prompts(records: list[dict], path: Path) -> pd.DataFrame:
     return table
 
 
-def ask_prompts(checkpoint: Checkpoint, records: list[dict], draws: dict, study: Probe) -> dict:
+def ask_prompts(
+    checkpoint: Checkpoint, records: list[dict], draws: dict, study: ProbeSettings
+) -> dict:
     """Return, by decoding, a string a draw with one letter of `LETTERS` a prompt."""
     prompts = [
         Prompt(
@@ -114,7 +116,7 @@ def measure_references(
     return table
 
 
-def measure_checkpoint(folder: Path, only_tune: bool, study: Probe) -> dict:
+def measure_checkpoint(folder: Path, only_tune: bool, study: ProbeSettings) -> dict:
     """Return outcomes, nats and scalars of a checkpoint.
 
     Args:
@@ -145,6 +147,7 @@ def measure_checkpoint(folder: Path, only_tune: bool, study: Probe) -> dict:
         outcomes[name] = {key: " ".join(map("".join, draws)) for key, draws in of_set.items()}
         nats[name] = nll.reindex(group.index).to_dict("list")
     return {
+        "weights": weights_fingerprint(model),
         "outcomes": outcomes,
         "scalars": {
             "tune_correct": float((greedy == "c").mean()),
@@ -161,9 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--study", type=Path, default=STUDY_FILE)
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     args = parser.parse_args()
-    write_json(args.output, measure_checkpoint(args.folder, args.only_tune, read_study().probe))
+    settings = read_study(args.study).probe
+    write_json(args.output, measure_checkpoint(args.folder, args.only_tune, settings))
 
 
 if __name__ == "__main__":

@@ -20,17 +20,17 @@ from evaluation.study.analysis import (
     Estimate,
     Evidence,
     choose_prompts,
-    judge_claims,
     list_cells,
-    list_endings,
     load_evidence,
     mark_answers,
     tabulate_nll,
     tabulate_shares,
 )
+from evaluation.study.claims import judge_claims, list_endings
 from evaluation.study.figures import draw_figures
-from evaluation.study.plan import MAIN_BASE, tune_rate
+from evaluation.study.plan import tune_rate
 from evaluation.study.results import RESULTS_DIR
+from evaluation.study.settings import MAIN_BASE
 from model.files import REPO_DIR, UserError, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md")

@@ -42,6 +42,7 @@ def read_runs(folder: Path, edition: int) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     needed = ["id", "size", "base", "arm", "learning_rate", "seed", "status", "start", "data"]
     needed += ["epochs", "samples", "tune_correct", "tune_nll"]
+    needed += ["train_data", "weights", "base_fingerprint"]
     table = table.reindex(columns=[*table, *(name for name in needed if name not in table)])
     return table.astype({"id": str, "status": str})
 

@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -25,8 +26,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.world.generate import ensure_world
-from evaluation.study.plan import STUDY_FILE, Run, Study, make_flags, plan_runs, read_study
+from evaluation.study.plan import Run, make_flags, plan_runs
 from evaluation.study.results import RESULTS_DIR, append_run, read_runs
+from evaluation.study.settings import STUDY_FILE, Study, read_study
 from model.checkpoint import load_model, save_model
 from model.files import REPO_DIR, UserError, read_json, run_script
 
@@ -119,10 +121,8 @@ def prepare_base(study: Study, run: Run, args: argparse.Namespace, deadline: flo
     if not folder.is_dir():
         command = training_command(study, run, ensure_world(), args.save_dir)
         trained = folder.with_name(f"{run.id}-float32")
-        if (
-            train_run(command, trained, args.save_dir / f"{run.id}.log", deadline)["status"]
-            != "completed"
-        ):
+        record = train_run(command, trained, args.save_dir / f"{run.id}.log", deadline)
+        if record["status"] != "completed":
             raise UserError(f"{run.id}: pretraining diverged; lower its rate in {STUDY_FILE.name}")
         round_base(trained, folder)
     return read_json(folder / "run.json")
@@ -138,7 +138,7 @@ def file_checkpoint(
     study: Study, run: Run, folder: Path, record: dict, args: argparse.Namespace, deadline: float
 ) -> None:
     """Measure a checkpoint of a run and append its line."""
-    step = folder.name.rpartition("-")[2] if folder.name != run.id else ""
+    step = folder.name.removeprefix("step_") if folder.name != run.id else ""
     name = f"{run.id}@{step}" if step else run.id
     line = {
         "id": name,
@@ -158,6 +158,8 @@ def file_checkpoint(
         "step": int(step) if step else record.get("step"),
         "settings": {k: v for k, v in record["settings"].items() if v not in (None, False, "")},
         "cost": {key: record[key] for key in COST if key in record},
+        "base_fingerprint": record.get("base_fingerprint"),
+        "train_data": record.get("train_data"),
         "git": record.get("git"),
         "machine": record.get("machine"),
     }
@@ -165,11 +167,11 @@ def file_checkpoint(
     if record["status"] == "completed":
         output = args.save_dir / "measured" / f"{name}.json"
         output.parent.mkdir(exist_ok=True)
-        words = ["evaluation/study/measure.py", folder, "--output", output]
+        words = ["evaluation/study/measure.py", folder, "--output", output, "--study", args.study]
         words += ["--only_tune"] if is_only_tuning(study, run) else []
         call_script(words, args.save_dir / f"{run.id}.log", deadline)
         measured = read_json(output)
-        line |= {"scalars": measured["scalars"], "outcomes": measured["outcomes"]}
+        line |= {key: measured[key] for key in ("weights", "scalars", "outcomes")}
         for name_of_set, found in measured["nll"].items():
             place = {"edition": study.edition, "set": name_of_set, "part": ""}
             nats = {key: found[key] for key in ("nats", "end_nats")}
@@ -190,10 +192,11 @@ def perform_run(study: Study, run: Run, args: argparse.Namespace, deadline: floa
         command = training_command(study, run, ensure_world(), args.save_dir)
         record = train_run(command, folder, args.save_dir / f"{run.id}.log", deadline)
     known = set(read_runs(args.results_dir, study.edition).id)
-    kept = sorted(folder.glob("checkpoint-*")) if record["status"] == "completed" else []
-    for checkpoint in kept:
-        if f"{run.id}@{checkpoint.name.rpartition('-')[2]}" not in known:
-            file_checkpoint(study, run, checkpoint, record, args, deadline)
+    if record["status"] == "completed":
+        for checkpoint in folder.glob("checkpoints/step_*"):
+            step = checkpoint.name.removeprefix("step_")
+            if int(step) < record["steps"] and f"{run.id}@{step}" not in known:
+                file_checkpoint(study, run, checkpoint, record, args, deadline)
     file_checkpoint(study, run, folder, record, args, deadline)
 
 
@@ -267,6 +270,7 @@ def main() -> None:
             if run.arm is None or run.data in data:
                 print(shlex.join(["python", *training_command(study, run, data, args.save_dir)]))
         return
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     args.save_dir = args.save_dir.resolve()
     args.save_dir.mkdir(parents=True, exist_ok=True)
     run_all(study, args)

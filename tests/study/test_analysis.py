@@ -7,17 +7,17 @@ import pandas as pd
 import pytest
 
 from evaluation.study.analysis import (
-    compare_frontiers,
     find_cell,
-    judge_claims,
     load_evidence,
     parse_estimate,
     tabulate_nll,
     tabulate_shares,
 )
-from evaluation.study.plan import Run, read_study, tuning_run
+from evaluation.study.claims import compare_frontiers, judge_claims
+from evaluation.study.plan import Run, tuning_run
 from evaluation.study.report import fill_blocks, make_report
 from evaluation.study.results import append_run
+from evaluation.study.settings import read_study
 from model.files import UserError
 
 STUDY = read_study()
@@ -74,6 +74,9 @@ def add_run(folder: Path, run: Run, share: float, step: int = 0, unseen: float |
         "start": run.start,
         "samples": run.samples,
         "step": step or 1000,
+        "weights": "b",
+        "base_fingerprint": "b",
+        "train_data": {"tokens": 1},
         "cost": dict.fromkeys(
             ("trainable_parameters", "steps", "tokens", "flops", "train_seconds"), 1e6
         )
@@ -215,3 +218,17 @@ def test_a_block_without_a_table_is_refused() -> None:
     text = "<!-- study:nothing -->\n<!-- /study:nothing -->"
     with pytest.raises(UserError, match=r"README.md: no block 'nothing'"):
         fill_blocks(text, {"claims": ""}, "README.md")
+
+
+def test_arms_must_start_alike(tmp_path) -> None:
+    """A run from other weights than its base's is named (gate G3)."""
+    write_prompts(tmp_path)
+    add_run(tmp_path, Run("xs", "wrapped42"), 0.0)
+    add_run(tmp_path, tuning_run(STUDY, "xs", "fft", 1e-3), 0.9)
+    load_evidence(tmp_path)
+    text = (tmp_path / "runs.jsonl").read_text()
+    (tmp_path / "runs.jsonl").write_text(
+        text.replace('"base_fingerprint": "b"', '"base_fingerprint": "c"')
+    )
+    with pytest.raises(UserError, match="fft-e3-lr0.001-s1: started from other weights"):
+        load_evidence(tmp_path)

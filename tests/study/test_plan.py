@@ -10,10 +10,10 @@ from evaluation.study.plan import (
     list_rates,
     make_flags,
     plan_runs,
-    read_study,
     tune_rate,
     tuning_run,
 )
+from evaluation.study.settings import read_study
 from model.files import UserError
 
 STUDY = read_study()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from evaluation.study import run as runner
-from evaluation.study.plan import Run, read_study
+from evaluation.study.plan import Run
 from evaluation.study.results import append_run, read_nll, read_runs
+from evaluation.study.settings import read_study
 from model.files import UserError
 
 STUDY = read_study()
@@ -31,6 +32,7 @@ def args(tmp_path: Path, monkeypatch) -> argparse.Namespace:
             scalars = {"tune_correct": SHARES.get(rate, 0.0), "tune_nll": 1.0, "nll_text": 3.0}
             found = {"nats": [1.0], "end_nats": [0.5], "tokens": [2.0], "ends": [1.0]}
             record = {
+                "weights": "w",
                 "scalars": scalars,
                 "outcomes": {"combinations": {"greedy": "c"}},
                 "nll": {"combinations": found},
@@ -53,6 +55,7 @@ def args(tmp_path: Path, monkeypatch) -> argparse.Namespace:
     return argparse.Namespace(
         save_dir=tmp_path / "out",
         results_dir=tmp_path,
+        study=tmp_path / "study.toml",
         only=["xs-world-wrapped42", "xs-world-wrapped42-fft-e3-*"],
         jobs=2,
         max_hours=1.0,
