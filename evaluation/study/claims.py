@@ -122,7 +122,7 @@ def list_endings(evidence: Evidence) -> pd.DataFrame:
 # ---------------------------------------------------------------- claims
 
 
-def holds(condition: Condition, found: Estimate) -> bool:
+def is_satisfied(condition: Condition, found: Estimate) -> bool:
     """Say whether the whole interval and every seed satisfy a condition."""
     values = (found.low, found.high, *found.by_seed)
     return min(values) >= condition.at_least and max(values) <= condition.at_most
@@ -163,7 +163,7 @@ def judge_side(evidence: Evidence, claim: Claim, side: str) -> tuple[list[bool |
             if None in found.values():
                 met.append(None)
                 continue
-            met.append(all(holds(condition, one) for one in found.values()))
+            met.append(all(is_satisfied(condition, one) for one in found.values()))
             if met[-1] and claim.kind == "size gap" and side == "supported":
                 prompts = choose_prompts(evidence, claim.set)
                 prompts = select_skills(evidence, decoding, prompts)

@@ -32,7 +32,7 @@ STYLE = {
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
 }
-COLORS = {"greedy": "#1f5a99", "t0.85p0.85": "#d1712a"}
+PALETTE = {"greedy": "#1f5a99", "t0.85p0.85": "#d1712a"}
 LABELS = {"greedy": "greedy", "t0.85p0.85": "sampled, T=0.85"}
 LADDER = (
     "seed",
@@ -85,7 +85,7 @@ def draw_edition1(evidence: Evidence) -> tuple[Figure, str]:
     title = "First edition, 1.6M parameters: learning rate and frozen embedding hold LoRA back"
     figure, ax = plt.subplots(figsize=(6, 2.6))
     for kind, label, color, shift in (
-        ("R_no_end", "without end tokens", COLORS["greedy"], 0.12),
+        ("R_no_end", "without end tokens", PALETTE["greedy"], 0.12),
         ("R", "all response tokens", "#999999", -0.12),
     ):
         columns = {kind: "value", f"{kind}_low": "low", f"{kind}_high": "high"}
@@ -109,12 +109,12 @@ def draw_headline(evidence: Evidence) -> tuple[Figure, str] | None:
     sizes = list(dict.fromkeys(shares["size"]))
     figure, axes = plt.subplots(1, len(sizes), figsize=(3.4 * len(sizes) + 1, 3), squeeze=False)
     for ax, size in zip(axes[0], sizes, strict=True):
-        for place, decoding in enumerate(COLORS):
+        for place, decoding in enumerate(PALETTE):
             rows = shares[(shares["size"] == size) & (shares.decoding == decoding)]
             rows = rows.set_index("arm").loc[[arm for arm in LADDER if arm in set(rows.arm)]]
             frame = pd.DataFrame([vars(one) for one in rows.share])[["value", "low", "high"]]
             frame["name"] = [evidence.study.arms[arm].title for arm in rows.index]
-            draw_forest(ax, frame, COLORS[decoding], LABELS[decoding], 0.12 - 0.24 * place)
+            draw_forest(ax, frame, PALETTE[decoding], LABELS[decoding], 0.12 - 0.24 * place)
         ax.set(xlim=(0, 1), xlabel="correct answers", title=size)
     axes[0][0].legend(frameon=False, fontsize=7)
     size = sizes[-1]
@@ -139,7 +139,7 @@ def draw_keeping(evidence: Evidence) -> tuple[Figure, str] | None:
     if not arms:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
-    for ax, decoding in zip(axes, COLORS, strict=True):
+    for ax, decoding in zip(axes, PALETTE, strict=True):
         for arm, color in zip(arms, ("#444444", "#1f5a99", "#8a8a3a"), strict=False):
             paths = list_paths(evidence, arm, "xs")
             for rate, path in paths.groupby("learning_rate"):
@@ -173,7 +173,7 @@ def draw_endings(evidence: Evidence) -> tuple[Figure, str] | None:
         return None
     figure, ax = plt.subplots(figsize=(5, 3))
     for edition, rows in table.groupby("edition"):
-        color = COLORS["greedy"] if edition == evidence.study.edition else "#999999"
+        color = PALETTE["greedy"] if edition == evidence.study.edition else "#999999"
         ax.plot(rows.bound, rows.endless, "o", color=color, label=f"edition {edition}")
     for row in table.itertuples():
         ax.annotate(row.base, (row.bound, row.endless), fontsize=6)

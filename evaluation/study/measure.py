@@ -37,7 +37,7 @@ def read_probe_files(data: dict[str, Path]) -> list[dict]:
     return [record for path in paths for _, record in read_jsonl(path)]
 
 
-def chance_share(record: dict, others: list[dict]) -> float:
+def find_chance(record: dict, others: list[dict]) -> float:
     """Return the share of other answers of the skill that are right once they name this thing."""
     answers = [
         other["conversations"][-1]["content"].lower().replace(old.lower(), new.lower())
@@ -58,7 +58,7 @@ def list_prompts(records: list[dict]) -> pd.DataFrame:
     table["thing"] = ["+".join(record["things"]) for record in records]
     is_pair = table["set"] == "combinations"
     table["cluster"] = table.thing.where(~is_pair, table.thing + ":" + table.skill)
-    table["chance"] = [chance_share(r, by_skill[r["set"], r["skill"]]) for r in records]
+    table["chance"] = [find_chance(r, by_skill[r["set"], r["skill"]]) for r in records]
     return table
 
 

@@ -62,7 +62,7 @@ class Sweep:
     shares: dict[float, float]  # correct on the tuning half, by rate
 
 
-def tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
+def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
     """Return the run by which a rate of an arm is judged."""
     shape = study.sizes[size]
     place = (shape.seeds[0], shape.tuning_epochs, study.arms[arm].data)
@@ -81,7 +81,7 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     found = done.set_index("id")[["tune_correct", "tune_nll"]]
 
     def look_up(rates: list[float]) -> dict[float, tuple[float, float]]:
-        ids = {rate: tuning_run(study, size, arm, rate).id for rate in rates}
+        ids = {rate: make_tuning_run(study, size, arm, rate).id for rate in rates}
         return {rate: tuple(found.loc[name]) for rate, name in ids.items() if name in found.index}
 
     steps = range(1, MOST_EXTENSIONS + 1)
@@ -111,7 +111,7 @@ def plan_experiment(study: Study, experiment: Experiment, done: pd.DataFrame) ->
     for size, arm in product(experiment.sizes, experiment.arms):
         if not study.arms[arm].fixed:
             known = tune_rate(study, size, arm, done).missing or study.arms[arm].rates[size]
-            yield from (tuning_run(study, size, arm, rate) for rate in known)
+            yield from (make_tuning_run(study, size, arm, rate) for rate in known)
     for size, base, arm, start in product(
         experiment.sizes, experiment.bases, experiment.arms, experiment.starts
     ):

@@ -35,7 +35,7 @@ from model.files import REPO_DIR, UserError, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
-DECODINGS = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
+DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 SETS = ("combinations", "unseen", "wordings")
 HEADLINE_ARMS = ("fft", "seed", "all_r8", "all_r8_vocabulary")
 EDITION_1 = {  # cells of the first edition's table
@@ -115,7 +115,7 @@ def make_share_tables(evidence: Evidence, shares: pd.DataFrame) -> dict[str, pd.
         chosen = of_size[of_size["set"].isin(SETS)].copy()
         chosen["trained"] = [name_cell(evidence, cell) for _, cell in chosen.iterrows()]
         chosen["rate"] = chosen.learning_rate.map("{:g}".format)
-        chosen["column"] = chosen["set"] + ", " + chosen.decoding.map(DECODINGS)
+        chosen["column"] = chosen["set"] + ", " + chosen.decoding.map(DECODING_TITLES)
         chosen["text"] = chosen.share.map(to_percent)
         keys = ["trained", "rate", "seeds"]
         wide = chosen.pivot_table(
@@ -135,7 +135,9 @@ def make_headline(evidence: Evidence, shares: pd.DataFrame) -> pd.DataFrame | No
     chosen = shares[usual & shares["set"].isin(("combinations", "unseen"))].copy()
     chosen["trained"] = [evidence.study.arms[arm].title for arm in chosen.arm]
     chosen["text"] = chosen.share.map(to_percent)
-    chosen["column"] = chosen["size"] + ": " + chosen["set"] + ", " + chosen.decoding.map(DECODINGS)
+    chosen["column"] = (
+        chosen["size"] + ": " + chosen["set"] + ", " + chosen.decoding.map(DECODING_TITLES)
+    )
     wide = chosen.pivot_table(
         index="trained", columns="column", values="text", aggfunc="first", sort=False
     )
@@ -149,7 +151,7 @@ def make_kind_table(evidence: Evidence) -> pd.DataFrame:
         prompts = choose_prompts(evidence, "combinations")
         row = {"size": place["size"], "trained": name_cell(evidence, pd.Series(place))}
         for kind in KINDS:
-            shares = (mark_answers(runs, prompts, name, kind).mean() for name in DECODINGS)
+            shares = (mark_answers(runs, prompts, name, kind).mean() for name in DECODING_TITLES)
             row[kind] = " / ".join(f"{100 * share:.0f}" for share in shares)
         rows.append(row)
     return pd.DataFrame(rows)

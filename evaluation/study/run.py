@@ -66,7 +66,7 @@ def call_script(words: list, log: Path, deadline: float, may_fail: bool = False)
         raise UserError(f"{words[0]} failed for {log.stem}; see {log}")
 
 
-def as_words(flags: dict) -> list[str]:
+def spell_flags(flags: dict) -> list[str]:
     """Return flags as words of a command line: a list takes several, true stands bare."""
     words = []
     for name, value in flags.items():
@@ -76,12 +76,12 @@ def as_words(flags: dict) -> list[str]:
     return words
 
 
-def training_command(study: Study, run: Run, data: dict[str, Path], save_dir: Path) -> list[str]:
+def make_command(study: Study, run: Run, data: dict[str, Path], save_dir: Path) -> list[str]:
     """Return the command that trains a run."""
     if run.arm and run.data not in data:
         raise UserError(f"{run.id}: the world has no data {run.data!r}; it has {', '.join(data)}")
     script, flags = make_flags(study, run, data, save_dir)
-    return [f"trainer/{script}.py", *as_words(flags)]
+    return [f"trainer/{script}.py", *spell_flags(flags)]
 
 
 def train_run(command: list[str], folder: Path, log: Path, deadline: float) -> dict:
@@ -119,7 +119,7 @@ def prepare_base(study: Study, run: Run, args: argparse.Namespace, deadline: flo
     if not folder.is_dir() and published:
         shutil.copytree(REPO_DIR / published, folder)
     if not folder.is_dir():
-        command = training_command(study, run, ensure_world(), args.save_dir)
+        command = make_command(study, run, ensure_world(), args.save_dir)
         trained = folder.with_name(f"{run.id}-float32")
         record = train_run(command, trained, args.save_dir / f"{run.id}.log", deadline)
         if record["status"] != "completed":
@@ -189,7 +189,7 @@ def perform_run(study: Study, run: Run, args: argparse.Namespace, deadline: floa
     if run.arm is None:
         record = prepare_base(study, run, args, deadline)
     else:
-        command = training_command(study, run, ensure_world(), args.save_dir)
+        command = make_command(study, run, ensure_world(), args.save_dir)
         record = train_run(command, folder, args.save_dir / f"{run.id}.log", deadline)
     known = set(read_runs(args.results_dir, study.edition).id)
     if record["status"] == "completed":
@@ -268,7 +268,7 @@ def main() -> None:
         for run in list_missing(study, args)[0]:
             print(f"# {run.id}")
             if run.arm is None or run.data in data:
-                print(shlex.join(["python", *training_command(study, run, data, args.save_dir)]))
+                print(shlex.join(["python", *make_command(study, run, data, args.save_dir)]))
         return
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     args.save_dir = args.save_dir.resolve()

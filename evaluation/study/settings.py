@@ -11,7 +11,7 @@ from model.files import UserError
 
 STUDY_FILE = Path(__file__).with_name("study.toml")
 MAIN_BASE = "wrapped42"  # rates are tuned from it
-Decoding = Literal["greedy", "t0.85p0.85"]
+DecodingName = Literal["greedy", "t0.85p0.85"]
 
 
 class Table(BaseModel):
@@ -82,7 +82,7 @@ class Claim(Table):
     prediction: str
     kind: Literal["difference", "size gap", "frontier", "capacity", "reachability"] = "difference"
     sizes: list[str] = ["xs"]
-    decodings: list[Decoding] = ["greedy", "t0.85p0.85"]
+    decodings: list[DecodingName] = ["greedy", "t0.85p0.85"]
     set: str = "combinations"
     supported: list[Condition]
     refuted: list[Condition]
@@ -93,7 +93,7 @@ class ProbeSettings(Table):
 
     max_new_tokens: int
     batch_size: int
-    draws: dict[Decoding, int]
+    draws: dict[DecodingName, int]
 
 
 class Study(Table):

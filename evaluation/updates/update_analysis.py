@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from evaluation.updates.spectra import describe_matrix, low_rank, random_low_rank
+from evaluation.updates.spectra import cut_to_rank, describe_matrix, draw_low_rank
 from model.checkpoint import load_checkpoint, load_model, save_model, weights_fingerprint
 from model.files import UserError, run_script, write_json
 from model.model_lora import merged_model, select_trainable
@@ -113,13 +113,13 @@ def make_variants(args: argparse.Namespace, model: MiniMindForCausalLM, delta: U
     suffix = "" if args.rest == "keep" else f"_rest_{args.rest}"
     variants = {}
     for rank in args.truncate:
-        cut = partial(low_rank, rank=rank)
+        cut = partial(cut_to_rank, rank=rank)
         variants[f"_rank{rank}{suffix}"] = change_linears(delta, cut, args.rest)
     for spec in args.keep:
         variants[f"_only_{spec.replace(',', '_')}"] = keep_parts(model, delta, spec)
     if args.random_rank:
         generator = torch.Generator().manual_seed(args.seed)
-        draw = partial(random_low_rank, rank=args.random_rank, generator=generator)
+        draw = partial(draw_low_rank, rank=args.random_rank, generator=generator)
         name = f"_random_rank{args.random_rank}_seed{args.seed}{suffix}"
         variants[name] = change_linears(delta, draw, args.rest)
     return variants

@@ -14,7 +14,7 @@ from evaluation.study.analysis import (
     tabulate_shares,
 )
 from evaluation.study.claims import compare_frontiers, judge_claims
-from evaluation.study.plan import Run, tuning_run
+from evaluation.study.plan import Run, make_tuning_run
 from evaluation.study.report import fill_blocks, make_report
 from evaluation.study.results import append_run
 from evaluation.study.settings import read_study
@@ -112,7 +112,7 @@ def folder(tmp_path_factory) -> Path:
         "seed_tuned": (0.2, 0.4, 0.3),
     }.items():
         for rate, share in zip(STUDY.arms[arm].rates["xs"], shares, strict=True):
-            add_run(folder, tuning_run(STUDY, "xs", arm, rate), share)
+            add_run(folder, make_tuning_run(STUDY, "xs", arm, rate), share)
         best = STUDY.arms[arm].rates["xs"][1]
         for seed in (2, 3):
             add_run(folder, Run("xs", "wrapped42", arm, best, seed, 3.0), shares[1])
@@ -176,7 +176,7 @@ def test_frontiers(folder, tmp_path) -> None:
     """LoRA that keeps 20 points more of unseen things is ahead at every level both reach."""
     write_prompts(tmp_path)
     for arm, kept in (("fft", 0.2), ("all_r8", 0.4)):
-        run = tuning_run(STUDY, "xs", arm, 1e-3)
+        run = make_tuning_run(STUDY, "xs", arm, 1e-3)
         for step, share in ((100, 0.3), (200, 0.6)):
             add_run(tmp_path, run, share, step, kept)
         add_run(tmp_path, run, 0.7, 0, kept)
@@ -224,7 +224,7 @@ def test_arms_must_start_alike(tmp_path) -> None:
     """A run from other weights than its base's is named (gate G3)."""
     write_prompts(tmp_path)
     add_run(tmp_path, Run("xs", "wrapped42"), 0.0)
-    add_run(tmp_path, tuning_run(STUDY, "xs", "fft", 1e-3), 0.9)
+    add_run(tmp_path, make_tuning_run(STUDY, "xs", "fft", 1e-3), 0.9)
     load_evidence(tmp_path)
     text = (tmp_path / "runs.jsonl").read_text()
     (tmp_path / "runs.jsonl").write_text(

@@ -9,9 +9,9 @@ from evaluation.study.plan import (
     Run,
     list_rates,
     make_flags,
+    make_tuning_run,
     plan_runs,
     tune_rate,
-    tuning_run,
 )
 from evaluation.study.settings import read_study
 from model.files import UserError
@@ -22,7 +22,7 @@ COLUMNS = ["id", "tune_correct", "tune_nll"]
 
 def make_done(results: dict[float, tuple[float, float]], arm: str = "fft") -> pd.DataFrame:
     """Return tuning runs at xs with (share correct, NLL) by learning rate."""
-    rows = [(tuning_run(STUDY, "xs", arm, rate).id, *pair) for rate, pair in results.items()]
+    rows = [(make_tuning_run(STUDY, "xs", arm, rate).id, *pair) for rate, pair in results.items()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -116,7 +116,7 @@ def test_data_that_the_world_lacks(args) -> None:
     """A run on unknown data names what there is."""
     run = Run("xs", "wrapped42", "fft_mixed", 1e-3, 1, 3.0, "sft_mixed", start_id="x")
     with pytest.raises(UserError, match="no data 'sft_mixed'; it has pretrain, sft, medical"):
-        runner.training_command(STUDY, run, runner.ensure_world(), args.save_dir)
+        runner.make_command(STUDY, run, runner.ensure_world(), args.save_dir)
 
 
 def test_tuning_runs_of_m26_ask_the_tuning_half_alone(args) -> None:

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from evaluation.updates.spectra import (
-    chance_cosine,
     count_intruders,
+    cut_to_rank,
     describe_matrix,
-    effective_rank,
-    energy_rank,
-    low_rank,
-    random_directions,
-    random_low_rank,
-    stable_rank,
+    draw_directions,
+    draw_low_rank,
+    find_chance_cosine,
+    find_effective_rank,
+    find_energy_rank,
+    find_stable_rank,
 )
 
 
@@ -26,38 +26,40 @@ def seeded() -> torch.Generator:
 def test_ranks_of_known_spectra() -> None:
     """Equal values have full rank by all three measures, and 9 of 10 hold 90%."""
     equal = torch.ones(10, dtype=torch.float64)
-    assert energy_rank(equal, 0.9) == 9
-    assert effective_rank(equal) == pytest.approx(10)
-    assert stable_rank(equal) == pytest.approx(10)
+    assert find_energy_rank(equal, 0.9) == 9
+    assert find_effective_rank(equal) == pytest.approx(10)
+    assert find_stable_rank(equal) == pytest.approx(10)
     two = torch.tensor([3.0, 1.0], dtype=torch.float64)  # squares 9 and 1
-    assert energy_rank(two, 0.9) == 1
-    assert stable_rank(two) == pytest.approx(10 / 9)
+    assert find_energy_rank(two, 0.9) == 1
+    assert find_stable_rank(two) == pytest.approx(10 / 9)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert effective_rank(two) == pytest.approx(math.exp(entropy))
+    assert find_effective_rank(two) == pytest.approx(math.exp(entropy))
 
 
 def test_low_rank_keeps_the_largest_directions() -> None:
     """A diagonal is cut to its largest entries; a vector has rank 1."""
     matrix = torch.diag(torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64))
-    assert torch.allclose(low_rank(matrix, 2), torch.diag(matrix.diag() * torch.tensor([1, 1, 0])))
+    assert torch.allclose(
+        cut_to_rank(matrix, 2), torch.diag(matrix.diag() * torch.tensor([1, 1, 0]))
+    )
     vector = torch.randn(7, dtype=torch.float64, generator=seeded())
-    assert torch.allclose(low_rank(vector, 1), vector)
+    assert torch.allclose(cut_to_rank(vector, 1), vector)
 
 
 def test_random_update_has_rank_and_norm() -> None:
     """The control has the rank that was named and the norm of the update."""
     delta = torch.randn(12, 8, dtype=torch.float64, generator=seeded())
-    random = random_low_rank(delta, 3, seeded())
+    random = draw_low_rank(delta, 3, seeded())
     assert torch.linalg.matrix_rank(random) == 3
     assert random.norm().item() == pytest.approx(delta.norm().item())
-    turned = random_directions(torch.linalg.svdvals(delta), delta.shape, seeded())
+    turned = draw_directions(torch.linalg.svdvals(delta), delta.shape, seeded())
     assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(delta))
 
 
 def test_chance_cosine_of_square_matrices() -> None:
     """The null of the square matrices of the three widths."""
     for width, expected in ((128, 0.308), (256, 0.230), (512, 0.171)):
-        assert chance_cosine(torch.Size([width, width])) == pytest.approx(expected, abs=5e-4)
+        assert find_chance_cosine(torch.Size([width, width])) == pytest.approx(expected, abs=5e-4)
 
 
 def test_intruders() -> None:
