@@ -28,7 +28,7 @@ from model.files import UserError, run_script, write_json
 from model.model_minimind import IGNORE_INDEX, weights_fingerprint
 from model.reachability import reachable_probability
 
-MOST_DONORS = 50  # answers to other prompts of the skill, for the chance level
+MOST_DONORS = 20  # answers to other prompts of the skill, for the chance level
 
 
 def read_probe_files(data: dict[str, Path]) -> list[dict]:
@@ -116,15 +116,18 @@ def measure_references(
     return table
 
 
-def measure_checkpoint(folder: Path, only_tune: bool, study: ProbeSettings) -> dict:
+def measure_checkpoint(
+    folder: Path, prompts_csv: Path, only_tune: bool, study: ProbeSettings
+) -> dict:
     """Return outcomes, nats and scalars of a checkpoint.
 
     Args:
+        prompts_csv: written at the first run, compared with the world's prompts after that.
         only_tune: ask the tuning half alone, greedily; other prompts have the letter "-".
     """
     data = ensure_world()
     records = read_probe_files(data)
-    prompts = check_prompts(records, RESULTS_DIR / "prompts.csv")
+    prompts = check_prompts(records, prompts_csv)
     model, tokenizer = checkpoint = load_checkpoint(folder)
     model.eval()
     asked = prompts.index[prompts.half == "tune"] if only_tune else prompts.index
@@ -165,10 +168,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--study", type=Path, default=STUDY_FILE)
+    parser.add_argument("--prompts_csv", type=Path, default=RESULTS_DIR / "prompts.csv")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     args = parser.parse_args()
     settings = read_study(args.study).probe
-    write_json(args.output, measure_checkpoint(args.folder, args.only_tune, settings))
+    record = measure_checkpoint(args.folder, args.prompts_csv, args.only_tune, settings)
+    write_json(args.output, record)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,7 @@ def file_checkpoint(
         output = args.save_dir / "measured" / f"{name}.json"
         output.parent.mkdir(exist_ok=True)
         words = ["evaluation/study/measure.py", folder, "--output", output, "--study", args.study]
+        words += ["--prompts_csv", args.results_dir / "prompts.csv"]
         words += ["--only_tune"] if is_only_tuning(study, run) else []
         call_script(words, args.save_dir / f"{run.id}.log", deadline)
         measured = read_json(output)
