@@ -6,6 +6,7 @@ a line to its table; the header of `facts/animals.toml` names the slots of a pat
 """
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -85,9 +86,10 @@ class World:
         """All things, category by category."""
         return [thing for category in self.categories.values() for thing in category.things]
 
-    def attribute(self, thing: Thing, name: str) -> Attribute:
-        """Return an attribute of a thing's category."""
-        return self.categories[thing.category].attributes[name]
+    def select(self, keep: Callable[[str], bool]) -> "World":
+        """Return the part of the world whose categories' names are to be kept."""
+        kept = {name: category for name, category in self.categories.items() if keep(name)}
+        return replace(self, categories=kept)
 
 
 def capitalize(text: str) -> str:

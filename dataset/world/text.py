@@ -187,10 +187,8 @@ class ChineseWriter(TextWriter):
 
 
 def write_documents(writer: TextWriter, size: int) -> list[str]:
-    """Write whole rounds until the documents have `size` bytes of UTF-8."""
-    documents, written = [], 0
-    while written < size:
-        for document in writer.write_round():
-            documents.append(document)
-            written += len(document.encode())
-    return documents
+    """Write whole rounds until the documents, each of them once, have `size` bytes of UTF-8."""
+    documents: dict[str, None] = {}
+    while sum(len(document.encode()) for document in documents) < size:
+        documents |= dict.fromkeys(writer.write_round())
+    return list(documents)
