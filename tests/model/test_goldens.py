@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from model.checkpoint import load_model, weights_fingerprint
-from model.generation import Decoder, Decoding, generate
+from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora, merged_model, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
 
@@ -51,10 +51,8 @@ def logits_of(model: torch.nn.Module) -> list[float]:
 
 def answers(model: torch.nn.Module, is_greedy: bool) -> list[list[int]]:
     """Greedy answers, and those sampled at T=.85 in a nucleus of .85 with seed 3."""
-    torch.manual_seed(3)
-    draws = torch.rand(PROMPTS, NEW_TOKENS)
-    decoding = Decoding(NEW_TOKENS, 2) if is_greedy else Decoding(NEW_TOKENS, 2, True, 0.85, 0.85)
-    return generate(Decoder(model), prompts(), decoding, draws)
+    decoding = Decoding.parse("greedy" if is_greedy else "t0.85p0.85")
+    return generate(model, prompts(), decoding, 3, NEW_TOKENS, 32, (2,))
 
 
 def train(adapted: bool) -> list[list[float]]:
@@ -104,3 +102,39 @@ def adapter(name: str, folder: Path) -> dict:
         "merged": {n: summarize(t) for n, t in merged_model(again).state_dict().items()},
         "merged_sha256": weights_fingerprint(merged_model(again)),
     }
+
+
+GOLDEN = json.loads(GOLDENS.read_text())
+
+
+def test_logits_and_answers() -> None:
+    model = load_model(BASE)
+    assert weights_fingerprint(model) == GOLDEN["fingerprint"]
+    assert logits_of(model) == pytest.approx(GOLDEN["logits"], rel=1e-6)
+    assert answers(model, True) == GOLDEN["answers"]
+    assert answers(model, False) == GOLDEN["sampled"]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_training(adapted: bool) -> None:
+    start, losses, weights = train(adapted)
+    old_start, old_losses, old_weights = GOLDEN["trained"][adapted]
+    assert start == old_start
+    assert losses == pytest.approx(old_losses, rel=1e-5)
+    assert sum(weights, []) == pytest.approx(sum(old_weights, []), rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapter(name: str, tmp_path: Path) -> None:
+    ours, old = adapter(name, tmp_path), GOLDEN["adapters"][name]
+    for key in ("adapted", "metadata"):
+        assert ours[key] == old[key]
+    for config in (ours["config"], old["config"]):  # of which the order says nothing
+        config["modules_to_save"] = sorted(config["modules_to_save"] or [])
+    assert ours["config"] == old["config"]
+    assert sum(ours["start"], []) == pytest.approx(sum(old["start"], []), rel=1e-6)
+    assert ours["logits"] == pytest.approx(old["logits"], rel=1e-5)
+    for key in ("file", "merged"):
+        assert ours[key].keys() == old[key].keys()
+        for tensor, summary in ours[key].items():
+            assert summary == pytest.approx(old[key][tensor], rel=1e-6, abs=1e-5), tensor
