@@ -51,16 +51,14 @@ def find_config(
     if missing := [name for name in names if name not in tensors]:
         raise UserError(f"{path}: no {missing[0]}; a dense model or an adapter (--base) is read")
     (vocab_size, hidden_size), (key_size, _), (inner_size, _) = (tensors[n].shape for n in names)
-    head_size = hidden_size // num_attention_heads
-    if not head_size or key_size % head_size:
-        raise UserError(f"{path}: sizes do not fit; set --num_attention_heads")
+    head_size = max(1, hidden_size // num_attention_heads)
     qk_norm = "model.layers.0.self_attn.q_norm.weight" in tensors
     return minimind_config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=len({n.split(".")[2] for n in tensors if n.startswith("model.layers.")}),
         num_attention_heads=num_attention_heads,
-        num_key_value_heads=key_size // head_size,
+        num_key_value_heads=max(1, key_size // head_size),
         intermediate_size=inner_size,
         qk_norm=qk_norm,
         # Not in the file: MiniMind changed it with the version that brought q_norm.
@@ -76,7 +74,7 @@ def fill_model(model: MiniMindForCausalLM, tensors: dict[str, torch.Tensor], pat
         raise UserError(f"{path}: {wrong[0]} is missing or unknown; not a file of MiniMind's")
     try:
         model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
+    except RuntimeError as error:  # a shape: of another number of heads, for instance
         raise UserError(f"{path}: does not fit: {' '.join(str(error).split())}") from error
 
 
@@ -84,10 +82,8 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
     """Write a MiniMind adapter as a folder: scaling 1, as its scripts compute it."""
     model = load_model(base)
     fingerprint = weights_fingerprint(model)
-    renamed = {
-        name.removeprefix("module.").replace(".lora.A.", ".lora_A.").replace(".lora.B.", ".lora_B.")
-        : tensor for name, tensor in tensors.items()
-    }  # fmt: skip
+    plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    renamed = {name.replace(".lora.", ".lora_"): tensor for name, tensor in plain.items()}
     first = next((name for name in renamed if name.endswith(".lora_A.weight")), None)
     if first is None:
         raise UserError(f"{path}: no matrix named ...lora.A.weight; leave out --base for a model")

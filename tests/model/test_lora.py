@@ -406,7 +406,7 @@ def test_wrong_base_is_refused(base: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"use_dora": True}, "use_dora = True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' may change the base"),
-        ({"r": None}, "r is missing"),
+        ({"r": None}, "r or lora_alpha is missing"),
         ({"r": 3}, r"lora_A.weight is \(4, 96\), the model has \(3, 96\)"),
     ],
 )
