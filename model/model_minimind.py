@@ -46,7 +46,7 @@ def minimind_config(
     head_dim = hidden_size // num_attention_heads
     if hidden_size % num_attention_heads or head_dim % 2:
         raise UserError(
-            f"hidden_size {hidden_size}: must be an even multiple of num_attention_heads "
+            f"hidden_size {hidden_size}: must be a multiple of twice num_attention_heads "
             f"{num_attention_heads}"
         )
     if num_attention_heads % num_key_value_heads:
