@@ -204,6 +204,7 @@ class TiedHead(nn.Module):
         return self.embedding.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V)."""
         return self.embedding.compute_logits(hidden)
 
 
@@ -357,7 +358,7 @@ def unmerge_lora(model: MiniMindForCausalLM) -> None:
             module.unmerge()
 
 
-def merged_model(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
+def build_merged(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
     """Build a plain model with the logits of the adapted one; `model` is unchanged.
 
     Raises:

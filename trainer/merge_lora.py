@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.checkpoint import find_base, load_model, save_model, weights_fingerprint
 from model.files import UserError, escape_control, file_sha256, run_script, write_json
-from model.model_lora import ADAPTER_WEIGHTS, load_lora, merged_model
+from model.model_lora import ADAPTER_WEIGHTS, load_lora, build_merged
 from model.model_minimind import count_parameters
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(base)
     fingerprint = weights_fingerprint(model)
     settings = load_lora(model, args.adapter)
-    merged = merged_model(model)
+    merged = build_merged(model)
     save_model(merged, base, args.output_dir)
     record = {
         "status": "completed",

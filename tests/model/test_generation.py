@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from model import generation
 from model.files import UserError
 from model.generation import Decoding, choose_tokens, continue_prompts, cut_to_nucleus, generate
 from model.model_lora import LoraSettings, apply_lora, merge_lora
@@ -67,8 +68,12 @@ def test_an_adapted_model_answers_the_same_merged_or_not() -> None:
     assert generate(base, PROMPTS, GREEDY, 0, 8, 5) != unmerged
 
 
+@pytest.mark.parametrize("likely", [4, 256])  # enough for some rows, or for all
 @pytest.mark.parametrize("top_p", [0.3, 0.85, 0.999])
-def test_nucleus_is_that_of_transformers(top_p: float) -> None:
+def test_nucleus_is_that_of_transformers(
+    top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "LIKELY_TOKENS", likely)
     logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
     expected = TopPLogitsWarper(top_p)(None, logits).softmax(dim=-1)
     found = cut_to_nucleus(logits.softmax(dim=-1), top_p)

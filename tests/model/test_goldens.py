@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from model.checkpoint import load_model, weights_fingerprint
 from model.generation import Decoding, generate
-from model.model_lora import LoraSettings, apply_lora, load_lora, merged_model, save_lora
+from model.model_lora import LoraSettings, apply_lora, load_lora, build_merged, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 REPO = Path(__file__).resolve().parents[2]
@@ -99,8 +99,8 @@ def adapter(name: str, folder: Path) -> dict:
         "file": {n: summarize(t) for n, t in load_file(path).items()},
         "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "logits": logits_of(again),
-        "merged": {n: summarize(t) for n, t in merged_model(again).state_dict().items()},
-        "merged_sha256": weights_fingerprint(merged_model(again)),
+        "merged": {n: summarize(t) for n, t in build_merged(again).state_dict().items()},
+        "merged_sha256": weights_fingerprint(build_merged(again)),
     }
 
 

@@ -21,7 +21,7 @@ from model.model_lora import (
     load_lora,
     lora_layers,
     merge_lora,
-    merged_model,
+    build_merged,
     save_lora,
     select_trainable,
     unmerge_lora,
@@ -328,7 +328,7 @@ def test_merged_equals_unmerged_and_unmerging_restores_the_bits(trained: tuple) 
 def test_merged_model_saves_as_a_plain_checkpoint(trained: tuple, tmp_path: Path) -> None:
     model, _ = trained
     unmerged = compute_logits(model)
-    save_model(merged_model(model), TOKENIZER_DIR, tmp_path / "merged")
+    save_model(build_merged(model), TOKENIZER_DIR, tmp_path / "merged")
     assert torch.equal(compute_logits(model), unmerged)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(compute_logits(reference), unmerged, rtol=0, atol=1e-5)
