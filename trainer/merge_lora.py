@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.checkpoint import find_base, load_model, save_model, weights_fingerprint
 from model.files import UserError, escape_control, file_sha256, run_script, write_json
-from model.model_lora import ADAPTER_WEIGHTS, load_lora, build_merged
+from model.model_lora import ADAPTER_WEIGHTS, build_merged, load_lora
 from model.model_minimind import count_parameters
 
 

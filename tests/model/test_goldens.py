@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from model.checkpoint import load_model, weights_fingerprint
 from model.generation import Decoding, generate
-from model.model_lora import LoraSettings, apply_lora, load_lora, build_merged, save_lora
+from model.model_lora import LoraSettings, apply_lora, build_merged, load_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 REPO = Path(__file__).resolve().parents[2]
