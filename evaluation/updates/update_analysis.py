@@ -32,7 +32,7 @@ from torch import Tensor
 from evaluation.updates.spectra import cut_to_rank, describe_matrix, draw_low_rank
 from model.checkpoint import load_checkpoint, load_model, save_model, weights_fingerprint
 from model.files import UserError, run_script, write_json
-from model.model_lora import merged_model, select_trainable
+from model.model_lora import build_merged, select_trainable
 from model.model_minimind import MiniMindForCausalLM
 
 Update = dict[str, Tensor]  # float64, by the name of the weight in the plain model
@@ -46,7 +46,7 @@ def read_weights(model: MiniMindForCausalLM) -> Update:
 def read_update(base: Update, path: Path) -> Update:
     """Return what the checkpoint or adapter at `path` added to its base."""
     model, _ = load_checkpoint(path)
-    tuned = read_weights(merged_model(model))
+    tuned = read_weights(build_merged(model))
     shapes = ({name: tensor.shape for name, tensor in each.items()} for each in (base, tuned))
     if len({str(sorted(each.items())) for each in shapes}) > 1:
         raise UserError(
