@@ -89,6 +89,10 @@ class World:
         """All things, category by category."""
         return [thing for category in self.categories.values() for thing in category.things]
 
+    def category_of(self, thing: Thing) -> Category:
+        """Return the category of a thing."""
+        return self.categories[thing.category]
+
     def select(self, keep: Callable[[str], bool]) -> "World":
         """Return the part of the world whose categories' names are to be kept."""
         kept = {name: category for name, category in self.categories.items() if keep(name)}

@@ -50,15 +50,6 @@ SETS = {  # the sets of each part's probes
     "medical": {"medical": ["combinations", "unseen"]},
     "chinese": {"chinese": ["combinations"]},
 }
-FILES = {
-    "pretrain": "pretrain_world",
-    "pretrain_valid": "pretrain_world_valid",
-    "pretrain_patterns": "pretrain_world_patterns",
-    "sft": "sft_world",
-    "sft_valid": "probe_combinations_tune",
-    "medical": "lora_medical_world",
-    "medical_valid": "probe_medical_tune",
-}
 MEDICAL = "condition"  # the category that the medical set is about
 TRIES = 400  # draws for a wanted pair, before a skill is given up
 TRAIN = ("train", None)
@@ -145,17 +136,14 @@ class PairBuilder:
     def collect(self, wanted: tuple, quota: int, total: int | None = None) -> list[Pair]:
         """Draw pairs of one set and half, as many of each skill, in random order."""
         half = wanted[1] if wanted[0] == "unseen" else None
-        halves, drawn = self.held_out.half_of_thing, []
+        halves = self.held_out.half_of_thing
         things = [thing for thing in self.things if halves.get(thing.name) == half]
-        counts = dict.fromkeys(self.makers, 0)
-        while counts and (total is None or len(drawn) < total):
-            for skill in list(counts):
-                pair = self.draw(skill, things, wanted)
-                if pair:
-                    drawn.append(pair)
-                    counts[skill] += 1
-                if pair is None or counts[skill] >= quota:
-                    del counts[skill]
+        skills, drawn = list(self.makers), []
+        for _ in range(quota):
+            if total is None or len(drawn) < total:
+                pairs = [self.draw(skill, things, wanted) for skill in skills]
+                drawn += filter(None, pairs)
+                skills = [pair.skill for pair in pairs if pair]
         drawn.sort(key=lambda pair: list(self.makers).index(pair.skill))
         self.rng.shuffle(drawn)
         return drawn[:total]
@@ -228,8 +216,11 @@ def write_world(
 
 def list_files(output_dir: Path) -> dict[str, Path]:
     """Return the paths of the world's files by their names."""
-    probes = {f"{name}_{half}": f"probe_{name}_{half}" for name in PROBES for half in HELD_CELLS}
-    return {key: output_dir / f"{name}.jsonl" for key, name in (FILES | probes).items()}
+    names = {f"pretrain{end}": f"pretrain_world{end}" for end in ("", "_valid", "_patterns")}
+    names |= {"sft": "sft_world", "sft_valid": "probe_combinations_tune"}
+    names |= {"medical": "lora_medical_world", "medical_valid": "probe_medical_tune"}
+    names |= {f"{name}_{half}": f"probe_{name}_{half}" for name in PROBES for half in HELD_CELLS}
+    return {key: output_dir / f"{name}.jsonl" for key, name in names.items()}
 
 
 def hash_sources() -> str:

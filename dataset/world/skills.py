@@ -13,15 +13,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dataset.world.facts import (
-    Attribute,
-    Category,
-    Thing,
-    World,
-    capitalize,
-    split_wordings,
-    uncapitalize,
-)
+from dataset.world.facts import Attribute, Thing, World, capitalize, split_wordings, uncapitalize
 
 
 @dataclass
@@ -47,10 +39,6 @@ class Writer:
         self.others = others  # the things that may stand beside the one that is asked about
         self.nouns = [thing for thing in others if thing.plural is not None]
 
-    def category_of(self, thing: Thing) -> Category:
-        """Return the category of a thing."""
-        return self.world.categories[thing.category]
-
     def question(self, thing: Thing, attribute: Attribute, held: bool = False) -> str:
         """Ask for a fact in one of the attribute's question forms."""
         return self.rng.choice(split_wordings(attribute.questions)[held]).format(**thing.slots())
@@ -61,7 +49,7 @@ class Writer:
 
     def attributes(self, thing: Thing, count: int | None = None) -> list[Attribute]:
         """Draw attributes of a thing; all of them, in random order, where no count is given."""
-        attributes = list(self.category_of(thing).attributes.values())
+        attributes = list(self.world.category_of(thing).attributes.values())
         return self.rng.sample(attributes, count or len(attributes))
 
     def companions(self, thing: Thing, count: int) -> list[Thing]:
@@ -111,7 +99,7 @@ def draw_fact(d: Draw) -> None:
 
 def draw_second(d: Draw) -> None:
     """Draw a second attribute of the thing; the pair is about it where its question follows."""
-    found = d.w.category_of(d.thing).attributes.values()
+    found = d.w.world.category_of(d.thing).attributes.values()
     attribute = d.w.rng.choice([a for a in found if a not in d.facts])
     d.slots |= {"label2": attribute.name, "answer2": d.w.answer(d.thing, attribute)}
     d.slots["question2"] = d.w.question(d.thing, attribute)
@@ -137,7 +125,7 @@ def draw_wrong(d: Draw) -> None:
     """Draw a value of another thing: a wrong sentence, a claim that may be true, and a choice."""
     attribute, rng = d.facts[0], d.w.rng
     right = d.thing.values[attribute.name]
-    values = {thing.values[attribute.name] for thing in d.w.category_of(d.thing).things}
+    values = {thing.values[attribute.name] for thing in d.w.world.category_of(d.thing).things}
     value = rng.choice(sorted(values - {right}))
     wrong = attribute.answer.format(**d.thing.slots() | {"value": value})
     truth, claim = ("Yes", d.slots["answer"]) if rng.random() < 0.5 else ("No", wrong)
@@ -149,7 +137,7 @@ def draw_wrong(d: Draw) -> None:
 def draw_clues(d: Draw) -> None:
     """Draw 3 facts that no other thing shares."""
     clues, values = d.w.attributes(d.thing, 3), d.thing.values
-    for other in d.w.category_of(d.thing).things:
+    for other in d.w.world.category_of(d.thing).things:
         if other != d.thing and all(other.values[c.name] == values[c.name] for c in clues):
             raise LookupError("two things share the clues")
     texts = [d.w.rng.choice(c.it).format(**d.thing.slots(c.name)) for c in clues]
@@ -177,19 +165,13 @@ def draw_list(d: Draw) -> None:
     items = [*rest[:place], d.thing, *rest[place:]]
     numbers = rng.sample(range(1, 10), len(items))
     pairs = [f"{item.name} {number}" for item, number in zip(items, numbers, strict=True)]
-    d.slots |= {
-        "list": join_names(items),
-        "rest": join_names(rest),
-        "reversed": join_names(items[::-1]),
-        "joined": join_words([item.a for item in items]),
-        "rest_joined": join_words([item.a for item in rest]),
-        "first": items[0].name,
-        "last": items[-1].name,
-        "count": words["numbers"][len(items)],
-        "place": "last" if d.thing is items[-1] and rng.random() < 0.5 else words["order"][place],
-        "pairs": ", ".join(pairs),
-        "sorted": ", ".join(sorted(pairs, key=lambda pair: int(pair.split()[-1]))),
-    }
+    is_last = d.thing is items[-1] and rng.random() < 0.5
+    d.slots["place"] = "last" if is_last else words["order"][place]
+    d.slots |= {"list": join_names(items), "rest": join_names(rest)}
+    d.slots |= {"reversed": join_names(items[::-1]), "count": words["numbers"][len(items)]}
+    d.slots |= {"joined": join_phrases(items), "rest_joined": join_phrases(rest)}
+    d.slots |= {"first": items[0].name, "last": items[-1].name, "pairs": ", ".join(pairs)}
+    d.slots["sorted"] = ", ".join(sorted(pairs, key=lambda pair: int(pair.split()[-1])))
     if 0 < place < len(items) - 1:
         d.slots |= {"before": items[place - 1].name, "after": items[place + 1].name}
     d.add_cells(d.key, d.thing, *rest)
@@ -205,7 +187,7 @@ def draw_mixed(d: Draw) -> None:
     kept = [item for item in items if item.category == d.thing.category]
     d.slots |= {"list": join_names(items), "kept": join_names(kept)}
     d.slots["Count"] = capitalize(d.w.words["numbers"][len(kept)])
-    d.slots["categories"] = d.w.category_of(d.thing).plural
+    d.slots["categories"] = d.w.world.category_of(d.thing).plural
     d.add_cells("category", d.thing, *items)
 
 
@@ -233,9 +215,9 @@ def join_names(items: list[Thing]) -> str:
     return ", ".join(item.name for item in items)
 
 
-def join_words(words: list[str]) -> str:
-    """Join words by commas and a last "and"."""
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+def join_phrases(items: list[Thing]) -> str:
+    """Join the things, each with its article, by commas and a last "and"."""
+    return f"{', '.join(item.a for item in items[:-1])} and {items[-1].a}"
 
 
 def find_slots(pattern: str) -> set[str]:
@@ -253,13 +235,13 @@ def make_fact_maker(skill: str) -> Maker:
     """Ask for an attribute of this skill, in the attribute's own question forms."""
 
     def ask(w: Writer, thing: Thing) -> Pair | None:
-        attributes = [a for a in w.category_of(thing).attributes.values() if a.skill == skill]
+        attributes = [a for a in w.world.category_of(thing).attributes.values() if a.skill == skill]
         if not attributes:
             return None
         attribute = w.rng.choice(attributes)
         messages = turns(w.question(thing, attribute, w.held), w.answer(thing, attribute))
-        check = {"about": [attribute.vocabulary]}
-        return Pair(skill, messages, [(thing.name, attribute.name)], check)
+        cells = [(thing.name, attribute.name)]
+        return Pair(skill, messages, cells, {"about": [attribute.vocabulary]})
 
     return ask
 
@@ -272,12 +254,12 @@ def make_maker(skill: str, spec: dict) -> Maker:
             return None
         d = Draw(w, thing, skill, thing.slots() | dict(zip("pq", w.persons(2), strict=True)))
         d.slots["word"] = w.rng.choice(spec.get("words", [""]))
-        d.slots["category"] = w.category_of(thing).a
+        d.slots["category"] = w.world.category_of(thing).a
         case = w.rng.choice(spec.get("cases", [spec]))
         try:
             for name in spec["uses"]:
                 DRAWS[name](d)
-        except LookupError:  # clues that fit 2 things
+        except LookupError:  # clues that fit 2 things, or no other thing to draw
             return None
         d.slots["case"] = d.fill(case.get("case", ""))
         given = spec.get("text", [])

@@ -34,17 +34,12 @@ class TextWriter(Writer):
         """Fill one of the story frames of a kind."""
         return self.draw((name,), self.words[name]).format(**slots)
 
-    def state(self, thing: Thing, attribute: Attribute) -> str:
-        """State a fact in a sentence that names the thing."""
+    def state(self, thing: Thing, attribute: Attribute, it: bool = False) -> str:
+        """State a fact in a sentence that names the thing, or says "it" of one named before."""
+        it = it and not self.held
         parts = attribute.statements[:-HELD_STATEMENTS], attribute.statements[-HELD_STATEMENTS:]
-        pattern = self.draw((thing.name, attribute.name), parts[self.held])
-        return pattern.format(**thing.slots(attribute.name))
-
-    def state_it(self, thing: Thing, attribute: Attribute) -> str:
-        """State a fact of a thing that was named before."""
-        if self.held:
-            return self.state(thing, attribute)
-        pattern = self.draw((thing.name, attribute.name, "it"), attribute.it)
+        patterns = attribute.it if it else parts[self.held]
+        pattern = self.draw((thing.name, attribute.name, it), patterns)
         return pattern.format(**thing.slots(attribute.name))
 
     def quote(self, thing: Thing, attribute: Attribute, person: str) -> str:
@@ -79,18 +74,18 @@ class TextWriter(Writer):
 
     def classify(self, thing: Thing) -> str:
         """State the category of a thing."""
-        category = self.category_of(thing)
+        category = self.world.category_of(thing)
         slots = thing.slots() | {"category": category.a, "categories": category.plural}
         return self.frame("kinds", **slots)
 
-    def relate(self, thing: Thing, attribute: Attribute) -> str | None:
+    def relate(self, thing: Thing, attribute: Attribute) -> list[str]:
         """Lead over to another thing that has the same value, if there is one."""
-        name, things = attribute.name, self.category_of(thing).things
+        name, things = attribute.name, self.world.category_of(thing).things
         alike = [t for t in things if t.values[name] == thing.values[name] and t != thing]
         if not alike:
-            return None
+            return []
         other = self.rng.choice(alike)
-        return f"{self.frame('links', b=other.a)} {self.state(other, attribute)}"
+        return [f"{self.frame('links', b=other.a)} {self.state(other, attribute)}"]
 
     def entry(self, thing: Thing) -> str:
         """Tell all facts of a thing, as a small encyclopedia does."""
@@ -98,12 +93,9 @@ class TextWriter(Writer):
         title = self.frame("titles", topic=self.topic(thing))
         title = title.upper() if self.rng.random() < CAPITALS else title
         sentences = [title, self.state(thing, facts[0])]
-        for i, fact in enumerate(facts[1:]):
-            tell = self.state_it if i % 2 == 0 else self.state
-            sentences.append(tell(thing, fact))
+        sentences += [self.state(thing, fact, it=i % 2 == 0) for i, fact in enumerate(facts[1:])]
         sentences.insert(self.rng.randint(2, len(sentences)), self.classify(thing))
-        last = self.rng.choice(facts)
-        sentences += filter(None, [self.relate(thing, last)])
+        sentences += self.relate(thing, self.rng.choice(facts))
         if self.rng.random() >= LISTED:
             return " ".join(sentences)
         mark = "{i}." if self.rng.random() < 0.5 else "-"
@@ -112,8 +104,7 @@ class TextWriter(Writer):
 
     def story(self, thing: Thing) -> str:
         """Let two people talk of a thing, and of another one, within a small scene."""
-        p, q = self.persons(2)
-        facts = self.attributes(thing)[:3]
+        (p, q), facts = self.persons(2), self.attributes(thing)[:3]
         other = self.rng.choice(self.others)
         lines = [self.frame("openings", p=p, q=q), self.quote(thing, facts[0], p)]
         lines += [self.frame("replies", p=q), self.quote(thing, facts[1], q)]
@@ -126,34 +117,29 @@ class TextWriter(Writer):
 
     def dialogue(self, thing: Thing) -> str:
         """Let two people tell each other facts, a line each."""
-        p, q = self.persons(2)
-        facts = self.attributes(thing)
+        (p, q), facts = self.persons(2), self.attributes(thing)
         lines = [self.frame("talks", p=p, topic=self.topic(thing))]
         for i, fact in enumerate(facts[:4]):
             start = f"{self.frame('answers')} " if i % 2 == 0 else ""
             lines.append(f"{(q, p)[i % 2]}: {start}{self.state(thing, fact)}")
-        other = self.relate(thing, facts[0])
-        if other:
-            lines.append(f"{(q, p)[len(lines) % 2 == 0]}: {other}")
+        last = q if len(lines) % 2 else p
+        lines += [f"{last}: {text}" for text in self.relate(thing, facts[0])]
         return "\n".join(lines)
 
     def lesson(self, thing: Thing) -> str:
         """Show a classroom: what is asked for, lists, numbers and a few facts."""
         p, q = self.persons(2)
         lines = [self.frame("classroom", p=p, q=q), self.list_names(), self.scene()]
-        lines += [
-            self.frame("classroom", p=q, q=p),
-            self.quote(thing, self.attributes(thing)[0], p),
-        ]
-        other = self.companions(thing, 1)[0]
-        lines += [capitalize(self.classify(other)), self.scene()]
+        lines.append(self.frame("classroom", p=q, q=p))
+        lines.append(self.quote(thing, self.attributes(thing)[0], p))
+        lines.append(capitalize(self.classify(self.companions(thing, 1)[0])))
+        lines.append(self.scene())
         self.rng.shuffle(lines)
         return " ".join(lines)
 
     def write_round(self) -> Iterator[str]:
         """Write one document of each kind for each thing, in random order."""
-        things = self.rng.sample(self.others, len(self.others))
-        for thing in things:
+        for thing in self.rng.sample(self.others, len(self.others)):
             for write in (self.entry, self.story, self.dialogue, self.lesson):
                 yield write(thing)
 
@@ -161,22 +147,19 @@ class TextWriter(Writer):
 class ChineseWriter(TextWriter):
     """Write short Chinese documents."""
 
+    def quote(self, thing: Thing, attribute: Attribute, person: str) -> str:
+        """Let a person say a fact."""
+        return self.frame("tags", p=person, S=self.state(thing, attribute).rstrip("。"))
+
     def write_round(self) -> Iterator[str]:
         """Write an entry and a story for each thing."""
         for thing in self.rng.sample(self.others, len(self.others)):
             facts = self.attributes(thing)
-            yield self.state(thing, facts[0]) + "".join(self.state_it(thing, f) for f in facts[1:])
-            p, q = self.persons(2)
-            other = self.rng.choice(self.others)
-            lines = [
-                self.frame("openings", p=p, q=q),
-                self.frame("tags", p=p, S=self.state(thing, facts[0]).rstrip("。")),
-                self.frame(
-                    "tags", p=q, S=self.state(other, self.attributes(other)[0]).rstrip("。")
-                ),
-                self.frame("lessons", p=p, q=q),
-                self.frame("closings", p=p, q=q),
-            ]
+            yield "".join(self.state(thing, fact, it=fact != facts[0]) for fact in facts)
+            (p, q), other = self.persons(2), self.rng.choice(self.others)
+            lines = [self.frame("openings", p=p, q=q), self.quote(thing, facts[0], p)]
+            lines.append(self.quote(other, self.attributes(other)[0], q))
+            lines += [self.frame(name, p=p, q=q) for name in ("lessons", "closings")]
             yield "".join(lines)
 
 
