@@ -1,8 +1,8 @@
 """What makes an answer correct.
 
 An answer is correct if it ends, is not blank, does not loop, names the things of the reference and
-no others, states the reference's facts and no others, and has the form that was asked for. Each
-wrong answer gets one kind, the first of `KINDS` that applies.
+no others, states the reference's facts and none that is false, and has the form that was asked for.
+Each wrong answer gets one kind, the first of `KINDS` that applies.
 
 A record to be checked is a conversation whose last message is the reference answer, with
 
@@ -17,14 +17,18 @@ be given in full, as "about": {"mood": ["glad", "sad"]}.
 """
 
 import re
+from dataclasses import dataclass
 from functools import cache
 
 from dataset.world.facts import WORLD_DIR, World, read_world
 
 KINDS = ("correct", "blank", "endless", "loop", "other thing", "wrong fact", "wrong form")
-LOOP = re.compile(r"(.{4,}?)\1{2,}", re.DOTALL)  # 4 characters or more, 3 times in a row
+LOOP = re.compile(r"(.{4,}?)\1{2,}", re.DOTALL | re.I)  # 4 characters or more, 3 times in a row
 ARTICLE = re.compile(r"^(a|an|the) ")
-POLARITY = ("yes", "no", "not", "never", "cannot")
+POLARITY = ("yes", "no", "not", "never", "不", "没")
+NOT = re.compile(r"cannot|[a-z]+n['’]t")
+QUOTES = ('""', "''", "“”", "‘’")
+MARKS = {"-": "[-–—]"}  # what begins a line; else its number
 
 
 class Vocabulary:
@@ -33,11 +37,17 @@ class Vocabulary:
     Args:
         names: for each thing, the phrases that name it.
         values: for each "category.attribute", its values.
+        facts: for each thing, all its values.
     """
 
-    def __init__(self, names: dict[str, list[str]], values: dict[str, list[str]]):
+    def __init__(
+        self,
+        names: dict[str, list[str]],
+        values: dict[str, list[str]],
+        facts: dict[str, list[str]],
+    ):
         phrases = {phrase.lower(): name for name, forms in names.items() for phrase in forms}
-        self.names = Finder(phrases)
+        self.names, self.facts = Finder(phrases), facts
         self.values = {key: Finder(values_of(words)) for key, words in values.items()}
 
 
@@ -67,15 +77,16 @@ def values_of(words: list[str]) -> dict[str, str]:
 
 def make_vocabulary(*worlds: World) -> Vocabulary:
     """Collect the names and the values of some worlds."""
-    names, values = {}, {"category": []}
+    names, values, facts = {}, {"category": []}, {}
     for world in worlds:
         names |= {t.name: [t.name] + ([t.plural] if t.plural else []) for t in world.things}
+        facts |= {t.name: [value.lower() for value in t.values.values()] for t in world.things}
         values["category"] += world.categories
         for category in world.categories.values():
             for attribute in category.attributes.values():
                 found = {thing.values[attribute.name] for thing in category.things}
                 values[attribute.vocabulary] = sorted(found)
-    return Vocabulary(names, values)
+    return Vocabulary(names, values, facts)
 
 
 @cache
@@ -103,68 +114,110 @@ def judge_answer(
         return "endless"
     if LOOP.search(answer):
         return "loop"
-    named, expected = vocabulary.names.find(answer), vocabulary.names.find(reference)
+    right = read_text(reference, record, vocabulary)
+    stated = right if answer == reference else read_text(answer, record, vocabulary)
     if "any" in check:
-        subject = [name for name in named if name in check["any"]]
-        if len(subject) != 1 or set(named) - set(subject) - set(expected):
+        subject = [name for name in stated.named if name in check["any"]]
+        if len(subject) != 1 or set(stated.named) - set(subject) - set(right.named):
             return "other thing"
-    elif set(named) != set(expected):
+    elif stated.others != right.others or (right.subjects and stated.subjects != right.subjects):
         return "other thing"
     if check.get("exact"):
         if split_words(answer) == split_words(reference):
-            return "wrong form" if wrong_form(answer, check) else "correct"
+            return "wrong form" if wrong_form(answer, reference, check) else "correct"
         is_same = sorted(split_words(answer)) == sorted(split_words(reference))
         return "wrong form" if is_same else "wrong fact"
-    subjects = vocabulary.names.phrases_of(record.get("things", []))
-    facts = find_facts(answer, named, check, vocabulary, subjects)
-    if facts != find_facts(reference, expected, check, vocabulary, subjects):
+    if stated.facts != right.facts or stated.strays - right.strays:
         return "wrong fact"
-    is_echo = " ".join(split_words(prompt)) in " ".join(split_words(answer))
-    return "wrong form" if is_echo or wrong_form(answer, check) else "correct"
+    is_form_wrong = repeats_prompt(answer, prompt) or wrong_form(answer, reference, check)
+    is_form_wrong |= "any" not in check and stated.subjects != right.subjects
+    return "wrong form" if is_form_wrong else "correct"
 
 
-def find_facts(
-    text: str, named: list[str], check: dict, vocabulary: Vocabulary, subjects: Finder
-) -> tuple:
-    """Return what a text states: the values of each list, beside their things, and its polarity.
+@dataclass(frozen=True)
+class Statement:
+    """What a text names and states.
 
-    The subjects' own names are left out: "heart failure" does not name the heart. With as many
-    values as things, value and thing are paired in the order of the text: "a lion in grassland, a
-    shark in the sea" differs from "a lion in the sea, a shark in grassland".
+    Args:
+        named: all things, in the order of the text.
+        subjects: those that the record is about.
+        others: things beside the subjects and outside the values: a hammer as the tool of a
+            carpenter is a value.
+        facts: the values of each list of the check, beside their things, and the polarity.
+        strays: values of other lists of the category that do not hold for the subjects.
     """
-    about, facts = check.get("about", []), []
-    text = subjects.pattern.sub("_", text.lower())
+
+    named: list[str]
+    subjects: set[str]
+    others: set[str]
+    facts: tuple
+    strays: set[str]
+
+
+def read_text(text: str, record: dict, vocabulary: Vocabulary) -> Statement:
+    """Find out what an answer or a reference names and states.
+
+    The subjects' own names hold no values: "heart failure" does not name the heart. With as many
+    values as subjects, both are paired in the order of the text: "a lion in grassland, a shark in
+    the sea" differs from "a lion in the sea, a shark in grassland".
+    """
+    things, about = record.get("things", []), record.get("check", {}).get("about", [])
+    named = vocabulary.names.find(text)
+    subjects = things or vocabulary.names.find(record["conversations"][-1]["content"])
+    order = [name for name in named if name in subjects]
+    rest = vocabulary.names.phrases_of(things).pattern.sub("_", text.lower())
+    facts, found = [], set()
     for key in about:
-        finder = (
-            Finder(values_of(about[key])) if isinstance(about, dict) else vocabulary.values[key]
-        )
-        values = finder.find(text)
-        is_paired = len(values) == len(named) > 1
-        facts.append(frozenset(zip(named, values, strict=True)) if is_paired else frozenset(values))
-    words = set(split_words(text))
-    return (*facts, frozenset(words.intersection(POLARITY)))
+        is_list = isinstance(about, dict)
+        finder = Finder(values_of(about[key])) if is_list else vocabulary.values[key]
+        values = finder.find(rest)
+        found.update(values)
+        is_paired = len(values) == len(order) > 1
+        facts.append(frozenset(zip(order, values, strict=True)) if is_paired else frozenset(values))
+    categories = {key.partition(".")[0] for key in about}
+    beside = {
+        value
+        for key, finder in vocabulary.values.items()
+        if key not in about and key.partition(".")[0] in categories
+        for value in finder.find(rest)
+    }
+    true = found.union(*(vocabulary.facts.get(name, ()) for name in subjects))
+    strays = {ARTICLE.sub("", v) for v in beside} - {ARTICLE.sub("", v) for v in true}
+    words = frozenset(split_words(NOT.sub("not", rest))) & frozenset(POLARITY)
+    others = set(named) - set(subjects) - set(vocabulary.names.find("\n".join(found)))
+    return Statement(named, set(order), others, (*facts, words), strays)
+
+
+def repeats_prompt(answer: str, prompt: str) -> bool:
+    """Say whether the whole prompt stands in the answer."""
+    words = " ".join(split_words(prompt))
+    return bool(words) and f" {words} " in f" {' '.join(split_words(answer))} "
 
 
 def split_words(text: str) -> list[str]:
     """Split into lower-case words and numbers; a character of Chinese counts as a word."""
-    return re.findall(r"[a-z0-9']+|[^\x00-\x7f]", text.lower())
+    return re.findall(r"[a-z0-9']+|[^\x00-\x7f]", text.lower().replace("’", "'"))
 
 
-def wrong_form(answer: str, check: dict) -> bool:
-    """Say whether an answer misses a form that was asked for."""
+def wrong_form(answer: str, reference: str, check: dict) -> bool:
+    """Say whether an answer misses a form that was asked for; its commas and stops are free."""
     text = answer.strip()
+    begins, ends = check.get("begins", "").rstrip(",.，。"), check.get("ends", "").rstrip(".!。")
+    border = r"(?!\w)" if begins[-1:].isalnum() else ""
     letters = [letter for letter in text if letter.isalpha()]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    marks = [f"{i}." if check.get("lines") == "1." else "-" for i in range(1, len(lines) + 1)]
+    quoted = text.rstrip(".")
+    lines, right_lines = (
+        [line.strip() for line in whole.splitlines() if line.strip()] for whole in (text, reference)
+    )
+    mark = check.get("lines")
+    marks = [MARKS.get(mark, rf"{i}[.)]") for i in range(1, len(lines) + 1)]
     return not (
-        text.startswith(check.get("begins", ""))
-        and text.endswith(check.get("ends", ""))
+        re.match(re.escape(begins) + border, text, re.I)
+        and text.rstrip(" .!。").lower().endswith(ends.lower())
         and all(word.lower() in text.lower() for word in check.get("contains", []))
         and (not check.get("upper") or all(letter.isupper() for letter in letters))
-        and (not check.get("quoted") or (len(text) > 2 and text[0] == text[-1] == '"'))
+        and (not check.get("quoted") or (len(quoted) > 2 and quoted[0] + quoted[-1] in QUOTES))
         and len(split_words(text)) <= check.get("words", 10_000)
-        and (
-            "lines" not in check
-            or all(line.startswith(mark) for line, mark in zip(lines, marks, strict=True))
-        )
+        and (mark is None or len(lines) == len(right_lines))
+        and (mark is None or all(map(re.match, marks, lines)))
     )

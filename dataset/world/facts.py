@@ -25,10 +25,10 @@ class Attribute:
     name: str
     category: str
     skill: str
-    statements: tuple[str, ...]
-    it: tuple[str, ...]
-    questions: tuple[str, ...]
-    follow: tuple[str, ...]
+    statements: list[str]
+    it: list[str]
+    questions: list[str]
+    follow: list[str]
     answer: str
     english: dict = field(default_factory=dict)  # of a Chinese attribute: the same, line by line
 
@@ -54,12 +54,10 @@ class Thing:
 
     def slots(self, attribute: str | None = None) -> dict[str, str]:
         """Return what the slots of a pattern stand for."""
-        slots = {"a": self.a, "name": self.name}
-        if self.plural is not None:
-            slots["plural"] = self.plural
-        if attribute is not None:
-            slots["value"] = self.values[attribute]
-        return slots | {capitalize(key): capitalize(text) for key, text in slots.items()}
+        slots = {"a": self.a, "name": self.name, "plural": self.plural}
+        slots["value"] = self.values.get(attribute)
+        known = {key: text for key, text in slots.items() if text is not None}
+        return known | {capitalize(key): capitalize(text) for key, text in known.items()}
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,11 @@ class Category:
     attributes: dict[str, Attribute]
     things: tuple[Thing, ...]
     english: dict[str, str]  # of a Chinese category: the English of names and values
+
+    @property
+    def a(self) -> str:
+        """The category with its article: "an animal"."""
+        return with_article(self.name)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class World:
     def things(self) -> list[Thing]:
         """All things, category by category."""
         return [thing for category in self.categories.values() for thing in category.things]
+
+    def category_of(self, thing: Thing) -> Category:
+        """Return the category of a thing."""
+        return self.categories[thing.category]
 
     def select(self, keep: Callable[[str], bool]) -> "World":
         """Return the part of the world whose categories' names are to be kept."""
@@ -128,10 +135,8 @@ def read_category(path: Path) -> Category:
     """Read one category file; raise a UserError that names the line of a broken table."""
     data = read_toml(path)
     name, is_count = data["name"], data["grammar"] == "count"
-    attributes = {}
-    for key, fields in data["attributes"].items():
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        attributes[key] = Attribute(name=key, category=name, **lists)
+    tables = data["attributes"].items()
+    attributes = {key: Attribute(key, name, **fields) for key, fields in tables}
     things = []
     for line in data["table"].strip().splitlines():
         cells = [cell.strip() for cell in line.split("|")]

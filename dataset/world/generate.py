@@ -31,6 +31,7 @@ from dataset.world.skills import Pair, Writer, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
 from model.files import write_text
 
+CHINESE_DIR = WORLD_DIR / "chinese"
 OUTPUT_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
 VALIDATION_SHARE = 0.02  # of documents
@@ -44,6 +45,11 @@ PROBES = {  # prompts of each set and half
     "medical": {"tune": 150, "test": 300},
     "chinese": {"tune": 60, "test": 150},
 }
+SETS = {  # the sets of each part's probes
+    "general": {name: [name] for name in ("combinations", "unseen", "wordings")},
+    "medical": {"medical": ["combinations", "unseen"]},
+    "chinese": {"chinese": ["combinations"]},
+}
 MEDICAL = "condition"  # the category that the medical set is about
 TRIES = 400  # draws for a wanted pair, before a skill is given up
 TRAIN = ("train", None)
@@ -54,7 +60,6 @@ class HeldOut:
 
     def __init__(self, world: World, unseen: int, seed: int):
         self.seed = seed
-        self.halves: dict[tuple[str, str], str | None] = {}
         ranked = sorted((t.name for t in world.things), key=lambda name: self.place("thing", name))
         self.things = {"tune": ranked[:unseen], "test": ranked[unseen : 2 * unseen]}
         self.half_of_thing = {name: half for half, names in self.things.items() for name in names}
@@ -67,11 +72,9 @@ class HeldOut:
 
     def half_of_cell(self, cell: tuple[str, str]) -> str | None:
         """Return the half that holds a cell out; None for one that trains."""
-        if cell not in self.halves:
-            place = self.place("cell", *self.mirrors.get(cell, cell))
-            test = "test" if place < sum(HELD_CELLS.values()) else None
-            self.halves[cell] = "tune" if place < HELD_CELLS["tune"] else test
-        return self.halves[cell]
+        place = self.place("cell", *self.mirrors.get(cell, cell))
+        test = "test" if place < sum(HELD_CELLS.values()) else None
+        return "tune" if place < HELD_CELLS["tune"] else test
 
     def find_set(self, pair: Pair, held_wording: bool) -> tuple[str, str | None] | None:
         """Return `TRAIN`, or the probe set and half of a pair; None if it fits nowhere.
@@ -103,17 +106,10 @@ def find_mirrors(world: World) -> dict[tuple[str, str], tuple[str, str]]:
 class PairBuilder:
     """Draw pairs of all skills for training and for the probes of one part of the world."""
 
-    def __init__(
-        self,
-        world: World,
-        held_out: HeldOut,
-        seed: int,
-        vocabulary: Vocabulary,
-        unseen: frozenset[str],
-    ):
+    def __init__(self, world: World, held_out: HeldOut, vocabulary: Vocabulary, unseen: set[str]):
         self.held_out, self.vocabulary, self.unseen = held_out, vocabulary, unseen
         self.makers, self.things = collect_makers(world), world.things
-        self.rng, self.prompts = random.Random(seed), set()
+        self.rng, self.prompts = random.Random(held_out.seed), set()
         seen = [t for t in world.things if t.name not in held_out.half_of_thing]
         self.writers = {held: Writer(world, self.rng, seen, held) for held in (False, True)}
 
@@ -122,18 +118,15 @@ class PairBuilder:
         held = wanted[0] == "wordings"
         for _ in range(TRIES):
             pair = self.makers[skill](self.writers[held], self.rng.choice(things))
-            if (
-                pair
-                and self.held_out.find_set(pair, held) == wanted
-                and pair.prompt not in self.prompts
-                and self.is_sound(pair)
-            ):
+            if pair and self.held_out.find_set(pair, held) == wanted and self.is_sound(pair):
                 self.prompts.add(pair.prompt)
                 return pair
         return None
 
     def is_sound(self, pair: Pair) -> bool:
-        """Say whether the reference passes its own check, and no unseen thing stands beside."""
+        """Say whether the prompt is new, the reference correct and no unseen thing beside it."""
+        if pair.prompt in self.prompts:
+            return False
         text = "\n".join(message["content"] for message in pair.messages)
         if self.unseen.intersection(self.vocabulary.names.find(text)) - {pair.cells[0][0]}:
             return False
@@ -145,16 +138,12 @@ class PairBuilder:
         half = wanted[1] if wanted[0] == "unseen" else None
         halves = self.held_out.half_of_thing
         things = [thing for thing in self.things if halves.get(thing.name) == half]
-        drawn: list[Pair] = []
-        counts = dict.fromkeys(self.makers, 0)
-        while counts and (total is None or len(drawn) < total):
-            for skill in list(counts):
-                pair = self.draw(skill, things, wanted)
-                if pair:
-                    drawn.append(pair)
-                    counts[skill] += 1
-                if pair is None or counts[skill] >= quota:
-                    del counts[skill]
+        skills, drawn = list(self.makers), []
+        for _ in range(quota):
+            if total is None or len(drawn) < total:
+                pairs = [self.draw(skill, things, wanted) for skill in skills]
+                drawn += filter(None, pairs)
+                skills = [pair.skill for pair in pairs if pair]
         drawn.sort(key=lambda pair: list(self.makers).index(pair.skill))
         self.rng.shuffle(drawn)
         return drawn[:total]
@@ -172,11 +161,9 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def write_pretraining(
-    output_dir: Path, world: World, chinese: World, seed: int, scale: float
-) -> None:
+def write_pretraining(output_dir: Path, worlds: list[World], seed: int, scale: float) -> None:
     """Write the documents: for training, held-out documents, and held-out patterns."""
-    rng = random.Random(seed)
+    rng, (world, chinese) = random.Random(seed), worlds
     documents = write_documents(TextWriter(world, rng), round(TEXT_BYTES * scale))
     documents += write_documents(ChineseWriter(chinese, rng), round(CHINESE_BYTES * scale))
     rng.shuffle(documents)
@@ -192,37 +179,25 @@ def write_world(
     output_dir: Path, seed: int = 42, things_each: int | None = None, scale: float = 1.0
 ) -> dict[str, Path]:
     """Write all files; `things_each` and `scale` make a small world for tests."""
-    world, chinese = (
-        read_world(things_each=things_each),
-        read_world(WORLD_DIR / "chinese", things_each),
-    )
+    world, chinese = (read_world(folder, things_each) for folder in (WORLD_DIR, CHINESE_DIR))
     vocabulary = make_vocabulary(world, chinese)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_pretraining(output_dir, world, chinese, seed, scale)
-    medical = world.select(lambda name: name == MEDICAL)
+    write_pretraining(output_dir, [world, chinese], seed, scale)
     parts = {
         "general": world.select(lambda name: name != MEDICAL),
-        "medical": medical,
+        "medical": world.select(lambda name: name == MEDICAL),
         "chinese": chinese,
     }
-    held = {
-        part: HeldOut(things, UNSEEN[part] if things_each is None else bool(UNSEEN[part]), seed)
-        for part, things in parts.items()
-    }
-    unseen = frozenset(name for part in held.values() for name in part.half_of_thing)
+    unseen = UNSEEN if things_each is None else {part: min(n, 1) for part, n in UNSEEN.items()}
+    held = {part: HeldOut(things, unseen[part], seed) for part, things in parts.items()}
+    names = {name for held_out in held.values() for name in held_out.half_of_thing}
     train = {}
     for part, things in parts.items():
-        builder = PairBuilder(things, held[part], seed, vocabulary, unseen)
-        general = ["combinations", "unseen", "wordings"]
-        for name in general if part == "general" else [part]:
+        builder = PairBuilder(things, held[part], vocabulary, names)
+        for name, sets in SETS[part].items():
             for half, count in PROBES[name].items():
-                sets = (
-                    [name]
-                    if part == "general"
-                    else ["combinations", "unseen"][: 1 + (part == "medical")]
-                )
-                number = max(1, round(count * scale)) // len(sets)
-                pairs = [pair for s in sets for pair in builder.collect((s, half), number, number)]
+                each = max(1, round(count * scale)) // len(sets)
+                pairs = [pair for s in sets for pair in builder.collect((s, half), each, each)]
                 records = (
                     make_record(pair, id=f"{name}-{half}-{i:04}", set=name, half=half)
                     for i, pair in enumerate(pairs, start=1)
@@ -241,16 +216,10 @@ def write_world(
 
 def list_files(output_dir: Path) -> dict[str, Path]:
     """Return the paths of the world's files by their names."""
-    names = {
-        "pretrain": "pretrain_world",
-        "pretrain_valid": "pretrain_world_valid",
-        "pretrain_patterns": "pretrain_world_patterns",
-        "sft": "sft_world",
-        "sft_valid": "probe_combinations_tune",
-        "medical": "lora_medical_world",
-        "medical_valid": "probe_medical_tune",
-    }
-    names |= {f"{name}_{half}": f"probe_{name}_{half}" for name in PROBES for half in PROBES[name]}
+    names = {f"pretrain{end}": f"pretrain_world{end}" for end in ("", "_valid", "_patterns")}
+    names |= {"sft": "sft_world", "sft_valid": "probe_combinations_tune"}
+    names |= {"medical": "lora_medical_world", "medical_valid": "probe_medical_tune"}
+    names |= {f"{name}_{half}": f"probe_{name}_{half}" for name in PROBES for half in HELD_CELLS}
     return {key: output_dir / f"{name}.jsonl" for key, name in names.items()}
 
 
