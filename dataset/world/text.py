@@ -137,11 +137,28 @@ class TextWriter(Writer):
         self.rng.shuffle(lines)
         return " ".join(lines)
 
+    def game(self, thing: Thing) -> str:
+        """Let two people play with words: each thing is named more than once."""
+        p, q = self.persons(2)
+        lines = []
+        for _ in range(4):
+            one, two, *rest = self.companions(thing, self.rng.randint(3, 4))
+            names = [item.name for item in (one, two, *rest)]
+            slots = {"list": names, "reversed": names[::-1], "rest": names[:-1]}
+            slots = {key: ", ".join(words) for key, words in slots.items()}
+            slots |= {"first": names[0], "last": names[-1], "plural": one.plural, "p": p, "q": q}
+            slots |= {"color": self.rng.choice(self.words["colors"])}
+            slots |= {"box": self.rng.choice(self.words["boxes"])}
+            n = self.words["numbers"][self.rng.randint(2, 10)]
+            lines.append(capitalize(self.frame("games", a=one.a, b=two.a, n=n, **slots)))
+        return " ".join([*lines, self.quote(thing, self.attributes(thing)[0], p)])
+
     def write_round(self) -> Iterator[str]:
-        """Write one document of each kind for each thing, in random order."""
-        for thing in self.rng.sample(self.others, len(self.others)):
-            for write in (self.entry, self.story, self.dialogue, self.lesson):
+        """Write documents of each kind for each thing, in random order."""
+        for i, thing in enumerate(self.rng.sample(self.others, len(self.others))):
+            for write in (self.entry, self.story, self.dialogue, self.entry):
                 yield write(thing)
+            yield (self.game if i % 2 else self.lesson)(thing)
 
 
 class ChineseWriter(TextWriter):
