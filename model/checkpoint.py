@@ -413,3 +413,17 @@ def check_numbers(name: str, tensor: torch.Tensor, path: Path) -> None:
         raise CheckpointError(f"{path}: {name} is {tensor.dtype}; only floating point is read")
     if not tensor.isfinite().all():
         raise CheckpointError(f"{path}: {name} holds values that are no numbers: the run diverged")
+
+
+def load_checkpoint(path: Path) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
+    """Load a model or an adapter on its base, and the tokenizer (thin, until the merge)."""
+    from model.model_lora import ADAPTER_CONFIG, find_base, load_lora
+
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder; train it or mend the path")
+    is_adapter = (path / ADAPTER_CONFIG).is_file()
+    base = find_base(path) if is_adapter else path
+    model = load_model(base)
+    if is_adapter:
+        load_lora(model, path)
+    return model.eval(), load_tokenizer(base)

@@ -1,5 +1,6 @@
 """Files of a run folder: read with one-line errors, and written whole or not at all."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dataset.command_line import UserError
+from dataset.command_line import REPO_DIR, UserError, run_script  # noqa: F401
+from dataset.untrusted import shown as escape_control  # noqa: F401
 
 
 class CheckpointError(UserError):
@@ -69,3 +71,14 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
