@@ -177,9 +177,9 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
 def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
+    if args.judge:
+        check_judge(args.judge, args.model)
     judge = load(args.judge, args) if args.judge else None
-    if judge:
-        check_judge(args.judge, judge, args.model)
     translator = load_translator(args.translator, args.device) if args.translator else None
     found = {
         path.resolve().name: probe_checkpoint(path, prompts, judge, translator, args)

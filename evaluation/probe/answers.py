@@ -47,7 +47,7 @@ def probe(
     ]
     samples = []
     for name, seed in tqdm(rounds, desc="probing", unit="round", disable=None, leave=False):
-        decoding, ends = Decoding.parse(name), {tokenizer.eos_token_id}
+        decoding, ends = Decoding.parse(name), (tokenizer.eos_token_id,)
         answers = generate(model, encoded, decoding, seed or 0, max_new_tokens, batch_size, ends)
         samples += [
             make_sample(tokenizer, prompt, ids, answer, name, seed)

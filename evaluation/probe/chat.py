@@ -6,7 +6,7 @@ from transformers import TextStreamer
 from dataset.lm_dataset import encode_conversations
 from evaluation.probe.answers import Checkpoint
 from model.files import escape_control
-from model.generation import Decoding
+from model.generation import Decoding, continue_prompts
 
 HELP = """\
 /reset          forget the conversation; a system message stays
@@ -43,7 +43,6 @@ def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> Non
             messages = answer_messages(checkpoint, messages, decoding, max_new_tokens)
 
 
-@torch.inference_mode()
 def answer_messages(
     checkpoint: Checkpoint, messages: list[dict[str, str]], decoding: Decoding, max_new_tokens: int
 ) -> list[dict[str, str]]:
@@ -53,15 +52,11 @@ def answer_messages(
     if len(ids) > model.config.max_position_embeddings - max_new_tokens:
         print("(the conversation fills the model's context: it begins anew)")
         return []
-    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    output = model.generate(
-        torch.tensor([ids], device=model.device),
-        do_sample=decoding.temperature > 0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **(sampling if decoding.temperature else {}),
-    )
-    text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+    streamer = SafeStreamer(tokenizer, skip_special_tokens=True)
+    draws, answer = torch.rand(1, max_new_tokens), []
+    for ((_, token),) in continue_prompts(model, [ids], decoding, draws, (tokenizer.eos_token_id,)):
+        streamer.put(torch.tensor([token]))
+        answer.append(token)
+    streamer.end()
+    text = tokenizer.decode(answer, skip_special_tokens=True).strip()
     return [*messages, {"role": "assistant", "content": text}]

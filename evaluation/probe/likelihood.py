@@ -18,7 +18,7 @@ from evaluation.probe.answers import Checkpoint
 from evaluation.probe.measures import COMPARISON, has_cjk
 from evaluation.probe.prompts import Prompt, encode_prompts
 from evaluation.probe.statistics import paired_bootstrap
-from model.checkpoint import weights_fingerprint
+from model.checkpoint import load_checkpoint, weights_fingerprint
 from model.files import UserError, file_sha256, read_json
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
@@ -110,9 +110,9 @@ def compare_nll(a: dict[str, dict], b: dict[str, dict]) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------- off topic
 
 
-def check_judge(path: Path, judge: Checkpoint, probed: list[Path]) -> None:
+def check_judge(path: Path, probed: list[Path]) -> None:
     """Refuse a judge that is a probed checkpoint or its base: it finds its own answers likely."""
-    fingerprint = weights_fingerprint(judge[0])
+    fingerprint = weights_fingerprint(load_checkpoint(path)[0])
     for other in probed:
         run = read_json(other / "run.json") if (other / "run.json").is_file() else {}
         if path.resolve() == other.resolve() or run.get("base_fingerprint") == fingerprint:

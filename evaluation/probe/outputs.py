@@ -20,6 +20,8 @@ from evaluation.probe.measures import MEASURES, SHARES, summarize
 from model.files import REPO_DIR, UserError, escape_control, read_json, write_text
 
 OUTPUT_DIR = REPO_DIR / "evaluation" / "model_outputs"
+RUN_COLUMNS = ["stage", "status", "parameters", "trainable_parameters", "step", "steps"]
+PLAIN_NAMES = {"square": "q and o", "all-linear": "all layers", "mlp": "the MLP"}
 UNITS = dict.fromkeys(SHARES, ".1%") | {"tokens": ".1f"}  # how a measure is written; else .3f
 
 
@@ -56,7 +58,8 @@ def describe_training(folder: Path) -> dict:
         tokens = ", ".join(map(str, settings.get("train_tokens") or []))
         parts = f"LoRA on {targets}, rank {rank}, alpha {alpha:g}"
         parts += f"; whole: {whole}" * bool(whole) + f"; rows of: {tokens}" * bool(tokens)
-        title = f"LoRA on {targets}, r={rank}" + f" + {whole or tokens}" * bool(whole or tokens)
+        title = f"LoRA on {PLAIN_NAMES.get(targets, targets)}, r={rank}"
+        title += f", and {whole or tokens}" * bool(whole or tokens)
     else:
         trainable = settings.get("trainable", "all")
         parts = "all weights" if trainable == "all" else trainable
@@ -76,13 +79,12 @@ def describe_training(folder: Path) -> dict:
 
 def list_training(training: dict) -> list[str]:
     """Write what was trained as lines of a Markdown list."""
-    count = training["parameters"]
+    parts, count, rate = (training[key] for key in ("parts", "parameters", "learning_rate"))
     known = {
-        "trained": training["parts"]
-        and training["parts"] + f" ({count:,} parameters)" * bool(count),
-        "base": training["base"] or ("none: random weights" if training["parts"] else None),
+        "trained": f"{parts} ({count:,} parameters)" if count else parts,
+        "base": training["base"] or ("none: random weights" if parts else None),
         "data": ", ".join(training["data"]),
-        "learning rate": training["learning_rate"] and f"{training['learning_rate']:g}",
+        "learning rate": f"{rate:g}" if rate else None,
         "steps": training["steps"] and f"{training['steps']:,}",
     }
     lines = [f"- {name}: {escape_markdown(value)}" for name, value in known.items() if value]
@@ -131,8 +133,17 @@ def write_outputs(folder: Path, samples: list[dict], results: dict) -> None:
     lines = (escape_control(json.dumps(sample, ensure_ascii=False)) for sample in samples)
     write_text(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
     write_text(folder / "samples.md", write_markdown(folder.name, samples, results["training"]))
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    write_text(folder / "results.json", escape_control(text) + "\n")
+    write_text(folder / "results.json", escape_control(write_lines(results)))
+
+
+def write_lines(results: dict) -> str:
+    """Write results as JSON with a line for each key, and for each line of the summary."""
+    parts = []
+    for key, value in results.items():
+        rows = [json.dumps(row) for row in value] if key == "summary" else []
+        text = "[\n" + ",\n".join(rows) + "\n]" if rows else json.dumps(value, ensure_ascii=False)
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def write_markdown(name: str, samples: list[dict], training: dict) -> str:
@@ -177,18 +188,6 @@ def list_runs(folder: Path) -> pd.DataFrame:
     rows = []
     for path in found:
         run = read_json(path / "run.json") if (path / "run.json").is_file() else {}
-        keys = (
-            "stage",
-            "status",
-            "parameters",
-            "trainable_parameters",
-            "step",
-            "steps",
-            "eval_loss",
-        )
-        training = describe_training(path)
-        rows.append(
-            {"name": escape_control(path.name), "base": training["base"]}
-            | {key: run.get(key) for key in keys}
-        )
+        facts = {"name": escape_control(path.name), "base": describe_training(path)["base"]}
+        rows.append(facts | {key: run.get(key) for key in [*RUN_COLUMNS, "eval_loss"]})
     return pd.DataFrame(rows)

@@ -55,7 +55,8 @@ class WorldTranslator:
         self.patterns = [
             (re.compile(self.make_expression(chinese), re.DOTALL), english)
             for chinese_lists, english_lists in twins
-            for key in english_lists.keys() - {"words"}
+            for key in english_lists
+            if key != "words"
             for chinese, english in zip(
                 *map(as_list, (chinese_lists[key], english_lists[key])), strict=True
             )
@@ -80,7 +81,7 @@ class WorldTranslator:
         for pattern, english in self.patterns:
             match = pattern.fullmatch(text)
             slots = match and self.translate_slots(match.groupdict())
-            if slots:
+            if slots is not None:
                 return capitalize(english.format(**slots))
         return None
 
@@ -105,7 +106,7 @@ class WorldTranslator:
 
     def gloss(self, text: str) -> str:
         """Translate the words that are known, and leave the rest, in brackets."""
-        parts = [p for p in re.split(f"({self.word})", text) if p.strip()]
+        parts = [part.strip() for part in re.split(f"({self.word})", text) if part.strip()]
         return f"[{' '.join(self.words.get(part, part) for part in parts)}]"
 
     def translate_text(self, text: str) -> str:
