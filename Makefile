@@ -4,6 +4,7 @@
 # make study  every run of evaluation/study.toml at xs and s without a result; needs dataset/data/
 #             (README, "The findings, one by one", says how long all of them take)
 # make bench  speed beside transformers and PEFT, about 40 minutes on two CPU cores
+# make page   evaluation/model_outputs/index.html, on which saved outputs are read
 # make report the READMEs' tables, the figures and the page, from the committed results
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
 # SIZES=base STUDY="--jobs 2" make study  other sizes; flags of evaluation/run_study.py
@@ -14,7 +15,7 @@ SIZES ?= xs s
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test report study stress bench install clean-demo
+.PHONY: demo test report study stress bench page install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -43,6 +44,9 @@ bench: install
 
 report: install
 	$(RUN) evaluation/report.py
+
+page: install
+	$(RUN) evaluation/page/build.py
 
 # ---------------------------------------------------------------- the demo
 # A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.

@@ -5,14 +5,12 @@ r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat
     python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora
     python eval_llm.py --model out/lora --prompts dataset/data/world/probe_combinations_test.jsonl \
         --seeds 0 1 2 --output_dir out/probes
-    python eval_llm.py --model out/full_sft --no_generation \
-        --nll_data my_valid.jsonl --text_nll_data my_texts.jsonl
+    python eval_llm.py --model out/full_sft --no_generation --nll_data valid.jsonl
     python eval_llm.py --model out/full_sft --interactive
 
 A model is a folder that a training script wrote; an adapter names its base. All get the same
-prompts in the same chat template, a base that was never fine-tuned included. For each one,
-`evaluation/model_outputs/<name>/` receives samples.jsonl, samples.md and results.json
-(evaluation/probe/outputs.py); evaluation/probe/measures.py defines the measures.
+prompts in the same chat template. For each one, `evaluation/model_outputs/<name>/` receives
+samples.jsonl, samples.md and results.json; evaluation/probe/measures.py defines the measures.
 
 With several models, each one is compared with the first, prompt by prompt. The Wilson intervals
 take answers as independent; with several seeds, read the differences' intervals. Sampling seeds do
@@ -25,21 +23,13 @@ from pathlib import Path
 
 import torch
 
+from evaluation.probe import outputs
 from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, Checkpoint, probe
 from evaluation.probe.chat import chat
 from evaluation.probe.likelihood import add_topic_measures, check_judge, compare_nll, measure_nll
 from evaluation.probe.measures import compare, summarize
-from evaluation.probe.outputs import (
-    OUTPUT_DIR,
-    describe_training,
-    list_runs,
-    print_summaries,
-    print_table,
-    to_records,
-    write_outputs,
-)
-from evaluation.probe.prompts import PROMPTS_FILE, Prompt, read_prompts
-from evaluation.probe.translations import Translator, load_translator, translate_samples
+from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
+from evaluation.probe.translations import load_translator, translate_samples
 from model.checkpoint import load_checkpoint, load_tokenizer
 from model.files import REPO_DIR, UserError, file_sha256, run_script, write_json
 from model.generation import Decoding
@@ -74,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, help="prompts at once (default: %(default)s)")
     add("--device", type=find_device, default="auto", help="cpu, cuda or mps (default: auto)")
     add("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
-    add("--output_dir", type=Path, default=OUTPUT_DIR, help="(default: evaluation/model_outputs)")
+    add("--output_dir", type=Path, default=outputs.OUTPUT_DIR, help="evaluation/model_outputs")
     return parser
 
 
@@ -86,29 +76,33 @@ def find_device(name: str) -> str:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that cannot work, before anything is loaded."""
-    for name in ("limit", "max_new_tokens", "batch_size", "max_seq_len"):
-        if (value := vars(args)[name]) is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError("--seeds: must be different and not negative")
-    if len(set(args.decoding)) < len(args.decoding):
-        raise UserError("--decoding: one is given twice")
+    counts = ("limit", "max_new_tokens", "batch_size", "max_seq_len")
+    too_small = [name for name in counts if vars(args)[name] is not None and vars(args)[name] < 1]
+    measured = [*(args.nll_data or []), *(args.text_nll_data or [])]
+    missing = [path for path in (*args.model, *filter(None, [args.judge])) if not path.is_dir()]
+    missing += [path for path in measured if not path.is_file()]
+    several = {"--model": [path.resolve().name for path in args.model]}
+    several |= {"--seeds": args.seeds, "--decoding": args.decoding}
+    twice = [flag for flag, values in several.items() if len(set(values)) < len(values)]
+    modes = (args.list is not None, args.interactive, args.no_generation)
+    asking = args.judge or args.translator or args.limit or args.prompts != PROMPTS_FILE
+    problems = {
+        f"--{', --'.join(too_small)}: must be at least 1": too_small,
+        "--seeds: must not be negative": min(args.seeds) < 0,
+        f"{', '.join(twice)}: give each name or number once": twice,
+        "--list, --interactive and --no_generation exclude each other": sum(modes) > 1,
+        "--model: name a checkpoint; --list shows what is there": not any((args.list, args.model)),
+        "--interactive: chats with one --model": args.interactive and len(args.model) > 1,
+        "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
+        "--judge, --translator, --limit, --prompts: are of probing; drop them": any(modes)
+        and asking,
+        f"{', '.join(map(str, missing))}: not there; train it or mend the path": missing,
+    }
+    for message, is_wrong in problems.items():
+        if is_wrong:
+            raise UserError(message)
     for name in args.decoding:
         Decoding.parse(name)
-    for path in (*(args.nll_data or []), *(args.text_nll_data or [])):
-        if not path.is_file():
-            raise UserError(f"--nll_data, --text_nll_data: {path}: no such file")
-    if sum((args.list is not None, args.interactive, args.no_generation)) > 1:
-        raise UserError("--list, --interactive and --no_generation exclude each other")
-    if args.list is None and not args.model:
-        raise UserError("--model: name at least one checkpoint; --list shows what is there")
-    if args.interactive and len(args.model) > 1:
-        raise UserError("--interactive chats with one --model")
-    if args.no_generation and not (args.nll_data or args.text_nll_data):
-        raise UserError("--no_generation: name --nll_data or --text_nll_data")
-    names = [path.resolve().name for path in args.model]
-    if len(set(names)) < len(names):
-        raise UserError("--model: two have the same name and would share an output folder")
 
 
 def load(path: Path, args: argparse.Namespace) -> Checkpoint:
@@ -117,45 +111,6 @@ def load(path: Path, args: argparse.Namespace) -> Checkpoint:
     if args.tokenizer_path:
         tokenizer = load_tokenizer(args.tokenizer_path)
     return model.to(args.device, DTYPES[args.dtype]).eval(), tokenizer
-
-
-def probe_checkpoint(
-    path: Path,
-    prompts: list[Prompt],
-    judge: Checkpoint | None,
-    translator: Translator | None,
-    args: argparse.Namespace,
-) -> tuple[dict, list[dict]]:
-    """Measure a checkpoint's NLL, ask it the prompts, and write its folder.
-
-    Returns:
-        What results.json holds, with the NLL of each sequence besides; and the samples.
-    """
-    checkpoint, folder = load(path, args), args.output_dir / path.resolve().name
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
-    nll = {
-        name: measure_nll(checkpoint, kind, paths, args.max_seq_len, args.batch_size)
-        for name, (kind, paths) in data.items()
-        if paths
-    }
-    if nll:
-        write_json(folder / "nll.json", nll)
-    result = {"training": describe_training(path), "nll": nll, "summary": []}
-    if not prompts:
-        return result, []
-    samples = probe(
-        checkpoint, prompts, args.decoding, args.seeds, args.max_new_tokens, args.batch_size
-    )
-    if judge:
-        add_topic_measures(judge, prompts, samples, args.batch_size)
-    translate_samples(samples, folder, translator)
-    result["summary"] = to_records(summarize(samples))
-    short = {name: found | {"sequences": None} for name, found in nll.items()}
-    provenance = describe_probe(path, args)
-    write_outputs(folder, samples, result | {"nll": short, "provenance": provenance})
-    print(f"wrote {folder}")
-    return result, samples
 
 
 def describe_probe(path: Path, args: argparse.Namespace) -> dict:
@@ -175,36 +130,59 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
 
 
 def run_probes(args: argparse.Namespace) -> None:
-    """Probe each model, and compare it with the first."""
+    """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
     if args.judge:
         check_judge(args.judge, args.model)
     judge = load(args.judge, args) if args.judge else None
     translator = load_translator(args.translator, args.device) if args.translator else None
-    found = {
-        path.resolve().name: probe_checkpoint(path, prompts, judge, translator, args)
-        for path in args.model
-    }
-    print_summaries({name: result for name, (result, _) in found.items()})
-    (first, (result, samples)), *others = found.items()
-    for name, (other, other_samples) in others:
+    data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
+    results, answers = {}, {}
+    for path in args.model:
+        checkpoint, name = load(path, args), path.resolve().name
+        folder = args.output_dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        nll = {
+            key: measure_nll(checkpoint, kind, files, args.max_seq_len, args.batch_size)
+            for key, (kind, files) in data.items()
+            if files
+        }
+        if nll:
+            write_json(folder / "nll.json", nll)
+        training = outputs.describe_training(path)
+        results[name] = {"training": training, "nll": nll, "summary": []}
+        if prompts:
+            samples = answers[name] = probe(
+                checkpoint, prompts, args.decoding, args.seeds, args.max_new_tokens, args.batch_size
+            )
+            if judge:
+                add_topic_measures(judge, prompts, samples, args.batch_size)
+            translate_samples(samples, folder, translator)
+            results[name]["summary"] = outputs.to_records(summarize(samples))
+            short = {key: found | {"sequences": "in nll.json"} for key, found in nll.items()}
+            saved = results[name] | {"nll": short, "provenance": describe_probe(path, args)}
+            outputs.write_outputs(folder, samples, saved)
+        print(f"wrote {folder}")
+    outputs.print_summaries(results)
+    first, *others = results
+    for name in others:
         print(f"\n{name} minus {first}, 95% intervals:")
-        if result["nll"]:
-            print_table(compare_nll(result["nll"], other["nll"]))
-        if samples:
-            print_table(compare(samples, other_samples))
+        if results[first]["nll"]:
+            outputs.print_table(compare_nll(results[first]["nll"], results[name]["nll"]))
+        if answers:
+            outputs.print_table(compare(answers[first], answers[name]))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     check_args(args)
     if args.list:
-        print_table(list_runs(args.list))
+        outputs.print_table(outputs.list_runs(args.list))
     elif args.interactive:
         torch.manual_seed(args.seeds[0])
-        name = args.decoding[-1]
+        decoding = Decoding.parse(args.decoding[-1])
         try:
-            chat(load(args.model[0], args), Decoding.parse(name), args.max_new_tokens)
+            chat(load(args.model[0], args), decoding, args.max_new_tokens)
         except (EOFError, KeyboardInterrupt):
             print()
     else:

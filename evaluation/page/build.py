@@ -2,9 +2,9 @@
 
     python evaluation/page/build.py     # evaluation/model_outputs/index.html, of every folder there
 
-page.html is the frame, page.css its style, page.js its behavior. Outputs are JSON in a data block whose
-every `<` is escaped; page.js puts them on the page as text nodes. A Content-Security-Policy runs the
-one script and the one style of this build, known by their hashes, and nothing else.
+page.html is the frame, page.css its style, page.js its behavior. Outputs are JSON in a data block
+whose every `<` is escaped; page.js puts them on the page as text nodes. A Content-Security-Policy
+runs the one script and the one style of this build, known by their hashes, and nothing else.
 """
 
 import argparse

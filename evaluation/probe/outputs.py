@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from evaluation.probe.measures import MEASURES, SHARES, summarize
+from evaluation.probe.measures import SHARES, summarize
 from model.files import REPO_DIR, UserError, escape_control, read_json, write_text
 
 OUTPUT_DIR = REPO_DIR / "evaluation" / "model_outputs"
@@ -92,15 +92,22 @@ def list_training(training: dict) -> list[str]:
 
 
 def format_summary(summary: pd.DataFrame, with_intervals: bool) -> pd.DataFrame:
-    """Write the measures of all sections as text: a line a measure, a column a decoding."""
-    rows = summary[summary["section"] == "all"]
+    """Write a summary as text, a column a decoding: each measure, and `correct` by section."""
+    is_part = (summary["section"] != "all") & (summary["measure"] == "correct")
+    if summary["section"].nunique() == 2:  # "all", and the only one
+        is_part[:] = False
+    rows = summary[(summary["section"] == "all") | is_part]
+    parts = [f" [{row.low:.0%}, {row.high:.0%}]" for row in rows.itertuples()]
     cells = [
         f"{row.value:{UNITS.get(row.measure, '.3f')}}"
-        + (f" [{row.low:.0%}, {row.high:.0%}]" if with_intervals and row.low == row.low else "")
-        for row in rows.itertuples()
+        + part * (with_intervals and "nan" not in part)
+        for row, part in zip(rows.itertuples(), parts, strict=True)
     ]
-    table = rows.assign(cell=cells).pivot(index="measure", columns="decoding", values="cell")
-    order = [name for name in (*MEASURES, "distinct_2") if name in table.index]
+    names = rows["measure"] + (", " + rows["section"]).where(is_part, "")
+    table = rows.assign(cell=cells, measure=names).pivot(
+        index="measure", columns="decoding", values="cell"
+    )
+    order = sorted(dict.fromkeys(names), key=lambda name: not name.startswith("correct"))
     return table.loc[order, list(dict.fromkeys(rows["decoding"]))].fillna("-")
 
 
@@ -111,6 +118,7 @@ def print_summaries(results: dict[str, dict]) -> None:
         column = {kind: f"{nll['nats_per_token']:.3f}" for kind, nll in result["nll"].items()}
         if result["summary"]:
             table = format_summary(pd.DataFrame(result["summary"]), with_intervals=False)
+            table = table.rename(index=escape_control)
             print(f"\nunder {' / '.join(table.columns)}:")
             column = table.agg(" / ".join, axis=1).to_dict() | column
         columns[escape_control(name)] = column
@@ -149,7 +157,8 @@ def write_lines(results: dict) -> str:
 def write_markdown(name: str, samples: list[dict], training: dict) -> str:
     """Write samples.md: what was trained, the measures, then every prompt with its outputs."""
     lines = [f"# Outputs of {escape_markdown(name)}", "", *list_training(training), ""]
-    lines += [format_summary(summarize(samples), with_intervals=True).to_markdown(), ""]
+    table = format_summary(summarize(samples), with_intervals=True)
+    lines += [table.rename(index=escape_markdown).to_markdown(), ""]
     ids = list(dict.fromkeys(sample["id"] for sample in samples))
     by_prompt = sorted(samples, key=lambda sample: ids.index(sample["id"]))
     section = None

@@ -14,7 +14,6 @@ is a folder or a hub id of a transformers model that translates, such as Helsink
 
 import json
 import re
-import string
 from pathlib import Path
 
 import torch
@@ -28,6 +27,8 @@ from model.files import UserError, escape_control, write_text
 STORE_FILE = "translations.jsonl"
 SLOTS = {"prompt_translation": "prompt", "output_translation": "output"}
 MAX_NEW_TOKENS = 256  # of a line that a model translates
+SLOT = re.compile(r"\\{(\w+)\\}")  # of a pattern that was escaped
+WORD_SLOTS = ("a", "name", "value", "word", "person", "p", "q")  # the others hold sentences
 PARTS = re.compile(r"((?:system|user|assistant): |\n)|([^。？！\n]+[。？！]*[”」]?)")
 
 
@@ -37,44 +38,31 @@ class WorldTranslator:
     name = "world"
 
     def __init__(self, folder: Path = WORLD_DIR / "chinese"):
-        self.words, twins = {"____": "____"}, []
+        self.words, pairs = {"____": "____"}, []
         for path in sorted((folder / "facts").glob("*.toml")):
             category = read_toml(path)
             self.words |= category["english"]
-            twins += [(a, a["english"]) for a in category["attributes"].values()]
+            for attribute in category["attributes"].values():
+                pairs += pair_lists(attribute, attribute["english"])
         for form in read_toml(folder / "skills.toml")["form"].values():
-            twins.append((form, form["english"]))
-            self.words |= dict(
-                zip(form.get("words", []), form["english"].get("words", []), strict=True)
-            )
+            pairs += pair_lists(form, form["english"])
+            words = zip(form.get("words", []), form["english"].get("words", []), strict=True)
+            self.words |= dict(words)
         stories = read_toml(folder / "stories.toml")
         self.words |= {name: english for name, *_, english in stories["people"]}
-        twins.append((stories, {k[:-3]: v for k, v in stories.items() if k.endswith("_en")}))
+        english = {key[:-3]: twins for key, twins in stories.items() if key.endswith("_en")}
+        pairs += pair_lists(stories, english)
         longest_first = sorted(self.words, key=len, reverse=True)
         self.word = "|".join(map(re.escape, longest_first))
         self.patterns = [
-            (re.compile(self.make_expression(chinese), re.DOTALL), english)
-            for chinese_lists, english_lists in twins
-            for key in english_lists
-            if key != "words"
-            for chinese, english in zip(
-                *map(as_list, (chinese_lists[key], english_lists[key])), strict=True
-            )
+            (re.compile(SLOT.sub(self.make_group, re.escape(chinese)), re.DOTALL), english)
+            for chinese, english in pairs
             if chinese != "{answer}"  # it says nothing, and would translate itself
         ]
 
-    def make_expression(self, pattern: str) -> str:
-        """Make a regular expression of a pattern, with a group for each slot."""
-        parts, seen = [], set()
-        for literal, slot, *_ in string.Formatter().parse(pattern):
-            parts.append(re.escape(literal))
-            if slot in seen:
-                parts.append(f"(?P={slot})")
-            elif slot:
-                seen.add(slot)
-                is_word = slot.lower() in ("a", "name", "value", "word", "person", "p", "q")
-                parts.append(f"(?P<{slot}>{self.word if is_word else '.+'})")
-        return "".join(parts)
+    def make_group(self, slot: re.Match) -> str:
+        """Make the group of a regular expression that matches what a slot may hold."""
+        return f"(?P<{slot[1]}>{self.word if slot[1].lower() in WORD_SLOTS else '.+'})"
 
     def translate_exactly(self, text: str) -> str | None:
         """Return the English twin of a text that a pattern produces; None for another text."""
@@ -126,9 +114,13 @@ class WorldTranslator:
         return [self.translate_text(text) for text in texts]
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    """Wrap a single pattern in a list."""
-    return [value] if isinstance(value, str) else value
+def pair_lists(chinese: dict, english: dict) -> list[tuple[str, str]]:
+    """Pair each pattern with its English twin; a value is a pattern or a list of them."""
+    pairs = []
+    for key, twins in english.items():
+        both = ([v] if isinstance(v, str) else v for v in (chinese[key], twins))
+        pairs += zip(*both, strict=True)
+    return pairs
 
 
 class ModelTranslator:

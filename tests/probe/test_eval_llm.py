@@ -51,8 +51,9 @@ def home(tmp_path_factory) -> Path:
 def run_script(home: Path, output_dir: Path, *flags: str, models: tuple[str, ...] = ("one",)):
     """Run the script; return the folder of the first model."""
     words = [word for name in models for word in ("--model", str(home / name))]
-    words += ["--prompts", str(home / "prompts.md"), "--max_new_tokens", "8", "--device", "cpu"]
-    main([*words, "--output_dir", str(output_dir), *flags])
+    words += ["--max_new_tokens", "8", "--device", "cpu", "--output_dir", str(output_dir)]
+    prompts = [] if "--no_generation" in flags else ["--prompts", str(home / "prompts.md")]
+    main([*words, *prompts, *flags])
     return output_dir / models[0]
 
 
@@ -178,20 +179,22 @@ def test_chat_ends_cleanly(home, monkeypatch, ending):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "--model: name at least one checkpoint"),
-        (["--model", "x", "--limit", "0"], "--limit 0: must be at least 1"),
-        (["--model", "x", "--seeds", "1", "1"], "--seeds: must be different"),
-        (["--model", "x", "--decoding", "hot"], "--decoding hot"),
-        (["--model", "x", "--decoding", "greedy", "greedy"], "--decoding: one is given twice"),
-        (["--model", "x", "--nll_data", "gone"], "gone: no such file"),
+        ([], "--model: name a checkpoint"),
+        (["--model", "x", "--limit", "0"], "--limit: must be at least 1"),
+        (["--model", "x", "--seeds", "1", "1"], "--seeds: give each name or number once"),
+        (["--model", "model", "--decoding", "hot"], "--decoding hot"),
+        (["--model", "x", "--decoding", "greedy", "greedy"], "--decoding: give each"),
+        (["--model", "model", "--nll_data", "gone"], "gone: not there"),
         (["--model", "x", "--no_generation"], "--no_generation: name --nll_data"),
         (["--model", "x", "--no_generation", "--interactive"], "exclude each other"),
-        (["--model", "x", "--model", "y/x"], "two have the same name"),
+        (["--model", "x", "--model", "y/x"], "--model: give each name"),
         (["--model", "x", "--model", "y", "--interactive"], "chats with one --model"),
-        (["--model", "x", "--prompts", "gone.md"], "gone.md: no such file; check --prompts"),
-        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "x", "--interactive", "--limit", "3"], "are of probing; drop them"),
+        (["--model", "model", "--prompts", "gone.md"], "gone.md: no such file; check --prompts"),
+        (["--model", "no/such/folder"], "no/such/folder: not there; train it"),
     ],
 )
-def test_what_cannot_work_is_refused(flags, message):
+def test_what_cannot_work_is_refused(flags, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])  # which has a folder called model
     with pytest.raises(UserError, match=message):
         main(flags)

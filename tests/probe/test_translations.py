@@ -32,7 +32,7 @@ WORLD = WorldTranslator()
         ("填空：狮子的家在____。", "Fill the gap: The home of a lion is ____."),
         ("狮子：草原。", "Lion: on the savanna."),
         ("小明说：“狮子喜欢住在草原。”", 'Mike says: "A lion likes living on the savanna."'),
-        ("system: 你好\nuser: 它住在哪里？", "system: [Hello]\nuser: Where does it live?"),
+        ("system: 你好\nuser: 它住在哪里？", "system: Hello\nuser: Where does it live?"),
         ("狮子的家在草原。它吃石头。", "The home of a lion is on the savanna. [它吃石头。]"),
         ("狮子吃石头和青草", "[lion 吃石头和 grass]"),
         ("Plain English.", "Plain English."),
