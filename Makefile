@@ -1,17 +1,14 @@
 # make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
-# make study  every run of evaluation/study.toml at xs and s without a result; needs dataset/data/
-#             (README, "The findings, one by one", says how long all of them take)
+# make study  every run of evaluation/study/study.toml that has no result yet, then the report
 # make bench  speed beside transformers and PEFT, about 40 minutes on two CPU cores
-# make page   evaluation/model_outputs/index.html, on which saved outputs are read
-# make report the READMEs' tables, the figures and the page, from the committed results
+# make report the tables and figures of README.md and evaluation/REPORT.md, from committed results
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
-# SIZES=base STUDY="--jobs 2" make study  other sizes; flags of evaluation/run_study.py
+# STUDY="--jobs 2 --only 'xs-*'" make study  flags of evaluation/study/run.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
-SIZES ?= xs s
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -36,14 +33,14 @@ stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
 
 study: install
-	for size in $(SIZES); do $(RUN) evaluation/run_study.py --size $$size $(STUDY) || exit; done
-	$(RUN) evaluation/report.py
+	$(RUN) evaluation/study/run.py $(STUDY)
+	$(RUN) evaluation/study/report.py
 
 bench: install
 	$(RUN) evaluation/bench.py $(BENCH)
 
 report: install
-	$(RUN) evaluation/report.py
+	$(RUN) evaluation/study/report.py
 
 page: install
 	$(RUN) evaluation/page/build.py

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from dataset.untrusted import error_line
+from model.files import INTERRUPTED, REPO_DIR, UserError
 
-REPO_DIR = Path(__file__).resolve().parents[1]
-INTERRUPTED = 130  # the exit code after Ctrl-C
+__all__ = ["INTERRUPTED", "REPO_DIR", "UserError"]
+
 OUT_OF_MEMORY = "out of memory: take a smaller model, or a smaller batch where there is one"
-
-
-class UserError(ValueError):
-    """What the user can put right; the message is one line that says where and how."""
 
 
 class SettingsError(UserError):

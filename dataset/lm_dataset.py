@@ -40,11 +40,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.jsonl import DataError, check_file, file_sha256, read_jsonl
 from dataset.untrusted import EMPTY, UNREAD_FIELDS, parse_json
+from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CACHE_VERSION = 2  # raise it when the stored layout or the tokenization changes
 ROLES = ("system", "user", "assistant")
-IGNORE_INDEX = -100  # a label on which no loss falls, as in torch's cross_entropy
+
 ENCODE_CHUNK = 2_000  # records that are encoded at once
 SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
 KNOWN_WORDS = 2**19  # words whose tokens are remembered between chunks, some 100 MB

@@ -1,81 +1,84 @@
-"""Files of a run folder: read with one-line errors, and written whole or not at all."""
+"""The lowest layer: errors for users, and files written whole or not at all."""
 
 import hashlib
 import json
 import os
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
-from dataset.command_line import REPO_DIR, UserError, run_script  # noqa: F401
-from dataset.untrusted import shown as escape_control  # noqa: F401
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message names the file and what to do."""
+REPO_DIR = Path(__file__).resolve().parents[1]
+INTERRUPTED = 130  # the exit code after Ctrl-C
+# Control, zero-width and direction characters: they could steer a terminal or hide text.
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file aside and moves it into place.
+class UserError(ValueError):
+    """An error that the user can mend; the message is one line: what, where, remedy."""
 
-    Raises:
-        OSError: the disk is full, for instance; what was at `path` is still there.
-    """
-    aside = path.with_name(path.name + ".tmp")
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script's `main` and exit; a user's error is one line on stderr and exit code 2."""
     try:
-        save_file(tensors, aside, metadata=metadata)
-    except SafetensorError as error:  # in place of the OSError that caused it
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error})") from error
-    move_into_place(aside, path)
+        code = main()
+    except (UserError, OSError) as error:
+        line = escape_control(str(error)).replace("\n", "\\n").replace("\t", "\\t")
+        print(f"error: {line}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def escape_control(text: str) -> str:
+    """Write control, zero-width and direction characters as \\uXXXX; keep tabs and newlines."""
+    return UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file aside and moves it into place."""
+    """Write a text file aside and move it into place."""
     aside = path.with_name(path.name + ".tmp")
     try:
         aside.write_text(text, encoding="utf-8")
-    except OSError:  # half of it may have been written
+    except OSError:  # the disk is full: half of the file may be there
         aside.unlink(missing_ok=True)
         raise
-    move_into_place(aside, path)
-
-
-def move_into_place(aside: Path, path: Path) -> None:
-    """Renames a written file, once its content is on the disk: else a crash may leave it empty."""
-    sync(aside)
-    os.replace(aside, path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: it is broken, or no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested without end
-        raise CheckpointError(f"{path}: broken JSON ({error}); mend or copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
+    replace_file(aside, path)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_file(aside: Path, path: Path) -> None:
+    """Rename a written file once its content is on the disk: a crash leaves the old or the new."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> dict:
+    """Read the JSON object in a file.
+
+    Raises:
+        UserError: the file is missing, broken, or holds no object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; mend the path or make the file again") from error
+    except (ValueError, RecursionError) as error:  # of JSON or UTF-8; nested without end
+        raise UserError(f"{path}: broken JSON ({error}); mend or copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
 
 
 def file_sha256(path: Path) -> str:

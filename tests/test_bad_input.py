@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,11 +28,11 @@ from dataset.lm_dataset import IGNORE_INDEX, load_dataset, load_tokens
 from dataset.untrusted import error_line, parse_json, shown
 from evaluation import calibrate, report, run_study, update_analysis
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
-from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
+from model.model_lora import LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
 from tests.test_training import CPU, SHAPE, SHAPE_FLAGS, call
 from tests.tiny import exit_code
-from trainer import merge_lora, train_tokenizer
+from trainer import train_tokenizer
 
 # ---------------------------------------------------------------- good files, to be spoiled
 
@@ -59,7 +58,7 @@ TEXT, CHAT = jsonl({"text": "fine"}), chat("user", "assistant")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good data, a base with random weights, another one, and an adapter, in both formats."""
+    """Good data, a base with random weights, another one, and an adapter."""
     home = tmp_path_factory.mktemp("good")
     (home / "text.jsonl").write_bytes(TEXT * 3)
     (home / "chat.jsonl").write_bytes(CHAT * 3)
@@ -68,30 +67,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(seed)
         model = MiniMindForCausalLM(minimind_config(**SHAPE))
         save_model(model, TOKENIZER_DIR, home / name)
-        if name == "base":
-            torch.save(model.state_dict(), home / "base.pth")
     settings, fingerprint = LoraSettings(rank=2, targets="square"), weights_fingerprint(model)
     apply_lora(model, settings)
     save_lora(model, settings, home / "adapter", str(home / "other"), fingerprint)
-    torch.save(
-        {
-            f"{name}.lora.{part}.weight": layer.get_parameter(f"lora_{part}").detach()
-            for name, layer in lora_layers(model)
-            for part in "AB"
-        },
-        home / "adapter.pth",
-    )
     return home
-
-
-class Payload:
-    """Pickles to a call that would make a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
 
 
 def edited(name: str, **changes: object) -> Callable[[Path, Path], None]:
@@ -114,16 +93,6 @@ def replaced(name: str, content: bytes) -> Callable[[Path, Path], None]:
         folder = name.partition("/")[0]
         shutil.copytree(home / folder, tmp / folder)
         (tmp / name).write_bytes(content)
-
-    return make
-
-
-def removed(name: str) -> Callable[[Path, Path], None]:
-    """A copy of a folder without one of its files."""
-
-    def make(home: Path, tmp: Path) -> None:
-        replaced(name, b"")(home, tmp)
-        (tmp / name).unlink()
 
     return make
 
@@ -160,11 +129,6 @@ def weights(name: str, **changes: torch.Tensor | None) -> Callable[[Path, Path],
     return make
 
 
-def saved(name: str, content: Callable[[Path], object]) -> Callable[[Path, Path], None]:
-    """A file of torch.save; `content` gets the folder that a payload would write to."""
-    return lambda home, tmp: torch.save(content(tmp), tmp / name)
-
-
 def file(name: str, content: bytes) -> Callable[[Path, Path], None]:
     """A file of this content."""
 
@@ -192,7 +156,6 @@ COMMANDS = {
     "--save_dir {tmp}/out",
     "lora": f"{CPU} --from_weight {{home}}/base --data_path {{home}}/chat.jsonl "
     "--save_dir {tmp}/out",
-    "merge_lora": "--output_dir {tmp}/out",
     "train_tokenizer": "--data_path {home}/text.jsonl --output_dir {tmp}/out",
     "prepare": "--output_dir {tmp}/out",
     "demo": "--output_dir {tmp}/out",
@@ -204,8 +167,7 @@ COMMANDS = {
     "run_study": "",
 }
 DATA, PACKED = "--data_path {tmp}/d.jsonl", "--data_path {tmp}/d.jsonl.gz"
-BASE, PTH = "--from_weight {tmp}/base", "--from_weight {tmp}/x.pth --num_attention_heads 2"
-MERGE = "--adapter {tmp}/adapter --base {home}/other"
+BASE = "--from_weight {tmp}/base"
 PROBE, PROMPTS = "--model {home}/base", "--model {home}/base --prompts {tmp}/p.md"
 WHERE = "{tmp}/d.jsonl:4:"  # of what data() puts behind two good records and an empty line
 
@@ -417,21 +379,15 @@ CASES = [
      "--modules_to_save_lr_ratio 2.0: nothing else trains; give their rate as --learning_rate"),
     ("vocabulary below the bytes", "train_tokenizer", "--vocab_size 258", nothing,
      "--vocab_size 258: must be 259 (256 bytes and 3 special tokens) to 1048576"),
-    ("no heads", "merge_lora", "--adapter {home}/adapter --num_attention_heads 0", nothing,
-     "--num_attention_heads 0: must be 1 or more"),
     # ---- shapes
     ("size 0", "pretrain", "--hidden_size 0", nothing,
      "--hidden_size 0: must be a positive number"),
     ("heads that do not divide", "pretrain", "--hidden_size 33", nothing,
-     "hidden_size 33 must be a multiple of num_attention_heads 2"),
+     "hidden_size 33: must be a multiple of twice num_attention_heads 2"),
     ("odd heads", "pretrain", "--hidden_size 6", nothing,
-     "head_dim 3 (hidden_size / heads) must be even"),
+     "hidden_size 6: must be a multiple of twice num_attention_heads 2"),
     ("key heads that do not divide", "pretrain", "--num_key_value_heads 3", nothing,
-     "num_attention_heads 2 must be a multiple of num_key_value_heads 3"),
-    ("absurd width", "pretrain", "--hidden_size 1000000", nothing,
-     "this shape has ... parameters, of 2,000,000,000 allowed here"),
-    ("absurd depth", "pretrain", "--num_hidden_layers 1000000000", nothing,
-     "num_hidden_layers 1000000000: at most 512"),
+     "num_attention_heads 2: must be a multiple of num_key_value_heads 3"),
     ("another width than the weights'", "full_sft", "--hidden_size 64", nothing,
      "--hidden_size 64: {home}/base has 32; drop the flag"),
     ("another kind than the weights", "lora", "--qk_norm", nothing,
@@ -463,15 +419,11 @@ CASES = [
      "--output_dir: {home}/text.jsonl is no folder; choose another one"),
     ("run that exists", "full_sft", "", file("out/full_sft/run.json", b"{}"),
      "{tmp}/out/full_sft exists: replace it with --overwrite, or choose another name"),
-    ("merged model that exists", "merge_lora", "--adapter {home}/adapter", file("out/x", b""),
-     "--output_dir {tmp}/out: exists; name another folder"),
     # ---- flags that contradict each other, or that would be ignored
     ("another stage's flag", "full_sft", "--lora_rank 8", nothing,
      "unrecognized arguments: --lora_rank 8; --help explains the flags"),
     ("abbreviation", "pretrain", "--batch 4", nothing,
      "unrecognized arguments: --batch 4; --help explains the flags"),
-    ("no value", "merge_lora", "", nothing,
-     "the following arguments are required: --adapter; --help explains the flags"),
     ("continue and overwrite", "full_sft", "--from_resume --overwrite", nothing,
      "--from_resume and --overwrite contradict each other; give one"),
     ("epochs and steps", "lora", "--epochs 3 --max_steps 10", nothing,
@@ -512,136 +464,7 @@ CASES = [
      "argument --dtype: invalid choice: 'int8' (choose from ...); --help explains the flags"),
     ("unknown device", "lora", "--device tpu", nothing,
      "argument --device: invalid choice: 'tpu' (choose from ...); --help explains the flags"),
-    # ---- checkpoints
-    ("no folder", "full_sft", BASE, nothing,
-     "{tmp}/base: no such folder; train it first or mend the path"),
-    ("no .pth", "lora", "--from_weight {tmp}/x.pth", nothing,
-     "{tmp}/x.pth: no such file; train it first or mend the path"),
-    ("folder without a config", "full_sft", "--from_weight {tmp}", nothing,
-     "{tmp}/config.json: missing; a checkpoint folder holds config.json"),
-    ("weights missing", "full_sft", BASE, removed("base/model.safetensors"),
-     "{tmp}/base/model.safetensors: missing; the run may not have finished"),
-    ("weights cut off", "lora", BASE, cut("base/model.safetensors", 0.5),
-     "{tmp}/base/model.safetensors: corrupt (...); copy or train it again"),
-    ("weights' header cut off", "lora", BASE, cut("base/model.safetensors", 0.001),
-     "{tmp}/base/model.safetensors: corrupt (...); copy or train it again"),
-    ("no weights", "full_sft", BASE, replaced("base/model.safetensors", b"GGUF" + bytes(99)),
-     "{tmp}/base/model.safetensors: corrupt (...); copy or train it again"),
-    ("header without end", "full_sft", BASE, replaced("base/model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
-     "{tmp}/base/model.safetensors: corrupt (...); copy or train it again"),
-    ("a tensor missing", "full_sft", BASE, weights("base/model.safetensors", model__norm__weight=None),
-     "{tmp}/base: weights do not fit: missing model.norm.weight"),
-    ("a tensor too many", "lora", BASE, weights("base/model.safetensors", model__nose=torch.ones(1)),
-     "{tmp}/base: weights do not fit: unknown model.nose"),
-    ("a tensor of another shape", "full_sft", BASE, weights("base/model.safetensors", model__norm__weight=torch.ones(3)),
-     "{tmp}/base: weights do not fit: model.norm.weight is (3,), the config asks (32,)"),
-    ("weights of integers", "full_sft", BASE, weights("base/model.safetensors", model__norm__weight=torch.ones(32, dtype=torch.int8)),
-     "{tmp}/base: model.norm.weight is torch.int8; only floating point is read"),
-    ("weights NaN", "lora", BASE, weights("base/model.safetensors", model__norm__weight=torch.full((32,), torch.nan)),
-     "{tmp}/base: model.norm.weight holds values that are no numbers: the run diverged"),
-    ("head of its own", "full_sft", BASE, weights("base/model.safetensors", lm_head__weight=torch.ones(6400, 32)),
-     "{tmp}/base: lm_head.weight differs from the embedding that it is tied to; untie it in config.json (tie_word_embeddings: false)"),
-    ("config cut off", "full_sft", BASE, cut("base/config.json", 0.5),
-     "{tmp}/base/config.json: broken JSON (...); mend or copy it again"),
-    ("config nested without end", "full_sft", BASE, replaced("base/config.json", b"[" * 100_000),
-     "{tmp}/base/config.json: broken JSON (...); mend or copy it again"),
-    ("config no object", "full_sft", BASE, replaced("base/config.json", b"[]"),
-     "{tmp}/base/config.json: expected a JSON object"),
-    ("config of another model", "lora", BASE, edited("base/config.json", model_type="gpt2"),
-     "{tmp}/base/config.json: model_type 'gpt2'; this model reads llama and qwen3"),
-    ("config deeper than the weights", "full_sft", BASE, edited("base/config.json", num_hidden_layers=3),
-     "{tmp}/base: weights do not fit: missing model.layers.2.input_layernorm.weight; missing model.layers.2.mlp.down_proj.weight; missing model.layers.2.mlp.gate_proj.weight and 6 more"),
-    ("config without a size", "full_sft", BASE, edited("base/config.json", hidden_size=None),
-     "{tmp}/base/config.json: hidden_size is None; must be a whole number above 0"),
-    ("config with a size in words", "lora", BASE, edited("base/config.json", vocab_size="6400"),
-     "{tmp}/base/config.json: vocab_size is '6400'; must be a whole number above 0"),
-    ("config of absurd size", "full_sft", BASE, edited("base/config.json", intermediate_size=10**15),
-     "{tmp}/base/config.json: this shape has ... parameters, of 2,000,000,000 allowed here; mend or copy it again"),
-    ("config of absurd depth", "full_sft", BASE, edited("base/config.json", num_hidden_layers=10**9),
-     "{tmp}/base/config.json: num_hidden_layers 1000000000: at most 512; mend or copy it again"),
-    ("config wider than the weights, by gigabytes", "full_sft", BASE, edited("base/config.json", intermediate_size=10**7),
-     "{tmp}/base: weights do not fit: model.layers.0.mlp.gate_proj.weight is (48, 32), the config asks (10000000, 32); ..."),
-    ("config padding beyond the vocabulary", "full_sft", BASE, edited("base/config.json", pad_token_id=6400),
-     "{tmp}/base/config.json: pad_token_id 6400 is no token of the vocabulary"),
-    ("config with a scaled rotation", "full_sft", BASE, edited("base/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}),
-     "{tmp}/base/config.json: rope_type has a value that this model does not compute"),
-    ("config of quantized weights", "lora", BASE, edited("base/config.json", quantization_config={"bits": 4}),
-     "{tmp}/base/config.json: quantization_config has a value that this model does not compute"),
-    ("tokenizer missing", "pretrain", "--tokenizer_path {home}", nothing,
-     "{home}/tokenizer.json: missing; name a tokenizer's folder"),
-    ("tokenizer broken", "full_sft", BASE, cut("base/tokenizer.json", 0.5),
-     "{tmp}/base/tokenizer.json: no tokenizer (...); copy or train it again"),
-    ("tokenizer of other size", "full_sft", BASE, edited("base/tokenizer.json", added_tokens=[{"id": 6400, "content": "<|new|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}]),
-     "{tmp}/base: 6400 tokens, but the tokenizer has 6401; give the model's own as --tokenizer_path"),
-    ("tokenizer without an end token", "lora", BASE, edited("base/tokenizer_config.json", eos_token="<|nose|>"),
-     "{tmp}/base/tokenizer_config.json: eos_token '<|nose|>' is no token of the vocabulary"),
-    ("tokenizer without a template", "full_sft", BASE, edited("base/tokenizer_config.json", chat_template=None),
-     "{tmp}/base/tokenizer_config.json: holds no chat_template; use another tokenizer"),
-    ("template without contents", "full_sft", BASE, attack("{% for m in messages %}{{ m['role'] }}{% endfor %}"),
-     "{tmp}/base: the chat template drops or repeats a message's content; use another tokenizer"),
-    ("template without an end", "full_sft", BASE, attack("{% for m in messages %}{{ m['content'] }}\n{% endfor %}"),
-     "{tmp}/base: the chat template must close an assistant turn with <|im_end|>; use another tokenizer"),
-    ("template broken", "full_sft", BASE, attack("{% for %}"),
-     "{tmp}/base: the chat template fails (TemplateSyntaxError: ...); use another tokenizer"),
-    # ---- adapters
-    ("no adapter", "merge_lora", "--adapter {tmp}", nothing,
-     "{tmp}/adapter_config.json: missing; an adapter folder holds adapter_config.json"),
-    ("adapter of another base", "merge_lora", "--adapter {home}/adapter --base {home}/base", nothing,
-     "{home}/adapter: was trained on another base than the one loaded; its base was {home}/other: give that, or put it back (a .pth with its --num_attention_heads)"),
-    ("base that is not there", "merge_lora", "--adapter {home}/adapter --base {tmp}/pretrian", nothing,
-     "{tmp}/pretrian: no such folder; train it first or mend the path"),
-    ("adapter whose base is gone", "merge_lora", "--adapter {tmp}/adapter", edited("adapter/adapter_config.json", base_model_name_or_path="../gone"),
-     "{tmp}/adapter/adapter_config.json: the base ../gone is not there; put it back"),
-    ("adapter that names no base", "merge_lora", "--adapter {tmp}/adapter", edited("adapter/adapter_config.json", base_model_name_or_path=7),
-     "{tmp}/adapter/adapter_config.json: names no base_model_name_or_path"),
-    ("adapter cut off", "merge_lora", MERGE, cut("adapter/adapter_model.safetensors", 0.9),
-     "{tmp}/adapter/adapter_model.safetensors: corrupt (...)"),
-    ("adapter's rank", "merge_lora", MERGE, edited("adapter/adapter_config.json", r="8"),
-     "{tmp}/adapter/adapter_config.json: r is missing or no whole number above 0"),
-    ("adapter's rank above a matrix's", "merge_lora", MERGE, edited("adapter/adapter_config.json", r=33),
-     "{tmp}/adapter: does not fit this model: --lora_rank 33: model.layers.0.self_attn.q_proj is (32, 32), so its rank is 1 to 32"),
-    ("adapter's alpha", "merge_lora", MERGE, edited("adapter/adapter_config.json", lora_alpha=float("nan")),
-     "{tmp}/adapter/adapter_config.json: lora_alpha is missing or no number above 0"),
-    ("adapter of another kind", "merge_lora", MERGE, edited("adapter/adapter_config.json", peft_type="IA3"),
-     "{tmp}/adapter/adapter_config.json: peft_type 'IA3'; only LORA is read"),
-    ("adapter that computes more", "merge_lora", MERGE, edited("adapter/adapter_config.json", use_dora=True),
-     "{tmp}/adapter/adapter_config.json: use_dora = True is not supported here"),
-    ("adapter NaN", "merge_lora", MERGE, weights("adapter/adapter_model.safetensors", base_model__model__model__layers__0__self_attn__q_proj__lora_A__weight=torch.full((2, 32), torch.inf)),
-     "{tmp}/adapter: model.layers.0.self_attn.q_proj.lora_A.weight holds values that are no numbers: the run diverged"),
-    ("MiniMind adapter without a base", "merge_lora", "--adapter {home}/adapter.pth", nothing,
-     "{home}/adapter.pth: a MiniMind adapter names no base; give --base"),
-    ("MiniMind base as adapter", "merge_lora", "--adapter {home}/base.pth --base {home}/base", nothing,
-     "{home}/base.pth: holds no matrix named ...lora.A.weight; no MiniMind adapter"),
-    *(
-        (f"{script}: a .pth without its tokenizer", script, flags, nothing,
-         "{home}/base.pth: holds no tokenizer; name the folder of the one that it was trained with as --tokenizer_path")
-        for script, flags in (
-            ("full_sft", "--from_weight {home}/base.pth --num_attention_heads 2"),
-            ("merge_lora", "--adapter {home}/adapter.pth --base {home}/base.pth --num_attention_heads 2"),
-            ("update_analysis", "--tuned {home}/base.pth --base {home}/other --truncate 1"),
-        )
-    ),
-    ("merge with another tokenizer", "merge_lora", "--adapter {home}/adapter.pth --base {home}/base.pth --num_attention_heads 2 --tokenizer_path {tmp}", nothing,
-     "{tmp}/tokenizer.json: missing; name a tokenizer's folder"),
-    ("parts with another tokenizer", "update_analysis", "--tuned {home}/base.pth --base {home}/other --truncate 1 --tokenizer_path {tmp}", nothing,
-     "{tmp}/tokenizer.json: missing; name a tokenizer's folder"),
-    ("a judge without a tokenizer", "eval_llm", "--model {home}/base --judge {home}/base.pth", nothing,
-     "--judge {home}/base.pth: holds no tokenizer; name a checkpoint's folder"),
     # ---- files with intentions
-    ("code in a base", "full_sft", PTH, saved("x.pth", lambda tmp: {"model.norm.weight": Payload(tmp / "ran")}),
-     "{tmp}/x.pth: not a plain file of tensors, or damaged (UnpicklingError); nothing in it was run; save it again as a state dict"),
-    ("code in an adapter", "merge_lora", "--adapter {tmp}/x.pth --base {home}/base", saved("x.pth", lambda tmp: [Payload(tmp / "ran")]),
-     "{tmp}/x.pth: not a plain file of tensors, or damaged (UnpicklingError); nothing in it was run; save it again as a state dict"),
-    ("a bare pickle", "lora", PTH, file("x.pth", b"cos\nsystem\n(S'touch ran'\ntR."),
-     "{tmp}/x.pth: not a file of torch.save, or cut off; copy it again"),
-    (".pth cut off", "full_sft", "--from_weight {tmp}/base.pth --num_attention_heads 2", cut("base.pth", 0.7),
-     "{tmp}/base.pth: not a file of torch.save, or cut off; copy it again"),
-    (".pth of objects", "lora", PTH, saved("x.pth", lambda tmp: {"a": "b"}),
-     "{tmp}/x.pth: expected a state dict, names to tensors; save it as one"),
-    (".pth of another model", "lora", PTH, saved("x.pth", lambda tmp: {"wte.weight": torch.ones(2, 2)}),
-     "{tmp}/x.pth: no matrix model.embed_tokens.weight; not a dense MiniMind checkpoint (an adapter .pth is merged first: trainer/merge_lora.py)"),
-    (".pth with other heads", "lora", "--from_weight {home}/base.pth --num_attention_heads 3", nothing,
-     "{home}/base.pth: hidden size 32 does not fit 3 heads; set --num_attention_heads"),
     ("template that leaves its sandbox", "full_sft", BASE, attack("{{ cycler.__init__.__globals__.os.system('touch ran') }}"),
      "{tmp}/base: the chat template fails (SecurityError: ...); use another tokenizer"),
     ("template that looks for classes", "lora", BASE, attack("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
@@ -687,14 +510,8 @@ CASES = [
      "--model: two are called 'base' and would share an output folder; --help explains the flags"),
     ("model cut off", "eval_llm", "--model {tmp}/base", cut("base/model.safetensors", 0.5),
      "{tmp}/base/model.safetensors: corrupt (...); copy or train it again"),
-    ("model with code", "eval_llm", "--model {tmp}/x.pth", saved("x.pth", lambda tmp: [Payload(tmp / "ran")]),
-     "{tmp}/x.pth: not a plain file of tensors, or damaged (UnpicklingError); nothing in it was run; save it again as a state dict"),
     ("model's record broken", "eval_llm", "--model {tmp}/base", replaced("base/run.json", b"{"),
      "{tmp}/base/run.json: broken JSON (...); mend or copy it again"),
-    ("probed adapter whose base is gone", "eval_llm", "--model {tmp}/adapter", edited("adapter/adapter_config.json", base_model_name_or_path="../gone"),
-     "{tmp}/adapter/adapter_config.json: the base ../gone is not there; put it back"),
-    ("probed adapter on another base", "eval_llm", "--model {tmp}/adapter", lambda home, tmp: edited("adapter/adapter_config.json", base_model_name_or_path=str(home / "base"))(home, tmp),
-     "{tmp}/adapter: was trained on another base than the one loaded; its base was {home}/base: give that, or put it back (a .pth with its --num_attention_heads)"),
     ("judge missing", "eval_llm", f"{PROBE} --judge {{tmp}}/gone", nothing,
      "--judge {tmp}/gone: no such file or folder; train it or mend the path"),
     ("translations broken", "eval_llm", PROBE, file("out/base/translations.jsonl", b"{"),
@@ -780,8 +597,6 @@ CASES = [
      "unrecognized arguments: --lim 3; --help explains the flags"),
     ("tokenizer below a file", "train_tokenizer", "--output_dir {home}/text.jsonl/x", nothing,
      "--output_dir: {home}/text.jsonl is no folder; choose another one"),
-    ("merged model below a file", "merge_lora", "--adapter {home}/adapter --output_dir {home}/text.jsonl/x", nothing,
-     "--output_dir: {home}/text.jsonl is no folder; choose another one"),
     # ---- words that would steer a terminal
     ("escape in a file's name", "pretrain", "--data_path {tmp}/a\x1b]0;x\x07.jsonl", nothing,
      "{tmp}/a\\u001b]0;x\\u0007.jsonl: no such file; check the flag that names it"),
@@ -792,7 +607,7 @@ CASES = [
     ("escape in a flag", "full_sft", "--\x1b[31m", nothing,
      "unrecognized arguments: --\\u001b[31m; --help explains the flags"),
     ("escape in a tensor's name", "lora", BASE, weights("base/model.safetensors", **{"\x1b[31m\n": torch.ones(1)}),
-     "{tmp}/base: weights do not fit: unknown \\u001b[31m\\n"),
+     "{tmp}/base/model.safetensors: weights do not fit the config: ...\\u001b[31m..."),
 ]
 # fmt: on
 if not torch.cuda.is_available():
@@ -826,7 +641,6 @@ SCRIPTS = {
     "eval_llm": eval_llm,
     "calibrate": calibrate,
     "report": report,
-    "merge_lora": merge_lora,
     "update_analysis": update_analysis,
     "run_study": run_study,
 }
@@ -890,10 +704,9 @@ def test_every_script_ends_as_these_do() -> None:
 
 def test_scripts_end_so_as_processes_too(home: Path, tmp_path: Path) -> None:
     """What run_script and argparse do in this process, they do at the command line."""
-    torch.save({"model.norm.weight": Payload(tmp_path / "ran")}, tmp_path / "x.pth")
     (tmp_path / "d.jsonl").write_bytes(TEXT + b"{")
     commands = {
-        f"trainer/train_lora.py --from_weight {tmp_path}/x.pth --device cpu": "not a plain file",
+        f"trainer/train_lora.py --from_weight {tmp_path}/x --device cpu": "x/config.json: missing",
         f"trainer/train_tokenizer.py --data_path {tmp_path}/d.jsonl": "d.jsonl:2: broken JSON",
         f"dataset/prepare.py dolly --source {tmp_path}/d.jsonl": "no field 'instruction'",
     }
@@ -919,7 +732,7 @@ def test_scripts_end_so_as_processes_too(home: Path, tmp_path: Path) -> None:
         assert process.returncode == 2, errors
         assert (out, errors.count("\n")) == ("", 1) and errors.startswith("error: ")
         assert reason in errors
-    assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "d.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"d.jsonl"}
 
 
 # ---------------------------------------------------------------- what is taken as it is

@@ -1,6 +1,5 @@
 """Properties that hold for any input: the reader, the masks, the plan of batches, and merging."""
 
-import copy
 import gzip
 import json
 import tempfile
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
@@ -28,16 +26,6 @@ from dataset.lm_dataset import (
 )
 from dataset.untrusted import error_line, shown
 from model.checkpoint import load_tokenizer
-from model.model_lora import (
-    TARGET_NAMES,
-    LoraSettings,
-    apply_lora,
-    lora_layers,
-    merge_lora,
-    merged_model,
-    unmerge_lora,
-)
-from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 # The same examples at every run, so that a failure is the code's, and its case is printed.
 settings.register_profile(
@@ -288,63 +276,3 @@ def test_collated_samples_come_back(samples: list[list[tuple[int, bool]]], pad: 
         assert batch["labels"][row].tolist() == labels.tolist() + [IGNORE_INDEX] * padding
     learning = [len(s) for s in samples if any(on for _, on in s)]
     assert int(batch["num_tokens"]) == sum(learning)
-
-
-# ---------------------------------------------------------------- merging
-
-SHAPE = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
-SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-IDS = torch.arange(3, 23)[None]
-
-
-@torch.no_grad()
-def logits_of(model: MiniMindForCausalLM) -> torch.Tensor:
-    return model(IDS).logits
-
-
-@given(
-    rank=st.integers(1, 8),
-    alpha=st.floats(0.01, 100),
-    targets=st.sampled_from((*TARGET_NAMES, "v_proj,down_proj")),
-    use_rslora=st.booleans(),
-    rows=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 1000),
-)
-def test_merging_keeps_the_logits_and_unmerging_the_bits(
-    rank: int,
-    alpha: float,
-    targets: str,
-    use_rslora: bool,
-    rows: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    model = MiniMindForCausalLM(minimind_config(**SHAPE)).to(dtype).eval()
-    adapter = LoraSettings(
-        rank, alpha, 0.1, targets, use_rslora=use_rslora, train_tokens=(1, 2) if rows else ()
-    )
-    apply_lora(model, adapter)
-    model.eval()
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            # An update as large as the weights at most: a product of r terms, times the scaling.
-            layer.lora_B.normal_(std=0.02 / layer.scaling / rank**0.5)
-    before = copy.deepcopy(model.state_dict())
-    adapted = [layer.effective_weight().detach() for _, layer in lora_layers(model)]
-    logits = logits_of(model) if dtype == torch.float32 else None
-    merge_lora(model)
-    for (name, layer), weight in zip(lora_layers(model), adapted, strict=True):
-        assert torch.equal(layer.weight, weight.to(dtype)), name  # rounded once, from float32
-        assert not torch.equal(layer.weight, before[f"{name}.weight"]), name
-    if dtype == torch.float32:
-        assert torch.allclose(logits_of(model), logits, rtol=1e-4, atol=1e-5)
-    unmerge_lora(model)
-    assert before.keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    if dtype == torch.float32:
-        assert torch.equal(logits_of(model), logits)
-        plain = merged_model(model).eval()
-        assert torch.allclose(logits_of(plain), logits, rtol=1e-4, atol=1e-5)

@@ -1,14 +1,12 @@
 """The committed tokenizer, and the script that trains one."""
 
 import json
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset.lm_dataset import encode_conversations
-from model.checkpoint import TOKENIZER_DIR, load_tokenizer
-from model.files import CheckpointError
+from model.checkpoint import TOKENIZER_DIR
 from trainer import train_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -112,11 +110,3 @@ def test_training_learns_words_of_documents_and_conversations(
     assert 259 < len(trained) <= 300
     assert {"Ġquick", "the", "zebra", "Ġzebra"} <= trained.get_vocab().keys()
     assert trained.convert_ids_to_tokens(trained("the zebra")["input_ids"]) == ["the", "Ġzebra"]
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_incomplete_folder_is_refused(tmp_path: Path, name: str) -> None:
-    for file in {"tokenizer.json", "tokenizer_config.json"} - {name}:
-        (tmp_path / file).write_bytes((TOKENIZER_DIR / file).read_bytes())
-    with pytest.raises(CheckpointError, match=f"{name}: missing"):
-        load_tokenizer(tmp_path)

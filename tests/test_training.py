@@ -430,7 +430,7 @@ def test_lora_leaves_the_base_alone(
     weights = trained[0].state_dict()
     for name, tensor in load_file(base / "model.safetensors").items():
         assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
-    assert any(weights[name].any() for name in weights if name.endswith("lora_B"))
+    assert any(weights[name].any() for name in weights if name.endswith("lora_B.weight"))
     assert sha256(base / "model.safetensors") == before
 
 
@@ -830,7 +830,7 @@ def test_weight_decay_spares_adapters_of_the_head() -> None:
     groups = parameter_groups(model, Namespace(weight_decay=0.3))
     decayed, others = names_by_group(model, groups)
     assert len(decayed) == 4 and all("q_proj.lora_" in name for name in decayed)
-    assert others == {"lm_head.lora_A", "lm_head.lora_B"}
+    assert others == {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
 
 
 def test_b_and_modules_to_save_have_rates_of_their_own() -> None:
@@ -841,10 +841,10 @@ def test_b_and_modules_to_save_have_rates_of_their_own() -> None:
     groups = parameter_groups(model, args, functools.partial(train_lora.lr_ratio, args=args))
     a, b, norms, rows = names_by_group(model, groups)
     assert len(a) == len(b) == 14
-    assert all(name.endswith("lora_A") for name in a)
-    assert all(name.endswith("lora_B") for name in b)
+    assert all(name.endswith("lora_A.weight") for name in a)
+    assert all(name.endswith("lora_B.weight") for name in b)
     assert len(norms) == 5 and all(name.endswith("norm.weight") for name in norms)
-    assert rows == {"model.embed_tokens.rows"}
+    assert rows == {"model.embed_tokens.token_adapter.trainable_tokens_delta"}
     assert [group["lr_ratio"] for group in groups] == [1.0, 16.0, 0.5, 1.0]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.0, 0.0]
     assert len(parameter_groups(model, args)) == 2

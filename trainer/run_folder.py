@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from dataset.command_line import REPO_DIR, SettingsError, check_writable
 from dataset.jsonl import file_sha256
-from model.files import CheckpointError, read_json, sync, write_text
+from model.files import UserError, read_json, write_text
 
 # git's pathspecs of everything but results and saved outputs
 OWN_CODE = (".", ":(exclude)evaluation/results", ":(exclude)evaluation/model_outputs")
@@ -98,6 +98,15 @@ def git_state() -> dict:
     if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
         return {}
     return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", *OWN_CODE))}
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass
@@ -235,17 +244,17 @@ def check_state(state: Path) -> None:
     accelerate loads what it finds: without its file of random states it goes on in silence.
 
     Raises:
-        CheckpointError: a file is missing or differs.
+        UserError: a file is missing or differs.
     """
     if not (state / MANIFEST).is_file():
-        raise CheckpointError(
+        raise UserError(
             f"{state / MANIFEST}: missing, so the state cannot be checked; restore {state.name}/ "
             "from a copy, or start the run anew with --overwrite"
         )
     for name, saved in read_json(state / MANIFEST).items():
         path = state / name
         if not path.is_file() or file_sha256(path) != saved:
-            raise CheckpointError(
+            raise UserError(
                 f"{path}: damaged or missing; restore {state.name}/ from a copy, or start the run "
                 "anew with --overwrite"
             )

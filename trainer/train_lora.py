@@ -148,9 +148,9 @@ def lr_ratio(name: str, args: argparse.Namespace) -> float:
 
     That of B is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
     """
-    if name.endswith("lora_B"):
+    if name.endswith(("lora_B.weight", "lora_embedding_A")):  # zero at the start
         return args.loraplus_lr_ratio
-    if name.endswith(("lora_A", ".rows")):
+    if ".lora_" in name or ".token_adapter." in name:
         return 1.0
     return args.modules_to_save_lr_ratio  # nothing but adapters, rows and these parts trains
 

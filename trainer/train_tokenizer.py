@@ -2,6 +2,8 @@
 
     python trainer/train_tokenizer.py --data_path pretrain.jsonl.gz sft.jsonl.gz \
         --output_dir model
+    python trainer/train_tokenizer.py --data_path dataset/data/world/pretrain_world.jsonl \
+        --output_dir model/base_xs --vocab_size 4096 --min_frequency 20 --word_frequency 20
 
 Reads `{"text"}` and conversation records alike, so that words that occur only in fine-tuning
 data (medical terms, say) get tokens of their own. Writes `tokenizer.json` and
@@ -11,10 +13,11 @@ data (medical terms, say) get tokens of their own. Writes `tokenizer.json` and
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +30,7 @@ from model.files import write_text
 from trainer.failures import run_script
 
 MAX_VOCAB = 2**20
+WORDS = 0.8  # share of the vocabulary for whole words, where --word_frequency asks for them
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1 and 2
 # ChatML. Contents are trimmed so that white space never merges with the template's own; the
 # generation tags let transformers compute the assistant mask, and print nothing.
@@ -47,6 +51,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--vocab_size", type=int, default=6400, help="tokens (default: 6400)")
+    parser.add_argument(
+        "--min_frequency", type=int, default=2, help="how often a merged pair occurs (default: 2)"
+    )
+    parser.add_argument(
+        "--word_frequency",
+        type=int,
+        default=0,
+        help="words that occur this often are one token each (default: 0, plain BPE)",
+    )
     args = parser.parse_args(argv)
     if not 256 + 3 <= args.vocab_size <= MAX_VOCAB:
         raise SettingsError(
@@ -67,18 +80,76 @@ def corpus_texts(paths: list[Path]) -> Iterator[str]:
                 yield from (message["content"] for message in record_messages(record, where))
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens, special tokens first."""
+def split_text() -> pre_tokenizers.PreTokenizer:
+    """Split as GPT-2 does, and each Chinese character from the next; spell words in bytes."""
+    chinese = pre_tokenizers.Split(Regex("[\\u3000-\\u9fff\\uff00-\\uffef]"), "isolated")
+    return pre_tokenizers.Sequence([chinese, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def train_on_words(
+    texts: list[str], vocab_size: int, min_frequency: int, word_frequency: int
+) -> Tokenizer:
+    """Train a BPE whose tokens are frequent words, and pieces of the other words.
+
+    Plain BPE fills part of a small vocabulary with steps on the way to a word, which never occur
+    themselves. Here a frequent word, or a Chinese character, is one token without merges
+    (`ignore_merges`, as in Llama 3), so nearly every token but unused bytes occurs.
+    """
+    split = split_text()
+    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    words = [word for word in ranked if counts[word] >= word_frequency and len(word) > 1]
+    words = words[: round(WORDS * (vocab_size - 259))]
+    rest = Counter(counts)
+    for word in words:
+        del rest[word]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(words),
+        min_frequency=min_frequency,
+        special_tokens=[PAD, BOS, EOS],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    pieces = Tokenizer(models.BPE())
+    pieces.train_from_iterator(sorted(rest.elements()), trainer)
+    model = json.loads(pieces.to_str())["model"]
+    vocab = model["vocab"]
+    for word in words:
+        vocab.setdefault(word, len(vocab))
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = split
+    return tokenizer
+
+
+def train_tokenizer(
+    texts: Iterator[str], vocab_size: int, min_frequency: int = 2, word_frequency: int = 0
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens, special tokens first.
+
+    Args:
+        min_frequency: a pair of tokens must occur this often to be merged.
+        word_frequency: words that occur this often are one token each (0: plain BPE).
+    """
+    if word_frequency:
+        tokenizer = train_on_words(list(texts), vocab_size, min_frequency, word_frequency)
+        return wrap_tokenizer(tokenizer)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        min_frequency=min_frequency,
         special_tokens=[PAD, BOS, EOS],
         show_progress=sys.stdout.isatty(),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return wrap_tokenizer(tokenizer)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Add the byte-level ends, the special tokens and the chat template."""
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -102,7 +173,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    tokenizer = train_tokenizer(corpus_texts(args.data_path), args.vocab_size)
+    texts = corpus_texts(args.data_path)
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.min_frequency, args.word_frequency)
     save_tokenizer(tokenizer, args.output_dir)
     print(shown(f"{len(tokenizer)} tokens written to {args.output_dir}"))
     return 0

@@ -47,9 +47,8 @@ from dataset.lm_dataset import (
     load_dataset,
 )
 from dataset.untrusted import shown
-from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, tokenizer_of
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer
 from model.files import read_json, write_text
-from model.hub import fetch, is_hub_id
 from model.model_lora import lora_layers
 from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer.arguments import DEFAULT_SHAPE
@@ -139,17 +138,16 @@ def random_start(args: argparse.Namespace, shape: dict) -> tuple[MiniMindForCaus
     return MiniMindForCausalLM(config), folder
 
 
-def saved_start(args: argparse.Namespace, shape: dict) -> tuple[MiniMindForCausalLM, Path]:
+def saved_start(args: argparse.Namespace, shape: dict) -> tuple[MiniMindForCausalLM, Path | str]:
     """A saved model, which must have what of a shape was given, and its tokenizer's folder."""
-    named = args.from_weight
-    path = fetch(named, "--from_weight") if is_hub_id(named) else Path(named)
-    model = load_model(path, args.num_attention_heads)
+    path = args.from_weight
+    model = load_model(path)
     found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
     for flag, value in shape.items():
         if found[flag] != value:
             raise SettingsError(f"--{flag} {value}: {path} has {found[flag]}; drop the flag")
-    tokenizer = tokenizer_of(model, path, args.tokenizer_path)
-    folder = Path(tokenizer.name_or_path)
+    folder = args.tokenizer_path or path
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if len(tokenizer) < model.config.vocab_size:  # padded, or another's tokenizer
         print(f"note: {path} has {model.config.vocab_size} tokens, {folder} {len(tokenizer)}")
     return model, folder
@@ -707,7 +705,7 @@ def trained_parts(model: nn.Module) -> list[str]:
     trained = Counter(
         ".".join(name.split(".")[-2:])
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
+        if parameter.requires_grad and ".lora_" not in name
     )
     return [
         f"{title}: {', '.join(f'{count} {name}' for name, count in counts.items())}"

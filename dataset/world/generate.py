@@ -1,0 +1,285 @@
+"""Write the world's files: pretraining text, instructions, medical instructions and probes.
+
+    python dataset/world/generate.py                    # all of it, to dataset/data/world/
+    python dataset/world/generate.py --seed 7 --output_dir other_world
+
+    pretrain_world.jsonl        documents; _valid: held-out documents; _patterns: held-out patterns
+    sft_world.jsonl             instructions
+    lora_medical_world.jsonl    medical instructions
+    probe_SET_HALF.jsonl        held-out prompts with references and checks, to tune and to test:
+                                combinations, unseen, wordings, medical, chinese
+    held_out.json               the things that no training pair names
+
+The same seed gives the same bytes. What is held out is drawn by hash, so that adding a thing moves
+little else. The scripts in trainer/ call `ensure_world` when no --data_path is given.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
+from dataset.command_line import run_script
+from dataset.world.facts import WORLD_DIR, Thing, World, read_world
+from dataset.world.skills import Pair, Writer, collect_makers
+from dataset.world.text import ChineseWriter, TextWriter, write_documents
+from model.files import write_text
+
+OUTPUT_DIR = WORLD_DIR.parent / "data" / "world"
+TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
+VALIDATION_SHARE = 0.02  # of documents
+PAIRS = {"general": 1050, "medical": 300, "chinese": 300}  # of a skill, at most
+HELD_CELLS = {"tune": 0.05, "test": 0.15}  # shares of (thing, attribute) that never train
+UNSEEN = {"general": 40, "medical": 8, "chinese": 0}  # things of each half that no pair names
+PROBES = {  # prompts of each set and half
+    "combinations": {"tune": 400, "test": 1200},
+    "unseen": {"tune": 300, "test": 300},
+    "wordings": {"tune": 300, "test": 300},
+    "medical": {"tune": 150, "test": 300},
+    "chinese": {"tune": 60, "test": 150},
+}
+MEDICAL = "condition"  # the category that the medical set is about
+TRIES = 400  # draws for a wanted pair, before a skill is given up
+TRAIN = ("train", None)
+
+
+class HeldOut:
+    """What never trains: things by half, and cells of the other things by half."""
+
+    def __init__(self, world: World, unseen: int, seed: int):
+        self.seed = seed
+        self.halves: dict[tuple[str, str], str | None] = {}
+        ranked = sorted((t.name for t in world.things), key=lambda name: self.place("thing", name))
+        self.things = {"tune": ranked[:unseen], "test": ranked[unseen : 2 * unseen]}
+        self.half_of_thing = {name: half for half, names in self.things.items() for name in names}
+        self.mirrors = find_mirrors(world)
+
+    def place(self, *words: str) -> float:
+        """Map words to a number between 0 and 1."""
+        digest = hashlib.sha256("\n".join([str(self.seed), *words]).encode()).digest()
+        return int.from_bytes(digest[:8]) / 2**64
+
+    def half_of_cell(self, cell: tuple[str, str]) -> str | None:
+        """Return the half that holds a cell out; None for one that trains."""
+        if cell not in self.halves:
+            place = self.place("cell", *self.mirrors.get(cell, cell))
+            test = "test" if place < sum(HELD_CELLS.values()) else None
+            self.halves[cell] = "tune" if place < HELD_CELLS["tune"] else test
+        return self.halves[cell]
+
+    def find_set(self, pair: Pair, held_wording: bool) -> tuple[str, str | None] | None:
+        """Return `TRAIN`, or the probe set and half of a pair; None if it fits nowhere.
+
+        A pair is held out by its first cell alone, all else of it is known; in the set "wordings"
+        the form of the question is new, too.
+        """
+        main, *rest = pair.cells
+        unseen, half = self.half_of_thing.get(main[0]), self.half_of_cell(main)
+        if any(map(self.half_of_cell, rest)) or (held_wording and (unseen or not half)):
+            return None
+        if unseen:
+            return None if half else ("unseen", unseen)
+        return ("wordings" if held_wording else "combinations", half) if half else TRAIN
+
+
+def find_mirrors(world: World) -> dict[tuple[str, str], tuple[str, str]]:
+    """Map a fact told from both ends to one cell: a baker's tool is a rolling pin's user."""
+    names, mirrors = {thing.name: thing for thing in world.things}, {}
+    for thing in world.things:
+        for attribute, value in thing.values.items():
+            other = names.get(ARTICLE.sub("", value))
+            for back, other_value in other.values.items() if other else ():
+                if ARTICLE.sub("", other_value) == thing.name:
+                    mirrors[other.name, back] = min((thing.name, attribute), (other.name, back))
+    return mirrors
+
+
+class PairBuilder:
+    """Draw pairs of all skills for training and for the probes of one part of the world."""
+
+    def __init__(
+        self,
+        world: World,
+        held_out: HeldOut,
+        seed: int,
+        vocabulary: Vocabulary,
+        unseen: frozenset[str],
+    ):
+        self.held_out, self.vocabulary, self.unseen = held_out, vocabulary, unseen
+        self.makers, self.things = collect_makers(world), world.things
+        self.rng, self.prompts = random.Random(seed), set()
+        seen = [t for t in world.things if t.name not in held_out.half_of_thing]
+        self.writers = {held: Writer(world, self.rng, seen, held) for held in (False, True)}
+
+    def draw(self, skill: str, things: list[Thing], wanted: tuple) -> Pair | None:
+        """Draw one new pair of a set and half."""
+        held = wanted[0] == "wordings"
+        for _ in range(TRIES):
+            pair = self.makers[skill](self.writers[held], self.rng.choice(things))
+            if (
+                pair
+                and self.held_out.find_set(pair, held) == wanted
+                and pair.prompt not in self.prompts
+                and self.is_sound(pair)
+            ):
+                self.prompts.add(pair.prompt)
+                return pair
+        return None
+
+    def is_sound(self, pair: Pair) -> bool:
+        """Say whether the reference passes its own check, and no unseen thing stands beside."""
+        text = "\n".join(message["content"] for message in pair.messages)
+        if self.unseen.intersection(self.vocabulary.names.find(text)) - {pair.cells[0][0]}:
+            return False
+        answer = pair.messages[-1]["content"]
+        return judge_answer(answer, True, make_record(pair), self.vocabulary) == "correct"
+
+    def collect(self, wanted: tuple, quota: int, total: int | None = None) -> list[Pair]:
+        """Draw pairs of one set and half, as many of each skill, in random order."""
+        half = wanted[1] if wanted[0] == "unseen" else None
+        halves = self.held_out.half_of_thing
+        things = [thing for thing in self.things if halves.get(thing.name) == half]
+        drawn: list[Pair] = []
+        counts = dict.fromkeys(self.makers, 0)
+        while counts and (total is None or len(drawn) < total):
+            for skill in list(counts):
+                pair = self.draw(skill, things, wanted)
+                if pair:
+                    drawn.append(pair)
+                    counts[skill] += 1
+                if pair is None or counts[skill] >= quota:
+                    del counts[skill]
+        drawn.sort(key=lambda pair: list(self.makers).index(pair.skill))
+        self.rng.shuffle(drawn)
+        return drawn[:total]
+
+
+def make_record(pair: Pair, **fields: str) -> dict:
+    """Return a pair as a line of a probe file."""
+    things = list(dict.fromkeys(thing for thing, _ in pair.cells))
+    about = {"skill": pair.skill, "things": things, "cell": list(pair.cells[0])}
+    return fields | about | {"conversations": pair.messages, "check": pair.check}
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def write_pretraining(
+    output_dir: Path, world: World, chinese: World, seed: int, scale: float
+) -> None:
+    """Write the documents: for training, held-out documents, and held-out patterns."""
+    rng = random.Random(seed)
+    documents = write_documents(TextWriter(world, rng), round(TEXT_BYTES * scale))
+    documents += write_documents(ChineseWriter(chinese, rng), round(CHINESE_BYTES * scale))
+    rng.shuffle(documents)
+    held = round(VALIDATION_SHARE * len(documents))
+    writer = TextWriter(world, rng, held=True)
+    patterns = [writer.entry(thing) for thing in world.things]
+    files = {"": documents[held:], "_valid": documents[:held], "_patterns": patterns}
+    for ending, texts in files.items():
+        write_records(output_dir / f"pretrain_world{ending}.jsonl", ({"text": t} for t in texts))
+
+
+def write_world(
+    output_dir: Path, seed: int = 42, things_each: int | None = None, scale: float = 1.0
+) -> dict[str, Path]:
+    """Write all files; `things_each` and `scale` make a small world for tests."""
+    world, chinese = (
+        read_world(things_each=things_each),
+        read_world(WORLD_DIR / "chinese", things_each),
+    )
+    vocabulary = make_vocabulary(world, chinese)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_pretraining(output_dir, world, chinese, seed, scale)
+    medical = world.select(lambda name: name == MEDICAL)
+    parts = {
+        "general": world.select(lambda name: name != MEDICAL),
+        "medical": medical,
+        "chinese": chinese,
+    }
+    held = {
+        part: HeldOut(things, UNSEEN[part] if things_each is None else bool(UNSEEN[part]), seed)
+        for part, things in parts.items()
+    }
+    unseen = frozenset(name for part in held.values() for name in part.half_of_thing)
+    train = {}
+    for part, things in parts.items():
+        builder = PairBuilder(things, held[part], seed, vocabulary, unseen)
+        general = ["combinations", "unseen", "wordings"]
+        for name in general if part == "general" else [part]:
+            for half, count in PROBES[name].items():
+                sets = (
+                    [name]
+                    if part == "general"
+                    else ["combinations", "unseen"][: 1 + (part == "medical")]
+                )
+                number = max(1, round(count * scale)) // len(sets)
+                pairs = [pair for s in sets for pair in builder.collect((s, half), number, number)]
+                records = (
+                    make_record(pair, id=f"{name}-{half}-{i:04}", set=name, half=half)
+                    for i, pair in enumerate(pairs, start=1)
+                )
+                write_records(output_dir / f"probe_{name}_{half}.jsonl", records)
+        train[part] = builder.collect(TRAIN, max(4, round(PAIRS[part] * scale)))
+    sft = train["general"] + train["chinese"]
+    random.Random(seed).shuffle(sft)
+    for name, pairs in (("sft_world", sft), ("lora_medical_world", train["medical"])):
+        records = ({"conversations": pair.messages, "skill": pair.skill} for pair in pairs)
+        write_records(output_dir / f"{name}.jsonl", records)
+    things = {part: held_out.things for part, held_out in held.items()}
+    write_text(output_dir / "held_out.json", json.dumps(things, ensure_ascii=False, indent=1))
+    return list_files(output_dir)
+
+
+def list_files(output_dir: Path) -> dict[str, Path]:
+    """Return the paths of the world's files by their names."""
+    names = {
+        "pretrain": "pretrain_world",
+        "pretrain_valid": "pretrain_world_valid",
+        "pretrain_patterns": "pretrain_world_patterns",
+        "sft": "sft_world",
+        "sft_valid": "probe_combinations_tune",
+        "medical": "lora_medical_world",
+        "medical_valid": "probe_medical_tune",
+    }
+    names |= {f"{name}_{half}": f"probe_{name}_{half}" for name in PROBES for half in PROBES[name]}
+    return {key: output_dir / f"{name}.jsonl" for key, name in names.items()}
+
+
+def hash_sources() -> str:
+    """Hash the generator and its data, which the files depend on."""
+    paths = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml"), WORLD_DIR.parent / "checks.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
+
+
+def ensure_world(output_dir: Path = OUTPUT_DIR) -> dict[str, Path]:
+    """Return the world's files; write them first where they are missing or of another version."""
+    stamp = output_dir / "sources.sha256"
+    if not stamp.is_file() or stamp.read_text() != hash_sources():
+        print("writing the world's text and instructions, about half a minute")
+        write_world(output_dir)
+        write_text(stamp, hash_sources())
+    return list_files(output_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args(argv)
+    for path in write_world(args.output_dir, args.seed).values():
+        print(f"{path}  {sum(1 for _ in path.open(encoding='utf-8'))} lines")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,1 @@
+"""What fine-tuning did to the weights: spectra, cut updates, reachability of a token."""

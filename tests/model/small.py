@@ -1,0 +1,41 @@
+"""Small random models for the tests of this folder."""
+
+import torch
+from torch import nn
+
+from model.model_minimind import MiniMindForCausalLM, minimind_config
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+}
+IDS = torch.tensor([[5, 1, 300, 2, 17, 1, 4000, 99]])
+
+
+def make_model(seed: int = 0, noise: float = 0.3, **shape: float) -> MiniMindForCausalLM:
+    """Build a random model whose logits differ clearly between positions."""
+    torch.manual_seed(seed)
+    model = MiniMindForCausalLM(minimind_config(**(SMALL | shape))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.1 if parameter.shape[0] == 6400 else noise
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+def compute_logits(model: nn.Module) -> torch.Tensor:
+    """Compute the logits of `IDS` in evaluation mode."""
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def move_parameters(model: nn.Module, seed: int = 1) -> None:
+    """Move every trainable parameter away from its start, as training would."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))

@@ -1,0 +1,192 @@
+"""Saved folders: written whole, loaded bit for bit, and refused in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+
+from model import checkpoint
+from model.checkpoint import (
+    TOKENIZER_DIR,
+    find_base,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+    save_model,
+    weights_fingerprint,
+)
+from model.files import UserError
+from model.model_lora import LoraSettings, apply_lora, save_lora
+from tests.model.small import IDS, compute_logits, make_model, move_parameters
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(make_model(), TOKENIZER_DIR, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Rewrite the saved weights; None removes a tensor, `__` stands for a dot."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {name.replace("__", "."): t for name, t in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Rewrite values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_folder_loads_bit_for_bit_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    save_model(model, TOKENIZER_DIR, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    again = load_model(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert again.state_dict()[name].dtype == torch.float32
+        assert torch.equal(tensor.float(), again.state_dict()[name]), name
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert weights_fingerprint(again) == weights_fingerprint(model)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_fingerprint_tells_weights_and_shapes_apart() -> None:
+    model, other = make_model(), make_model(num_attention_heads=2, num_key_value_heads=1)
+    before = weights_fingerprint(model)
+    other.load_state_dict(model.state_dict())
+    assert weights_fingerprint(other) != before
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    assert weights_fingerprint(model) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "edited"),
+    [
+        (Qwen3Config, {"head_dim": 32}, {}),  # wider than hidden_size / heads
+        (LlamaConfig, {"tie_word_embeddings": False}, {}),
+        # At the top of the file, as transformers wrote it before version 5.
+        (LlamaConfig, {}, {"rope_theta": 5e4, "rope_parameters": None}),
+    ],
+    ids=["wide heads", "untied", "old rope"],
+)
+def test_folders_of_transformers_load(
+    tmp_path: Path, kind: type, saved: dict, edited: dict
+) -> None:
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=6400, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, tie_word_embeddings=True,
+    )  # fmt: skip
+    for name, value in saved.items():
+        setattr(config, name, value)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **edited)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert torch.allclose(compute_logits(model), compute_logits(reference), rtol=0, atol=1e-5)
+
+
+def test_either_kind_of_folder_loads_with_its_tokenizer(folder: Path) -> None:
+    model, tokenizer = load_checkpoint(folder)
+    assert torch.equal(compute_logits(model), compute_logits(load_model(folder)))
+    assert (len(tokenizer), tokenizer.padding_side) == (6400, "right")
+    settings, fingerprint = LoraSettings(rank=2, dropout=0.5), weights_fingerprint(model)
+    apply_lora(model, settings)
+    move_parameters(model)
+    adapter = folder.parent / "adapter"
+    save_lora(model, settings, adapter, folder.name, fingerprint)  # found beside the adapter
+    again, _ = load_checkpoint(adapter)
+    assert not again.training
+    assert torch.equal(again(IDS).logits, compute_logits(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__norm__weight": None, "model__extra": torch.ones(1)}, "model.norm.*model.extra"),
+        ({"model__norm__weight": torch.ones(65)}, r"weights do not fit.*norm.weight.*\[65\]"),
+        ({"model__embed_tokens__weight": None}, "weights do not fit.*model.embed_tokens.weight"),
+        ({"lm_head__weight": torch.zeros(6400, 64)}, "lm_head.weight differs from the embedding"),
+    ],
+    ids=["missing and unknown", "shape", "no embedding", "another head"],
+)
+def test_weights_that_do_not_fit_are_refused(folder: Path, changes: dict, message: str) -> None:
+    edit_weights(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"attention_bias": True}, "attention_bias True is not computed"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}},
+            "rope_type 'linear'",
+        ),
+        ({"num_hidden_layers": 4}, "weights do not fit.*model.layers.3"),
+    ],
+)
+def test_configs_that_the_model_does_not_compute_are_refused(
+    folder: Path, change: dict, message: str
+) -> None:
+    edit_json(folder / "config.json", **change)
+    with pytest.raises(UserError, match=message):
+        load_model(folder)
+
+
+def test_broken_and_missing_files_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(UserError, match="model.safetensors: corrupt"):
+        load_model(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"code": make_model}, folder / "pytorch_model.bin")  # never read
+    with pytest.raises(UserError, match="model.safetensors: missing"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: broken JSON"):
+        load_model(folder)
+    with pytest.raises(UserError, match="absent/config.json: missing; mend the path"):
+        load_model(folder / "absent")
+
+
+def test_tokenizers_that_do_not_fit_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="has 6400 tokens, the model 6399; give the model's own"):
+        load_tokenizer(folder, 6399)
+    edit_json(folder / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(UserError, match="a chat template, end or padding token is missing"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json: missing"):
+        load_tokenizer(folder)
+
+
+def test_bases_are_found_by_path_or_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, model = folder.parent / "adapter", load_model(folder)
+    settings, fingerprint = LoraSettings(rank=2), weights_fingerprint(model)
+    apply_lora(model, settings)
+    save_lora(model, settings, adapter, "someone/small", fingerprint)
+    assert find_base(adapter) == "someone/small"
+
+    def download(source: str, name: str) -> str:
+        if source != "someone/small":
+            raise OSError("offline\nsecond line")
+        return str(folder / name)
+
+    monkeypatch.setattr(checkpoint, "cached_file", download)
+    assert weights_fingerprint(load_model("someone/small")) == fingerprint
+    with pytest.raises(UserError, match=r"else/small: neither a folder nor on the hub \(offline\)"):
+        load_model("else/small")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="../gone/base")
+    with pytest.raises(UserError, match="the base '../gone/base' is not there"):
+        find_base(adapter)

@@ -1,0 +1,132 @@
+"""MiniMind's files to folders, and adapters merged into plain checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model.checkpoint import (
+    TOKENIZER_DIR,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+    save_model,
+    weights_fingerprint,
+)
+from model.files import UserError, file_sha256
+from model.model_lora import LoraSettings, apply_lora, save_lora
+from tests.model.small import compute_logits, make_model, move_parameters
+from trainer import convert_minimind, merge_lora
+
+
+class Payload:
+    """Pickles to a call that would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    save_model(make_model(noise=0.1), TOKENIZER_DIR, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def convert(pth: Path, *words: object) -> Path:
+    """Run the converter; return the folder that it makes."""
+    folder = pth.with_suffix("")
+    assert convert_minimind.main([str(pth), "--output_dir", str(folder), *map(str, words)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_minimind_models_convert(tmp_path: Path, qk_norm: bool) -> None:
+    # MiniMind saves half precision, the tied head, and rotary tables.
+    model = make_model(qk_norm=qk_norm, rms_norm_eps=1e-6 if qk_norm else 1e-5)
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    tables = {"model.freqs_cos": torch.ones(8, 4), "model.freqs_sin": torch.ones(8, 4)}
+    torch.save(tensors | tables, tmp_path / "sft_64.pth")
+    words = ("--num_attention_heads", 4, "--tokenizer_path", TOKENIZER_DIR)
+    converted, tokenizer = load_checkpoint(convert(tmp_path / "sft_64.pth", *words))
+    assert len(tokenizer) == 6400
+    assert torch.equal(compute_logits(converted), compute_logits(model.half().float()))
+
+
+def test_minimind_adapters_convert(base: Path) -> None:
+    torch.manual_seed(3)
+    a, b = 0.1 * torch.randn(8, 64), 0.1 * torch.randn(64, 8)
+    name = "model.layers.1.self_attn.o_proj"
+    tensors = {f"{name}.lora.A.weight": a.half(), f"{name}.lora.B.weight": b.half()}
+    torch.save(tensors, base.parent / "lora_medical_64.pth")
+    folder = convert(base.parent / "lora_medical_64.pth", "--base", base)
+    model, _ = load_checkpoint(folder)
+    dense = load_model(base)
+    dense.get_submodule(name).weight.data += b.half().float() @ a.half().float()
+    assert torch.allclose(compute_logits(model), compute_logits(dense), rtol=0, atol=1e-5)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        ({"model.norm.weight": Payload}, [], "not a plain file of tensors"),
+        ({"model.norm.weight": torch.ones(4)}, [], "no model.embed_tokens.weight"),
+        ([torch.ones(4)], [], "expected a state dict"),
+        ("base", ["--num_attention_heads", "7"], "hidden_size 64: must be a multiple"),
+        ("base", ["--num_attention_heads", "1"], "x.pth: does not fit: .*size mismatch"),
+        ("base", ["--base"], "no matrix named ...lora.A.weight"),
+        ("extra", ["--num_attention_heads", "4"], "model.extra is missing or unknown"),
+    ],
+)
+def test_files_that_are_not_minimind_s_are_refused(
+    base: Path, content: object, words: list[str], message: str
+) -> None:
+    path = base.parent / "x.pth"
+    if isinstance(content, str):
+        extra = {"model.extra": torch.ones(1)} if content == "extra" else {}
+        content = load_model(base).state_dict() | extra
+    elif isinstance(content, dict) and Payload in content.values():
+        content = {"model.norm.weight": Payload(base.parent / "ran")}
+    torch.save(content, path)
+    words = [*words, str(base)] if words == ["--base"] else [*words, "--tokenizer_path", str(base)]
+    with pytest.raises(UserError, match=message):
+        convert(path, *words)
+    assert {file.name for file in base.parent.iterdir()} == {"base", "x.pth"}
+
+
+def test_adapter_is_merged_into_a_plain_checkpoint(base: Path) -> None:
+    model, settings = load_model(base), LoraSettings(rank=8, alpha=8, targets="q_proj")
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, settings)
+    move_parameters(model)
+    adapter, out = base.parent / "adapter", base.parent / "merged"
+    save_lora(model, settings, adapter, str(base), fingerprint)
+    # A base of the hub often has no chat template: the tokenizer is copied as it is.
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    words = ["--adapter", str(adapter), "--output_dir", str(out)]
+    assert merge_lora.main(words) == 0
+    reference = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.allclose(compute_logits(reference), compute_logits(model), rtol=0, atol=1e-5)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    record = json.loads((out / "run.json").read_text())
+    assert (record["status"], record["stage"]) == ("completed", "merge_lora")
+    assert record["base_fingerprint"] == fingerprint
+    assert record["adapter_sha256"] == file_sha256(adapter / "adapter_model.safetensors")
+    assert (record["settings"]["base"], record["settings"]["tuned"]) == ("base", "adapter")
+    assert record["settings"]["adapter"]["alpha"] == 8
+    with pytest.raises(UserError, match="merged: exists; name another folder"):
+        merge_lora.main(words)
+
+
+def test_the_committed_tokenizer_loads_as_transformers_loads_it() -> None:
+    tokenizer = load_tokenizer()
+    assert tokenizer.name_or_path == str(TOKENIZER_DIR)
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer("<|im_start|>a<|im_end|>")["input_ids"][::2] == [1, 2]

@@ -1,0 +1,85 @@
+"""Errors as one line, and files written whole or not at all."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from model.files import (
+    UserError,
+    escape_control,
+    file_sha256,
+    read_json,
+    run_script,
+    write_json,
+    write_text,
+)
+
+
+def raise_error(error: BaseException) -> Callable[[], int]:
+    """Build a `main` that raises."""
+
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "line"),
+    [
+        (lambda: 0, 0, ""),
+        (raise_error(UserError("a\n\x9bb\t: mend")), 2, "error: a\\n\\u009bb\\t: mend\n"),
+        (
+            raise_error(OSError(28, "No space left", "x")),
+            2,
+            "error: [Errno 28] No space left: 'x'\n",
+        ),
+        (raise_error(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+    ids=["done", "user", "disk", "ctrl-c"],
+)
+def test_scripts_end_in_one_line(
+    main: Callable, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_control_characters_are_escaped_by_hand() -> None:
+    assert escape_control("a\x1bb\tc\nd\u202e") == "a\\u001bb\tc\nd\\u202e"
+    assert escape_control("\ud83d\U000e0041 你好") == "\\ud83d\\udb40\\udc41 你好"
+
+
+def test_files_are_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": [1]})
+    assert read_json(path) == {"a": [1]}
+    assert file_sha256(path) == hashlib.sha256(b'{\n  "a": [\n    1\n  ]\n}\n').hexdigest()
+
+    def fill_disk(self: Path, text: str, encoding: str) -> None:
+        self.write_bytes(text.encode()[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "another")
+    assert read_json(path) == {"a": [1]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "broken JSON"), (b"[1]", "expected a JSON object"), (b"\xff", "broken JSON")],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"x.json: {message}"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(UserError, match="y.json: missing"):
+        read_json(tmp_path / "y.json")

@@ -1,0 +1,180 @@
+"""The model against transformers' Llama and Qwen3, and against values worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+
+from model import model_minimind
+from model.checkpoint import TOKENIZER_DIR, save_model
+from model.files import UserError
+from model.model_minimind import (
+    MiniMindForCausalLM,
+    count_parameters,
+    minimind_config,
+)
+from tests.model.small import SMALL, make_model
+
+
+@pytest.fixture(params=[False, True], ids=["llama", "qk_norm"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[MiniMindForCausalLM, nn.Module]:
+    """Our model, and transformers' own loaded from the folder that we saved."""
+    model = make_model(qk_norm=request.param)
+    save_model(model, TOKENIZER_DIR, tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(reference) is (Qwen3ForCausalLM if request.param else LlamaForCausalLM)
+    return model, reference
+
+
+def test_default_shape_has_minimind2_smalls_parameters() -> None:
+    model = MiniMindForCausalLM(minimind_config())
+    matrices = 2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1408
+    total = 6400 * 512 + 8 * (matrices + 2 * 512) + 512
+    assert total == 25_829_888
+    assert count_parameters(model) == (total, total)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"hidden_size": 65}, "hidden_size 65"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
+    ],
+)
+def test_impossible_shapes_are_refused(shape: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        minimind_config(**(SMALL | shape))
+
+
+def test_logits_equal_transformers(pair: tuple) -> None:
+    model, reference = pair
+    ids = torch.randint(3, 6400, (2, 40))
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, reference(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_padded_logits_equal_transformers(pair: tuple) -> None:
+    model, reference = pair
+    ids = torch.randint(3, 6400, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        ours = model(ids, attention_mask=mask).logits
+        theirs = reference(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
+        ).logits
+        alone = model(ids[:1, 7:]).logits
+    assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], rtol=0, atol=1e-5)
+    assert torch.allclose(ours[0, 7:], alone[0], rtol=0, atol=1e-5)
+
+
+def test_padding_on_the_right_needs_no_mask() -> None:
+    model = make_model()
+    ids = torch.randint(3, 6400, (1, 12))
+    with torch.no_grad():
+        padded = model(F.pad(ids, (0, 9))).logits[:, :12]
+        assert torch.allclose(padded, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_cached_continuation_of_several_tokens_equals_one_pass() -> None:
+    model = make_model()
+    ids = torch.randint(3, 6400, (1, 16))
+    with torch.no_grad():
+        cache = model(ids[:, :9], use_cache=True).cache
+        rest = model(ids[:, 9:], cache=cache).logits
+        assert torch.allclose(rest, model(ids).logits[:, 9:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_transformers_generates_with_our_model_as_with_its_own(
+    pair: tuple, use_cache: bool
+) -> None:
+    ids = torch.randint(3, 6400, (2, 9))
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    ours, theirs = (model.generate(ids, use_cache=use_cache, **options) for model in pair)
+    assert theirs[:, 9:].unique().numel() > 10  # a constant answer would compare nothing
+    assert torch.equal(ours, theirs)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_loss_and_gradients_equal_transformers(
+    pair: tuple, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_minimind, "LOSS_CHUNK", chunk)
+    model, reference = pair
+    ids = torch.randint(3, 6400, (2, 30))
+    labels = ids.clone()
+    labels[0, :11] = -100
+    labels[1, 20:] = -100
+    ours, theirs = model(ids, labels=labels).loss, reference(ids, labels=labels).loss
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    (ours * 0.5).backward()
+    (theirs * 0.5).backward()
+    grads = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - grads[name].grad).norm() / grads[name].grad.norm()
+        assert error < 1e-4, name
+
+
+def test_loss_is_the_shifted_mean_over_labels_by_hand() -> None:
+    model = make_model()
+    ids = torch.randint(3, 6400, (1, 6))
+    labels = torch.tensor([[5, -100, int(ids[0, 2]), -100, -100, int(ids[0, 5])]])
+    with torch.no_grad():
+        log_probs = model(ids).logits.log_softmax(-1)[0]
+        # The first label is never predicted; positions 1 and 4 predict the tokens at 2 and 5.
+        expected = -(log_probs[1, ids[0, 2]] + log_probs[4, ids[0, 5]]) / 2
+        out = model(ids, labels=labels)
+        assert out.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        assert out.logits is None
+        by_four = model(ids, labels=labels, num_items_in_batch=4).loss
+    assert by_four.item() == pytest.approx(expected.item() / 2, abs=1e-5)
+
+
+def test_loss_under_autocast_sums_in_float32() -> None:
+    """Matrix products are rounded; exponentials and sums are not."""
+    model = make_model()
+    states, ids = torch.randn(40, 64), torch.randint(0, 6400, (40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.sum_losses(states.requires_grad_(), ids)
+    logits = (states.bfloat16() @ model.lm_head.weight.bfloat16().T).float()
+    expected = F.cross_entropy(logits, ids, reduction="sum")
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_loss_without_any_label_is_zero_and_trains_nothing(trains: bool) -> None:
+    model = make_model()
+    ids = torch.randint(3, 6400, (1, 6))
+    with torch.set_grad_enabled(trains):
+        loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=3).loss
+    assert loss.item() == 0
+    if trains:
+        loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def test_trunk_compiles_to_one_graph_whatever_the_length() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = make_model()
+    compiled = torch.compile(model.model, backend=count, fullgraph=True)
+    for length in (16, 11, 30, 8, 23):
+        ids = torch.randint(3, 6400, (2, length))
+        assert torch.allclose(compiled(ids), model.model(ids), rtol=0, atol=1e-5)
+    assert len(graphs) == 2  # the first length's, and one for all others
