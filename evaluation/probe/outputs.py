@@ -181,7 +181,7 @@ def write_markdown(name: str, samples: list[dict], training: dict) -> str:
 
 
 def describe_answer(sample: dict) -> str:
-    """Name the outcome of an answer, or what is wrong with one that has no check, and its length."""
+    """Name the outcome of an answer, or its flags where it has no check, and its length."""
     flags = [name for name in ("blank", "endless", "loop", "off_topic") if sample[name]]
     words = [sample["outcome"]] if sample["outcome"] else flags
     return ", ".join([*words, f"{sample['tokens']} tokens"]).replace("_", "-")

@@ -44,9 +44,9 @@ class WorldTranslator:
             self.words |= category["english"]
             for attribute in category["attributes"].values():
                 pairs += pair_lists(attribute, attribute["english"])
-        for form in read_toml(folder / "skills.toml")["form"].values():
-            pairs += pair_lists(form, form["english"])
-            words = zip(form.get("words", []), form["english"].get("words", []), strict=True)
+        for skill in read_toml(folder / "skills.toml")["skill"].values():
+            pairs += pair_lists(skill, skill["english"])
+            words = zip(skill.get("words", []), skill["english"].get("words", []), strict=True)
             self.words |= dict(words)
         stories = read_toml(folder / "stories.toml")
         self.words |= {name: english for name, *_, english in stories["people"]}
