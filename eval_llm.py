@@ -71,7 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
 def find_device(name: str) -> str:
     """Return the device to compute on; "auto" takes a GPU where there is one."""
     accelerator = torch.accelerator.current_accelerator()
-    return (accelerator.type if accelerator else "cpu") if name == "auto" else name
+    there = ["cpu", accelerator.type] if accelerator else ["cpu"]
+    if name not in ("auto", *there):
+        raise argparse.ArgumentTypeError(f"this machine has {' and '.join(there)}, not {name}")
+    return there[-1] if name == "auto" else name
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -132,6 +135,7 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
 def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.judge:
         check_judge(args.judge, args.model)
     judge = load(args.judge, args) if args.judge else None
@@ -141,7 +145,7 @@ def run_probes(args: argparse.Namespace) -> None:
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
         folder = args.output_dir / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         nll = {
             key: measure_nll(checkpoint, kind, files, args.max_seq_len, args.batch_size)
             for key, (kind, files) in data.items()

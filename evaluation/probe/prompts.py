@@ -68,7 +68,11 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check --prompts")
     if path.suffix == ".md":
-        prompts = parse_markdown(path.read_text(encoding="utf-8"), str(path))[:limit]
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8; convert the file") from error
+        prompts = parse_markdown(text, str(path))[:limit]
     else:
         prompts = [parse_record(*line, path) for line in islice(read_jsonl(path), limit)]
     ids = [prompt.id for prompt in prompts]

@@ -167,6 +167,12 @@ def test_list_shows_runs(home, tmp_path, capsys):
         main(["--list", str(tmp_path / "nowhere")])
 
 
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "x", "--device", "pigeon"])
+    assert "this machine has cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", [EOFError, KeyboardInterrupt])
 def test_chat_ends_cleanly(home, monkeypatch, ending):
     def end(_: str) -> str:

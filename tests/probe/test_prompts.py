@@ -99,6 +99,9 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
     (tmp_path / "y.md").write_text("# Only prose\n")
     with pytest.raises(UserError, match="holds no prompt"):
         read_prompts(tmp_path / "y.md")
+    (tmp_path / "z.md").write_bytes("## Café\n".encode("latin-1"))
+    with pytest.raises(UserError, match="z.md: not UTF-8"):
+        read_prompts(tmp_path / "z.md")
 
 
 def test_jsonl_takes_the_last_answer_as_the_reference(tmp_path):
