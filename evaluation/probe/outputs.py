@@ -93,36 +93,31 @@ def list_training(training: dict) -> list[str]:
 
 def format_summary(summary: pd.DataFrame, with_intervals: bool) -> pd.DataFrame:
     """Write a summary as text, a column a decoding: each measure, and `correct` by section."""
-    is_part = (summary["section"] != "all") & (summary["measure"] == "correct")
-    if summary["section"].nunique() == 2:  # "all", and the only one
-        is_part[:] = False
-    rows = summary[(summary["section"] == "all") | is_part]
-    parts = [f" [{row.low:.0%}, {row.high:.0%}]" for row in rows.itertuples()]
-    cells = [
-        f"{row.value:{UNITS.get(row.measure, '.3f')}}"
-        + part * (with_intervals and "nan" not in part)
-        for row, part in zip(rows.itertuples(), parts, strict=True)
-    ]
-    names = rows["measure"] + (", " + rows["section"]).where(is_part, "")
-    table = rows.assign(cell=cells, measure=names).pivot(
-        index="measure", columns="decoding", values="cell"
-    )
-    order = sorted(dict.fromkeys(names), key=lambda name: not name.startswith("correct"))
-    return table.loc[order, list(dict.fromkeys(rows["decoding"]))].fillna("-")
+    is_all = summary["section"] == "all"
+    is_part = ~is_all & (summary["measure"] == "correct") & (summary["section"].nunique() > 2)
+    rows = summary[is_all | is_part].copy()
+    rows["cell"] = [f"{row.value:{UNITS.get(row.measure, '.3f')}}" for row in rows.itertuples()]
+    if with_intervals:
+        texts = [f" [{row.low:.0%}, {row.high:.0%}]" for row in rows.itertuples()]
+        rows["cell"] += pd.Series(texts, rows.index).where(rows["low"].notna(), "")
+    rows["measure"] += (", " + rows["section"]).where(is_part, "")
+    order = sorted(rows["measure"].unique(), key=lambda name: not name.startswith("correct"))
+    table = rows.pivot(index="measure", columns="decoding", values="cell")
+    return table.loc[order, rows["decoding"].unique()].fillna("-")
 
 
 def print_summaries(results: dict[str, dict]) -> None:
     """Print a column a checkpoint: each measure under all decodings, and NLL."""
-    columns = {}
+    columns, decodings = {}, ""
     for name, result in results.items():
         column = {kind: f"{nll['nats_per_token']:.3f}" for kind, nll in result["nll"].items()}
         if result["summary"]:
             table = format_summary(pd.DataFrame(result["summary"]), with_intervals=False)
             table = table.rename(index=escape_control)
-            print(f"\nunder {' / '.join(table.columns)}:")
+            decodings = f"\n{' / '.join(table.columns)}:\n"
             column = table.agg(" / ".join, axis=1).to_dict() | column
         columns[escape_control(name)] = column
-    print(pd.DataFrame(columns).fillna("-").to_string())
+    print(f"{decodings}{pd.DataFrame(columns).fillna('-').to_string()}")
 
 
 def print_table(table: pd.DataFrame) -> None:

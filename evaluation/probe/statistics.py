@@ -24,14 +24,6 @@ class Interval:
     high: float
 
 
-def percentile_interval(
-    estimate: float, draws: np.ndarray, confidence: float = CONFIDENCE
-) -> Interval:
-    """Put the interval that holds the middle of some draws, (n,), around an estimate."""
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(estimate), float(low), float(high))
-
-
 def wilson_interval(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Compute the Wilson score interval of a share of k in n; (0, 1) for n = 0."""
     if n == 0:
@@ -86,7 +78,8 @@ def paired_bootstrap(
     weight = (of_seeds * (of_prompts @ weights.T)).sum(axis=1)
     drawn = weight > 0
     means = totals[drawn] / weight[drawn]
-    return percentile_interval(sums.sum() / weights.sum(), means, confidence)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(sums.sum() / weights.sum()), float(low), float(high))
 
 
 def most_unseen(n: int, confidence: float = CONFIDENCE) -> float:
