@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test report study stress bench install clean-demo
+.PHONY: demo test report study stress bench page install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -41,6 +41,9 @@ bench: install
 
 report: install
 	$(RUN) evaluation/study/report.py
+
+page: install
+	$(RUN) evaluation/page/build.py
 
 # ---------------------------------------------------------------- the demo
 # A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.

@@ -1,360 +1,194 @@
-r"""Probes saved checkpoints with prompts, measures them on held-out data, or chats with one.
+r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat with one.
 
     python eval_llm.py --list
     python eval_llm.py --model out/full_sft
-    python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora_all
-    python eval_llm.py --model out/lora_all --prompts dataset/data/dolly_valid.jsonl.gz \
-        --limit 500 --nll_data dataset/data/dolly_valid.jsonl.gz --output_dir out/probes
-    python eval_llm.py --model out/full_sft --no_generation \
-        --nll_data dataset/data/dolly_valid.jsonl.gz \
-        --text_nll_data dataset/data/simplewiki_valid.jsonl.gz
+    python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora
+    python eval_llm.py --model out/lora --prompts dataset/data/world/probe_combinations_test.jsonl \
+        --seeds 0 1 2 --output_dir out/probes
+    python eval_llm.py --model out/full_sft --no_generation --nll_data valid.jsonl
     python eval_llm.py --model out/full_sft --interactive
 
-A model is a folder that a training script wrote (one with adapter_config.json is an adapter, and
-names its base), or a MiniMind .pth file. All get the same prompts in the same chat template, a base
-model that was never fine-tuned included. For each, `evaluation/model_outputs/<name>/` receives
+A model is a folder that a training script wrote; an adapter names its base. All get the same
+prompts in the same chat template. For each one, `evaluation/model_outputs/<name>/` receives
+samples.jsonl, samples.md and results.json; evaluation/probe/measures.py defines the measures.
 
-    samples.jsonl        a line per prompt, decoding and seed: output, translations, measures
-    samples.md           the same to read
-    results.json         rates with 95% Wilson intervals, NLL, and where all of it came from
-    nll.json             with --nll_data or --text_nll_data: NLL by sequence, for paired comparisons
-    translations.jsonl   every translation of prompts and outputs, kept for good
-
-With --rates_only it receives rates_<prompts>.json alone: results.json's content and no text, for
-prompts that must not be published.
-
-The same command with as many threads writes the same bytes on the same machine. Translations are
-made by --translator, or by hand in samples.jsonl (see evaluation/translations.py). The measures are
-defined in evaluation/metrics.py and likelihood.py; those that evaluation/calibration.json
-found unable to tell reference answers from controls are not shown. The row "references" measures
-the reference answers.
-
-With several models, the table of differences compares each with the first, prompt by prompt. The
-Wilson intervals treat answers as independent; with several seeds, read the differences' instead.
-Sampling seeds are no replication of the training: one run a method stays one run.
+With several models, each one is compared with the first, prompt by prompt. The Wilson intervals
+take answers as independent; with several seeds, read the differences' intervals. Sampling seeds do
+not replicate the training: one run an arm stays one run.
 """
 
 import argparse
-import platform
-from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
-import transformers
-from transformers import PreTrainedTokenizerFast
 
-from dataset.jsonl import file_sha256
-from evaluation.arguments import DTYPES, parse_args
-from evaluation.calibrate import calibrate_judge, load_judge, read_hidden
-from evaluation.chat import chat
-from evaluation.checkpoints import (
-    RUN_COLUMNS,
-    Checkpoint,
-    find_checkpoints,
-    load_checkpoint,
-    run_rows,
-)
-from evaluation.likelihood import (
-    CANDIDATES,
-    Judge,
-    add_topic_measures,
-    check_independence,
-    held_out_nll,
-)
-from evaluation.outputs import (
-    DIFFERENCE_COLUMNS,
-    NLL_COLUMNS,
-    difference_rows,
-    nll_row,
-    print_nll_counts,
-    print_rows,
-    print_table,
-    table_rows,
-    write_nll,
-    write_outputs,
-    write_rates,
-)
-from evaluation.probe import DECODINGS, UNSAVED, ask, decoding_of, reference_samples, runs_of
-from evaluation.prompts import Prompt, read_prompts
-from evaluation.summary import NotComparable, compare, compare_all_nll, summarize
-from evaluation.translations import (
-    Store,
-    Translator,
-    fill_slots,
-    load_translator,
-    read_store,
-    translate_missing,
-    write_store,
-)
-from model.generation import Decoder
-from model.model_minimind import MiniMindForCausalLM
-from trainer.failures import run_script
-from trainer.machine import keep_freed_memory
-from trainer.run_folder import checkpoint_name, weights_sha256
+from evaluation.probe import outputs
+from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, Checkpoint, probe
+from evaluation.probe.chat import chat
+from evaluation.probe.likelihood import add_topic_measures, check_judge, compare_nll, measure_nll
+from evaluation.probe.measures import compare, summarize
+from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
+from evaluation.probe.translations import load_translator, translate_samples
+from model.checkpoint import load_checkpoint, load_tokenizer
+from model.files import REPO_DIR, UserError, file_sha256, run_script, write_json
+from model.generation import Decoding
 
-RUN_FACTS = ("stage", "status", "settings", "steps", "trainable_parameters", "eval_loss", "git")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# ----------------------------------------------------------------------------------------- probing
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("instead of probing").add_argument
+    out = REPO_DIR / "out"
+    add("--list", type=Path, nargs="?", const=out, metavar="FOLDER", help="show the runs in out/")
+    add("--interactive", action="store_true", help="chat with one model; an empty line ends it")
+    add("--no_generation", action="store_true", help="measure NLL only")
+    add = parser.add_argument_group("what is probed").add_argument
+    add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
+    add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
+    add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
+    add("--limit", type=int, help="only the first so many prompts")
+    add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
+    add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
+    add("--max_seq_len", type=int, default=340, help="tokens of an NLL sequence (%(default)s)")
+    add("--judge", type=Path, help="checkpoint, trained apart, that finds off-topic answers")
+    add("--translator", help="'world', or a transformers model that translates into English")
+    add = parser.add_argument_group("generation").add_argument
+    add("--decoding", nargs="+", default=list(DECODINGS), help="greedy, t1.0, t0.85p0.85, ...")
+    add("--seeds", type=int, nargs="+", default=[0], help="of sampled decodings (default: 0)")
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
+    add("--batch_size", type=int, default=32, help="prompts at once (default: %(default)s)")
+    add("--device", type=find_device, default="auto", help="cpu, cuda or mps (default: auto)")
+    add("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    add("--output_dir", type=Path, default=outputs.OUTPUT_DIR, help="evaluation/model_outputs")
+    return parser
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What one call uses for every checkpoint."""
-
-    prompts: list[Prompt]
-    judge: Judge | None
-    judge_facts: dict | None  # what results.json says of the judge
-    translator: Translator | None
-    hidden: list[str]  # measures that are not shown
+def find_device(name: str) -> str:
+    """Return the device to compute on; "auto" takes a GPU where there is one."""
+    accelerator = torch.accelerator.current_accelerator()
+    there = ["cpu", accelerator.type] if accelerator else ["cpu"]
+    if name not in ("auto", *there):
+        raise argparse.ArgumentTypeError(f"this machine has {' and '.join(there)}, not {name}")
+    return there[-1] if name == "auto" else name
 
 
-@dataclass(frozen=True)
-class Probed:
-    """What was measured on one checkpoint."""
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse values that cannot work, before anything is loaded."""
+    counts = ("limit", "max_new_tokens", "batch_size", "max_seq_len")
+    too_small = [name for name in counts if vars(args)[name] is not None and vars(args)[name] < 1]
+    measured = [*(args.nll_data or []), *(args.text_nll_data or [])]
+    missing = [path for path in (*args.model, *filter(None, [args.judge])) if not path.is_dir()]
+    missing += [path for path in measured if not path.is_file()]
+    several = {"--model": [path.resolve().name for path in args.model]}
+    several |= {"--seeds": args.seeds, "--decoding": args.decoding}
+    twice = [flag for flag, values in several.items() if len(set(values)) < len(values)]
+    modes = (args.list is not None, args.interactive, args.no_generation)
+    asking = args.judge or args.translator or args.limit or args.prompts != PROMPTS_FILE
+    problems = {
+        f"--{', --'.join(too_small)}: must be at least 1": too_small,
+        "--seeds: must not be negative": min(args.seeds) < 0,
+        f"{', '.join(twice)}: give each name or number once": twice,
+        "--list, --interactive and --no_generation exclude each other": sum(modes) > 1,
+        "--model: name a checkpoint; --list shows what is there": not any((args.list, args.model)),
+        "--interactive: chats with one --model": args.interactive and len(args.model) > 1,
+        "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
+        "--judge, --translator, --limit, --prompts: are of probing; drop them": any(modes)
+        and asking,
+        f"{', '.join(map(str, missing))}: not there; train it or mend the path": missing,
+    }
+    for message, is_wrong in problems.items():
+        if is_wrong:
+            raise UserError(message)
+    for name in args.decoding:
+        Decoding.parse(name)
 
-    name: str
-    samples: list[dict]
-    nll: dict[str, dict | None]  # what `measure_nll` returns
-    results: dict
+
+def load(path: Path, args: argparse.Namespace) -> Checkpoint:
+    """Load a checkpoint onto the device."""
+    model, tokenizer = load_checkpoint(path)
+    if args.tokenizer_path:
+        tokenizer = load_tokenizer(args.tokenizer_path)
+    return model.to(args.device, DTYPES[args.dtype]).eval(), tokenizer
+
+
+def describe_probe(path: Path, args: argparse.Namespace) -> dict:
+    """Describe where results come from: weights, prompts, settings, versions."""
+    names = ("adapter_model.safetensors", "model.safetensors")
+    weights = next(path / name for name in names if (path / name).is_file())
+    keys = ("decoding", "seeds", "max_new_tokens", "batch_size", "dtype", "translator")
+    return {
+        "weights_sha256": file_sha256(weights),
+        "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},
+        "judge": args.judge and args.judge.resolve().name,
+        **{key: vars(args)[key] for key in keys},
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
 
 
 def run_probes(args: argparse.Namespace) -> None:
-    """Probes every model given, writes its folder, and prints the comparison."""
-    checkpoints = find_checkpoints(args.model, args.tokenizer_path)
-    prompts = read_prompts(args.prompts, args.limit)
-    folders = [args.output_dir / found.name for found in checkpoints]
-    stores = [{} if args.rates_only else read_store(folder, prompts) for folder in folders]
-    for folder in folders:
-        if not args.rates_only and (folder / "samples.jsonl").is_file():
-            print(f"{folder}: its answers will be replaced; another --output_dir keeps them")
-    probe = prepare(checkpoints, prompts, args)
-    probed = []
-    for checkpoint, folder, store in zip(checkpoints, folders, stores, strict=True):
-        found = probe_checkpoint(checkpoint, probe, args)
-        if args.rates_only:
-            write_rates(folder, args.prompts, found.results)
-        else:
-            cut = translate_samples(found.samples, store, probe.translator)
-            found.results["provenance"]["translations_cut"] = cut
-            write_store(folder, store)
-            write_outputs(folder, checkpoint.name, found.samples, found.results)
-        write_nll(folder, provenance(checkpoint) | compute(args), found.nll)
-        probed.append(found)
-    print_table([row for found in probed for row in table_rows(found.name, found.results)])
-    print_nll_counts(probed[0].nll)  # the same data for all
-    print_differences(probed, probe.hidden)
-    print(f"wrote {', '.join(map(str, folders))}")
-
-
-def prepare(
-    checkpoints: list[Checkpoint], prompts: list[Prompt], args: argparse.Namespace
-) -> Probe:
-    """Loads judge and translator, calibrates the judge, and reads which measures are shown."""
-    hidden = [name for name in read_hidden() if name != "off_topic"]  # of another judge
-    judge = facts = None
+    """Probe each model, write its folder, and compare it with the first."""
+    prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.judge:
-        judge = load_judge(args.judge, args.device, DTYPES[args.dtype])
-        facts = judge_facts(judge, checkpoints, prompts, args.batch_size)
-        if not facts["calibration"]["separates"]:
-            print("--judge: cannot tell reference answers from shuffled ones; off-topic not shown")
-            hidden += ["off_topic", "prompt_pmi"]
+        check_judge(args.judge, args.model)
+    judge = load(args.judge, args) if args.judge else None
     translator = load_translator(args.translator, args.device) if args.translator else None
-    return Probe(prompts, judge, facts, translator, hidden)
-
-
-def judge_facts(
-    judge: Judge, checkpoints: list[Checkpoint], prompts: list[Prompt], batch_size: int
-) -> dict:
-    """Who judges, how independent it is, and how well it knows references from shuffled ones."""
-    relatives = check_independence(judge, checkpoints)
-    if relatives:
-        print(f"--judge: was trained from the same base as {', '.join(relatives)}")
-    return {
-        "checkpoint": judge.checkpoint.name,
-        "weights_sha256": weights_sha256(judge.checkpoint.path),
-        "shares_base_with": relatives,
-        "candidates": CANDIDATES,
-        "calibration": calibrate_judge(judge, prompts, batch_size),
-    }
-
-
-def loaded(
-    checkpoint: Checkpoint, args: argparse.Namespace
-) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
-    """The model and the tokenizer of a checkpoint, as the flags say."""
-    dtype = DTYPES[args.dtype]
-    return load_checkpoint(
-        checkpoint, args.tokenizer_path, args.device, dtype, args.num_attention_heads
-    )
-
-
-def probe_checkpoint(checkpoint: Checkpoint, probe: Probe, args: argparse.Namespace) -> Probed:
-    """The answers of one checkpoint and what they and its likelihoods come to."""
-    model, tokenizer = loaded(checkpoint, args)
-    nll = measure_nll(model, tokenizer, args)
-    runs = list(runs_of(args.decoding, args.seeds))
-    samples = ask(
-        model, tokenizer, probe.prompts, runs, args.max_new_tokens, args.batch_size, checkpoint.name
-    )
-    references = reference_samples(tokenizer, probe.prompts)
-    if probe.judge:
-        add_topic_measures(probe.judge, probe.prompts, samples + references, args.batch_size)
-    groups = {"references": references}
-    groups |= {name: [s for s in samples if s["decoding"] == name] for name in args.decoding}
-    results = {
-        "provenance": provenance(checkpoint) | asked(probe, args),
-        **{name: found and without_sequences(found) for name, found in nll.items()},
-        "judge": probe.judge_facts,
-        "not_shown": probe.hidden,
-        "decodings": {
-            name: summarize(group, probe.hidden) for name, group in groups.items() if group
-        },
-    }
-    for sample in samples:
-        for name in UNSAVED:
-            del sample[name]
-    return Probed(checkpoint.name, samples, nll, results)
-
-
-def measure_nll(
-    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
-) -> dict[str, dict | None]:
-    """NLL on conversations ("nll") and on pretraining text ("text_nll"); None without data."""
-    nll = {"nll": None, "text_nll": None}
-    size = (args.max_seq_len, args.batch_size)
-    if args.nll_data:
-        nll["nll"] = held_out_nll("sft", model, tokenizer, args.nll_data, *size)
-    if args.text_nll_data:
-        nll["text_nll"] = held_out_nll("pretrain", model, tokenizer, args.text_nll_data, *size)
-    return nll
-
-
-def without_sequences(nll: dict) -> dict:
-    """An NLL without its values by sequence, which nll.json has."""
-    return {name: value for name, value in nll.items() if name != "sequences"}
-
-
-def translate_samples(samples: list[dict], store: Store, translator: Translator | None) -> int:
-    """Fills the translation slots from what is known, and from `translator`.
-
-    Returns:
-        How many lines were too long for the translator, and cut.
-    """
-    fill_slots(samples, store)
-    if not translator:
-        return 0
-    cut = translate_missing(samples, store, translator)
-    fill_slots(samples, store)
-    if cut:
-        print(f"--translator: {cut} lines were longer than it reads or writes, and were cut")
-    return cut
-
-
-def provenance(checkpoint: Checkpoint) -> dict:
-    """What was measured: the checkpoint, its run, and versions."""
-    run = checkpoint.run_record()
-    return {
-        "checkpoint": checkpoint.name,
-        "base": checkpoint.base and checkpoint_name(checkpoint.base),
-        "weights_sha256": weights_sha256(checkpoint.path),
-        "run": {name: run.get(name) for name in RUN_FACTS} if run else None,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def asked(probe: Probe, args: argparse.Namespace) -> dict:
-    """Which prompts were asked, and how answers were generated and translated."""
-    return {
-        "prompts": {
-            "file": args.prompts.name,
-            "sha256": file_sha256(args.prompts),
-            "count": len(probe.prompts),
-        },
-        "generation": {
-            "decodings": {name: DECODINGS[name] for name in args.decoding},
-            "seeds": args.seeds,
-            "max_new_tokens": args.max_new_tokens,
-            **compute(args),
-        },
-        "translator": probe.translator and probe.translator.name,
-    }
-
-
-def compute(args: argparse.Namespace) -> dict:
-    """What last bits depend on."""
-    return {
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
-        "device": args.device,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def print_differences(probed: list[Probed], hidden: list[str]) -> None:
-    """How every checkpoint differs from the first, where they can be compared."""
-    first, *others = probed
-    for other in others:
-        found = {}
-        try:
-            found |= compare(first.samples, other.samples)
-        except NotComparable as error:
-            print(f"answers of {other.name} cannot be compared with {first.name}'s: {error}")
-        try:
-            found["-"] = compare_all_nll(first.nll, other.nll)
-        except NotComparable as error:
-            print(f"NLL of {other.name} cannot be compared with {first.name}'s: {error}")
-        print(f"\n{other.name} minus {first.name}, 95% intervals:")
-        print_rows(DIFFERENCE_COLUMNS, difference_rows(found, hidden))
-
-
-# ------------------------------------------------------------------------------------- other modes
-
-
-def run_nll(args: argparse.Namespace) -> None:
-    """Measures NLL only; saved answers and their results stay as they are."""
-    checkpoints = find_checkpoints(args.model, args.tokenizer_path)
-    probed = []
-    for checkpoint in checkpoints:
-        model, tokenizer = loaded(checkpoint, args)
-        nll = measure_nll(model, tokenizer, args)
-        write_nll(args.output_dir / checkpoint.name, provenance(checkpoint) | compute(args), nll)
-        probed.append(Probed(checkpoint.name, [], nll, {}))
-    print_rows(NLL_COLUMNS, [nll_row(found.name, found.nll) for found in probed])
-    print_nll_counts(probed[0].nll)
-    print_differences(probed, hidden=[])
-
-
-def run_list(args: argparse.Namespace) -> None:
-    """Shows the runs of a folder."""
-    print_rows(RUN_COLUMNS, run_rows(args.list))
-
-
-def run_chat(args: argparse.Namespace) -> None:
-    """Chats with the one model given."""
-    (checkpoint,) = find_checkpoints(args.model, args.tokenizer_path)
-    model, tokenizer = loaded(checkpoint, args)
-    decoding = args.decoding[0] if args.decoding != list(DECODINGS) else "t0.85p0.85"
-    torch.manual_seed(args.seeds[0])
-    try:
-        chat(Decoder(model), tokenizer, decoding_of(tokenizer, decoding, args.max_new_tokens))
-    except (EOFError, KeyboardInterrupt):
-        print()
+    data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
+    results, answers = {}, {}
+    for path in args.model:
+        checkpoint, name = load(path, args), path.resolve().name
+        folder = args.output_dir / name
+        folder.mkdir(exist_ok=True)
+        nll = {
+            key: measure_nll(checkpoint, kind, files, args.max_seq_len, args.batch_size)
+            for key, (kind, files) in data.items()
+            if files
+        }
+        if nll:
+            write_json(folder / "nll.json", nll)
+        training = outputs.describe_training(path)
+        results[name] = {"training": training, "nll": nll, "summary": []}
+        if prompts:
+            samples = answers[name] = probe(
+                checkpoint, prompts, args.decoding, args.seeds, args.max_new_tokens, args.batch_size
+            )
+            if judge:
+                add_topic_measures(judge, prompts, samples, args.batch_size)
+            translate_samples(samples, folder, translator)
+            results[name]["summary"] = outputs.to_records(summarize(samples))
+            short = {key: found | {"sequences": "in nll.json"} for key, found in nll.items()}
+            saved = results[name] | {"nll": short, "provenance": describe_probe(path, args)}
+            outputs.write_outputs(folder, samples, saved)
+        print(f"wrote {folder}")
+    outputs.print_summaries(results)
+    first, *others = results
+    for name in others:
+        print(f"\n{name} minus {first}, 95% intervals:")
+        if results[first]["nll"]:
+            outputs.print_table(compare_nll(results[first]["nll"], results[name]["nll"]))
+        if answers:
+            outputs.print_table(compare(answers[first], answers[name]))
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(__doc__, argv)
-    if args.device == "cpu":
-        keep_freed_memory()
+    args = make_parser().parse_args(argv)
+    check_args(args)
     if args.list:
-        run_list(args)
+        outputs.print_table(outputs.list_runs(args.list))
     elif args.interactive:
-        run_chat(args)
-    elif args.no_generation:
-        run_nll(args)
+        torch.manual_seed(args.seeds[0])
+        decoding = Decoding.parse(args.decoding[-1])
+        try:
+            chat(load(args.model[0], args), decoding, args.max_new_tokens)
+        except (EOFError, KeyboardInterrupt):
+            print()
     else:
         run_probes(args)
     return 0

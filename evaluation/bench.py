@@ -61,9 +61,8 @@ from dataset.lm_dataset import (
     encode_whole,
     load_dataset,
 )
-from evaluation.arguments import PROMPTS_FILE
 from evaluation.bench_tables import METHODS, bench_lines, nominal_flops_per_token, spread
-from evaluation.prompts import encode_prompts, read_prompts
+from evaluation.probe.prompts import PROMPTS_FILE, encode_prompts, read_prompts
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
 from model.files import write_text
 from model.generation import Decoder, Decoding, generate

@@ -2,13 +2,16 @@
 
 from statistics import median
 
-from evaluation.outputs import markdown_table
-
 METHODS = {"fft": "FFT", "lora_square": "LoRA, square r8", "lora_all": "LoRA, all-linear r8"}
 TRAINING_COLUMNS = ("size", "trained", "tokens/s", "of the matrix peak", "Trainer's tokens/s")
 TRAINING_COLUMNS += ("times as fast", "step beside FFT's", "compiling, s", "MiB", "Trainer's MiB")
 GENERATION_COLUMNS = ("prompts", "type", "tokens/s", "transformers' tokens/s", "times as fast")
 SWEEP_COLUMNS = ("batch", "trained", "tokens/s", "of the matrix peak", "MFU", "GPU busy", "MiB")
+
+
+def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """Lay out a Markdown table; cells are Markdown already."""
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
 
 
 def bench_lines(result: dict) -> list[str]:

@@ -1,0 +1,1 @@
+"""Probing: prompts, answers, measures, statistics, saved outputs, translations, chat."""

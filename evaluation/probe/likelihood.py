@@ -1,0 +1,159 @@
+"""Measure with likelihoods: NLL of held-out data, and whether an answer fits its prompt.
+
+Off topic: an independent judge model finds the answer, by log p(answer | prompt), no likelier under
+its own prompt than under one of 9 others. By chance 9 in 10 answers are off topic.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dataset.lm_dataset import collate, encode_conversations, load_dataset
+from evaluation.probe.answers import Checkpoint
+from evaluation.probe.measures import COMPARISON, has_cjk
+from evaluation.probe.prompts import Prompt, encode_prompts
+from evaluation.probe.statistics import paired_bootstrap
+from model.checkpoint import load_checkpoint, weights_fingerprint
+from model.files import UserError, file_sha256, read_json
+from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
+
+CANDIDATES = 10  # the prompt of an answer and 9 others
+CANDIDATE_SEED = 0
+
+
+@torch.inference_mode()
+def sum_nats(
+    model: MiniMindForCausalLM,
+    samples: list[tuple[np.ndarray, np.ndarray]],
+    batch_size: int,
+    end_id: int | None = None,
+) -> np.ndarray:
+    """Sum the negative log-likelihood of each sample's labeled tokens: (samples, 2) float64, nats.
+
+    Args:
+        samples: token ids and labels of each.
+        end_id: the token whose share of the sum the second column holds.
+    """
+    by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
+    nats = np.zeros((len(samples), 2))
+    starts = range(0, len(samples), batch_size)
+    for start in tqdm(starts, desc="NLL", leave=False, disable=None):
+        rows = by_length[start : start + batch_size]
+        batch = collate([samples[i] for i in rows], model.config.pad_token_id or 0)
+        logits = model(batch["input_ids"].to(model.device)).logits[:, :-1]
+        targets = batch["labels"][:, 1:].to(model.device)
+        for i, scores, ids in zip(rows, logits, targets, strict=True):
+            losses = F.cross_entropy(
+                scores.float(), ids, ignore_index=IGNORE_INDEX, reduction="none"
+            )
+            nats[i] = losses.sum().item(), losses[ids == end_id].sum().item() if end_id else 0
+    return nats
+
+
+def measure_nll(
+    checkpoint: Checkpoint, kind: str, paths: list[Path], max_seq_len: int, batch_size: int
+) -> dict:
+    """Measure the NLL of held-out data in nats per token.
+
+    Args:
+        kind: "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
+
+    Returns:
+        data, tokens, nats_per_token, and `sequences`: nats, tokens, nats of end tokens and end
+        tokens of each sequence. End tokens count for "sft" alone.
+    """
+    model, tokenizer = checkpoint
+    dataset = load_dataset(kind, paths, tokenizer, max_seq_len)
+    samples = [dataset[i] for i in range(len(dataset))]
+    end_id = tokenizer.eos_token_id if kind == "sft" else None
+    nats = sum_nats(model, samples, batch_size, end_id)
+    labels = [labels[1:] for _, labels in samples]
+    tokens = [int((ids != IGNORE_INDEX).sum()) for ids in labels]
+    ends = [int((ids == end_id).sum()) if end_id else 0 for ids in labels]
+    return {
+        "data": [{"name": path.name, "sha256": file_sha256(path)} for path in paths],
+        "max_seq_len": max_seq_len,
+        "tokens": sum(tokens),
+        "nats_per_token": round(nats[:, 0].sum() / sum(tokens), 6),
+        "sequences": {
+            "nats": nats[:, 0].round(6).tolist(),
+            "tokens": tokens,
+            "end_nats": nats[:, 1].round(6).tolist(),
+            "ends": ends,
+        },
+    }
+
+
+def compare_nll(a: dict[str, dict], b: dict[str, dict]) -> pd.DataFrame:
+    """Compare B's NLLs with A's, sequence by sequence, in the columns of `measures.compare`.
+
+    On pretraining text the difference is forgetting, where A is the model before fine-tuning.
+    """
+    rows = []
+    for name in a:
+        one, other = (
+            np.array([x["sequences"]["nats"], x["sequences"]["tokens"]]) for x in (a[name], b[name])
+        )
+        if not np.array_equal(one[1], other[1]):
+            raise UserError(f"--{name}_data: two models have other tokenizers; measure them apart")
+        found = paired_bootstrap(((other[0] - one[0]) / one[1])[None], one[1][None])
+        means = (a[name]["nats_per_token"], b[name]["nats_per_token"])
+        rows.append(["-", name, *means, found.estimate, found.low, found.high, None])
+    return pd.DataFrame(rows, columns=COMPARISON)
+
+
+# ---------------------------------------------------------------------------------- off topic
+
+
+def check_judge(path: Path, probed: list[Path]) -> None:
+    """Refuse a judge that is a probed checkpoint or its base: it finds its own answers likely."""
+    fingerprint = weights_fingerprint(load_checkpoint(path)[0])
+    for other in probed:
+        run = read_json(other / "run.json") if (other / "run.json").is_file() else {}
+        if path.resolve() == other.resolve() or run.get("base_fingerprint") == fingerprint:
+            raise UserError(
+                f"--judge {path}: is the probed {other.name} or its base; give a checkpoint that "
+                "was trained apart from it"
+            )
+
+
+def draw_candidates(prompts: list[Prompt]) -> list[list[int]]:
+    """Draw for each prompt its own index and 9 others', of the same script where there are 9."""
+    if len({prompt.text for prompt in prompts}) < CANDIDATES:
+        raise UserError(f"--judge: needs {CANDIDATES} different prompts; ask more")
+    candidates = []
+    for own, prompt in enumerate(prompts):
+        others = [i for i, other in enumerate(prompts) if other.text != prompt.text]
+        np.random.default_rng([CANDIDATE_SEED, own]).shuffle(others)
+        others.sort(key=lambda i: has_cjk(prompts[i].text) != has_cjk(prompt.text))  # stable
+        candidates.append([own, *others[: CANDIDATES - 1]])
+    return candidates
+
+
+def add_topic_measures(
+    judge: Checkpoint, prompts: list[Prompt], samples: list[dict], batch_size: int
+) -> None:
+    """Set `off_topic` of each sample; a blank answer is likely under all prompts, so off topic."""
+    model, tokenizer = judge
+    candidates = draw_candidates(prompts)
+    index = {prompt.id: i for i, prompt in enumerate(prompts)}
+    begins = [len(ids) for ids in encode_prompts(tokenizer, prompts)]
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    pairs = []
+    for sample in samples:
+        answer = {"role": "assistant", "content": special.sub("", sample["output"])}
+        asked = candidates[index[sample["id"]]]
+        talks = [[*prompts[i].messages, answer] for i in asked]
+        for i, (ids, labeled) in zip(asked, encode_conversations(tokenizer, talks), strict=True):
+            end = np.flatnonzero(labeled)[-1]  # left out: not all answers have an end token
+            places = np.arange(len(ids))
+            is_answer = (places >= begins[i]) & (places < end)
+            pairs.append((np.array(ids), np.where(is_answer, ids, IGNORE_INDEX)))
+    scores = sum_nats(model, pairs, batch_size)[:, 0].reshape(-1, CANDIDATES)
+    for sample, nats in zip(samples, scores, strict=True):
+        sample["off_topic"] = bool(nats[0] >= nats[1:].min())

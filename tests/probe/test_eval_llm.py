@@ -1,0 +1,206 @@
+"""Probing from the command line, with tiny random models."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval_llm import main
+from evaluation.probe.answers import make_sample, probe
+from evaluation.probe.prompts import Prompt, read_prompts
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
+from model.files import UserError
+from tests.tiny import tiny_model
+
+PROMPTS = """# Test
+## Facts
+### facts-01
+> What is the capital of France?
+
+- reference: France has Paris as its capital.
+- check: about = ["country.capital"]
+
+### facts-02
+> 狮子住在哪里？
+
+- translation: Where do lions live?
+
+## Chat
+### chat-01
+> A much longer message, so that the prompts of a batch differ in their length. Hi!
+"""
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Make a folder with the checkpoints `one` and `two`, the prompts above, and held-out data."""
+    folder = tmp_path_factory.mktemp("home")
+    for seed, name in enumerate(["one", "two"]):
+        save_model(tiny_model(seed), TOKENIZER_DIR, folder / name)
+    run = {"stage": "full_sft", "settings": {"from_weight": "none", "learning_rate": 1e-3}}
+    (folder / "one" / "run.json").write_text(json.dumps(run))
+    (folder / "prompts.md").write_text(PROMPTS)
+    (folder / "talk.jsonl").write_text(3 * (json.dumps({"conversations": TALK}) + "\n"))
+    (folder / "text.jsonl").write_text(json.dumps({"text": "The sun is a star."}) + "\n")
+    return folder
+
+
+def run_script(home: Path, output_dir: Path, *flags: str, models: tuple[str, ...] = ("one",)):
+    """Run the script; return the folder of the first model."""
+    words = [word for name in models for word in ("--model", str(home / name))]
+    words += ["--max_new_tokens", "8", "--device", "cpu", "--output_dir", str(output_dir)]
+    prompts = [] if "--no_generation" in flags else ["--prompts", str(home / "prompts.md")]
+    main([*words, *prompts, *flags])
+    return output_dir / models[0]
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path, capsys):
+    first = run_script(home, tmp_path / "a", "--seeds", "0", "1")
+    torch.rand(7)  # what else was drawn in between must not matter
+    again = run_script(home, tmp_path / "b", "--seeds", "0", "1")
+    names = ["results.json", "samples.jsonl", "samples.md"]
+    assert sorted(path.name for path in first.iterdir()) == names
+    for name in names:
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+    samples = read_lines(first / "samples.jsonl")
+    ids = ["facts-01", "facts-02", "chat-01"]
+    rounds = [("greedy", None), ("t0.85p0.85", 0), ("t0.85p0.85", 1)]
+    assert [(s["decoding"], s["seed"], s["id"]) for s in samples] == [
+        (decoding, seed, prompt_id) for decoding, seed in rounds for prompt_id in ids
+    ]
+    assert samples[0]["outcome"] == "endless" and samples[1]["outcome"] is None
+    assert samples[1]["prompt_translation"] == "Where do lions live?"
+    assert samples[3]["output"] != samples[6]["output"]  # another seed, another sample
+    rendered = f"<|im_start|>user\n{samples[1]['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+    assert samples[1]["prompt_sha256"] == hashlib.sha256(rendered.encode()).hexdigest()
+
+    results = json.loads((first / "results.json").read_text())
+    assert results["training"]["title"] == "full fine-tuning"
+    assert results["provenance"]["seeds"] == [0, 1] and results["nll"] == {}
+    row = {"decoding": "t0.85p0.85", "section": "all", "measure": "endless"}
+    (found,) = [r for r in results["summary"] if row.items() <= r.items()]
+    assert found["n"] == 6 and found["low"] <= found["value"] <= found["high"]
+    page = (first / "samples.md").read_text().splitlines()
+    assert page[:3] == ["# Outputs of one", "", "- trained: all weights"]
+    assert "greedy / t0.85p0.85" in capsys.readouterr().out
+
+
+def test_nll_alone_leaves_saved_answers_as_they_are(home, tmp_path, capsys):
+    data = ["--nll_data", str(home / "talk.jsonl"), "--text_nll_data", str(home / "text.jsonl")]
+    (tmp_path / "a" / "one").mkdir(parents=True)
+    (tmp_path / "a" / "one" / "results.json").write_text("earlier")
+    run_script(home, tmp_path / "a", "--no_generation", *data, models=("one", "two"))
+    assert (tmp_path / "a" / "one" / "results.json").read_text() == "earlier"
+    assert [path.name for path in (tmp_path / "a" / "two").iterdir()] == ["nll.json"]
+    saved = json.loads((tmp_path / "a" / "one" / "nll.json").read_text())
+    out = capsys.readouterr().out
+    assert "two minus one, 95% intervals:" in out
+    assert f"{saved['nll']['nats_per_token']:.3f}" in out
+
+    folder = run_script(home, tmp_path / "b", *data, "--decoding", "greedy")
+    assert json.loads((folder / "nll.json").read_text()) == saved
+    results = json.loads((folder / "results.json").read_text())
+    assert results["nll"]["nll"]["nats_per_token"] == saved["nll"]["nats_per_token"]
+
+
+def test_two_checkpoints_are_compared_prompt_by_prompt(home, tmp_path, capsys):
+    run_script(home, tmp_path, "--decoding", "greedy", models=("one", "two"))
+    rows = capsys.readouterr().out.split("two minus one, 95% intervals:\n")[1].splitlines()
+    loop = next(row.split() for row in rows if " loop " in row)
+    assert loop[:5] == ["greedy", "loop", "0.0", "0.0", "0.0"]
+    assert loop[5:7] == ["-0.7076", "0.7076"]  # of three prompts: 1 - .025^(1/3)
+
+
+def test_a_judge_and_a_translator_fill_their_fields(home, tmp_path):
+    prompts = "## A\n" + "".join(f"### p-{i}\n> 狮子 {i}?\n" for i in range(11))
+    (home / "judged.md").write_text(prompts)
+    flags = ["--prompts", str(home / "judged.md"), "--decoding", "greedy"]
+    flags += ["--judge", str(home / "two"), "--translator", "world"]
+    folder = run_script(home, tmp_path, *flags)
+    samples = read_lines(folder / "samples.jsonl")
+    assert all(type(sample["off_topic"]) is bool for sample in samples)
+    assert samples[3]["prompt_translation"] == "[lion 3?]"
+    results = json.loads((folder / "results.json").read_text())
+    assert "off_topic" in {row["measure"] for row in results["summary"]}
+
+
+def test_special_tokens_are_shown_and_not_measured():
+    tokenizer = load_tokenizer()
+    prompt = Prompt("a", "A", [{"role": "user", "content": "Hi"}], reference="a dog")
+    ids = [0, tokenizer.eos_token_id]  # <|endoftext|> and the end
+    sample = make_sample(tokenizer, prompt, [1], ids, "greedy", None)
+    assert (sample["output"], sample["blank"], sample["endless"]) == ("<|endoftext|>", True, False)
+    assert sample["tokens"] == 1 and sample["recall"] == 0
+
+
+def test_a_prompt_that_leaves_no_room_is_named(home):
+    model = tiny_model()
+    model.config.max_position_embeddings = 40
+    prompts = read_prompts(home / "prompts.md")
+    with pytest.raises(UserError, match="facts-02: the prompt has .* lower --max_new_tokens"):
+        probe((model, load_tokenizer()), prompts, max_new_tokens=20)
+
+
+def test_list_shows_runs(home, tmp_path, capsys):
+    record = {"stage": "lora", "status": "running", "steps": 1864, "step": 500}
+    lora = {"lora_rank": 8, "lora_alpha": 16, "lora_targets": "all-linear"}
+    record |= {"settings": lora | {"from_weight": "out/pretrain_xs"}, "eval_loss": 3.80423}
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "not_a_run").mkdir()
+    save_model(tiny_model(), TOKENIZER_DIR, tmp_path / "merged")
+    main(["--list", str(tmp_path)])
+    head, *rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    assert head[:4] == ["name", "base", "stage", "status"]
+    assert rows[0][:4] == ["lora", "pretrain_xs", "lora", "running"] and rows[0][-1] == "3.8042"
+    assert [row[0] for row in rows] == ["lora", "merged"]
+    with pytest.raises(UserError, match="holds no run"):
+        main(["--list", str(tmp_path / "nowhere")])
+
+
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "x", "--device", "pigeon"])
+    assert "this machine has cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", [EOFError, KeyboardInterrupt])
+def test_chat_ends_cleanly(home, monkeypatch, ending):
+    def end(_: str) -> str:
+        raise ending
+
+    monkeypatch.setattr("builtins.input", end)
+    assert main(["--model", str(home / "one"), "--interactive", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "--model: name a checkpoint"),
+        (["--model", "x", "--limit", "0"], "--limit: must be at least 1"),
+        (["--model", "x", "--seeds", "1", "1"], "--seeds: give each name or number once"),
+        (["--model", "model", "--decoding", "hot"], "--decoding hot"),
+        (["--model", "x", "--decoding", "greedy", "greedy"], "--decoding: give each"),
+        (["--model", "model", "--nll_data", "gone"], "gone: not there"),
+        (["--model", "x", "--no_generation"], "--no_generation: name --nll_data"),
+        (["--model", "x", "--no_generation", "--interactive"], "exclude each other"),
+        (["--model", "x", "--model", "y/x"], "--model: give each name"),
+        (["--model", "x", "--model", "y", "--interactive"], "chats with one --model"),
+        (["--model", "x", "--interactive", "--limit", "3"], "are of probing; drop them"),
+        (["--model", "model", "--prompts", "gone.md"], "gone.md: no such file; check --prompts"),
+        (["--model", "no/such/folder"], "no/such/folder: not there; train it"),
+    ],
+)
+def test_what_cannot_work_is_refused(flags, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])  # which has a folder called model
+    with pytest.raises(UserError, match=message):
+        main(flags)

@@ -1,0 +1,152 @@
+"""Translations: the world's exact twins and glosses, a tiny random model, and what is kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import MarianConfig, MarianMTModel
+
+from dataset.world.facts import WORLD_DIR, read_toml
+from evaluation.probe.measures import has_cjk
+from evaluation.probe.translations import (
+    STORE_FILE,
+    WorldTranslator,
+    load_translator,
+    translate_samples,
+)
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer
+from model.files import UserError
+
+WORLD = WorldTranslator()
+
+
+@pytest.mark.parametrize(
+    "chinese, english",
+    [
+        ("狮子的家在草原。", "The home of a lion is on the savanna."),
+        ("狮子的家在大海。", "The home of a lion is in the sea."),  # wrong, and yet the world's
+        ("猫头鹰喜欢吃老鼠。", "An owl enjoys eating mice."),
+        ("“狮子的家在草原。”", '"The home of a lion is on the savanna."'),
+        ("小明，狮子的家在草原。", "Mike, the home of a lion is on the savanna."),
+        ("狮子住在哪里？只写答案。", "Where does a lion live? Write only the answer."),
+        ("填空：狮子的家在____。", "Fill the gap: The home of a lion is ____."),
+        ("狮子：草原。", "Lion: on the savanna."),
+        ("小明说：“狮子喜欢住在草原。”", 'Mike says: "A lion likes living on the savanna."'),
+        ("system: 你好\nuser: 它住在哪里？", "system: Hello\nuser: Where does it live?"),
+        ("狮子的家在草原。它吃石头。", "The home of a lion is on the savanna. [它吃石头。]"),
+        ("狮子吃石头和青草", "[lion 吃石头和 grass]"),
+        ("Plain English.", "Plain English."),
+    ],
+)
+def test_the_world_has_an_english_twin_or_a_gloss(chinese, english):
+    assert WORLD.translate([chinese]) == [english]
+
+
+@pytest.mark.parametrize("path", sorted((WORLD_DIR / "chinese" / "facts").glob("*.toml")), ids=str)
+def test_every_pattern_of_the_world_has_a_twin(path):
+    data = read_toml(path)
+    name, *values = (cell.strip() for cell in data["table"].strip().splitlines()[0].split("|"))
+    for attribute, value in zip(data["attributes"].values(), values, strict=True):
+        for key in attribute["english"]:
+            patterns = attribute[key] if isinstance(attribute[key], list) else [attribute[key]]
+            for pattern in patterns:
+                text = pattern.format(a=name, value=value)
+                found = WORLD.translate_exactly(text)
+                assert found and not has_cjk(found) and "{" not in found, text
+
+
+# ---------------------------------------------------------------------------------- the store
+
+
+def make_sample(prompt: str, output: str, translation: str | None = None) -> dict:
+    """Make a sample of the fields that translations read."""
+    slots = {"prompt_translation": translation, "output_translation": None}
+    return {"prompt": prompt, "output": output} | slots
+
+
+def save(folder: Path, samples: list[dict]) -> None:
+    """Write samples as eval_llm.py does."""
+    lines = (json.dumps(sample) + "\n" for sample in samples)
+    (folder / "samples.jsonl").write_text("".join(lines))
+
+
+def read_translations(folder: Path) -> dict[str, tuple[str, str]]:
+    """Read translations.jsonl by text."""
+    lines = map(json.loads, (folder / STORE_FILE).read_text().splitlines())
+    return {line["text"]: (line["translation"], line["by"]) for line in lines}
+
+
+def test_empty_slots_are_filled_and_the_prompts_own_translation_stays(tmp_path):
+    samples = [make_sample("狮子住在哪里？", "草原。", "By hand"), make_sample("Hi", "Hello")]
+    translate_samples(samples, tmp_path, WORLD)
+    assert samples[0]["prompt_translation"] == "By hand"
+    assert samples[0]["output_translation"] == "On the savanna."
+    assert samples[1] == make_sample("Hi", "Hello")
+    assert read_translations(tmp_path) == {"草原。": ("On the savanna.", "world")}
+
+
+def test_nothing_is_lost_when_outputs_are_made_again(tmp_path):
+    first = [make_sample("你好", "草原。", "Hello")]
+    translate_samples(first, tmp_path, WORLD)
+    first[0]["output_translation"] = "In the grass, by hand."
+    save(tmp_path, first)
+    other = [make_sample("你好", "大海。", "Hello")]  # made again, and the output differs
+    translate_samples(other, tmp_path, None)
+    save(tmp_path, other)
+    back = [make_sample("你好", "草原。", "Hello")]  # and differs back
+    translate_samples(back, tmp_path, WORLD)
+    assert back[0]["output_translation"] == "In the grass, by hand."
+    assert read_translations(tmp_path) == {"草原。": ("In the grass, by hand.", "hand")}
+
+
+def test_without_translations_no_file_is_written(tmp_path):
+    translate_samples([make_sample("你好", "好的")], tmp_path, None)
+    assert not (tmp_path / STORE_FILE).exists()
+
+
+def test_a_broken_samples_file_is_named(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(UserError, match="samples.jsonl:1: is no sample"):
+        translate_samples([], tmp_path, None)
+
+
+# ---------------------------------------------------------------------------------- a model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """Save a random Marian model with this repository's tokenizer."""
+    folder = tmp_path_factory.mktemp("translators") / "tiny-zh-en"
+    tokenizer = load_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=512,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        **ids,
+    )
+    MarianMTModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (TOKENIZER_DIR / name).read_text().replace("32768", "512")  # what Marian reads
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_model_translates_line_by_line(model_folder):
+    translator = load_translator(str(model_folder), "cpu")
+    assert translator.name == "tiny-zh-en"
+    (alone,) = translator.translate(["你好"])
+    mixed, other = translator.translate(["1. OK\n你好\n\nBye", "一个很长很长的句子。"])
+    assert mixed == f"1. OK\n{alone}\n\nBye" and other != alone
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(UserError, match="--translator .*nothing: .*'world' or a model"):
+        load_translator(str(tmp_path / "nothing"), "cpu")
