@@ -110,6 +110,7 @@ class PairBuilder:
         self.held_out, self.vocabulary, self.unseen = held_out, vocabulary, unseen
         self.makers, self.things = collect_makers(world), world.things
         self.rng, self.prompts = random.Random(held_out.seed), set()
+        self.references: set[str] = set()  # of held-out prompts
         seen = [t for t in world.things if t.name not in held_out.half_of_thing]
         self.writers = {held: Writer(world, self.rng, seen, held) for held in (False, True)}
 
@@ -118,9 +119,15 @@ class PairBuilder:
         held = wanted[0] == "wordings"
         for _ in range(TRIES):
             pair = self.makers[skill](self.writers[held], self.rng.choice(things))
-            if pair and self.held_out.find_set(pair, held) == wanted and self.is_sound(pair):
-                self.prompts.add(pair.prompt)
-                return pair
+            if not pair or self.held_out.find_set(pair, held) != wanted or not self.is_sound(pair):
+                continue
+            answer = pair.messages[-1]["content"]
+            if wanted != TRAIN:
+                self.references.add(answer)
+            elif answer in self.references and len(answer.split()) > 4:
+                continue
+            self.prompts.add(pair.prompt)
+            return pair
         return None
 
     def is_sound(self, pair: Pair) -> bool:
