@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from model.files import CheckpointError, read_json, save_tensors, write_text
+from model.files import CheckpointError, read_json, replace_file, write_text
 from model.model_minimind import MiniMindForCausalLM, check_shape, minimind_config
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
@@ -58,7 +58,19 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file aside and move it into place."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, aside, metadata=metadata)
+        replace_file(aside, path)
+    except SafetensorError as error:  # in place of the OSError that caused it
+        raise OSError(f"{path}: not written ({error})") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Path) -> None:
     """Writes weights (float32), config and tokenizer in transformers' layout.
 
     Each file is written aside and moved into place, so a reader never sees half of one.
@@ -76,8 +88,8 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path) ->
     generation = GenerationConfig(**{name: config[name] for name in ids})
     write_text(folder / "generation_config.json", generation.to_json_string())
     for name in (*TOKENIZER_FILES, TEMPLATE_FILE):
-        if (tokenizer_dir / name).is_file():
-            write_text(folder / name, (tokenizer_dir / name).read_text(encoding="utf-8"))
+        if (Path(tokenizer_dir) / name).is_file():
+            write_text(folder / name, (Path(tokenizer_dir) / name).read_text(encoding="utf-8"))
 
 
 def save_copy(model: MiniMindForCausalLM, tokenizer_dir: Path, folder: Path, record: dict) -> None:
@@ -122,7 +134,9 @@ def tokenizer_of(
     return tokenizer
 
 
-def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str | Path = TOKENIZER_DIR, vocab_size: int | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, which pads on the right; its `name_or_path` is that folder.
 
     Built from its two files alone: neither code that a `tokenizer_config.json` names nor the hub
@@ -137,6 +151,8 @@ def load_tokenizer(path: str | Path = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; name a tokenizer's folder")
     backend = read_tokenizer_json(folder / TOKENIZER_FILES[0])
+    if vocab_size is not None and backend.get_vocab_size() > vocab_size:
+        raise CheckpointError(f"{folder}: more tokens than the model's {vocab_size}")
     config_path = folder / TOKENIZER_FILES[1]
     config = read_json(config_path)
     vocabulary = backend.get_vocab()

@@ -30,9 +30,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dataset.command_line import REPO_DIR, UserError
-from model.checkpoint import check_numbers, is_integer, is_positive, read_pth, weights_fingerprint
-from model.files import read_json, save_tensors, write_text
+from model.checkpoint import (
+    check_numbers,
+    is_integer,
+    is_positive,
+    read_pth,
+    save_tensors,
+    weights_fingerprint,
+)
+from model.files import REPO_DIR, UserError, read_json, write_text
 from model.hub import fetch, is_hub_id
 from model.model_minimind import MiniMindForCausalLM, RMSNorm
 

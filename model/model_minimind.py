@@ -16,9 +16,9 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Qwen3Con
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dataset.lm_dataset import IGNORE_INDEX
 from model.attention import LONGEST, blockwise_attention
 
+IGNORE_INDEX = -100  # a label on which no loss falls, as in torch's cross_entropy
 # Labeled positions whose logits exist at once: LOSS_CHUNK * V floats, which stay in a CPU's cache.
 LOSS_CHUNK = 512
 # A study of small models: more than this is a slip or a hostile config, refused before it is
