@@ -18,8 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.untrusted import shown
 from model.checkpoint import (
     load_model,
     save_copy,
@@ -27,6 +25,7 @@ from model.checkpoint import (
     tokenizer_of,
     weights_fingerprint,
 )
+from model.files import UserError, escape_control, file_sha256, run_script
 from model.hub import fetch, is_hub_id
 from model.model_lora import (
     AdapterError,
@@ -37,13 +36,11 @@ from model.model_lora import (
     merged_model,
 )
 from model.model_minimind import count_parameters
-from trainer.failures import run_script
-from trainer.run_folder import checkpoint_name, weights_sha256
-from trainer.trainer_utils import code_and_machine
+from trainer.run_folder import describe_machine, git_state
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder, or a MiniMind adapter .pth")
     add("--base", help="its base: a folder, hub id or .pth (default: what its config names)")
@@ -62,15 +59,18 @@ def merge_record(
         "status": "completed",
         "stage": "merge_lora",
         "settings": {
-            "base": checkpoint_name(base),
-            "tuned": checkpoint_name(adapter),
+            "base": base.resolve().stem,
+            "tuned": adapter.resolve().stem,
             "change": "adapter merged",
             "adapter": adapted,
         },
         "base_fingerprint": base_fingerprint,
-        "adapter_sha256": weights_sha256(adapter),
+        "adapter_sha256": file_sha256(
+            adapter if adapter.is_file() else adapter / "adapter_model.safetensors"
+        ),
         "parameters": parameters,
-        **code_and_machine("cpu"),
+        "git": git_state(),
+        "machine": describe_machine("cpu"),
     }
 
 
@@ -82,10 +82,9 @@ def given_base(named: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.output_dir.exists():
-        raise SettingsError(f"--output_dir {args.output_dir}: exists; name another folder")
-    check_writable(args.output_dir, "--output_dir")
+        raise UserError(f"--output_dir {args.output_dir}: exists; name another folder")
     if args.num_attention_heads is not None and args.num_attention_heads < 1:
-        raise SettingsError(f"--num_attention_heads {args.num_attention_heads}: must be 1 or more")
+        raise UserError(f"--num_attention_heads {args.num_attention_heads}: must be 1 or more")
     is_minimind = args.adapter.suffix == ".pth"
     if is_minimind and args.base is None:
         raise AdapterError(f"{args.adapter}: a MiniMind adapter names no base; give --base")
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parameters, _ = count_parameters(merged)
     record = merge_record(base, fingerprint, args.adapter, settings, parameters)
     save_copy(merged, tokenizer_dir, args.output_dir, record)
-    print(shown(f"{args.adapter} merged into {base}: {args.output_dir}"))
+    print(escape_control(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0
 
 

@@ -1,15 +1,13 @@
-"""Trains the tokenizer: a byte-level BPE with MiniMind's special tokens and chat template.
+"""Train the tokenizer: a byte-level BPE with MiniMind's special tokens and chat template.
 
-    python trainer/train_tokenizer.py --data_path pretrain.jsonl.gz sft.jsonl.gz \
-        --output_dir model
+    python trainer/train_tokenizer.py --data_path pretrain.jsonl.gz sft.jsonl.gz --output_dir model
 
 Reads `{"text"}` and conversation records alike, so that words that occur only in fine-tuning
-data (medical terms, say) get tokens of their own. Writes `tokenizer.json` and
-`tokenizer_config.json`; `AutoTokenizer.from_pretrained(output_dir)` loads them.
+data (medical terms, say) get tokens of their own. `AutoTokenizer.from_pretrained(output_dir)`
+loads what is written.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.command_line import Parser, SettingsError, check_writable
-from dataset.jsonl import read_jsonl
-from dataset.lm_dataset import record_messages, record_text
-from dataset.untrusted import shown
-from model.files import write_text
-from trainer.failures import run_script
+from dataset.lm_dataset import read_jsonl, record_messages, record_text
+from model.files import read_json, run_script, write_json
+from trainer.arguments import bounded
 
-MAX_VOCAB = 2**20
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1 and 2
 # ChatML. Contents are trimmed so that white space never merges with the template's own; the
 # generation tags let transformers compute the assistant mask, and print nothing.
@@ -42,33 +36,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the two files")
-    parser.add_argument("--vocab_size", type=int, default=6400, help="tokens (default: 6400)")
-    args = parser.parse_args(argv)
-    if not 256 + 3 <= args.vocab_size <= MAX_VOCAB:
-        raise SettingsError(
-            f"--vocab_size {args.vocab_size}: must be 259 (256 bytes and 3 special tokens) to "
-            f"{MAX_VOCAB}"
-        )
-    check_writable(args.output_dir, "--output_dir")
-    return args
-
-
 def corpus_texts(paths: list[Path]) -> Iterator[str]:
-    """The text of every record: a document, or each message's content."""
-    for path in paths:
-        for where, record in read_jsonl(path):
-            if "text" in record:
-                yield record_text(record, where)
-            else:
-                yield from (message["content"] for message in record_messages(record, where))
+    """Yield the text of every record: a document, or each message's content."""
+    for where, record in (item for path in paths for item in read_jsonl(path)):
+        if "text" in record:
+            yield record_text(record, where)
+        else:
+            yield from (message["content"] for message in record_messages(record, where))
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens, special tokens first."""
+    """Train a byte-level BPE of at most `vocab_size` tokens, special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -91,20 +69,20 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the two files, under the class name that every version of transformers knows."""
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    """Train the tokenizer and write its two files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the two files")
+    size = bounded(int, 256 + 3, 2**20)  # bytes and special tokens
+    parser.add_argument("--vocab_size", type=size, default=6400, help="tokens (6400)")
+    args = parser.parse_args(argv)
     tokenizer = train_tokenizer(corpus_texts(args.data_path), args.vocab_size)
-    save_tokenizer(tokenizer, args.output_dir)
-    print(shown(f"{len(tokenizer)} tokens written to {args.output_dir}"))
+    tokenizer.save_pretrained(args.output_dir, save_jinja_files=False)
+    path = args.output_dir / "tokenizer_config.json"
+    # The class name that every version of transformers knows.
+    write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    print(f"{len(tokenizer)} tokens written to {args.output_dir}")
     return 0
 
 
