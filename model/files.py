@@ -1,4 +1,4 @@
-"""The lowest layer: errors for the user, files written whole or not at all, hashes."""
+"""The lowest layer: errors for users, and files written whole or not at all."""
 
 import hashlib
 import json
@@ -10,75 +10,78 @@ from pathlib import Path
 from typing import NoReturn
 
 REPO_DIR = Path(__file__).resolve().parents[1]
-# Control, zero-width and direction characters: what could steer a terminal or hide text.
+INTERRUPTED = 130  # the exit code after Ctrl-C
+# Control, zero-width and direction characters: they could steer a terminal or hide text.
 UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 class UserError(ValueError):
-    """What the user can put right; the message is one line: what, where, remedy."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message names the file and what to do."""
+    """An error that the user can mend; the message is one line: what, where, remedy."""
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's `main` and exit; a user's error is one line and exit code 2."""
+    """Run a script's `main` and exit; a user's error is one line on stderr and exit code 2."""
     try:
         code = main()
     except (UserError, OSError) as error:
-        print(f"error: {escape_control(str(error))}", file=sys.stderr)
+        line = escape_control(str(error)).replace("\n", "\\n").replace("\t", "\\t")
+        print(f"error: {line}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     sys.exit(code)
 
 
 def escape_control(text: str) -> str:
-    """Write control, zero-width and direction characters as \\uXXXX, on one line."""
+    """Write control, zero-width and direction characters as \\uXXXX; keep tabs and newlines."""
     return UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file aside and move it into place."""
     aside = path.with_name(path.name + ".tmp")
     try:
         aside.write_text(text, encoding="utf-8")
-        replace_file(aside, path)
-    finally:
+    except OSError:  # the disk is full: half of the file may be there
         aside.unlink(missing_ok=True)
+        raise
+    replace_file(aside, path)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def replace_file(aside: Path, path: Path) -> None:
-    """Put a written file in the place of another, once its content is on the disk."""
+    """Rename a written file once its content is on the disk: a crash leaves the old or the new."""
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object; a UserError names a file that holds none."""
+    """Read the JSON object in a file.
+
+    Raises:
+        UserError: the file is missing, broken, or holds no object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: broken JSON ({error}); mend or copy it again") from error
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; mend the path or make the file again") from error
+    except (ValueError, RecursionError) as error:  # of JSON or UTF-8; nested without end
+        raise UserError(f"{path}: broken JSON ({error}); mend or copy it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise UserError(f"{path}: expected a JSON object")
     return content
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file's bytes (hex SHA-256)."""
-    with path.open("rb") as file:
+    """Hash a file's bytes."""
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

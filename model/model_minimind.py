@@ -9,6 +9,9 @@ H attention heads, K key/value heads, d head dimension (D / H if the config name
 vocabulary.
 """
 
+import hashlib
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,15 +19,11 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Qwen3Con
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model.attention import LONGEST, blockwise_attention
+from model.files import UserError
 
-IGNORE_INDEX = -100  # a label on which no loss falls, as in torch's cross_entropy
+IGNORE_INDEX = -100  # the label of a position without a loss
 # Labeled positions whose logits exist at once: LOSS_CHUNK * V floats, which stay in a CPU's cache.
 LOSS_CHUNK = 512
-# A study of small models: more than this is a slip or a hostile config, refused before it is
-# allocated (8 GB of float32).
-MAX_PARAMETERS = 2 * 10**9
-MAX_LAYERS = 512
 
 
 def minimind_config(
@@ -39,24 +38,30 @@ def minimind_config(
     rms_norm_eps: float = 1e-5,
     qk_norm: bool = False,
 ) -> LlamaConfig | Qwen3Config:
-    """The model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
+    """Describe a model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
 
     Raises:
-        ValueError: heads that do not divide the hidden size, or what `check_shape` refuses.
+        UserError: the heads do not divide the hidden size or each other.
     """
-    if hidden_size % num_attention_heads:
-        raise ValueError(
-            f"hidden_size {hidden_size} must be a multiple of num_attention_heads "
+    head_dim = hidden_size // num_attention_heads
+    if hidden_size % num_attention_heads or head_dim % 2:
+        raise UserError(
+            f"hidden_size {hidden_size}: must be an even multiple of num_attention_heads "
             f"{num_attention_heads}"
         )
+    if num_attention_heads % num_key_value_heads:
+        raise UserError(
+            f"num_attention_heads {num_attention_heads}: must be a multiple of "
+            f"num_key_value_heads {num_key_value_heads}"
+        )
     config_class = Qwen3Config if qk_norm else LlamaConfig
-    config = config_class(
+    return config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
-        head_dim=hidden_size // num_attention_heads,
+        head_dim=head_dim,
         intermediate_size=intermediate_size,
         max_position_embeddings=max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
@@ -67,57 +72,21 @@ def minimind_config(
         eos_token_id=2,
         architectures=["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
     )
-    check_shape(config)
-    return config
-
-
-def check_shape(config: LlamaConfig | Qwen3Config) -> None:
-    """Refuses a shape that cannot be built or is absurdly large, before anything is allocated.
-
-    Raises:
-        ValueError: names the values.
-    """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim {config.head_dim} (hidden_size / heads) must be even")
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}"
-        )
-    if config.num_hidden_layers > MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers {config.num_hidden_layers}: at most {MAX_LAYERS}")
-    attention = 2 * config.hidden_size * config.head_dim * (heads + kv_heads)
-    block = attention + 3 * config.hidden_size * config.intermediate_size
-    total = config.vocab_size * config.hidden_size + config.num_hidden_layers * block
-    if total > MAX_PARAMETERS:
-        raise ValueError(f"this shape has {total:,} parameters, of {MAX_PARAMETERS:,} allowed here")
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_tables(
     position_ids: torch.Tensor, head_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary embedding (Su et al. 2021, arXiv 2104.09864, eq. 15).
+    """Compute cos and sin of the rotary embedding (Su et al. 2021, arXiv 2104.09864, eq. 15).
 
-    Computed in float32 from the positions, once a forward pass: no buffer that a cast of the model
-    to half precision would round.
+    Computed in float32 from the positions, once a forward pass: a cast of the model to half
+    precision rounds no buffer.
 
     Args:
         position_ids: (B or 1, T) int64.
 
     Returns:
-        Two tensors (B or 1, 1, T, head_dim), float32; the two halves of the last axis are equal.
+        Two tensors (B or 1, 1, T, d), float32; the two halves of the last axis are equal.
     """
     powers = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     inverse_frequency = 1.0 / theta ** (powers / head_dim)
@@ -127,24 +96,22 @@ def rope_tables(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates (B, heads, T, d) by the tables of `rope_tables`, in the layout of Llama."""
+    """Rotate (B, heads, T, d) by the tables of `rope_tables`, in the layout of Llama."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def visible_positions(
+def find_visible_keys(
     attention_mask: torch.Tensor | None, new: int, seen: int, device: torch.device
-) -> torch.Tensor | None:
-    """Which of `seen` keys each of `new` queries may attend to.
+) -> torch.Tensor:
+    """Mark which of `seen` keys each of the last `new` queries may attend to.
 
     Args:
         attention_mask: (B, S), 1 for real tokens and 0 for padding, or None.
 
     Returns:
-        (B or 1, 1, new, seen) bool, or None where plain causal attention says the same.
+        (B or 1, 1, T, S) bool.
     """
-    if attention_mask is None and new in (1, seen):
-        return None
     queries = torch.arange(seen - new, seen, device=device)[:, None]
     keys = torch.arange(seen, device=device)[None, :]
     visible = (keys <= queries)[None, None]
@@ -168,18 +135,21 @@ class Attention(nn.Module):
         self.grouped = config.num_attention_heads != config.num_key_value_heads
         self.qk_norm = config.model_type == "qwen3"
         if self.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        visible: torch.Tensor | None,
-        mode: str,
+        mask: torch.Tensor | None,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D); adds this layer's keys and values to `cache`."""
+        """(B, T, D) -> (B, T, D); adds this layer's keys and values to `cache`.
+
+        Args:
+            mask: (B or 1, 1, T, S), or None where every query sees all keys up to its own.
+        """
         batch, new, _ = x.shape
         q = self.q_proj(x).view(batch, new, -1, self.head_dim)
         k = self.k_proj(x).view(batch, new, -1, self.head_dim)
@@ -189,12 +159,9 @@ class Attention(nn.Module):
         q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
-        if mode == "blockwise":
-            out = blockwise_attention(q, k, v)
-        else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, is_causal=mode == "causal", enable_gqa=self.grouped
-            )
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
         return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1))
 
 
@@ -212,35 +179,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer; RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) before each part."""
 
     def __init__(self, config: LlamaConfig | Qwen3Config, layer_index: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_index)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        visible: torch.Tensor | None = None,
-        mode: str = "causal",
+        mask: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, visible, mode, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def attention_mode(
-    visible: torch.Tensor | None, new: int, cache: Cache | None, device: torch.device
-) -> str:
-    """`masked` where `visible` or a single query says it all, else the faster causal way."""
-    if visible is not None or new == 1:
-        return "masked"
-    is_blockwise = device.type == "cpu" and cache is None and new <= LONGEST
-    return "blockwise" if is_blockwise else "causal"
 
 
 class MiniMindModel(nn.Module):
@@ -251,7 +207,7 @@ class MiniMindModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -260,32 +216,22 @@ class MiniMindModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for padded batches."""
-        new = input_ids.shape[1]
+        """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for batches padded on the left."""
+        new, device = input_ids.shape[1], input_ids.device
         seen = new + (cache.get_seq_length() if cache is not None else 0)
-        if position_ids is None:
-            if attention_mask is None:
-                position_ids = torch.arange(seen - new, seen, device=input_ids.device)[None]
-            else:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        if position_ids is None and attention_mask is None:
+            position_ids = torch.arange(seen - new, seen, device=device)[None]
+        elif position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        mask = None
+        if attention_mask is not None or seen > new:
+            mask = find_visible_keys(attention_mask, new, seen, device)
+        theta = self.config.rope_parameters["rope_theta"]
+        rope = rope_tables(position_ids, self.config.head_dim, theta)
         x = self.embed_tokens(input_ids)
-        visible = visible_positions(attention_mask, new, seen, input_ids.device)
-        rope = rope_tables(
-            position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"]
-        )
-        # Decided here, outside the block: a compiled block keeps one graph for every length.
-        mode = attention_mode(visible, new, cache, x.device)
         for layer in self.layers:
-            x = layer(x, rope, visible, mode, cache)
+            x = layer(x, rope, mask, cache)
         return self.norm(x)
-
-
-class LMHead(nn.Linear):
-    """Hidden states to logits; adapted heads offer the same `effective_weight`."""
-
-    def effective_weight(self) -> torch.Tensor:
-        """(V, D)."""
-        return self.weight
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
@@ -293,14 +239,13 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = LlamaConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]
     _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LlamaConfig | Qwen3Config):
         super().__init__(config)
         self.model = MiniMindModel(config)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # N(0, initializer_range), norms at 1, head tied to the embedding
 
     def forward(
@@ -315,12 +260,12 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits, or with `labels` the loss alone.
+        """Compute logits, or with `labels` the loss alone.
 
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, S), 0 on padding; not needed for padding on the right.
-            labels: (B, T) int64, as `input_ids`, `-100` where no loss falls; shifted here.
+            labels: (B, T) int64, as `input_ids`, `IGNORE_INDEX` where no loss falls; shifted here.
                 Logits are then computed for the labeled positions only and not returned.
             logits_to_keep: logits of the last so many positions; 0 keeps all.
             num_items_in_batch: divides the summed loss, in nats; by default the labels counted
@@ -334,68 +279,69 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(logits=logits, cache=cache)
         targets = labels[:, 1:]
         labeled = targets != IGNORE_INDEX
-        loss = self.summed_loss(hidden[:, :-1][labeled], targets[labeled])
+        loss = self.sum_losses(hidden[:, :-1][labeled], targets[labeled])
         items = labeled.sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / items, cache=cache)
 
-    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Summed cross-entropy in nats, float32, of (N, D) states and (N,) targets."""
+    def sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum the cross-entropy in nats, float32, of (N, D) states and (N,) targets."""
         if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(hidden, self.lm_head.effective_weight(), targets)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for states, ids in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            total = total + F.cross_entropy(self.lm_head(states).float(), ids, reduction="sum")
-        return total
+            trained = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+            return ChunkedLoss.apply(self.lm_head, hidden, targets, *trained)
+        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        return sum(sum_chunk(self.lm_head, states, ids) for states, ids in chunks)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `states @ weight.T`, a chunk of positions at a time.
+def sum_chunk(head: nn.Module, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sum the cross-entropy of a chunk; exponentials and sums are float32 under autocast, too."""
+    return F.cross_entropy(head(states).float(), ids, reduction="sum")
 
-    The gradient of the logits, softmax minus one-hot, is known as soon as the logits are; taking
-    both while a chunk is at hand means that the (N, V) logits never exist and each is read once.
-    A frozen weight's gradient is not computed. Matrix products run in autocast's type if it is on,
-    sums and exponentials in float32.
+
+class ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of any head, a chunk of positions at a time.
+
+    Each chunk's gradient is taken while its logits exist, so the (N, V) logits never do.
     """
 
     @staticmethod
     def forward(
-        ctx, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+        ctx, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *trained: nn.Parameter
     ) -> torch.Tensor:
-        device = states.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
-        matrix = weight.detach().to(dtype)
-        states_grad = torch.empty_like(states, dtype=dtype)
-        weight_grad = None
-        if ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *trained)]
         for start in range(0, len(targets), LOSS_CHUNK):
             span = slice(start, start + LOSS_CHUNK)
-            chunk, ids = states[span].to(dtype), targets[span, None]
-            logits = chunk @ matrix.T
-            error = logits.softmax(dim=-1, dtype=torch.float32)
-            # The log of summed exponentials: the highest logit less the log of its probability.
-            log_sum = logits.amax(-1, keepdim=True) - error.amax(-1, keepdim=True).log()
-            total += (log_sum - logits.gather(1, ids)).sum()
-            error.scatter_add_(1, ids, error.new_full(ids.shape, -1.0))
-            error = error.to(dtype)
-            states_grad[span] = error @ matrix
-            if weight_grad is not None:
-                weight_grad += error.T @ chunk
-        ctx.save_for_backward(states_grad, weight_grad)
-        ctx.states_dtype, ctx.weight_dtype = states.dtype, weight.dtype
+            with torch.enable_grad():
+                states = hidden[span].detach().requires_grad_()
+                loss = sum_chunk(head, states, targets[span])
+            first, *others = torch.autograd.grad(loss, [states, *trained])
+            gradients[0][span] = first
+            for gradient, part in zip(gradients[1:], others, strict=True):
+                gradient += part
+            total += loss.detach()
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        states_grad, weight_grad = ctx.saved_tensors
-        if weight_grad is not None:
-            weight_grad = (weight_grad * grad).to(ctx.weight_dtype)
-        return (states_grad.to(ctx.states_dtype) * grad), weight_grad, None
+        of_hidden, *of_trained = (gradient * grad for gradient in ctx.saved_tensors)
+        return None, of_hidden, None, *of_trained
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All and trainable parameters, the tied head counted once."""
+    """Count all and trainable parameters, the tied head once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def weights_fingerprint(model: MiniMindForCausalLM) -> str:
+    """Hash a plain model's shape, names and float32 values: an adapter's base is known by it."""
+    config = model.config
+    facts = [config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps]
+    facts += [config.rope_parameters["rope_theta"], config.model_type]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not (name == "lm_head.weight" and config.tie_word_embeddings):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()

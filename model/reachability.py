@@ -1,0 +1,64 @@
+"""How probable a token can become while the embedding and the final norm are frozen.
+
+With a tied embedding E and the gain g of the final RMSNorm frozen, logits are E (g * x) with
+||x|| <= sqrt(D), whatever an adapter changes below. log P(token) is concave in x, so its maximum
+over this ball is exact: a bound for any adapter, rank, learning rate or number of steps.
+
+Tokens whose rows are nearly those of others share their probability: "stolen probability" (Demeter
+et al. 2020, arXiv 2005.02433), in the extreme "unargmaxable" tokens (Grivas et al. 2022, arXiv
+2203.06462). Greedy decoding may still choose a token of low probability; the bound matters for
+sampling, above all that of the token that ends an answer.
+"""
+
+import torch
+
+from model.model_minimind import MiniMindForCausalLM
+
+TOLERANCE = 1e-3  # nats between the value found and the bound
+MAX_STEPS = 5000  # some 60 to 100 are taken
+
+
+@torch.no_grad()
+def reachable_probability(model: MiniMindForCausalLM, token_ids: list[int]) -> list[float]:
+    """Bound the probability that each token can get from any hidden state, to about 0.1%.
+
+    Raises:
+        ArithmeticError: `MAX_STEPS` steps were too few.
+    """
+    matrix = model.lm_head.weight.double() * model.model.norm.weight.double()
+    matrix = matrix - matrix.mean(dim=0)  # probabilities depend on differences of logits alone
+    return [bound_probability(matrix, token) for token in token_ids]
+
+
+def bound_probability(matrix: torch.Tensor, token: int) -> float:
+    """Maximize one token's probability under logits `matrix @ x`, and add what may be missing.
+
+    Accelerated projected gradient ascent (Beck & Teboulle 2009) with a line search, started anew
+    where it overshoots. A concave f is at most sqrt(D) * ||f'(x)|| - f'(x) * x above f(x) on the
+    ball; the search ends when this gap is below `TOLERANCE`.
+    """
+    radius = matrix.shape[1] ** 0.5
+    x = ahead = torch.zeros_like(matrix[0])
+    step, momentum = 1.0, 1.0
+    for _ in range(MAX_STEPS):
+        log_probabilities = (matrix @ ahead).log_softmax(dim=0)
+        gradient = matrix[token] - log_probabilities.exp() @ matrix
+        gap = radius * gradient.norm() - gradient @ ahead
+        if gap < TOLERANCE:
+            return min(1.0, (log_probabilities[token] + gap).exp().item())
+        while True:  # until f is no less than its quadratic model says
+            new = ahead + step * gradient
+            new = new * (radius / new.norm()).clamp(max=1)
+            moved = new - ahead
+            needed = log_probabilities[token] + gradient @ moved - moved @ moved / (2 * step)
+            if (matrix @ new).log_softmax(dim=0)[token] >= needed - 1e-12:
+                break
+            step /= 2
+        step *= 1.1
+        if gradient @ (new - x) < 0:
+            momentum, ahead, x = 1.0, new, new
+            continue
+        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = new + (momentum - 1) / following * (new - x)
+        momentum, x = following, new
+    raise ArithmeticError(f"token {token}: no bound within {MAX_STEPS} steps; raise MAX_STEPS")
