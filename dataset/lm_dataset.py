@@ -1,19 +1,14 @@
 """JSONL -> token ids and labels -> batches.
 
     {"text": "..."}                                          pretraining
-    {"conversations": [{"role": "user", "content": "..."},   fine-tuning
+    {"conversations": [{"role": "user", "content": "..."},   fine-tuning; "messages" alike
                        {"role": "assistant", "content": "..."}]}
-
-Plain or gzip, one or several files. `messages` is read like `conversations`, and
-`instruction`/`input`/`output` as one turn.
+    {"instruction": "...", "input": "...", "output": "..."}  fine-tuning, one turn
 
 The way of a record: `read_jsonl` yields it, `record_text` or `record_messages` checks it,
 `encode_conversations` makes token ids and labels, `load_dataset` keeps them in one memory-mapped
-file, `StepPlan` says which samples make a step, `collate` pads them.
-
-Pretraining reads packed blocks. Fine-tuning reads length-grouped batches, padded on the right:
-under causal attention no real token sees the padding, so no attention mask is needed. Loss falls
-on the assistant's tokens and its end token only.
+file, `StepPlan` says which samples make a step, `collate` pads them on the right. Under causal
+attention no real token sees the padding, so no attention mask is needed.
 """
 
 import gzip
@@ -24,19 +19,17 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from model.files import UserError, file_sha256, replace_file
 from model.model_minimind import IGNORE_INDEX
@@ -96,16 +89,14 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
         parts = [record.get("instruction"), record.get("input") or ""]
         is_text = all(isinstance(part, str) for part in parts)
         question = "\n".join(part for part in parts if part.strip()) if is_text else None
-        messages = [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": record["output"]}]
+        answer = {"role": "assistant", "content": record["output"]}
+        messages = [{"role": "user", "content": question}, answer]
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise DataError(
-            f'{where}: fine-tuning reads a list of messages, "conversations" or "messages", or '
-            '"instruction" and "output"'
-        )
+        fields = '"conversations", "messages", or "instruction" and "output"'
+        raise DataError(f"{where}: fine-tuning reads a list of messages: {fields}")
     unread = [name for name in ("system", "history") if record.get(name)]
     unread += [
-        name for name in UNREAD_FIELDS if any(turn.get(name) for turn in (record, *messages))
+        name for name in UNREAD_FIELDS if any(turn.get(name) for turn in [record, *messages])
     ]
     if unread:
         raise DataError(f'{where}: "{unread[0]}" is not read; convert or remove it')
@@ -115,17 +106,15 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     roles = [message.get("role") for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise DataError(
-            f"{where}: the roles are {reprlib.repr(roles)}; expected an optional system, then user "
-            "and assistant in turn"
-        )
+        expected = "expected an optional system, then user and assistant in turn"
+        raise DataError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
 
 
 # ---------------------------------------------------------------- token ids and labels
 
 
-def encode_batch(backend: Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
+def encode_batch(backend: tokenizers.Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
     """Encode many texts in parallel.
 
     Args:
@@ -139,30 +128,25 @@ def encode_batch(backend: Tokenizer, texts: list[str], special: bool) -> list[li
 
 
 def encode_template(
-    tokenizer: PreTrainedTokenizerFast, roles: tuple[str, ...], generation_prompt: bool
+    tokenizer: Tokenizer, roles: tuple[str, ...], generation_prompt: bool
 ) -> list[list[int]]:
     """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
     slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
     try:
-        text = tokenizer.apply_chat_template(
-            slots, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        text = tokenizer.apply_chat_template(slots, **options)
     except TemplateError as error:
         raise DataError(f"{tokenizer.name_or_path}: the chat template fails ({error})") from error
     pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
     ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
     if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
-        raise DataError(
-            f"{tokenizer.name_or_path}: the chat template must hold each content once and close an "
-            f"assistant turn with {tokenizer.eos_token}; use another tokenizer"
-        )
+        rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
+        raise DataError(f"{tokenizer.name_or_path}: the chat template must {rule}")
     return pieces
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerFast,
-    conversations: list[list[dict[str, str]]],
-    generation_prompt: bool = False,
+    tokenizer: Tokenizer, conversations: list[list[dict]], generation_prompt: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
     """Encode conversations: token ids, and for each whether loss falls on it.
 
@@ -191,21 +175,17 @@ def encode_conversations(
     return samples
 
 
-def encode_records(
-    kind: str, records: list[tuple[str, dict]], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[list[int], list[bool]]]:
-    """Encode records of a kind (see `load_dataset`); a document has no labels of its own."""
-    if kind == "sft":
-        conversations = [record_messages(record, where) for where, record in records]
-        return encode_conversations(tokenizer, conversations)
-    texts = [record_text(record, where) for where, record in records]
-    opening, closing = [], [tokenizer.pad_token_id]
-    if kind == "pretrain_wrapped":
-        opening, closing = [tokenizer.bos_token_id], [tokenizer.eos_token_id, *closing]
-        if tokenizer.bos_token_id is None:
-            raise DataError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
+def encode_documents(tokenizer: Tokenizer, texts: list[str], wrap: bool) -> list[tuple]:
+    """Encode documents, each closed by the end-of-text token; loss falls on all of it.
+
+    Args:
+        wrap: put each between the tokens that open and close a chat turn, as MiniMind's data are.
+    """
+    if wrap and tokenizer.bos_token_id is None:
+        raise DataError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
+    opening, closing = ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) if wrap else ([], [])
     encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
-    return [(opening + ids + closing, []) for ids in encoded]
+    return [(opening + ids + closing + [tokenizer.pad_token_id], []) for ids in encoded]
 
 
 # ---------------------------------------------------------------- the token cache
@@ -219,48 +199,49 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def encode_files(
-    kind: str, paths: list[Path], tokenizer: PreTrainedTokenizerFast, max_seq_len: int
+    kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Tokenize files into flat arrays, and count what was cut, dropped and found twice."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    tokens, labels, digests = [], [], []
-    counts = {"records": 0, "truncated": 0, "dropped_without_labels": 0}
-    records = tqdm(
-        (item for path in paths for item in read_jsonl(path)),
-        desc="tokenizing", unit=" records", disable=None, file=sys.stderr,
-    )  # fmt: skip
-    for chunk in chunks(records, ENCODE_CHUNK):
-        counts["records"] += len(chunk)
-        for ids, labeled in encode_records(kind, chunk, tokenizer):
+    tokens, labels, digests, records, truncated, dropped = [], [], [], 0, 0, 0
+    bar = {"desc": "tokenizing", "unit": " records", "disable": None, "file": sys.stderr}
+    items = tqdm((item for path in paths for item in read_jsonl(path)), **bar)
+    for chunk in chunks(items, ENCODE_CHUNK):
+        records += len(chunk)
+        if kind == "sft":
+            conversations = [record_messages(record, where) for where, record in chunk]
+            samples = encode_conversations(tokenizer, conversations)
+        else:
+            texts = [record_text(record, where) for where, record in chunk]
+            samples = encode_documents(tokenizer, texts, wrap=kind == "pretrain_wrapped")
+        for ids, labeled in samples:
             if kind == "sft":
-                counts["truncated"] += len(ids) > max_seq_len
+                truncated += len(ids) > max_seq_len
                 ids, labeled = ids[:max_seq_len], labeled[:max_seq_len]
                 if not any(labeled[1:]):  # the first token is never predicted
-                    counts["dropped_without_labels"] += 1
+                    dropped += 1
                     continue
             tokens.append(np.array(ids, dtype=dtype))
             labels.append(np.array(labeled, dtype=bool))
             digests.append(hashlib.blake2b(tokens[-1].tobytes(), digest_size=8).digest())
     if not tokens:
         raise DataError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
-    arrays = {
-        "tokens": np.concatenate(tokens),
-        "starts": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-        "labeled": np.concatenate(labels),
-        "digests": np.array([int.from_bytes(d, "little") for d in digests], dtype=np.uint64),
+    arrays = {"tokens": np.concatenate(tokens), "labeled": np.concatenate(labels)}
+    arrays["starts"] = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    arrays["digests"] = np.frombuffer(b"".join(digests), dtype=np.uint64).copy()
+    return arrays, {
+        "records": records,
+        "truncated": truncated,
+        "dropped_without_labels": dropped,
+        "samples": len(tokens),
+        "tokens": len(arrays["tokens"]),
+        "labeled_tokens": int(arrays["labeled"].sum()),
+        "duplicates": len(digests) - len(set(digests)),
     }
-    counts |= {"samples": len(tokens), "tokens": len(arrays["tokens"])}
-    counts["labeled_tokens"] = int(arrays["labeled"].sum())
-    counts["duplicates"] = len(digests) - len(set(digests))
-    return arrays, counts
 
 
 def load_tokens(
-    kind: str,
-    paths: list[Path],
-    tokenizer: PreTrainedTokenizerFast,
-    max_seq_len: int,
-    cache_dir: Path,
+    kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int, cache_dir: Path
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the memory-mapped arrays of `encode_files`, and what run.json says of the data.
 
@@ -303,29 +284,27 @@ def load_tokens(
 # ---------------------------------------------------------------- samples
 
 
-@dataclass(frozen=True)
 class TokenDataset(torch.utils.data.Dataset):
-    """Samples of token ids and labels: sample i is `tokens[starts[i]:ends[i]]`."""
+    """Samples of token ids and labels: sample i is `tokens[starts[i]:ends[i]]`.
 
-    tokens: np.ndarray  # uint16 or uint32
-    starts: np.ndarray
-    ends: np.ndarray
-    labeled: np.ndarray | None  # bool, a token; None: loss falls on all
-    digests: np.ndarray  # a record; equal for equal tokens
-    info: dict  # files with hashes, and counts
+    Attributes:
+        lengths: tokens of each sample.
+        targets: of each sample, the tokens on which loss falls; the first is never predicted.
+        digests: of each record; equal for equal tokens.
+        info: what run.json says of the data.
+    """
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Count the tokens of each sample."""
-        return self.ends - self.starts
-
-    @cached_property
-    def targets(self) -> np.ndarray:
-        """Count the tokens of each sample on which loss falls; the first is never predicted."""
-        if self.labeled is None:
-            return self.lengths - 1
-        before = np.append(0, np.cumsum(self.labeled))  # labels before each token
-        return before[self.ends] - before[self.starts + 1]
+    def __init__(self, arrays: dict, starts: np.ndarray, ends: np.ndarray, info: dict):
+        self.tokens, self.labeled, self.digests = (
+            arrays[name] for name in ("tokens", "labeled", "digests")
+        )
+        self.starts, self.ends, self.info = starts, ends, info
+        self.lengths = self.targets = ends - starts
+        if len(self.labeled):
+            before = np.append(0, np.cumsum(self.labeled))  # labels before each token
+            self.targets = before[ends] - before[starts + 1]
+        else:  # of text, loss falls on all
+            self.targets = self.lengths - 1
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -334,13 +313,13 @@ class TokenDataset(torch.utils.data.Dataset):
         """Return token ids and labels, not shifted, each (length,) int64."""
         span = slice(self.starts[index], self.ends[index])
         ids = self.tokens[span].astype(np.int64)
-        return ids, ids if self.labeled is None else np.where(self.labeled[span], ids, IGNORE_INDEX)
+        return ids, np.where(self.labeled[span], ids, IGNORE_INDEX) if len(self.labeled) else ids
 
 
 def load_dataset(
     kind: str,
     paths: list[Path],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     max_seq_len: int,
     max_samples: int | None = None,
     cache_dir: Path = CACHE_DIR,
@@ -354,37 +333,34 @@ def load_dataset(
         max_samples: conversations to keep, drawn at random; a smaller set is part of a larger.
     """
     arrays, info = load_tokens(kind, paths, tokenizer, max_seq_len, cache_dir)
-    tokens, digests = arrays["tokens"], arrays["digests"]
     if kind != "sft":
-        starts = np.arange(0, len(tokens) - 1, max_seq_len)  # a last token alone has no target
-        ends = np.minimum(starts + max_seq_len, len(tokens))
-        info["labeled_tokens"] = int((ends - starts - 1).sum())
-        info["dropped_tail_tokens"] = len(tokens) - int(ends[-1])
-        return TokenDataset(tokens, starts, ends, None, digests, info)
+        total = len(arrays["tokens"])
+        starts = np.arange(0, total - 1, max_seq_len)  # a last token alone has no target
+        blocks = TokenDataset(arrays, starts, np.minimum(starts + max_seq_len, total), info)
+        info["labeled_tokens"] = int(blocks.targets.sum())
+        info["dropped_tail_tokens"] = total - int(blocks.lengths.sum())
+        return blocks
     starts, ends = arrays["starts"][:-1], arrays["starts"][1:]
     if max_samples is None:
-        return TokenDataset(tokens, starts, ends, arrays["labeled"], digests, info)
+        return TokenDataset(arrays, starts, ends, info)
     if max_samples > len(starts):
         raise DataError(f"--max_train_samples {max_samples}: the data have {len(starts):,} samples")
     kept = np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(starts))[:max_samples])
-    subset = TokenDataset(tokens, starts[kept], ends[kept], arrays["labeled"], digests[kept], info)
-    info["kept"] = {
-        "samples": len(kept),
-        "tokens": int(subset.lengths.sum()),
-        "labeled_tokens": int(subset.targets.sum()),
-    }
+    arrays["digests"] = arrays["digests"][kept]
+    subset = TokenDataset(arrays, starts[kept], ends[kept], info)
+    sums = {"tokens": int(subset.lengths.sum()), "labeled_tokens": int(subset.targets.sum())}
+    info["kept"] = {"samples": len(kept)} | sums
     return subset
 
 
-def describe_sample(tokenizer: PreTrainedTokenizerFast, dataset: TokenDataset, index: int) -> str:
+def describe_sample(tokenizer: Tokenizer, dataset: TokenDataset, index: int) -> str:
     """Lay out a sample as a table of position, token, and the label that the position predicts."""
     ids, labels = dataset[index]
-    targets = np.append(labels[1:], IGNORE_INDEX)
-    lines = [f"sample {index}: {len(ids)} tokens", f"{'pos':>5}  {'token':<24} predicts"]
-    for position, (token, target) in enumerate(zip(ids, targets, strict=True)):
-        label = "-" if target == IGNORE_INDEX else repr(tokenizer.decode([int(target)]))
-        lines.append(f"{position:>5}  {tokenizer.decode([int(token)])!r:<24} {label}")
-    return "\n".join(lines)
+    rows = [("pos", "token", "predicts")]
+    for position, (token, label) in enumerate(zip(ids, [*labels[1:], IGNORE_INDEX], strict=True)):
+        target = "-" if label == IGNORE_INDEX else repr(tokenizer.decode([int(label)]))
+        rows.append((position, repr(tokenizer.decode([int(token)])), target))
+    return "\n".join(f"{position:>5}  {token:<24} {target}" for position, token, target in rows)
 
 
 # ---------------------------------------------------------------- batches
@@ -421,15 +397,15 @@ class StepPlan:
 
     def draw_epoch(self, epoch: int) -> list[np.ndarray]:
         """Draw the batches of an epoch, each sorted by length, in random order."""
-        generator = np.random.default_rng([self.seed, epoch])
+        generator, size = np.random.default_rng([self.seed, epoch]), self.global_batch
         order = generator.permutation(len(self.lengths))
         if self.lengths.min() == self.lengths.max():
-            return np.split(order, range(self.global_batch, len(order), self.global_batch))
+            return np.split(order, range(size, len(order), size))
         batches = []
-        for start in range(0, len(order), GROUP_BATCHES * self.global_batch):
-            group = order[start : start + GROUP_BATCHES * self.global_batch]
+        for start in range(0, len(order), GROUP_BATCHES * size):
+            group = order[start : start + GROUP_BATCHES * size]
             group = group[np.argsort(self.lengths[group], kind="stable")]
-            batches += np.split(group, range(self.global_batch, len(group), self.global_batch))
+            batches += np.split(group, range(size, len(group), size))
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def micro_batches(self, step: int, process: int = 0) -> list[list[int]]:

@@ -222,40 +222,32 @@ def read_medquad(path: Path) -> Iterator[dict]:
         yield dict(zip(("focus", "question", "answer"), texts, strict=True))
 
 
-def find_files(corpus: Corpus, source: Path) -> list[Path]:
-    """Return the source itself, or the files of the first pattern that matches in a folder."""
-    if source.is_file():
-        return [source]
-    for pattern in corpus.files:
-        if found := sorted(source.glob(pattern), key=lambda path: path.as_posix()):
-            return found
-    raise UserError(f"{source}: no {' or '.join(corpus.files)}; get it from {corpus.home}")
+def load_hub(corpus: Corpus, revision: str | None) -> tuple[Iterable[dict], dict]:
+    """Return a corpus's records from the hub, and their origin."""
+    if not corpus.home.startswith(HUB):
+        raise UserError(f"not on the hub: git clone {corpus.home}, give it as --source")
+    name = corpus.home.removeprefix(HUB)
+    place = {"data_files": corpus.files[0], "revision": revision or corpus.revision}
+    builder = datasets.load_dataset_builder(name, **place)
+    files = builder.config.data_files["train"]  # hf://datasets/owner/name@commit/file
+    origin = {"hub": name, "revision": files[0].partition("@")[2].partition("/")[0]}
+    rows = datasets.load_dataset(name, split="train", **place)
+    return rows, origin | {"files": len(files)}
 
 
-def load_records(
-    corpus: Corpus, source: Path | None, revision: str | None
-) -> tuple[Iterable[dict], dict]:
-    """Return a corpus's records, and where they come from."""
-    if source is None:
-        if not corpus.home.startswith(HUB):
-            raise UserError(f"not on the hub: git clone {corpus.home}, give it as --source")
-        place = {"path": corpus.home.removeprefix(HUB), "data_files": corpus.files[0]}
-        place["revision"] = revision or corpus.revision
-        builder = datasets.load_dataset_builder(**place)
-        files = builder.config.data_files["train"]  # hf://datasets/owner/name@commit/file
-        commit = files[0].partition("@")[2].partition("/")[0]
-        origin = {"hub": place["path"], "revision": commit, "files": len(files)}
-        return datasets.load_dataset(**place, split="train"), origin
-    files = find_files(corpus, source)
+def load_files(corpus: Corpus, source: Path) -> tuple[Iterable[dict], dict]:
+    """Return a corpus's records from a file, or from what a folder holds, and their origin."""
+    matches = [sorted(source.glob(p), key=lambda path: path.as_posix()) for p in corpus.files]
+    files = [source] if source.is_file() else next(filter(None, matches), [])
+    if not files:
+        raise UserError(f"{source}: no {' or '.join(corpus.files)}; get it from {corpus.home}")
     lines = [f"{file_sha256(path)}  {path.relative_to(source).as_posix()}\n" for path in files]
-    digest = (
-        lines[0][:64] if files == [source] else hashlib.sha256("".join(lines).encode()).hexdigest()
-    )
+    listing = hashlib.sha256("".join(lines).encode()).hexdigest()
+    digest = file_sha256(source) if source.is_file() else listing  # of `sha256sum` for a folder
     origin = {"path": source.resolve().name, "files": len(files), "sha256": digest}
-    suffix = files[0].suffix
-    if suffix in (".txt", ".xml"):
-        read = read_stories if suffix == ".txt" else read_medquad
-        return (record for path in files for record in read(path)), origin
+    readers, suffix = {".txt": read_stories, ".xml": read_medquad}, files[0].suffix
+    if suffix in readers:
+        return (record for path in files for record in readers[suffix](path)), origin
     if suffix not in BUILDERS:
         raise UserError(f"{source}: {suffix} files are not read; see {corpus.home}")
     paths = [str(path) for path in files]
@@ -274,86 +266,65 @@ def hold_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def write_parts(
-    records: Iterable[dict], convert: Callable, rules: dict, outputs: dict[str, Path]
-) -> Counter:
-    """Write the records that are kept; count those read, trained on, held out and dropped."""
-    counts, seen = Counter(), set()
-    with ExitStack() as stack:
+def split_records(
+    records: Iterable[dict], convert: Callable, rules: dict, counts: Counter
+) -> Iterator[tuple[str, dict]]:
+    """Yield the lines to write and their part, train or valid; count what is read and dropped."""
+    seen = set()
+    for record in tqdm(records, unit=" records", disable=None):
+        if counts["train"] + counts["valid"] == rules["limit"]:
+            return
+        counts["read"] += 1
+        example = convert(record, rules)
+        # Digests, since two million stories would not fit in memory.
+        once = {} if isinstance(example, str) else example[2]
+        once = {name: hashlib.blake2b(f"{name}\n{t}".encode()).digest() for name, t in once.items()}
+        repeated = [f"duplicate_{name}" for name, digest in once.items() if digest in seen]
+        if isinstance(example, str) or repeated:
+            counts[f"dropped.{example if isinstance(example, str) else repeated[0]}"] += 1
+            continue
+        seen.update(once.values())
+        part = "valid" if hold_out(example[0], rules["valid_fraction"]) else "train"
+        counts[part] += 1
+        yield part, example[1]
+
+
+def write_corpus(name: str, records: Iterable[dict], rules: dict, folder: Path) -> dict:
+    """Write the two parts aside, then move them into place; return counts and hashes."""
+    counts, corpus = Counter(), CORPORA[name]
+    names = {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as aside, ExitStack() as stack:
         # Without file name and time, so that the same text gives the same bytes.
-        files = {
-            part: stack.enter_context(
-                gzip.GzipFile("", "wb", 6, stack.enter_context(path.open("wb")), mtime=0)
-            )
-            for part, path in outputs.items()
-        }
-        for record in tqdm(records, unit=" records", disable=None):
-            if counts["train"] + counts["valid"] == rules["limit"]:
-                break
-            counts["read"] += 1
-            example = convert(record, rules)
-            if isinstance(example, str):
-                counts[f"dropped.{example}"] += 1
-                continue
-            group, data, once = example
-            # Digests, since two million stories would not fit in memory.
-            digests = {n: hashlib.blake2b(f"{n}\n{t}".encode()).digest() for n, t in once.items()}
-            repeated = [name for name, digest in digests.items() if digest in seen]
-            if repeated:
-                counts[f"dropped.duplicate_{repeated[0]}"] += 1
-                continue
-            seen.update(digests.values())
-            part = "valid" if hold_out(group, rules["valid_fraction"]) else "train"
-            files[part].write((json.dumps(data, ensure_ascii=False) + "\n").encode())
-            counts[part] += 1
-    return counts
-
-
-def write_corpus(args: argparse.Namespace, rules: dict) -> dict:
-    """Write the two parts aside, then move them and their record into place."""
-    name, corpus = args.corpus, CORPORA[args.corpus]
-    records, origin = load_records(corpus, args.source, args.revision)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=args.output_dir) as folder:
-        files = {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
-        outputs = {part: Path(folder) / file for part, file in files.items()}
-        counts = write_parts(records, corpus.convert, rules, outputs)
+        raw = {part: stack.enter_context((Path(aside) / names[part]).open("wb")) for part in names}
+        files = {part: gzip.GzipFile("", "wb", 6, raw[part], mtime=0) for part in names}
+        digests = {part: hashlib.sha256() for part in names}  # another zlib gives other bytes
+        for part, data in split_records(records, corpus.convert, rules, counts):
+            line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
+            files[part].write(line)
+            digests[part].update(line)
         if not counts["train"]:
             raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
-        record = {
-            "corpus": name,
-            "home": corpus.home,
-            "source": origin,
-            "license": corpus.license,
-            "attribution": corpus.credit,
-            "settings": rules,
-            "counts": {
-                "read": counts["read"],
-                "kept": counts["train"] + counts["valid"],
-                "train": counts["train"],
-                "valid": counts["valid"],
-                "dropped": {k[8:]: n for k, n in sorted(counts.items()) if k[:8] == "dropped."},
-            },
-            "outputs": {
-                path.name: {
-                    "examples": counts[part],
-                    "sha256": file_sha256(path),
-                    # Another zlib may pack the same text into other bytes.
-                    "content_sha256": hashlib.sha256(
-                        gzip.decompress(path.read_bytes())
-                    ).hexdigest(),
-                }
-                for part, path in outputs.items()
-            },
+        for part, file in files.items():
+            file.close()
+            raw[part].close()
+            replace_file(Path(aside) / names[part], folder / names[part])
+    dropped = {key[8:]: n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
+    sums = {"read": counts["read"], "kept": counts["train"] + counts["valid"]}
+    sums |= {"train": counts["train"], "valid": counts["valid"], "dropped": dropped}
+    outputs = {
+        names[part]: {
+            "examples": counts[part],
+            "sha256": file_sha256(folder / names[part]),
+            "content_sha256": digests[part].hexdigest(),
         }
-        for path in outputs.values():
-            replace_file(path, args.output_dir / path.name)
-    write_json(args.output_dir / f"{name}.json", record)
-    return record
+        for part in names
+    }
+    return {"settings": rules, "counts": sums, "outputs": outputs}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the flags, write the corpus, and say what was kept."""
+    """Parse the flags, write the corpus and its record, and say what was kept."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s CORPUS [flags]; --help explains them",
         description=__doc__,
@@ -371,30 +342,38 @@ def main(argv: list[str] | None = None) -> int:
     add("--limit", type=int, help="stop once so many examples are kept")
     args = parser.parse_args(argv)
     if args.list or args.corpus is None:
-        for name, c in CORPORA.items():
-            print(f"{name}\n  home     {c.home}\n  license  {c.license}; {c.credit}")
+        for name, corpus in CORPORA.items():
+            print(f"{name}\n  {corpus.home}\n  {corpus.license}; {corpus.credit}")
         return 0
+    name, corpus = args.corpus, CORPORA[args.corpus]
     rules = dict.fromkeys(("valid_fraction", "min_chars", "min_words", "max_words", "limit"))
-    rules |= CORPORA[args.corpus].rules
-    for name in ("min_chars", "max_words"):
-        if getattr(args, name) is not None and rules[name] is None:
-            parser.error(f"--{name} does nothing for {args.corpus}; leave it out")
-    for name in ("valid_fraction", "min_chars", "max_words", "limit"):
-        rules[name] = rules[name] if getattr(args, name) is None else getattr(args, name)
+    rules |= corpus.rules
+    for flag in ("min_chars", "max_words"):
+        if getattr(args, flag) is not None and rules[flag] is None:
+            parser.error(f"--{flag} does nothing for {name}; leave it out")
+    for flag in ("valid_fraction", "min_chars", "max_words", "limit"):
+        rules[flag] = rules[flag] if getattr(args, flag) is None else getattr(args, flag)
     if not 0 < rules["valid_fraction"] < 1:
         parser.error("--valid_fraction: must lie between 0 and 1")
     if args.source is not None and args.revision is not None:
         parser.error("--revision belongs to the hub; leave it out together with --source")
     datasets.disable_progress_bars()
     try:
-        record = write_corpus(args, rules)
+        load = (load_files, args.source) if args.source else (load_hub, args.revision)
+        records, origin = load[0](corpus, load[1])
+        result = write_corpus(name, records, rules, args.output_dir)
+    except UserError:
+        raise
     except (KeyError, TypeError, ElementTree.ParseError) as error:
-        raise UserError(f"{args.source}: not a record of {args.corpus} ({error!r})") from error
+        raise UserError(f"{args.source}: not a record of {name} ({error!r})") from error
     except (datasets.exceptions.DatasetsError, ConnectionError, ValueError) as error:
-        raise UserError(f"{args.corpus}: {error}; see {CORPORA[args.corpus].home}") from error
+        raise UserError(f"{name}: {error}; see {corpus.home}") from error
+    about = {"corpus": name, "home": corpus.home, "source": origin, "license": corpus.license}
+    record = about | {"attribution": corpus.credit} | result
+    write_json(args.output_dir / f"{name}.json", record)
     print(json.dumps(record["counts"]))
-    if "-NC-" in record["license"]:
-        print(f"note: {record['license']}: for research only, no commercial use")
+    if "-NC-" in corpus.license:
+        print(f"note: {corpus.license}: for research only, no commercial use")
     return 0
 
 

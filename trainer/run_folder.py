@@ -153,6 +153,8 @@ class RunFolder:
             try:
                 torch.save(state | {"progress": asdict(self.progress)}, aside)
                 replace_file(aside, self.state_path)
+            except (OSError, RuntimeError) as error:  # the latter is torch's
+                raise UserError(f"{self.state_path}: not written ({error})") from error
             finally:
                 aside.unlink(missing_ok=True)
         self.saved_step = self.progress.step
@@ -204,7 +206,7 @@ class RunFolder:
 
     def end(self, status: str, reason: str = "") -> None:
         """Write and print how the run ended, what it cost, and how it can be continued."""
-        progress = self.progress
+        progress, loss = self.progress, self.record.get("eval_loss")
         memory = max(self.record.get("peak_memory_bytes", 0), peak_memory_bytes(self.args.device))
         self.write(
             status=status,
@@ -216,47 +218,49 @@ class RunFolder:
             tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
             peak_memory_bytes=memory,
         )
+        state = f"the state of step {self.saved_step} is kept: --from_resume"
+        rest = state if self.saved_step else "no state is kept: --overwrite"
+        parts = [f"{self.args.run_name}: {status} at step {progress.step}", reason]
+        parts += [f"validation loss {loss:.4f}" if loss is not None else ""]
+        parts += [f"saved to {self.path}" if status == "completed" else rest]
         if self.is_main:
-            loss, step = self.record.get("eval_loss"), self.saved_step
-            parts = [f"{self.args.run_name}: {status} at step {progress.step}"]
-            parts += [f"validation loss {loss:.4f}"] if loss else []
-            remedy = f"the state of step {step} is kept, --from_resume" if step else "--overwrite"
-            parts += [f"{self.path}" if status == "completed" else f"{reason} (continue: {remedy})"]
-            print(", ".join(parts))
+            print(", ".join(filter(None, parts)))
 
 
 # ---------------------------------------------------------------- what a record says
 
 
-def printable_path(path: str | Path) -> str:
-    """Shorten a path to one relative to the repository or the current folder, or to its name."""
-    absolute = Path(os.path.abspath(path))
-    roots = [root for root in (REPO_DIR, Path.cwd()) if absolute.is_relative_to(root)]
-    return str(absolute.relative_to(roots[0])) if roots else absolute.name
-
-
 def printable_settings(args: argparse.Namespace) -> dict:
-    """Return every flag as a JSON value, with paths shortened."""
+    """Return every flag as a JSON value; paths are relative to the repository or where one is."""
+
+    def shorten(value: object) -> object:
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if not isinstance(value, Path):
+            return value
+        absolute = Path(os.path.abspath(value))
+        roots = [root for root in (REPO_DIR, Path.cwd()) if absolute.is_relative_to(root)]
+        return str(absolute.relative_to(roots[0])) if roots else absolute.name
+
     settings = dict(sorted(vars(args).items()))
-    for name, value in settings.items():
-        if isinstance(value, Path) or (name == "from_weight" and Path(value).exists()):
-            settings[name] = printable_path(value)
-        elif isinstance(value, list):
-            settings[name] = [printable_path(v) if isinstance(v, Path) else v for v in value]
-    return settings
+    if Path(args.from_weight).exists():  # neither `none` nor a hub id
+        settings["from_weight"] = Path(args.from_weight)
+    return {name: shorten(value) for name, value in settings.items()}
 
 
 def git_state() -> dict:
     """Return the commit of this code and whether its files differ from it; empty without git."""
-    git = ["git", "-C", str(REPO_DIR)]
+    commands = ("rev-parse HEAD", "status --porcelain -- *.py *.toml model")
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        code = [*git, "status", "--porcelain", "--", "*.py", "*.toml", "model"]
-        changes = subprocess.run(code, capture_output=True, text=True)
-    except OSError:  # git is not installed
+        commit, changes = (
+            subprocess.check_output(
+                ["git", "-C", str(REPO_DIR), *words.split()], text=True, stderr=subprocess.DEVNULL
+            )
+            for words in commands
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return {}
-    found = {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout)}
-    return found if commit.returncode == 0 else {}
+    return {"commit": commit.strip(), "dirty": bool(changes)}
 
 
 def describe_machine(device: str) -> dict:

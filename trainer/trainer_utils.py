@@ -26,18 +26,14 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset import lm_dataset
 from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer
 from model.files import UserError, escape_control
-from model.model_minimind import (
-    IGNORE_INDEX,
-    MiniMindForCausalLM,
-    count_parameters,
-    minimind_config,
-)
+from model.generation import Decoding, generate
+from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer.arguments import DEFAULT_SHAPE
 from trainer.run_folder import EXIT_CODES, Diverged, RunFolder, printable_settings
 
@@ -60,7 +56,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
+def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer]:
     """Load the model to train, in float32, and its tokenizer; shape flags, if given, must fit."""
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
     if args.from_weight == "none":
@@ -87,10 +83,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, PreTraine
 
 
 def load_data(
-    args: argparse.Namespace,
-    kind: str,
-    tokenizer: PreTrainedTokenizerFast,
-    accelerator: Accelerator,
+    args: argparse.Namespace, kind: str, tokenizer: Tokenizer, accelerator: Accelerator
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """Load training and held-out data; the main process tokenizes while the others wait."""
     load = partial(load_dataset, kind, tokenizer=tokenizer, max_seq_len=args.max_seq_len)
@@ -401,9 +394,9 @@ def evaluate(
 
 
 def collect_state(
-    trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    trained: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> dict:
-    """Return all that a run continues from, but its progress."""
+    """Return all that a run continues from, but its progress: the parameters by their names."""
     random = [torch.get_rng_state()]
     if accelerator.device.type != "cpu":
         random.append(torch.get_device_module(accelerator.device).get_rng_state())
@@ -417,10 +410,7 @@ def collect_state(
 
 @torch.no_grad()
 def restore_state(
-    state: dict,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
+    state: dict, trained: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> None:
     """Put back what `collect_state` returned."""
     for name, parameter in trained.items():
@@ -435,25 +425,19 @@ def restore_state(
 
 
 def print_answers(
-    run: RunFolder,
-    model: MiniMindForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    eval_set: TokenDataset,
-    count: int,
+    run: RunFolder, model: nn.Module, tokenizer: Tokenizer, eval_set: TokenDataset, count: int
 ) -> None:
     """Print greedy answers to the first held-out conversations beside their references.
 
     run.json keeps them, too.
     """
-    from model.generation import Decoding, generate
-
-    rows = []
+    rows, ends = [], (tokenizer.eos_token_id,)
     for ids, labels in (eval_set[i] for i in range(min(count, len(eval_set)))):
-        start = int((labels != IGNORE_INDEX).argmax())
-        reference = ids[start : start + int((labels[start:] != IGNORE_INDEX).cumprod().sum())]
-        greedy, ends = Decoding("greedy", 0.0, 1.0), (tokenizer.eos_token_id,)
-        answer = generate(model, [ids[:start].tolist()], greedy, 0, 128, 1, ends)[0]
-        texts = tokenizer.batch_decode([answer, reference.tolist()], skip_special_tokens=True)
+        is_answer = labels == ids
+        start = int(is_answer.argmax())
+        reference = ids[start : start + int(is_answer[start:].cumprod().sum())].tolist()
+        answer = generate(model, [ids[:start].tolist()], Decoding("greedy"), 0, 128, 1, ends)[0]
+        texts = tokenizer.batch_decode([answer, reference], skip_special_tokens=True)
         rows.append(dict(zip(("answer", "reference"), texts, strict=True)))
         print(escape_control(f"answer: {texts[0]} | reference: {texts[1]}"))
     run.write(answers=rows)
