@@ -65,7 +65,8 @@ class RunFolder:
         if self.path.exists() and not args.show_sample:
             if not (args.from_resume or args.overwrite):
                 raise UserError(f"{self.path} exists: add --from_resume or --overwrite")
-            self.take_lock()
+            if is_main:
+                self.take_lock()
         if args.from_resume:
             self.record = read_json(self.path / "run.json")
 
@@ -76,14 +77,11 @@ class RunFolder:
 
     def take_lock(self) -> None:
         """Keep other processes out of the folder until this one ends, however it ends."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.is_main:
-                self.lock.acquire(timeout=LOCK_SECONDS)
+            self.lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise UserError(f"{self.path}: another process trains this run now") from error
-        except OSError as error:
-            raise UserError(f"--save_dir {self.path.parent}: {error.strerror}") from error
 
     def begin(self, facts: dict) -> dict | None:
         """Make the folder, or return the state of a run to be continued.
@@ -108,6 +106,7 @@ class RunFolder:
             if self.path.exists() and self.args.overwrite:
                 rmtree(self.path)
             self.path.mkdir()
+            (self.path / "metrics.jsonl").touch()
         self.write(status="running", settings=settings, reason=None, **facts, **origin)
         return state
 
@@ -147,11 +146,12 @@ class RunFolder:
         So a kill at any moment, or a full disk, leaves one whole state.
         """
         if self.is_main:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                os.fsync(file.fileno())  # the rows that led here are kept no later than the state
+            state["progress"] = asdict(self.progress)
+            state["metrics"] = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+            state["record"] = {name: self.record.get(name) for name in ("train_loss", "eval_loss")}
             aside = self.state_path.with_suffix(".tmp")
             try:
-                torch.save(state | {"progress": asdict(self.progress)}, aside)
+                torch.save(state, aside)
                 replace_file(aside, self.state_path)
             except (OSError, RuntimeError) as error:  # the latter is torch's
                 raise UserError(f"{self.state_path}: not written ({error})") from error
@@ -161,28 +161,15 @@ class RunFolder:
 
     def read_state(self) -> dict:
         """Read the resume file, and forget what was logged after it."""
-        try:
-            with zipfile.ZipFile(self.state_path) as file:
-                damaged = file.testzip()  # torch.load does not look at checksums
-        except zipfile.BadZipFile as error:
-            damaged = error
-        if damaged is not None:
-            raise UserError(
-                f"{self.state_path}: damaged ({damaged}); restore it or use --overwrite"
-            )
-        state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-        self.progress = Progress(**state.pop("progress"))
+        path = self.state_path  # torch.load does not look at checksums
+        if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is not None:
+            raise UserError(f"{path}: damaged; restore it from a copy or use --overwrite")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.progress = Progress(**state["progress"])
         self.saved_step = self.progress.step
-        path = self.path / "metrics.jsonl"
-        # A line cut short by a kill lies after the last saved state and is dropped with those.
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
-        rows = [row for row in rows if row["step"] <= self.progress.step]
-        for name, column in (("train_loss", "loss"), ("eval_loss", "eval_loss")):
-            values = [row[column] for row in rows if column in row]
-            self.record[name] = values[-1] if values else None
+        self.record |= state["record"]
         if self.is_main:
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(self.path / "metrics.jsonl", state["metrics"])
         return state
 
     @contextlib.contextmanager
@@ -203,11 +190,16 @@ class RunFolder:
                 raise
             remedy = "halve --batch_size and double --accumulation_steps: the same training"
             raise UserError(f"out of memory in step {self.progress.step + 1}: {remedy}") from error
+        finally:
+            self.lock.release()
 
     def end(self, status: str, reason: str = "") -> None:
         """Write and print how the run ended, what it cost, and how it can be continued."""
         progress, loss = self.progress, self.record.get("eval_loss")
-        memory = max(self.record.get("peak_memory_bytes", 0), peak_memory_bytes(self.args.device))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory *= 1 if sys.platform == "darwin" else 1024
+        if self.args.device == "cuda":
+            memory = torch.cuda.max_memory_allocated()
         self.write(
             status=status,
             reason=reason or None,
@@ -216,7 +208,7 @@ class RunFolder:
             labeled_tokens=progress.labeled_tokens,
             train_seconds=round(progress.seconds, 2),
             tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
-            peak_memory_bytes=memory,
+            peak_memory_bytes=max(self.record.get("peak_memory_bytes", 0), memory),
         )
         state = f"the state of step {self.saved_step} is kept: --from_resume"
         rest = state if self.saved_step else "no state is kept: --overwrite"
@@ -280,11 +272,3 @@ def describe_machine(device: str) -> dict:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Return the most memory held so far: allocated on a GPU, else resident."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -239,11 +239,11 @@ def train(
     flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
     facts = facts | {
+        "processes": processes,
         "parameters": total,
         "trainable_parameters": trainable,
         "steps": steps,
         "steps_per_epoch": plan.steps_per_epoch,
-        "processes": processes,
         "compiled": compile_blocks(model, args.use_compile, tokens, device),
         "train_data": train_set.info,
         "eval_data": eval_set.info if eval_set is not None else None,

@@ -546,7 +546,7 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
-        "--hidden_size 33": "33 must be a multiple of num_attention_heads 2",
+        "--hidden_size 33": "hidden_size 33",
         "--max_seq_len 40000": "--max_seq_len 40000: the model takes 32768 at most",
         "--from_resume": "resume.pt is not there; use --overwrite",
         "--data_path {home}/none.jsonl": "none.jsonl: no such file; check the flag that names it",
