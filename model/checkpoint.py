@@ -13,18 +13,9 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast,
 from transformers.utils import cached_file
 
 from model.files import REPO_DIR, UserError, read_json, write_json, write_text
-from model.model_lora import ADAPTER_CONFIG, load_lora, read_adapter_config, save_tensors
-from model.model_minimind import MiniMindForCausalLM, weights_fingerprint
-
-__all__ = [
-    "TOKENIZER_DIR",
-    "find_base",
-    "load_checkpoint",
-    "load_model",
-    "load_tokenizer",
-    "save_model",
-    "weights_fingerprint",
-]
+from model.model_lora import ADAPTER_CONFIG, load_lora, save_tensors
+from model.model_minimind import MiniMindForCausalLM
+from model.model_minimind import weights_fingerprint as weights_fingerprint  # for importers
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -166,15 +157,14 @@ def find_base(folder: str | Path) -> str | Path:
     Raises:
         UserError: the config names none, or none is there.
     """
-    named = read_adapter_config(Path(folder)).get("base_model_name_or_path") or ""
+    path = Path(folder) / ADAPTER_CONFIG
+    named = read_json(path).get("base_model_name_or_path") or ""
     for base in (Path(named), REPO_DIR / named, Path(folder).parent / named):
         if named and base.is_dir():
             return base
     if is_hub_id(named):
         return named
-    raise UserError(
-        f"{Path(folder) / ADAPTER_CONFIG}: the base {named!r} is not there; put it back"
-    )
+    raise UserError(f"{path}: the base {named!r} is not there; put it back")
 
 
 def load_checkpoint(path: str | Path) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:

@@ -15,6 +15,9 @@ from transformers.cache_utils import DynamicCache
 from model.files import UserError
 from model.model_minimind import MiniMindForCausalLM
 
+# Tokens among which a nucleus is looked for first: to find these is faster than to sort all.
+LIKELY_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -121,6 +124,16 @@ def cut_to_nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, eq. 3).
     """
-    ordered = probabilities.sort(dim=-1, descending=True).values
-    kept = ((ordered.cumsum(dim=-1) - ordered) < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    return probabilities.where(probabilities >= ordered.gather(-1, kept - 1), 0.0)
+    likely = probabilities.topk(min(LIKELY_TOKENS, probabilities.shape[-1])).values
+    floor = find_least_kept(likely, top_p)
+    wide = likely.sum(dim=-1) < top_p
+    if wide.any():
+        floor[wide] = find_least_kept(probabilities[wide].sort(descending=True).values, top_p)
+    return probabilities.where(probabilities >= floor, 0.0)
+
+
+def find_least_kept(descending: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Find each row's least probability whose predecessors fall short of `top_p`, (B, 1)."""
+    before = descending.cumsum(dim=-1) - descending
+    kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    return descending.gather(-1, kept - 1)

@@ -84,19 +84,18 @@ class Adapted(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.weight = module.weight
-        self.unmerged_weight: torch.Tensor | None = None
+        self.weight, self.is_merged = module.weight, False
 
     def merge(self) -> None:
         """Add the update in float32 and cast once; keep the weight before."""
-        merged = (self.weight.detach().float() + self.delta().float()).to(self.weight.dtype)
-        self.unmerged_weight = self.weight.detach().clone()
-        self.weight.data.copy_(merged)
+        self.unmerged_weight, self.is_merged = self.weight.detach().clone(), True
+        self.weight.data.copy_(self.unmerged_weight.float() + self.delta().float())
 
     def unmerge(self) -> None:
         """Put the bits of the weight before `merge` back."""
         self.weight.data.copy_(self.unmerged_weight)
-        self.unmerged_weight = None
+        del self.unmerged_weight
+        self.is_merged = False
 
 
 class LoRALinear(Adapted):
@@ -115,7 +114,7 @@ class LoRALinear(Adapted):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
         out = F.linear(x, self.weight)
-        if self.unmerged_weight is not None:
+        if self.is_merged:
             return out
         return out + self.lora_B(self.lora_A(self.dropout(x)) * self.scaling)
 
@@ -143,7 +142,7 @@ class LoRAEmbedding(Adapted):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(...) int64 -> (..., D)."""
         out = F.embedding(input_ids, self.weight)
-        if self.unmerged_weight is not None:
+        if self.is_merged:
             return out
         rows = F.embedding(input_ids, self.lora_embedding_A.T)
         return out + F.linear(rows * self.scaling, self.lora_embedding_B)
@@ -151,7 +150,7 @@ class LoRAEmbedding(Adapted):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., V)."""
         logits = F.linear(hidden, self.weight)
-        if self.unmerged_weight is not None:
+        if self.is_merged:
             return logits
         inner = F.linear(self.dropout(hidden), self.lora_embedding_B.T) * self.scaling
         return logits + F.linear(inner, self.lora_embedding_A.T)
@@ -205,6 +204,7 @@ class TiedHead(nn.Module):
         return self.embedding.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V)."""
         return self.embedding.compute_logits(hidden)
 
 
@@ -345,7 +345,7 @@ def merge_lora(model: MiniMindForCausalLM) -> None:
             "use the adapter unmerged"
         )
     adapted = [module for module in model.modules() if isinstance(module, Adapted)]
-    if any(module.unmerged_weight is not None for module in adapted):
+    if any(module.is_merged for module in adapted):
         raise UserError("the adapter is merged already")
     for module in adapted:
         module.merge()
@@ -353,14 +353,12 @@ def merge_lora(model: MiniMindForCausalLM) -> None:
 
 def unmerge_lora(model: MiniMindForCausalLM) -> None:
     """Put the bits of the weights before `merge_lora` back."""
-    adapted = [module for module in model.modules() if isinstance(module, Adapted)]
-    if any(module.unmerged_weight is None for module in adapted):
-        raise UserError("the adapter is not merged")
-    for module in adapted:
-        module.unmerge()
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.unmerge()
 
 
-def merged_model(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
+def build_merged(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
     """Build a plain model with the logits of the adapted one; `model` is unchanged.
 
     Raises:
@@ -447,24 +445,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     replace_file(aside, path)
 
 
-def read_adapter_config(folder: Path) -> dict:
-    """Read `adapter_config.json`, refusing what this module does not compute."""
-    path = folder / ADAPTER_CONFIG
-    config = read_json(path)
-    for name, computed in COMPUTED.items():
-        if config.get(name, computed) not in (computed, None, [], {}):
-            raise UserError(f"{path}: {name} = {config[name]!r} is not supported here")
-    if config.get("init_lora_weights", True) not in SAFE_INITS:
-        raise UserError(
-            f"{path}: init_lora_weights {config['init_lora_weights']!r} may change the base; "
-            "convert the adapter with PEFT (path_initial_model_for_weight_conversion) first"
-        )
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or config[name] <= 0:
-            raise UserError(f"{path}: {name} is missing or not above 0")
-    return config
-
-
 def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     """Put a saved adapter (ours or PEFT's) on its base, strictly; return its settings.
 
@@ -472,7 +452,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
         UserError: a file is missing or broken, tensors do not fit, or the base's weights are not
             those that the adapter was trained on.
     """
-    config, path = read_adapter_config(Path(folder)), Path(folder) / ADAPTER_WEIGHTS
+    path = Path(folder) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in list(file.keys())}
@@ -481,15 +461,15 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
         raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
     if trained_on not in (None, weights_fingerprint(model)):
         raise UserError(
-            f"{folder}: was trained on another base than the one loaded; its base was "
-            f"{config.get('base_model_name_or_path')}: give that, or put it back"
+            f"{folder}: was trained on another base than the one loaded; give the one that its "
+            f"{ADAPTER_CONFIG} names"
         )
     # PEFT saves the base's matrix beside an adapted embedding.
     for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
         own = model.get_parameter(name.removeprefix(PEFT_PREFIX).replace(".base_layer", ""))
         if not torch.equal(tensors.pop(name), own.detach().cpu().float()):
             raise UserError(f"{path}: {name} is not the base's; load the base that it belongs to")
-    settings = find_settings(config, tensors)
+    settings = find_settings(Path(folder), tensors)
     try:
         apply_lora(model, settings)
     except UserError as error:  # which names a flag, not the file that asks for it
@@ -498,8 +478,25 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     return settings
 
 
-def find_settings(config: dict, tensors: dict[str, torch.Tensor]) -> LoraSettings:
-    """Find an adapter's settings in its config and the names of its tensors."""
+def find_settings(folder: Path, tensors: dict[str, torch.Tensor]) -> LoraSettings:
+    """Find an adapter's settings in its config and the names of its tensors.
+
+    Raises:
+        UserError: the config is missing or broken, or asks for what this module does not compute.
+    """
+    path = folder / ADAPTER_CONFIG
+    config = read_json(path)
+    for name, computed in COMPUTED.items():
+        if config.get(name, computed) not in (computed, None, [], {}):
+            raise UserError(f"{path}: {name} = {config[name]!r} is not supported here")
+    init = config.get("init_lora_weights", True)
+    if init not in SAFE_INITS:
+        raise UserError(
+            f"{path}: init_lora_weights {init!r} may change the base; convert the adapter with "
+            "PEFT (path_initial_model_for_weight_conversion) first"
+        )
+    if not config.get("r") or not config.get("lora_alpha"):
+        raise UserError(f"{path}: r or lora_alpha is missing; copy it again")
     rows = config.get("trainable_token_indices") or ()
     names = [name.removeprefix(PEFT_PREFIX).partition(".lora_") for name in tensors]
     targets = list(dict.fromkeys(module for module, lora, _ in names if lora))
@@ -510,7 +507,7 @@ def find_settings(config: dict, tensors: dict[str, torch.Tensor]) -> LoraSetting
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
         targets=",".join(targets),
-        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        init="gaussian" if init == "gaussian" else "kaiming",
         use_rslora=bool(config.get("use_rslora")),
         train_tokens=tuple(next(iter(rows.values())) if isinstance(rows, dict) else rows),
         modules_to_save=tuple(find_whole_modules(tensors)),

@@ -46,7 +46,7 @@ def minimind_config(
     head_dim = hidden_size // num_attention_heads
     if hidden_size % num_attention_heads or head_dim % 2:
         raise UserError(
-            f"hidden_size {hidden_size}: must be an even multiple of num_attention_heads "
+            f"hidden_size {hidden_size}: must be a multiple of twice num_attention_heads "
             f"{num_attention_heads}"
         )
     if num_attention_heads % num_key_value_heads:
@@ -175,6 +175,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -195,6 +196,7 @@ class Block(nn.Module):
         mask: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D), as `Attention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -307,6 +309,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *trained: nn.Parameter
     ) -> torch.Tensor:
+        """(N, D) states and (N,) targets to a sum; `trained` are the head's weights that train."""
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(tensor) for tensor in (hidden, *trained)]
         for start in range(0, len(targets), LOSS_CHUNK):
@@ -324,6 +327,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scale the gradients that `forward` took."""
         of_hidden, *of_trained = (gradient * grad for gradient in ctx.saved_tensors)
         return None, of_hidden, None, *of_trained
 

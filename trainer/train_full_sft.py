@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import save_model, weights_fingerprint
+from model.checkpoint import save_model
 from model.files import run_script
 from model.model_lora import TRAINABLE_PARTS, select_trainable
+from model.model_minimind import weights_fingerprint
 from trainer.arguments import OUT_DIR, add_conversation_flags, make_parser, parse_args
 from trainer.run_folder import RunFolder
 from trainer.trainer_utils import load_data, load_start, make_accelerator, train

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.checkpoint import weights_fingerprint
 from model.files import REPO_DIR, UserError, run_script
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
+from model.model_minimind import weights_fingerprint
 from trainer import arguments
 from trainer.arguments import COUNT, POSITIVE, make_parser, parse_args
 from trainer.run_folder import RunFolder
