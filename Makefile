@@ -30,7 +30,7 @@ test: install
 
 # One thread a process: the models are too small for more.
 stress: install
-	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
+	OMP_NUM_THREADS=1 $(RUN) tests/trainer/stress_resume.py
 
 study: install
 	$(RUN) evaluation/study/run.py $(STUDY)
@@ -52,9 +52,7 @@ DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_minimind demo_lora_all
 PROMPTS := dataset/data/demo/sft_demo_valid.jsonl
 
 # Each run continues where an interrupted one stopped, and a finished one is left alone.
-# A kill between two renames leaves the state as resume.old.
-state = $(wildcard out/$(1)/resume out/$(1)/resume.old)
-resume = $(if $(call state,$(1)),--from_resume,$(if $(wildcard out/$(1)),--overwrite))
+resume = $(if $(wildcard out/$(1)/resume.pt),--from_resume,$(if $(wildcard out/$(1)),--overwrite))
 
 demo: install
 	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain $(call resume,demo_pretrain) \

@@ -46,7 +46,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.command_line import Parser, check_writable, run_script
+from model.files import run_script
 
 WORLD_FILE = Path(__file__).resolve().parent / "demo_world.toml"
 SOURCE_FILE = "source.sha256"  # tells by which version of this code a corpus was made
@@ -1505,12 +1505,10 @@ def ensure_demo_corpus(output_dir: Path = DEMO_DIR) -> dict[str, Path]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=DEMO_DIR, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    check_writable(args.output_dir, "--output_dir")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

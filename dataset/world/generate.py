@@ -25,11 +25,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
-from dataset.command_line import run_script
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.skills import Pair, Writer, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
-from model.files import write_text
+from model.files import run_script, write_text
 
 CHINESE_DIR = WORLD_DIR / "chinese"
 OUTPUT_DIR = WORLD_DIR.parent / "data" / "world"
