@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from accelerate.tracking import get_available_trackers
 
+from dataset.world.generate import ensure_world
 from model.files import REPO_DIR, UserError
 
+BASE_DIR = REPO_DIR / "model" / "base_xs"  # the world's base, where the scripts start by default
 OUT_DIR = REPO_DIR / "out"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
@@ -75,7 +77,7 @@ def make_parser(
     add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (the demo corpus)")
+    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (the small world)")
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
     add("--max_seq_len", type=bounded(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
@@ -138,8 +140,13 @@ def parse_args(
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     if args.data_path is None:
-        args.data_path, valid = default_data(kind)
-        args.eval_data_path = args.eval_data_path or valid
+        files = ensure_world()
+        args.data_path = [files[kind]]
+        args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
+        if weights == "none" and args.tokenizer_path is None:
+            args.tokenizer_path = BASE_DIR
+    elif weights == str(BASE_DIR) and "from_weight" not in changed:
+        print("note: no --from_weight, so this starts from the small world's base")
     return args
 
 
@@ -164,11 +171,3 @@ def choose_dtype(name: str, device: str) -> str:
     else:
         has_bfloat16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return "bfloat16" if has_bfloat16 else "float32"
-
-
-def default_data(kind: str) -> tuple[list[Path], list[Path]]:
-    """Return training and held-out files for a run without `--data_path`, made if missing."""
-    from dataset.demo import ensure_demo_corpus
-
-    files = ensure_demo_corpus()
-    return [files[kind]], [files[f"{kind}_valid"]]

@@ -1,6 +1,6 @@
 """Fine-tune on conversations: every parameter trains, or the parts that --trainable names.
 
-    python trainer/train_full_sft.py                        # the demo corpus, from out/pretrain
+    python trainer/train_full_sft.py                        # the small world, from model/base_xs
     python trainer/train_full_sft.py --run_name full_sft_s --from_weight out/pretrain_s \
         --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
         --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz \
@@ -19,15 +19,21 @@ from model.checkpoint import save_model
 from model.files import run_script
 from model.model_lora import TRAINABLE_PARTS, select_trainable
 from model.model_minimind import weights_fingerprint
-from trainer.arguments import OUT_DIR, add_conversation_flags, make_parser, parse_args
+from trainer.arguments import BASE_DIR, add_conversation_flags, make_parser, parse_args
 from trainer.run_folder import RunFolder
-from trainer.trainer_utils import load_data, load_start, make_accelerator, train
+from trainer.trainer_utils import (
+    load_data,
+    load_start,
+    make_accelerator,
+    print_answers,
+    train,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train all parameters of a pretrained model, or the chosen parts."""
     # Settings.
-    parser = make_parser(__doc__, run_name="full_sft", from_weight=str(OUT_DIR / "pretrain"))
+    parser = make_parser(__doc__, run_name="full_sft", from_weight=str(BASE_DIR))
     add_conversation_flags(parser)
     parts = f"all, or parts joined by commas: {', '.join(TRAINABLE_PARTS)} (all)"
     parser.add_argument("--trainable", default="all", help=parts)
@@ -49,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     def save_weights(trained, folder):
         save_model(trained, tokenizer.name_or_path, folder)
 
-    return train(args, accelerator, run, model, train_set, eval_set, save_weights, facts)
+    code = train(args, accelerator, run, model, train_set, eval_set, save_weights, facts)
+    if code == 0 and eval_set is not None and accelerator.is_main_process:
+        print_answers(run, model, tokenizer, eval_set, args.show_answers)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """LoRA on conversations: the base is frozen, low-rank updates of chosen linears train.
 
-    python trainer/train_lora.py                            # the demo corpus, from out/pretrain
+    python trainer/train_lora.py                            # the small world, from model/base_xs
     python trainer/train_lora.py --lora_name lora_all_s --from_weight out/pretrain_s \
         --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
         --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz
@@ -30,7 +30,13 @@ from model.model_minimind import weights_fingerprint
 from trainer import arguments
 from trainer.arguments import COUNT, POSITIVE, make_parser, parse_args
 from trainer.run_folder import RunFolder
-from trainer.trainer_utils import load_data, load_start, make_accelerator, train
+from trainer.trainer_utils import (
+    load_data,
+    load_start,
+    make_accelerator,
+    print_answers,
+    train,
+)
 
 # Flags that say how matrices are adapted.
 OF_MATRICES = ("lora_alpha", "lora_dropout", "lora_targets", "lora_init", "use_rslora")
@@ -104,7 +110,7 @@ def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter of a pretrained model."""
     # Settings.
-    start = str(arguments.OUT_DIR / "pretrain")
+    start = str(arguments.BASE_DIR)
     parser = make_parser(__doc__, run_name="lora", from_weight=start, name_flag="--lora_name")
     arguments.add_conversation_flags(parser)
     add_lora_flags(parser)
@@ -141,7 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     def save_weights(trained, folder):
         save_lora(trained, settings, folder, str(base), fingerprint)
 
-    return train(args, accelerator, run, model, train_set, eval_set, save_weights, facts, lr_ratio)
+    code = train(args, accelerator, run, model, train_set, eval_set, save_weights, facts, lr_ratio)
+    if code == 0 and eval_set is not None and accelerator.is_main_process:
+        print_answers(run, model, tokenizer, eval_set, args.show_answers)
+    return code
 
 
 if __name__ == "__main__":

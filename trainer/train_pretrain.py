@@ -1,6 +1,6 @@
 """Pretrain the language model from random weights on plain text.
 
-    python trainer/train_pretrain.py                        # the demo corpus
+    python trainer/train_pretrain.py                        # the small world
     python trainer/train_pretrain.py --run_name pretrain_s \
         --hidden_size 256 --num_hidden_layers 6 --num_attention_heads 4 --intermediate_size 704 \
         --data_path dataset/data/simplewiki.jsonl.gz dataset/data/tinystories.jsonl.gz \

@@ -250,7 +250,8 @@ def train(
     }
     state = run.begin(facts)
     progress = run.progress
-    share = f"{trainable:,} of {total:,} parameters train"
+    start = "random weights" if args.from_weight == "none" else args.from_weight
+    share = f"from {escape_control(start)}, {trainable:,} of {total:,} parameters train"
     accelerator.print(f"{args.run_name}: {share} for {steps} steps on {device} in {args.dtype}")
 
     with run.record_end():
@@ -432,12 +433,16 @@ def print_answers(
     run.json keeps them, too.
     """
     rows, ends = [], (tokenizer.eos_token_id,)
+    model.eval()
     for ids, labels in (eval_set[i] for i in range(min(count, len(eval_set)))):
         is_answer = labels == ids
         start = int(is_answer.argmax())
         reference = ids[start : start + int(is_answer[start:].cumprod().sum())].tolist()
         answer = generate(model, [ids[:start].tolist()], Decoding("greedy"), 0, 128, 1, ends)[0]
-        texts = tokenizer.batch_decode([answer, reference], skip_special_tokens=True)
-        rows.append(dict(zip(("answer", "reference"), texts, strict=True)))
-        print(escape_control(f"answer: {texts[0]} | reference: {texts[1]}"))
+        parts = [ids[:start].tolist(), answer, reference]
+        texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
+        rows.append(dict(zip(("prompt", "answer", "reference"), texts, strict=True)))
+        for name, text in rows[-1].items():
+            print(f"{name:>9}  {escape_control(' '.join(text.split()))}")
     run.write(answers=rows)
+    print(f"more answers: python eval_llm.py --model {escape_control(str(run.path))}")
