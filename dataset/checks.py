@@ -23,7 +23,7 @@ from functools import cache
 from dataset.world.facts import WORLD_DIR, World, read_world
 
 KINDS = ("correct", "blank", "endless", "loop", "other thing", "wrong fact", "wrong form")
-LOOP = re.compile(r"(.{4,}?)\1{2,}", re.DOTALL | re.I)  # 4 characters or more, 3 times in a row
+LOOP = re.compile(r"(.{4,200}?)\1{2}", re.DOTALL | re.I)  # 4 to 200 characters, 3 times in a row
 ARTICLE = re.compile(r"^(a|an|the) ")
 POLARITY = ("yes", "no", "not", "never", "不", "没")
 NOT = re.compile(r"cannot|[a-z]+n['’]t")

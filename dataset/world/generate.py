@@ -30,7 +30,6 @@ from dataset.world.skills import Pair, Writer, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
 from model.files import run_script, write_text
 
-CHINESE_DIR = WORLD_DIR / "chinese"
 OUTPUT_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
 VALIDATION_SHARE = 0.02  # of documents
@@ -142,8 +141,7 @@ class PairBuilder:
     def collect(self, wanted: tuple, quota: int, total: int | None = None) -> list[Pair]:
         """Draw pairs of one set and half, as many of each skill, in random order."""
         half = wanted[1] if wanted[0] == "unseen" else None
-        halves = self.held_out.half_of_thing
-        things = [thing for thing in self.things if halves.get(thing.name) == half]
+        things = [t for t in self.things if self.held_out.half_of_thing.get(t.name) == half]
         skills, drawn = list(self.makers), []
         for _ in range(quota):
             if total is None or len(drawn) < total:
@@ -182,10 +180,14 @@ def write_pretraining(output_dir: Path, worlds: list[World], seed: int, scale: f
 
 
 def write_world(
-    output_dir: Path, seed: int = 42, things_each: int | None = None, scale: float = 1.0
+    output_dir: Path,
+    seed: int = 42,
+    things_each: int | None = None,
+    scale: float = 1.0,
+    folder: Path = WORLD_DIR,
 ) -> dict[str, Path]:
     """Write all files; `things_each` and `scale` make a small world for tests."""
-    world, chinese = (read_world(folder, things_each) for folder in (WORLD_DIR, CHINESE_DIR))
+    world, chinese = read_world(folder, things_each), read_world(folder / "chinese", things_each)
     vocabulary = make_vocabulary(world, chinese)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_pretraining(output_dir, [world, chinese], seed, scale)

@@ -125,8 +125,7 @@ def draw_other(d: Draw) -> None:
 
 def draw_wrong(d: Draw) -> None:
     """Draw a value of another thing: a wrong sentence, a claim that may be true, and a choice."""
-    attribute, rng = d.facts[0], d.w.rng
-    right = d.thing.values[attribute.name]
+    attribute, right, rng = d.facts[0], d.thing.values[d.facts[0].name], d.w.rng
     values = {thing.values[attribute.name] for thing in d.w.world.category_of(d.thing).things}
     value = rng.choice(sorted(values - {right}))
     wrong = attribute.answer.format(**d.thing.slots() | {"value": value})
@@ -142,7 +141,7 @@ def draw_clues(d: Draw) -> None:
     for other in d.w.world.category_of(d.thing).things:
         if other != d.thing and all(other.values[c.name] == values[c.name] for c in clues):
             raise LookupError("two things share the clues")
-    texts = [d.w.rng.choice(c.it).format(**d.thing.slots(c.name)) for c in clues]
+    texts = (d.w.rng.choice(c.it).format(**d.thing.slots(c.name)) for c in clues)
     d.slots["clues"] = " ".join(texts)
     for clue in clues:
         d.add_cells(clue.name, d.thing)
