@@ -27,10 +27,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dataset.checks import judge_answer, split_words, world_vocabulary
-from dataset.command_line import REPO_DIR, run_script
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
-from model.files import write_text
+from model.files import REPO_DIR, run_script, write_text
 
 WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))
 THINGS = {thing.name: thing for world in WORLDS for thing in world.things}

@@ -11,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from dataset.checks import judge_answer, make_vocabulary, split_words
-from dataset.command_line import REPO_DIR
 from dataset.world.facts import HELD_STATEMENTS, WORLD_DIR, read_toml, read_world, split_wordings
 from dataset.world.generate import (
     MEDICAL,
@@ -23,6 +22,7 @@ from dataset.world.generate import (
     write_world,
 )
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
+from model.files import REPO_DIR
 
 CHINESE_DIR = WORLD_DIR / "chinese"
 FEW = 6  # things of each category in the small world
