@@ -87,22 +87,22 @@ def test_yes_and_no(answer, kind):
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        ("Sharks live in the sea, and lions on the savanna.", "correct"),
-        ("A lion lives in the sea, and a shark on the savanna.", "wrong fact"),
-        ("A lion lives on the savanna, and so does a shark.", "wrong fact"),
+        ("Dolphins live in the sea, and lions on the savanna.", "correct"),
+        ("A lion lives in the sea, and a dolphin on the savanna.", "wrong fact"),
+        ("A lion lives on the savanna, and so does a dolphin.", "wrong fact"),
         ("A lion lives on the savanna.", "other thing"),
-        ("A lion lives on the savanna, a whale in the sea.", "other thing"),
+        ("A lion lives on the savanna, a walrus in the sea.", "other thing"),
     ],
 )
 def test_values_stand_beside_their_things(answer, kind):
-    reference = "A lion lives on the savanna, and a shark in the sea."
-    assert judge(answer, reference, HOME, ["lion", "shark"]) == kind
+    reference = "A lion lives on the savanna, and a dolphin in the sea."
+    assert judge(answer, reference, HOME, ["lion", "dolphin"]) == kind
 
 
 def test_values_that_are_things_themselves():
     """A tool is a fact of the job: a wrong one is a wrong fact, swapped ones are, too."""
     tools = world_vocabulary().facts
-    one, two = "carpenter", "farmer"
+    one, two = "baker", "farmer"
     tool = {
         job: next(v for v in tools[job] if v in world_vocabulary().values["job.tool"].find(v))
         for job in (one, two)
@@ -124,8 +124,8 @@ def test_any_of_several_things():
     assert judge("A tiger.", "A lion.", check, prompt=prompt) == "correct"
     assert judge("Lions, for example.", "A lion.", check, prompt=prompt) == "correct"
     assert judge("A lion or a tiger.", "A lion.", check, prompt=prompt) == "other thing"
-    assert judge("A tiger or a wolf.", "A lion.", check, prompt=prompt) == "other thing"
-    assert judge("A wolf.", "A lion.", check, prompt=prompt) == "other thing"
+    assert judge("A tiger or a fox.", "A lion.", check, prompt=prompt) == "other thing"
+    assert judge("A fox.", "A lion.", check, prompt=prompt) == "other thing"
 
 
 def test_exact_words():
