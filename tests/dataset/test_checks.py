@@ -50,6 +50,13 @@ def test_a_fact(answer, kind):
     assert judge_lion(answer) == kind
 
 
+def test_more_than_asked_without_a_list_of_things():
+    """A prompt written by hand names no things in its record; those of the reference count."""
+    reference = "A lion likes to eat meat."
+    assert judge("A lion lives on the savanna and eats meat.", reference, FOOD) == "correct"
+    assert judge("A lion lives in the sea and eats meat.", reference, FOOD) == "wrong fact"
+
+
 def test_an_answer_without_an_end():
     assert judge_lion("A lion likes to eat meat.", ended=False) == "endless"
     assert judge_lion("A lion likes to eat hay, hay, hay, hay", ended=False) == "endless"
