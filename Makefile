@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the demo corpus, about five minutes on two CPU cores
+# make demo   from the base that ships: fine-tuning in 3 ways, answers side by side, minutes
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
 # make study  every run of evaluation/study/study.toml that has no result yet, then the report
@@ -30,7 +30,7 @@ test: install
 
 # One thread a process: the models are too small for more.
 stress: install
-	OMP_NUM_THREADS=1 $(RUN) tests/stress_resume.py
+	OMP_NUM_THREADS=1 $(RUN) tests/trainer/stress_resume.py
 
 study: install
 	$(RUN) evaluation/study/run.py $(STUDY)
@@ -46,29 +46,26 @@ page: install
 	$(RUN) evaluation/page/build.py
 
 # ---------------------------------------------------------------- the demo
-# A 1.6M-parameter model, small enough to see the whole story in minutes on a laptop.
+# The base that ships learns to follow instructions in 3 ways. Full fine-tuning and a tuned LoRA
+# follow them after a part of an epoch, the study's LoRA does not.
 SHAPE := --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 352
-DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_minimind demo_lora_all
-PROMPTS := dataset/data/demo/sft_demo_valid.jsonl
-
-# Each run continues where an interrupted one stopped, and a finished one is left alone.
-# A kill between two renames leaves the state as resume.old.
-state = $(wildcard out/$(1)/resume out/$(1)/resume.old)
-resume = $(if $(call state,$(1)),--from_resume,$(if $(wildcard out/$(1)),--overwrite))
+DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_study demo_lora_tuned
+WORLD := dataset/data/world
+STEPS := --max_steps 1000 --show_answers 0
 
 demo: install
-	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain $(call resume,demo_pretrain) \
-		$(SHAPE) --batch_size 16 --max_seq_len 256 --epochs 2
-	$(RUN) trainer/train_full_sft.py --run_name demo_full_sft $(call resume,demo_full_sft) \
-		--from_weight out/demo_pretrain --learning_rate 1e-3 --batch_size 16
-	$(RUN) trainer/train_lora.py --lora_name demo_lora_minimind $(call resume,demo_lora_minimind) \
-		--from_weight out/demo_pretrain --batch_size 16 --lora_targets square --lora_rank 8 \
-		--lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
-	$(RUN) trainer/train_lora.py --lora_name demo_lora_all $(call resume,demo_lora_all) \
-		--from_weight out/demo_pretrain --batch_size 16 --learning_rate 3e-3
-	$(RUN) eval_llm.py $(addprefix --model out/,$(DEMO_RUNS)) --prompts $(PROMPTS) --limit 100 \
-		--nll_data $(PROMPTS) --decoding greedy t0.85p0.85 --max_new_tokens 64
+	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain --overwrite $(SHAPE) \
+		--wrap_documents --batch_size 16 --max_seq_len 256 --max_steps 250
+	$(RUN) trainer/train_full_sft.py --run_name demo_full_sft --overwrite $(STEPS) \
+		--learning_rate 1e-3
+	$(RUN) trainer/train_lora.py --lora_name demo_lora_study --overwrite $(STEPS) \
+		--lora_targets square --lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
+	$(RUN) trainer/train_lora.py --lora_name demo_lora_tuned --overwrite $(STEPS) \
+		--learning_rate 3e-3
+	head -qn 100 $(WORLD)/probe_combinations_tune.jsonl $(WORLD)/probe_unseen_tune.jsonl \
+		> out/demo_prompts.jsonl
+	$(RUN) eval_llm.py $(DEMO_RUNS:%=--model out/%) --prompts out/demo_prompts.jsonl
 
 clean-demo:
-	rm -rf $(addprefix out/,$(DEMO_RUNS)) $(addprefix evaluation/model_outputs/,$(DEMO_RUNS))
-	rm -f $(DEMO_RUNS:%=out/.%.lock)
+	rm -rf $(DEMO_RUNS:%=out/%) $(DEMO_RUNS:%=evaluation/model_outputs/%)
+	rm -f $(DEMO_RUNS:%=out/.%.lock) out/demo_prompts.jsonl

@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
     add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
     add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
+    add("--show_answers", type=int, default=3, help="prompts whose answers are printed (3)")
     add("--limit", type=int, help="only the first so many prompts")
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
@@ -167,6 +168,7 @@ def run_probes(args: argparse.Namespace) -> None:
             saved = results[name] | {"nll": short, "provenance": describe_probe(path, args)}
             outputs.write_outputs(folder, samples, saved)
         print(f"wrote {folder}")
+    outputs.print_answers(answers, args.show_answers)
     outputs.print_summaries(results)
     first, *others = results
     for name in others:

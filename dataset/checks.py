@@ -23,7 +23,7 @@ from functools import cache
 from dataset.world.facts import WORLD_DIR, World, read_world
 
 KINDS = ("correct", "blank", "endless", "loop", "other thing", "wrong fact", "wrong form")
-LOOP = re.compile(r"(.{4,}?)\1{2,}", re.DOTALL | re.I)  # 4 characters or more, 3 times in a row
+LOOP = re.compile(r"(.{4,200}?)\1{2}", re.DOTALL | re.I)  # 4 to 200 characters, 3 times in a row
 ARTICLE = re.compile(r"^(a|an|the) ")
 POLARITY = ("yes", "no", "not", "never", "不", "没")
 NOT = re.compile(r"cannot|[a-z]+n['’]t")
@@ -127,7 +127,11 @@ def judge_answer(
             return "wrong form" if wrong_form(answer, reference, check) else "correct"
         is_same = sorted(split_words(answer)) == sorted(split_words(reference))
         return "wrong form" if is_same else "wrong fact"
-    if stated.facts != right.facts or stated.strays - right.strays:
+    if stated.facts != right.facts:
+        return "wrong fact"
+    if stated is not right and (
+        find_strays(answer, record, vocabulary) - find_strays(reference, record, vocabulary)
+    ):
         return "wrong fact"
     is_form_wrong = repeats_prompt(answer, prompt) or wrong_form(answer, reference, check)
     is_form_wrong |= "any" not in check and stated.subjects != right.subjects
@@ -144,14 +148,12 @@ class Statement:
         others: things beside the subjects and outside the values: a hammer as the tool of a
             carpenter is a value.
         facts: the values of each list of the check, beside their things, and the polarity.
-        strays: values of other lists of the category that do not hold for the subjects.
     """
 
     named: list[str]
     subjects: set[str]
     others: set[str]
     facts: tuple
-    strays: set[str]
 
 
 def read_text(text: str, record: dict, vocabulary: Vocabulary) -> Statement:
@@ -174,18 +176,24 @@ def read_text(text: str, record: dict, vocabulary: Vocabulary) -> Statement:
         found.update(values)
         is_paired = len(values) == len(order) > 1
         facts.append(frozenset(zip(order, values, strict=True)) if is_paired else frozenset(values))
-    categories = {key.partition(".")[0] for key in about}
-    beside = {
-        value
-        for key, finder in vocabulary.values.items()
-        if key not in about and key.partition(".")[0] in categories
-        for value in finder.find(rest)
-    }
-    true = found.union(*(vocabulary.facts.get(name, ()) for name in subjects))
-    strays = {ARTICLE.sub("", v) for v in beside} - {ARTICLE.sub("", v) for v in true}
     words = frozenset(split_words(NOT.sub("not", rest))) & frozenset(POLARITY)
     others = set(named) - set(subjects) - set(vocabulary.names.find("\n".join(found)))
-    return Statement(named, set(order), others, (*facts, words), strays)
+    return Statement(named, set(order), others, (*facts, words))
+
+
+def find_strays(text: str, record: dict, vocabulary: Vocabulary) -> set[str]:
+    """Return values of the category that are neither asked for nor true of the subjects."""
+    things, about = record.get("things", []), record.get("check", {}).get("about", [])
+    rest = vocabulary.names.phrases_of(things).pattern.sub("_", text.lower())
+    categories = {key.partition(".")[0] for key in about}
+    found = {
+        key: {ARTICLE.sub("", value) for value in finder.find(rest)}
+        for key, finder in vocabulary.values.items()
+        if key.partition(".")[0] in categories
+    }
+    subjects = things or vocabulary.names.find(record["conversations"][-1]["content"])
+    true = {ARTICLE.sub("", fact) for name in subjects for fact in vocabulary.facts.get(name, ())}
+    return set().union(*found.values()) - true.union(*(found.get(key, ()) for key in about))
 
 
 def repeats_prompt(answer: str, prompt: str) -> bool:

@@ -1,691 +1,377 @@
-"""JSONL -> token batches, tokenized once.
-
-Two record forms, plain or gzip, one or several files (the forms MiniMind reads):
+"""JSONL -> token ids and labels -> batches.
 
     {"text": "..."}                                          pretraining
-    {"conversations": [{"role": "user", "content": "..."},   fine-tuning
+    {"conversations": [{"role": "user", "content": "..."},   fine-tuning; "messages" alike
                        {"role": "assistant", "content": "..."}]}
+    {"instruction": "...", "input": "...", "output": "..."}  fine-tuning, one turn
 
-`messages` is read like `conversations`, and `instruction`/`input`/`output` as one turn.
-
-Tokens are written once to `dataset/cache/<key>/`, where the key covers the content of the files,
-the tokenizer, the chat template and the length, and memory-mapped from then on: a warm start reads
-no JSON. Pretraining serves packed blocks; fine-tuning serves length-grouped batches, padded on the
-right to their longest sample (under causal attention no real token sees the padding, so no
-attention mask is needed). Loss falls on the assistant's tokens and its end token only.
+The way of a record: `read_jsonl` yields it, `record_text` or `record_messages` checks it,
+`encode_conversations` makes token ids and labels, `load_dataset` keeps them in one memory-mapped
+file, `StepPlan` says which samples make a step, `collate` pads them on the right. Under causal
+attention no real token sees the padding, so no attention mask is needed.
 """
 
-import contextlib
-import gc
+import gzip
 import hashlib
 import json
-import os
-import re
 import reprlib
-import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import Dataset, Sampler
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from dataset.jsonl import DataError, check_file, file_sha256, read_jsonl
-from dataset.untrusted import EMPTY, UNREAD_FIELDS, parse_json
+from model.files import UserError, file_sha256, replace_file
 from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
-CACHE_VERSION = 2  # raise it when the stored layout or the tokenization changes
-ROLES = ("system", "user", "assistant")
-
-ENCODE_CHUNK = 2_000  # records that are encoded at once
+CACHE_VERSION = 3  # raise it when the stored layout or the tokenization changes
+ENCODE_CHUNK = 2_000  # records that are encoded at once, in parallel
 SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
-KNOWN_WORDS = 2**19  # words whose tokens are remembered between chunks, some 100 MB
-# What a byte-level tokenizer splits an ASCII text at: GPT-2's expression, whose classes of letters
-# and digits of all scripts Python's re does not have.
-ASCII_WORDS = re.compile(
-    r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
-)
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
-# What a template may raise: it is code that comes with a tokenizer. transformers runs it in Jinja's
-# sandbox, which ends an attempt to leave it with a TemplateError.
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
-TEMPLATE_ERRORS += (ValueError, MemoryError, RecursionError)
-# Stands where a message's content goes while the chat template is rendered; private-use
-# characters, so that no chat template can contain it.
+# Fields that change what a conversation means, and that the chat template does not show.
+UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "weight")
+# Stands for a message's content while the chat template is rendered: private-use characters.
 CONTENT_SLOT = "\ue000\ue001\ue000"
+
+
+class DataError(UserError):
+    """Input data that cannot be used; the message names the file and the line."""
 
 
 # ---------------------------------------------------------------- records
 
 
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield `("file:line", record)` for each non-empty line of a plain or gzip JSONL file."""
+    number, record = 0, None
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError(f"{type(record).__name__} in place of an object")
+                    yield f"{path}:{number}", record
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read after line {number} ({error})") from error
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        raise DataError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
+    if record is None:
+        raise DataError(f"{path}: holds no record; expected one JSON object a line")
+
+
 def record_text(record: dict, where: str) -> str:
-    """The text of a pretraining record."""
-    if "text" not in record:
-        hint = " (a conversation: is this a fine-tuning file?)" if "conversations" in record else ""
-        raise DataError(f'{where}: no field "text"{hint}; pretraining reads {{"text": ...}}')
-    text = record["text"]
+    """Return the text of a pretraining record."""
+    text = record.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f'{where}: "text" must be a non-empty string; mend or remove the record')
+        raise DataError(f'{where}: pretraining reads a non-empty string "text"')
     return text
 
 
 def record_messages(record: dict, where: str) -> list[dict[str, str]]:
-    """A fine-tuning record as messages: an optional system turn, then user and assistant in turn.
+    """Return the messages of a fine-tuning record, white space around their contents stripped.
 
-    Raises:
-        DataError: an unknown role, an empty or non-string content, turns out of order, no
-            assistant turn at the end, or fields that say more than the messages do.
+    The roles are an optional system turn, then user and assistant in turn.
     """
-    forms = [name for name in ("conversations", "messages", "instruction") if name in record]
-    if len(forms) > 1:
-        raise DataError(f"{where}: holds {' and '.join(forms)}; keep one of them")
-    refuse_unread((*UNREAD_FIELDS, "system"), record, where)
-    if forms == ["instruction"] and "output" in record:
-        parts = [record["instruction"], record.get("input", ""), record["output"]]
-        if not all(isinstance(part, str) for part in parts):
-            raise DataError(
-                f'{where}: "instruction", "input" and "output" must be strings; mend the record'
-            )
-        messages = [
-            {"role": "user", "content": "\n".join(part for part in parts[:2] if part.strip())},
-            {"role": "assistant", "content": record["output"]},
-        ]
-    elif forms and forms != ["instruction"]:
-        messages = record[forms[0]]
-    else:
-        hint = " (a pretraining file?)" if "text" in record else ""
-        raise DataError(
-            f'{where}: no field "conversations"{hint}; fine-tuning reads "conversations", '
-            '"messages" or "instruction"/"output"'
-        )
-    return check_messages(messages, where)
-
-
-def refuse_unread(names: tuple[str, ...], fields: dict, where: str) -> None:
-    """Refuses non-empty fields that would be dropped although they change what is learned."""
-    for name in names:
-        if fields.get(name) not in EMPTY:
-            raise DataError(f'{where}: "{name}" is not read; convert or remove it')
-
-
-def check_messages(messages: object, where: str) -> list[dict[str, str]]:
-    """Validates the turns of one conversation and strips the white space around contents."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: the conversation must be a non-empty list of messages")
-    clean = []
+    messages = record.get("conversations", record.get("messages"))
+    if messages is None and "output" in record:
+        parts = [record.get("instruction"), record.get("input") or ""]
+        is_text = all(isinstance(part, str) for part in parts)
+        question = "\n".join(part for part in parts if part.strip()) if is_text else None
+        answer = {"role": "assistant", "content": record["output"]}
+        messages = [{"role": "user", "content": question}, answer]
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        fields = '"conversations", "messages", or "instruction" and "output"'
+        raise DataError(f"{where}: fine-tuning reads a list of messages: {fields}")
+    unread = [name for name in ("system", "history") if record.get(name)]
+    unread += [
+        name for name in UNREAD_FIELDS if any(turn.get(name) for turn in [record, *messages])
+    ]
+    if unread:
+        raise DataError(f'{where}: "{unread[0]}" is not read; convert or remove it')
     for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: message {turn} must be an object with role and content")
-        refuse_unread(UNREAD_FIELDS, message, f"{where}: message {turn}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise DataError(
-                f"{where}: message {turn} has role {reprlib.repr(role)}; known: {', '.join(ROLES)}"
-            )
-        if not isinstance(content, str) or not content.strip():
-            raise DataError(f'{where}: message {turn} ({role}) needs a non-empty string "content"')
-        clean.append({"role": role, "content": content.strip()})
-    check_turns([message["role"] for message in clean], where)
-    return clean
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise DataError(f'{where}: message {turn} needs a non-empty string "content"')
+    roles = [message.get("role") for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        expected = "expected an optional system, then user and assistant in turn"
+        raise DataError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
+    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
 
 
-def check_turns(roles: list[str], where: str) -> None:
-    """Refuses roles that are not an optional system, then user and assistant in turn."""
-    opening = roles[:1] == ["system"]
-    for turn, role in enumerate(roles[opening:], start=1 + opening):
-        expected = "user" if (turn - opening) % 2 else "assistant"
-        if role != expected:
-            raise DataError(f"{where}: message {turn} is the {role}'s, expected the {expected}'s")
-    if roles[-1] != "assistant":
-        raise DataError(f"{where}: ends with the {roles[-1]}'s message; the assistant must be last")
+# ---------------------------------------------------------------- token ids and labels
 
 
-# ---------------------------------------------------------------- tokenizing
-
-
-def encode_batch(
-    backend: Tokenizer,
-    texts: list[str],
-    special: bool,
-    known: dict[str, list[int]] | None = None,
-) -> list[list[int]]:
-    """Token ids of many texts.
+def encode_batch(backend: tokenizers.Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
+    """Encode many texts in parallel.
 
     Args:
         special: whether strings such as `<|im_end|>` in a text become control tokens. Only the
-            chat template's own text may; a corpus or a user's message that contains such a
-            string keeps it as ordinary characters.
-        known: token ids by word, to which new words are added: with it, texts that come in parts
-            are encoded faster (see `encode_words`).
+            chat template's own text may: in a corpus or a message they stay ordinary text.
     """
-    if special or known is None or not splits_as_gpt2(backend):
-        return encode_whole(backend, texts, special)
-    plain = iter(encode_words(backend, [text for text in texts if text.isascii()], known))
-    rest = iter(encode_whole(backend, [text for text in texts if not text.isascii()], special))
-    return [next(plain if text.isascii() else rest) for text in texts]
-
-
-def encode_whole(backend: Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
-    """Token ids of many texts, encoded in parallel by the Rust tokenizer."""
     backend.encode_special_tokens = not special
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     backend.encode_special_tokens = False
     return [encoding.ids for encoding in encodings]
 
 
-def splits_as_gpt2(backend: Tokenizer) -> bool:
-    """Whether a text's tokens are those of its words, as `ASCII_WORDS` finds them."""
-    split = backend.pre_tokenizer
-    return (
-        isinstance(split, pre_tokenizers.ByteLevel)
-        and split.use_regex
-        and not split.add_prefix_space
-        and isinstance(backend.model, models.BPE)
-        and backend.model.dropout is None
-        and backend.normalizer is None
-        and all(token.special for token in backend.get_added_tokens_decoder().values())
-    )
-
-
-def encode_words(
-    backend: Tokenizer, texts: list[str], known: dict[str, list[int]]
+def encode_template(
+    tokenizer: Tokenizer, roles: tuple[str, ...], generation_prompt: bool
 ) -> list[list[int]]:
-    """Token ids of ASCII texts without control tokens, each different word encoded once.
-
-    No token spans two words, and texts repeat most of theirs. On two cores a sixth faster than the
-    whole texts for the demo corpus (`make bench`), a tenth at most for Simple English Wikipedia.
-    """
-    if len(known) > KNOWN_WORDS:
-        known.clear()
-    split = [ASCII_WORDS.findall(text) for text in texts]
-    new = list(set(chain.from_iterable(split)) - known.keys())
-    known.update(zip(new, encode_whole(backend, new, special=False), strict=True))
-    return [list(chain.from_iterable(map(known.__getitem__, words))) for words in split]
-
-
-def render_template(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], generation_prompt: bool
-) -> list[str]:
-    """The chat template's text around the contents: `len(messages) + 1` pieces."""
-    slots = [{"role": message["role"], "content": CONTENT_SLOT} for message in messages]
+    """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
+    slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
     try:
-        rendered = tokenizer.apply_chat_template(
-            slots, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except TEMPLATE_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"{tokenizer.name_or_path}: the chat template fails ({reason}); use another tokenizer"
-        ) from error
-    pieces = rendered.split(CONTENT_SLOT)
-    if len(pieces) != len(messages) + 1:
-        raise DataError(
-            f"{tokenizer.name_or_path}: the chat template drops or repeats a message's content; "
-            "use another tokenizer"
-        )
+        text = tokenizer.apply_chat_template(slots, **options)
+    except TemplateError as error:
+        raise DataError(f"{tokenizer.name_or_path}: the chat template fails ({error})") from error
+    pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
+    ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
+    if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
+        rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
+        raise DataError(f"{tokenizer.name_or_path}: the chat template must {rule}")
     return pieces
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerFast,
-    conversations: list[list[dict[str, str]]],
-    generation_prompt: bool = False,
-    known: dict[str, list[int]] | None = None,
+    tokenizer: Tokenizer, conversations: list[list[dict]], generation_prompt: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids, and for each whether loss falls on it, of many conversations.
+    """Encode conversations: token ids, and for each whether loss falls on it.
 
-    The template's text and the contents are encoded apart, so special-token strings in a content
-    stay ordinary text. Loss falls on an assistant's content and on the end token that follows.
+    The template's text and the contents are encoded apart, so a special-token string in a content
+    stays ordinary text. Loss falls on an assistant's content and on the end token that follows.
 
     Args:
         generation_prompt: append the template's opening of an assistant turn (for inference).
-        known: see `encode_batch`.
     """
-    pieces_by_roles: dict[tuple[str, ...], list[list[int]]] = {}
-    for messages in conversations:
-        roles = tuple(message["role"] for message in messages)
-        if roles not in pieces_by_roles:
-            pieces = render_template(tokenizer, messages, generation_prompt)
-            pieces_by_roles[roles] = encode_batch(tokenizer.backend_tokenizer, pieces, special=True)
-    contents = [message["content"].strip() for messages in conversations for message in messages]
-    encoded = iter(encode_batch(tokenizer.backend_tokenizer, contents, special=False, known=known))
+    contents = [turn["content"].strip() for messages in conversations for turn in messages]
+    encoded = iter(encode_batch(tokenizer.backend_tokenizer, contents, special=False))
+    templates: dict[tuple[str, ...], list[list[int]]] = {}
     samples = []
     for messages in conversations:
         roles = tuple(message["role"] for message in messages)
-        pieces = pieces_by_roles[roles]
-        ids, labeled = list(pieces[0]), [False] * len(pieces[0])
-        for role, piece in zip(roles, pieces[1:], strict=True):
-            content = next(encoded)
-            is_answer = role == "assistant"
-            if is_answer and piece[:1] != [tokenizer.eos_token_id]:
-                raise DataError(
-                    f"{tokenizer.name_or_path}: the chat template must close an assistant turn "
-                    f"with {tokenizer.eos_token}; use another tokenizer"
-                )
-            ids += content + piece
+        if roles not in templates:
+            templates[roles] = encode_template(tokenizer, roles, generation_prompt)
+        opening, *closings = templates[roles]
+        ids, labeled = list(opening), [False] * len(opening)
+        for role, closing in zip(roles, closings, strict=True):
+            content, is_answer = next(encoded), role == "assistant"
+            ids += content + closing
             labeled += [is_answer] * len(content)
-            labeled += [is_answer and position == 0 for position in range(len(piece))]
+            labeled += [is_answer and position == 0 for position in range(len(closing))]
         samples.append((ids, labeled))
     return samples
 
 
+def encode_documents(tokenizer: Tokenizer, texts: list[str], wrap: bool) -> list[tuple]:
+    """Encode documents, each closed by the end-of-text token; loss falls on all of it.
+
+    Args:
+        wrap: put each between the tokens that open and close a chat turn, as MiniMind's data are.
+    """
+    if wrap and tokenizer.bos_token_id is None:
+        raise DataError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
+    opening, closing = ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) if wrap else ([], [])
+    encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
+    return [(opening + ids + closing + [tokenizer.pad_token_id], []) for ids in encoded]
+
+
+# ---------------------------------------------------------------- the token cache
+
+
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-    """Consecutive lists of `size` items; the last may be shorter."""
+    """Yield consecutive lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
 
 
-# ---------------------------------------------------------------- token cache
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hex SHA-256 of vocabulary, merges, special tokens and chat template."""
-    content = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
-    """The smallest unsigned integer that holds every token id."""
-    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-
-
-@dataclass(frozen=True)
-class TokenStore:
-    """Tokens of a data set, memory-mapped: sample i is `tokens[starts[i]:starts[i + 1]]`."""
-
-    tokens: np.ndarray  # (number of tokens,) uint16 or uint32
-    starts: np.ndarray  # (samples + 1,) int64
-    labeled: np.ndarray  # (number of tokens,) bool; empty for pretraining
-    info: dict  # files with hashes, and counts of what was kept, truncated, dropped and repeated
-    digests: np.ndarray  # (samples,) uint64: equal for samples of the same tokens
+def encode_files(
+    kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Tokenize files into flat arrays, and count what was cut, dropped and found twice."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    tokens, labels, digests, records, truncated, dropped = [], [], [], 0, 0, 0
+    bar = {"desc": "tokenizing", "unit": " records", "disable": None, "file": sys.stderr}
+    items = tqdm((item for path in paths for item in read_jsonl(path)), **bar)
+    for chunk in chunks(items, ENCODE_CHUNK):
+        records += len(chunk)
+        if kind == "sft":
+            conversations = [record_messages(record, where) for where, record in chunk]
+            samples = encode_conversations(tokenizer, conversations)
+        else:
+            texts = [record_text(record, where) for where, record in chunk]
+            samples = encode_documents(tokenizer, texts, wrap=kind == "pretrain_wrapped")
+        for ids, labeled in samples:
+            if kind == "sft":
+                truncated += len(ids) > max_seq_len
+                ids, labeled = ids[:max_seq_len], labeled[:max_seq_len]
+                if not any(labeled[1:]):  # the first token is never predicted
+                    dropped += 1
+                    continue
+            tokens.append(np.array(ids, dtype=dtype))
+            labels.append(np.array(labeled, dtype=bool))
+            digests.append(hashlib.blake2b(tokens[-1].tobytes(), digest_size=8).digest())
+    if not tokens:
+        raise DataError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
+    arrays = {"tokens": np.concatenate(tokens), "labeled": np.concatenate(labels)}
+    arrays["starts"] = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    arrays["digests"] = np.frombuffer(b"".join(digests), dtype=np.uint64).copy()
+    return arrays, {
+        "records": records,
+        "truncated": truncated,
+        "dropped_without_labels": dropped,
+        "samples": len(tokens),
+        "tokens": len(arrays["tokens"]),
+        "labeled_tokens": int(arrays["labeled"].sum()),
+        "duplicates": len(digests) - len(set(digests)),
+    }
 
 
 def load_tokens(
-    kind: str,
-    paths: list[Path],
-    tokenizer: PreTrainedTokenizerFast,
-    max_seq_len: int,
-    cache_dir: Path = CACHE_DIR,
-) -> TokenStore:
-    """The tokens of `paths`, from the cache or tokenized now.
+    kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int, cache_dir: Path
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Return the memory-mapped arrays of `encode_files`, and what run.json says of the data.
 
-    Args:
-        kind: `"sft"`, `"pretrain"` (documents end with the pad/end-of-text token), or
-            `"pretrain_wrapped"` (a chat turn's tokens around each document besides).
-        max_seq_len: longest conversation in tokens; longer ones are cut and counted, and those
-            that lose every label are dropped and counted.
-
-    Raises:
-        DataError: see `read_jsonl`, `record_text` and `record_messages`.
+    The cache is a safetensors file, whole or not there. Its name is the hash of all that the
+    tokens depend on; its header names the vocabulary's size, the tokenizer's hash and each dtype.
     """
     for path in paths:
-        check_file(path)
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check the flag that names it")
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
+    described = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
     key = {
         "version": CACHE_VERSION,
         "kind": kind,
         "files": [file["sha256"] for file in files],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": hashlib.sha256(described.encode()).hexdigest(),
+        "vocab_size": len(tokenizer),
         "ids": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
-        "max_seq_len": max_seq_len if kind == "sft" else None,
+        "max_seq_len": max_seq_len if kind == "sft" else None,  # blocks are cut later
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir / f"{kind}-{digest}"
-    if not folder.is_dir():
-        build_store(folder, kind, paths, tokenizer, max_seq_len)
-    store = read_store(folder, token_dtype(tokenizer))
-    info = {"files": files, "tokenizer_sha256": key["tokenizer"], **store.info}
-    if kind != "sft":
-        tail = tail_length(len(store.tokens), max_seq_len)
-        dropped = len(store.tokens) % max_seq_len - tail
-        served = len(store.tokens) - dropped
-        blocks = -(-served // max_seq_len)
-        info |= {"dropped_tail_tokens": dropped, "labeled_tokens": served - blocks}
-    return replace(store, info=info)
-
-
-def read_store(folder: Path, dtype: type) -> TokenStore:
-    """A store that `write_store` wrote.
-
-    Raises:
-        DataError: files are missing, broken, or not as long as each other says.
-    """
+    cached = cache_dir / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
+    if not cached.is_file():
+        arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own: another process may write the same, equal, file now.
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix="tmp") as folder:
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            header = {"key": json.dumps(key), "counts": json.dumps(counts)}
+            save_file(tensors, Path(folder) / "tokens", metadata=header)
+            replace_file(Path(folder) / "tokens", cached)
     try:
-        info = parse_json((folder / "info.json").read_text(encoding="utf-8"))
-        store = TokenStore(
-            tokens=np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),
-            starts=np.load(folder / "starts.npy", mmap_mode="r"),
-            labeled=np.load(folder / "labeled.npy", mmap_mode="r"),
-            info=info,
-            digests=np.load(folder / "digests.npy", mmap_mode="r"),
-        )
-        lengths = [len(store.tokens), store.starts[-1], len(store.starts) - 1, len(store.digests)]
-        whole = lengths == [info["tokens"], info["tokens"], info["samples"], info["samples"]]
-        whole = whole and len(store.labeled) in (0, info["tokens"])
-    except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
-        raise DataError(f"{folder}: a damaged token cache ({error}); delete the folder") from error
-    if not whole:
-        raise DataError(f"{folder}: a damaged token cache (files cut short); delete the folder")
-    return store
+        with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            counts = json.loads(file.metadata()["counts"])
+    except SafetensorError as error:
+        raise DataError(f"{cached}: a damaged token cache ({error}); delete the file") from error
+    return arrays, {"files": files, "tokenizer_sha256": key["tokenizer"], **counts}
 
 
-def build_store(
-    folder: Path,
-    kind: str,
-    paths: list[Path],
-    tokenizer: PreTrainedTokenizerFast,
-    max_seq_len: int,
-) -> None:
-    """Tokenizes `paths` into `folder`: written aside, then moved into place in one step.
-
-    Two processes may build the same store at once; the first to finish puts its copy in place
-    and the other's, which is identical, is discarded.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        write_store(aside, kind, paths, tokenizer, max_seq_len)
-        try:
-            os.rename(aside, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+# ---------------------------------------------------------------- samples
 
 
-def write_store(
-    folder: Path,
-    kind: str,
-    paths: list[Path],
-    tokenizer: PreTrainedTokenizerFast,
-    max_seq_len: int,
-) -> None:
-    """Writes the arrays of a `TokenStore` and `info.json` to `folder`."""
-    dtype = token_dtype(tokenizer)
-    lengths: list[int] = []
-    labeled: list[np.ndarray] = []
-    digests = bytearray()
-    known: dict[str, list[int]] = {}
-    counts = {"records": 0, "truncated": 0, "dropped_without_labels": 0}
-    encode = ENCODERS[kind]
-    bar = tqdm(desc="tokenizing", unit=" records", disable=None, file=sys.stderr)
-    with (folder / "tokens.bin").open("wb") as out, bar, no_collection():
-        records = (item for path in paths for item in read_jsonl(path))
-        for chunk in chunks(records, ENCODE_CHUNK):
-            for ids, mask in encode(tokenizer, chunk, max_seq_len, counts, known):
-                content = np.asarray(ids, dtype=dtype).tobytes()
-                out.write(content)
-                digests += hashlib.blake2b(content, digest_size=8).digest()
-                lengths.append(len(ids))
-                labeled.append(np.asarray(mask, dtype=bool))
-            counts["records"] += len(chunk)
-            bar.update(len(chunk))
-    if not lengths:
-        raise DataError(
-            f"{paths[0]}: no sample keeps an assistant token within {max_seq_len} tokens; "
-            "raise --max_seq_len"
-        )
-    flat = np.concatenate(labeled)
-    np.save(folder / "labeled.npy", flat)
-    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    per_sample = np.frombuffer(bytes(digests), dtype=np.uint64)
-    np.save(folder / "digests.npy", per_sample)
-    counts |= {"samples": len(lengths), "tokens": sum(lengths), "labeled_tokens": int(flat.sum())}
-    counts["duplicates"] = len(per_sample) - len(np.unique(per_sample))
-    (folder / "info.json").write_text(json.dumps(counts))
+class TokenDataset(torch.utils.data.Dataset):
+    """Samples of token ids and labels: sample i is `tokens[starts[i]:ends[i]]`.
 
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Pauses the garbage collector, which would take half of the time to scan a chunk's lists."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def encode_documents(
-    tokenizer: PreTrainedTokenizerFast,
-    chunk: list[tuple[str, dict]],
-    _: int,
-    __: dict,
-    known: dict[str, list[int]],
-) -> list[tuple[list[int], list[bool]]]:
-    """Documents, each closed by the end-of-text token; no mask, since every token is a target."""
-    texts = [record_text(record, where) for where, record in chunk]
-    encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False, known=known)
-    return [(ids + [tokenizer.pad_token_id], []) for ids in encoded]
-
-
-def encode_wrapped(
-    tokenizer: PreTrainedTokenizerFast,
-    chunk: list[tuple[str, dict]],
-    length: int,
-    counts: dict,
-    known: dict[str, list[int]],
-) -> list[tuple[list[int], list[bool]]]:
-    """Documents between the tokens that open and close a chat turn, as MiniMind's own data are."""
-    opening, closing = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if opening is None:
-        raise DataError(
-            f"--wrap_documents: {tokenizer.name_or_path} has no bos_token to open a turn with; "
-            "name another --tokenizer_path"
-        )
-    plain = encode_documents(tokenizer, chunk, length, counts, known)
-    return [([opening, *ids[:-1], closing, ids[-1]], mask) for ids, mask in plain]
-
-
-def encode_samples(
-    tokenizer: PreTrainedTokenizerFast,
-    chunk: list[tuple[str, dict]],
-    max_seq_len: int,
-    counts: dict[str, int],
-    known: dict[str, list[int]],
-) -> list[tuple[list[int], list[bool]]]:
-    """Conversations cut at `max_seq_len` tokens; adds what was cut and dropped to `counts`."""
-    conversations = [record_messages(record, where) for where, record in chunk]
-    kept = []
-    for ids, mask in encode_conversations(tokenizer, conversations, known=known):
-        counts["truncated"] += len(ids) > max_seq_len
-        # The first token is never predicted, so a label there would train nothing.
-        if any(mask[1:max_seq_len]):
-            kept.append((ids[:max_seq_len], mask[:max_seq_len]))
-        else:
-            counts["dropped_without_labels"] += 1
-    return kept
-
-
-ENCODERS = {
-    "sft": encode_samples,
-    "pretrain": encode_documents,
-    "pretrain_wrapped": encode_wrapped,
-}
-
-
-def count_shared(store: TokenStore, other: TokenStore) -> int:
-    """How many samples of `store` are in `other` too, token for token."""
-    return int(np.isin(store.digests, other.digests).sum())
-
-
-def data_notes(info: dict) -> list[str]:
-    """What was cut, dropped or found twice, a sentence each; `info` is a store's."""
-    notes = {
-        "truncated": "cut at --max_seq_len tokens",
-        "dropped_without_labels": "dropped: --max_seq_len leaves no token of the assistant",
-        "duplicates": "the same as an earlier one, and stay in",
-        "also_in_training": "also in the training data, so not held out",
-    }
-    names = ", ".join(file["name"] for file in info["files"])
-    return [
-        f"{names}: {info[key]:,} of {info['records']:,} records are {note}"
-        for key, note in notes.items()
-        if info.get(key)
-    ]
-
-
-# ---------------------------------------------------------------- samples and batches
-
-
-def tail_length(total: int, max_seq_len: int) -> int:
-    """Tokens of the last, shorter block; a single token has no target and is left out."""
-    tail = total % max_seq_len
-    return tail if tail > 1 else 0
-
-
-class PackedDataset(Dataset):
-    """Pretraining blocks of `max_seq_len` tokens from one stream of documents.
-
-    Every token but the first of a block is a target. A last, shorter block is served too.
+    Attributes:
+        lengths: tokens of each sample.
+        targets: of each sample, the tokens on which loss falls; the first is never predicted.
+        digests: of each record; equal for equal tokens.
+        info: what run.json says of the data.
     """
 
-    def __init__(self, store: TokenStore, max_seq_len: int):
-        self.store = store
-        self.max_seq_len = max_seq_len
-        total = len(store.tokens)
-        tail = tail_length(total, max_seq_len)
-        self.lengths = np.full(total // max_seq_len, max_seq_len)
-        if tail:
-            self.lengths = np.append(self.lengths, tail)
+    def __init__(self, arrays: dict, starts: np.ndarray, ends: np.ndarray, info: dict):
+        self.tokens, self.labeled, self.digests = (
+            arrays[name] for name in ("tokens", "labeled", "digests")
+        )
+        self.starts, self.ends, self.info = starts, ends, info
+        self.lengths = self.targets = ends - starts
+        if len(self.labeled):
+            before = np.append(0, np.cumsum(self.labeled))  # labels before each token
+            self.targets = before[ends] - before[starts + 1]
+        else:  # of text, loss falls on all
+            self.targets = self.lengths - 1
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and labels of block `index`, each (length,) int64."""
-        start = index * self.max_seq_len
-        ids = self.store.tokens[start : start + self.lengths[index]].astype(np.int64)
-        return ids, ids
-
-
-class ConversationDataset(Dataset):
-    """Fine-tuning samples: one conversation each, with labels on the assistant's tokens.
-
-    Args:
-        max_samples: how many to keep, drawn at random. The draw depends on nothing else: runs of
-            all seeds share their samples, and a smaller set is part of a larger one.
-
-    Raises:
-        DataError: there are fewer.
-    """
-
-    def __init__(self, store: TokenStore, max_samples: int | None = None):
-        lengths = np.diff(store.starts)
-        if max_samples is not None and max_samples > len(lengths):
-            raise DataError(
-                f"--max_train_samples {max_samples}: the data have {len(lengths):,} conversations; "
-                "lower it or drop it"
-            )
-        order = np.random.default_rng(SUBSET_SEED).permutation(len(lengths))
-        self.kept = np.sort(order[:max_samples])
-        self.lengths = lengths[self.kept]
-        self.store = store if max_samples is None else with_subset(store, self.kept)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and labels (`IGNORE_INDEX` off the assistant), each (length,) int64."""
-        first = self.kept[index]
-        span = slice(self.store.starts[first], self.store.starts[first + 1])
-        ids = self.store.tokens[span].astype(np.int64)
-        return ids, np.where(self.store.labeled[span], ids, IGNORE_INDEX)
-
-
-def with_subset(store: TokenStore, kept: np.ndarray) -> TokenStore:
-    """The store with the digests of the samples `kept` (indices), counted apart in `info`."""
-    spans = [slice(store.starts[i], store.starts[i + 1]) for i in kept]
-    counts = {
-        "samples": len(kept),
-        "tokens": sum(int(span.stop - span.start) for span in spans),
-        "labeled_tokens": sum(int(store.labeled[span].sum()) for span in spans),
-    }
-    return replace(store, digests=store.digests[kept], info=store.info | {"kept": counts})
+        """Return token ids and labels, not shifted, each (length,) int64."""
+        span = slice(self.starts[index], self.ends[index])
+        ids = self.tokens[span].astype(np.int64)
+        return ids, np.where(self.labeled[span], ids, IGNORE_INDEX) if len(self.labeled) else ids
 
 
 def load_dataset(
     kind: str,
     paths: list[Path],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     max_seq_len: int,
-    cache_dir: Path = CACHE_DIR,
     max_samples: int | None = None,
-) -> PackedDataset | ConversationDataset:
-    """The data set of a stage: `kind` is that of `load_tokens`.
+    cache_dir: Path = CACHE_DIR,
+) -> TokenDataset:
+    """Load the data of a stage, tokenized once.
 
     Args:
-        max_samples: conversations to keep, by default all.
+        kind: `"sft"`, `"pretrain"` (documents end with the pad/end-of-text token), or
+            `"pretrain_wrapped"` (a chat turn's tokens around each document besides).
+        max_seq_len: tokens of a block, or of the longest conversation; longer ones are cut.
+        max_samples: conversations to keep, drawn at random; a smaller set is part of a larger.
     """
-    store = load_tokens(kind, paths, tokenizer, max_seq_len, cache_dir)
-    if kind == "sft":
-        return ConversationDataset(store, max_samples)
-    return PackedDataset(store, max_seq_len)
+    arrays, info = load_tokens(kind, paths, tokenizer, max_seq_len, cache_dir)
+    if kind != "sft":
+        total = len(arrays["tokens"])
+        starts = np.arange(0, total - 1, max_seq_len)  # a last token alone has no target
+        blocks = TokenDataset(arrays, starts, np.minimum(starts + max_seq_len, total), info)
+        info["labeled_tokens"] = int(blocks.targets.sum())
+        info["dropped_tail_tokens"] = total - int(blocks.lengths.sum())
+        return blocks
+    starts, ends = arrays["starts"][:-1], arrays["starts"][1:]
+    if max_samples is None:
+        return TokenDataset(arrays, starts, ends, info)
+    if max_samples > len(starts):
+        raise DataError(f"--max_train_samples {max_samples}: the data have {len(starts):,} samples")
+    kept = np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(starts))[:max_samples])
+    arrays["digests"] = arrays["digests"][kept]
+    subset = TokenDataset(arrays, starts[kept], ends[kept], info)
+    sums = {"tokens": int(subset.lengths.sum()), "labeled_tokens": int(subset.targets.sum())}
+    info["kept"] = {"samples": len(kept)} | sums
+    return subset
 
 
-def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Samples as `input_ids` and `labels`, (batch, longest) int64, padded on the right.
-
-    `num_tokens`, a scalar, counts the tokens that are not padding, fillers left out.
-    """
-    longest = max(len(ids) for ids, _ in samples)
-    input_ids = np.full((len(samples), longest), pad_id, dtype=np.int64)
-    labels = np.full((len(samples), longest), IGNORE_INDEX, dtype=np.int64)
-    for row, (ids, targets) in enumerate(samples):
-        input_ids[row, : len(ids)] = ids
-        labels[row, : len(ids)] = targets
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "num_tokens": torch.tensor(
-            sum(len(ids) for ids, targets in samples if (targets != IGNORE_INDEX).any())
-        ),
-    }
+def describe_sample(tokenizer: Tokenizer, dataset: TokenDataset, index: int) -> str:
+    """Lay out a sample as a table of position, token, and the label that the position predicts."""
+    ids, labels = dataset[index]
+    rows = [("pos", "token", "predicts")]
+    for position, (token, label) in enumerate(zip(ids, [*labels[1:], IGNORE_INDEX], strict=True)):
+        target = "-" if label == IGNORE_INDEX else repr(tokenizer.decode([int(label)]))
+        rows.append((position, repr(tokenizer.decode([int(token)])), target))
+    return "\n".join(f"{position:>5}  {token:<24} {target}" for position, token, target in rows)
 
 
-class StepCollator:
-    """One optimizer step of one process, from indices to a list of micro-batches.
-
-    A negative index `~i` is sample i without labels: a filler that keeps processes in step when
-    a last batch runs short.
-    """
-
-    def __init__(self, dataset: PackedDataset | ConversationDataset, pad_id: int):
-        self.dataset = dataset
-        self.pad_id = pad_id
-
-    def __call__(self, step: list[list[int]]) -> list[dict[str, torch.Tensor]]:
-        return [collate([self.fetch(i) for i in micro], self.pad_id) for micro in step]
-
-    def fetch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample `index`; for a filler, its tokens with nothing to learn."""
-        if index >= 0:
-            return self.dataset[index]
-        ids, labels = self.dataset[~index]
-        return ids, np.full_like(labels, IGNORE_INDEX)
+# ---------------------------------------------------------------- batches
 
 
-class StepSampler(Sampler):
-    """Plans the whole run: one item is one optimizer step of one process.
+class StepPlan:
+    """The samples of each optimizer step, as a pure function of the seed and the step.
 
-    An item is a list of micro-batches, each a list of sample indices. Samples are shuffled by
-    `(seed, epoch)`, grouped by length when lengths differ, and cut into global batches of
-    `batch_size * accumulation_steps * world_size`. Which samples form a global batch does not
-    depend on how many processes share it, so one process and two train on the same batches; and
-    since the plan is a pure function of its arguments, a resumed run continues with the very
-    batch that it would have seen.
+    Samples are shuffled by `(seed, epoch)`, grouped by length when lengths differ, and cut into
+    batches of `batch_size * accumulation_steps * processes`. So a resumed run continues with the
+    very batch that it would have seen, and one process and two train on the same batches.
     """
 
     def __init__(
@@ -693,64 +379,53 @@ class StepSampler(Sampler):
         lengths: np.ndarray,
         batch_size: int,
         accumulation_steps: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
         seed: int = 42,
-        first_step: int = 0,
-        max_steps: int | None = None,
+        processes: int = 1,
     ):
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.global_batch = batch_size * accumulation_steps * world_size
+        self.lengths, self.batch_size = lengths, batch_size
+        self.seed, self.processes = seed, processes
+        self.global_batch = batch_size * accumulation_steps * processes
         self.steps_per_epoch = -(-len(lengths) // self.global_batch)
-        self.first_step = first_step
-        self.max_steps = max_steps
+        self.epoch, self.batches = -1, []  # the epoch that was asked for last
 
-    def __len__(self) -> int:
-        return self.max_steps - self.first_step
+    def __getitem__(self, step: int) -> np.ndarray:
+        """Return the samples of a step, those of all processes."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, self.draw_epoch(epoch)
+        return self.batches[position]
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        step = self.first_step
-        while step < self.max_steps:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            for batch in self.epoch_batches(epoch)[position : position + self.max_steps - step]:
-                yield self.share(batch)
-                step += 1
-
-    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
-        """The global batches of an epoch, each sorted by length, in random order."""
-        generator = np.random.default_rng([self.seed, epoch])
+    def draw_epoch(self, epoch: int) -> list[np.ndarray]:
+        """Draw the batches of an epoch, each sorted by length, in random order."""
+        generator, size = np.random.default_rng([self.seed, epoch]), self.global_batch
         order = generator.permutation(len(self.lengths))
         if self.lengths.min() == self.lengths.max():
-            return np.split(order, range(self.global_batch, len(order), self.global_batch))
+            return np.split(order, range(size, len(order), size))
         batches = []
-        for start in range(0, len(order), GROUP_BATCHES * self.global_batch):
-            group = order[start : start + GROUP_BATCHES * self.global_batch]
+        for start in range(0, len(order), GROUP_BATCHES * size):
+            group = order[start : start + GROUP_BATCHES * size]
             group = group[np.argsort(self.lengths[group], kind="stable")]
-            batches += np.split(group, range(self.global_batch, len(group), self.global_batch))
+            batches += np.split(group, range(size, len(group), size))
         return [batches[i] for i in generator.permutation(len(batches))]
 
-    def share(self, batch: np.ndarray) -> list[list[int]]:
-        """This process's micro-batches of a global batch, the same number on every process."""
-        mine = batch[self.rank :: self.world_size].tolist()
-        largest_share = -(-len(batch) // self.world_size)
-        micro_batches = list(chunks(mine, self.batch_size))
-        while len(micro_batches) < -(-largest_share // self.batch_size):
-            micro_batches.append([~int(batch[0])])
-        return micro_batches
+    def micro_batches(self, step: int, process: int = 0) -> list[list[int]]:
+        """Return a process's share of a step in parts of `batch_size`; an empty one if it has none.
+
+        The parts of two processes may differ in number: gradients are exchanged once, at the last.
+        """
+        mine = self[step][process :: self.processes].tolist()
+        return list(chunks(mine, self.batch_size)) or [[]]
 
 
-def describe_sample(
-    tokenizer: PreTrainedTokenizerFast, dataset: PackedDataset | ConversationDataset, index: int
-) -> str:
-    """Sample `index` as a table of position, token, and the label that this position predicts."""
-    ids, labels = dataset[index]
-    targets = np.append(labels[1:], IGNORE_INDEX)
-    lines = [f"sample {index}: {len(ids)} tokens", f"{'pos':>5}  {'token':<24} predicts"]
-    for position, (token, target) in enumerate(zip(ids, targets, strict=True)):
-        shown = "-" if target == IGNORE_INDEX else repr(tokenizer.decode([int(target)]))
-        lines.append(f"{position:>5}  {tokenizer.decode([int(token)])!r:<24} {shown}")
-    return "\n".join(lines)
+def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Stack samples as `input_ids` and `labels`, (batch, longest) int64, padded on the right.
+
+    No samples make a row of padding without a label: it keeps a process in step with the others.
+    """
+    longest = max((len(ids) for ids, _ in samples), default=2)
+    input_ids = np.full((max(len(samples), 1), longest), pad_id, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    for row, (ids, targets) in enumerate(samples):
+        input_ids[row, : len(ids)] = ids
+        labels[row, : len(ids)] = targets
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from model.files import run_script
 from model.model_minimind import MiniMindForCausalLM, minimind_config
-from trainer.failures import run_script
 
 
 def tiny_model(seed: int = 0, vocab_size: int = 6400) -> MiniMindForCausalLM:

@@ -1,18 +1,19 @@
-"""Flags that the three training scripts share, and what refuses values that cannot work."""
+"""Flags that the three training scripts share; a value that cannot work is refused here."""
 
 import argparse
-import math
-import reprlib
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate.tracking import get_available_trackers
 
-from dataset.command_line import REPO_DIR, Parser, SettingsError, refuse_ignored
-from trainer.machine import DEVICES
+from dataset.world.generate import ensure_world
+from model.files import REPO_DIR, UserError
 
+BASE_DIR = REPO_DIR / "model" / "base_xs"  # the world's base, where the scripts start by default
 OUT_DIR = REPO_DIR / "out"
+DEVICES = ("auto", "cpu", "cuda", "mps")
 MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
-LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, endings included
 # Of a model with random weights, where the flags do not say otherwise: MiniMind2-small's.
 DEFAULT_SHAPE = {
     "hidden_size": 512,
@@ -24,151 +25,149 @@ DEFAULT_SHAPE = {
 }
 
 
-def make_parser(doc: str, run_name: str, name_flag: str = "--run_name") -> Parser:
-    """A parser with the flags that all stages share; stages set other defaults and add theirs."""
-    parser = Parser(doc)
+def bounded(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:
+    """Make an argparse type: a number from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must lie between {least:g} and {most:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+COUNT, SIZE = bounded(int, 0), bounded(int, 1)
+NOT_NEGATIVE, POSITIVE, SHARE = bounded(float, 0), bounded(float, 1e-12), bounded(float, 0, 1)
+
+
+def make_parser(
+    doc: str, run_name: str, from_weight: str, name_flag: str = "--run_name"
+) -> argparse.ArgumentParser:
+    """Make a parser with the flags of all stages; a stage sets other defaults and adds its own."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help explains them",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument_group("run").add_argument
-    add("--save_dir", type=Path, default=OUT_DIR, help="where run folders go (default: out/)")
-    add(name_flag, dest="run_name", default=run_name, help=f"run folder (default: {run_name})")
-    add("--from_resume", action="store_true", help="continue this run from its resume/ state")
+    add("--save_dir", type=Path, default=OUT_DIR, help="where run folders go (out/)")
+    add(name_flag, dest="run_name", default=run_name, help=f"run folder ({run_name})")
+    add("--from_resume", action="store_true", help="continue this run from its resume.pt")
     add("--overwrite", action="store_true", help="delete the run folder first if it exists")
-    add("--seed", type=int, default=42, help="order of data, initial weights, dropout (default 42)")
-    add("--device", choices=DEVICES, default="auto", help="default: auto")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, help="data, weights, dropout (42)")
+    add("--device", choices=DEVICES, default="auto", help="(auto)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    dtype = "of matrix products, not of weights; auto: bfloat16 where the processor computes it"
+    add("--dtype", choices=dtypes, default="auto", help=f"{dtype} (auto)")
+    modes, when = ("auto", "on", "off"), "compile the blocks; auto: if the run is long enough"
     add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of matrix products; weights and optimizer stay float32. auto: bfloat16 where the "
-        "processor computes it, else float32 (default: auto)",
+        "--use_compile", nargs="?", choices=modes, const="on", default="auto", help=f"{when} (auto)"
     )
-    add(
-        "--use_compile",
-        nargs="?",
-        choices=("auto", "on", "off"),
-        const="on",
-        default="auto",
-        help="compile the transformer block; auto, the default: when the run is long enough to "
-        "earn it back",
-    )
-    add("--num_workers", type=int, default=0, help="data loading processes (default 0)")
+    add("--num_workers", type=COUNT, default=0, help="data loading processes (0)")
+
+    add = parser.add_argument_group("model").add_argument
+    start = f"run folder or hub id to start from, none for random weights ({from_weight})"
+    add("--from_weight", default=from_weight, help=start)
+    add("--tokenizer_path", type=Path, help="folder (the weights' own)")
+    for flag, value in list(DEFAULT_SHAPE.items())[:-1]:
+        add(f"--{flag}", type=SIZE, help=f"of random weights ({value}); of others it must agree")
+    add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
+
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (default: the demo corpus)")
+    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (the small world)")
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
-    add("--max_seq_len", type=int, default=MAX_SEQ_LEN, help="tokens a sample (%(default)s)")
+    add("--max_seq_len", type=bounded(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
+    add("--show_answers", type=COUNT, default=3, help="held-out answers to print at the end (3)")
+
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=float, default=1.0, help="passes over the data (default %(default)s)")
-    add("--max_steps", type=int, help="optimizer steps, in place of --epochs")
-    add("--batch_size", type=int, default=32, help="samples a process and micro-batch (32)")
-    add("--accumulation_steps", type=int, default=1, help="micro-batches an optimizer step (1)")
-    add("--learning_rate", type=float, default=5e-4, help="peak (default %(default)s)")
+    add("--epochs", type=POSITIVE, default=1.0, help="passes over the data (%(default)s)")
+    add("--max_steps", type=SIZE, help="optimizer steps, in place of --epochs")
+    add("--batch_size", type=SIZE, default=32, help="samples a process and micro-batch (32)")
+    add("--accumulation_steps", type=SIZE, default=1, help="micro-batches an optimizer step (1)")
+    add("--learning_rate", type=POSITIVE, default=5e-4, help="peak (%(default)s)")
     add("--lr_schedule", choices=("cosine", "linear", "constant"), default="cosine", help="cosine")
-    add("--warmup_ratio", type=float, default=0.0, help="share of steps warming up (%(default)s)")
-    add("--min_lr_ratio", type=float, default=0.1, help="last rate / peak (default 0.1)")
-    add("--weight_decay", type=float, default=0.0, help="on matrices but embeddings (%(default)s)")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none (1.0)")
+    add("--warmup_ratio", type=SHARE, default=0.0, help="share of steps warming up (%(default)s)")
+    add("--min_lr_ratio", type=SHARE, default=0.1, help="last rate / peak (0.1)")
+    add("--weight_decay", type=NOT_NEGATIVE, default=0.0, help="on matrices but the embedding (0)")
+    add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="largest gradient norm; 0: none (1.0)")
+
     add = parser.add_argument_group("logging and saving, in optimizer steps").add_argument
-    add("--log_interval", type=int, default=10, help="a line of metrics.jsonl (default 10)")
-    add("--eval_interval", type=int, default=0, help="validation; 0: at the end only (0)")
-    add("--save_interval", type=int, default=500, help="resume state; 0: at the end only (500)")
-    add("--report_to", default="none", help="none, or a tracker of accelerate: tensorboard, wandb")
+    add("--log_interval", type=SIZE, default=10, help="a line of metrics.jsonl (10)")
+    add("--eval_interval", type=COUNT, default=0, help="validation; 0: at the end only (0)")
+    add("--save_interval", type=COUNT, default=500, help="resume.pt; 0: at the end only (500)")
+    add("--keep_checkpoints", type=COUNT, default=0, help="so many sets of weights on the way (0)")
+    trackers = ("none", *map(str, get_available_trackers()))
+    add("--report_to", choices=trackers, default="none", help="a tracker of accelerate (none)")
     return parser
 
 
-def add_model_flags(parser: Parser, from_weight: str) -> None:
-    """Where the weights come from, and the shape for a run from random weights."""
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--from_weight",
-        default=from_weight,
-        help="folder, hub id or MiniMind .pth (with --tokenizer_path and --num_attention_heads) to "
-        "start from, or none for random weights "
-        f"(default: {from_weight})",
-    )
-    add("--tokenizer_path", type=Path, help="folder (default: the weights' own; a .pth has none)")
-    for flag, value in DEFAULT_SHAPE.items():
-        if flag != "qk_norm":
-            shape = f"default {value}; with --from_weight a folder it must agree"
-            add(f"--{flag}", type=int, help=shape)
-    add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
+def add_conversation_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what fine-tuning alone asks of its data."""
+    subset = "train on so many conversations, the same random choice for every --seed (all)"
+    parser.add_argument("--max_train_samples", type=SIZE, help=subset)
 
 
-def add_conversation_flags(parser: Parser) -> None:
-    """What fine-tuning alone asks of its data."""
-    parser.add_argument(
-        "--max_train_samples",
-        type=int,
-        help="train on so many conversations, a random choice that is the same for every --seed "
-        "(default: all)",
-    )
+def parse_args(
+    parser: argparse.ArgumentParser, argv: list[str] | None, kind: str
+) -> argparse.Namespace:
+    """Parse and check the flags, and fill in what was left open; nothing changes them later.
 
-
-def check_conversation_args(args: argparse.Namespace) -> None:
-    """Refuses values of `add_conversation_flags` that cannot work."""
-    if args.max_train_samples is not None and args.max_train_samples < 1:
-        raise SettingsError(f"--max_train_samples {args.max_train_samples}: must be 1 or more")
-
-
-def check_args(args: argparse.Namespace, parser: Parser) -> None:
-    """Refuses values that cannot work and flags that would be ignored, before anything is loaded.
-
-    What is then left open of the shape of random weights is filled in.
-
-    Raises:
-        SettingsError: names the flag.
+    Args:
+        kind: of the default data, `pretrain` or `sft`.
     """
-    positive = ("epochs", "batch_size", "accumulation_steps", "learning_rate")
-    positive += tuple(flag for flag in DEFAULT_SHAPE if flag != "qk_norm")
-    for flag in positive:
-        value = vars(args)[flag]
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise SettingsError(f"--{flag} {value}: must be a positive number")
-    not_negative = ("weight_decay", "grad_clip", "num_workers", "eval_interval", "save_interval")
-    for flag in not_negative:
-        value = vars(args)[flag]
-        if not (math.isfinite(value) and value >= 0):
-            raise SettingsError(f"--{flag} {value}: must be 0 or more")
-    for flag in ("warmup_ratio", "min_lr_ratio"):
-        if not 0 <= vars(args)[flag] <= 1:
-            raise SettingsError(f"--{flag} {vars(args)[flag]}: must lie between 0 and 1")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise SettingsError(f"--max_steps {args.max_steps}: must be 1 or more")
-    if args.log_interval < 1:
-        raise SettingsError(f"--log_interval {args.log_interval}: must be 1 or more")
-    if args.max_seq_len < 2:
-        raise SettingsError(f"--max_seq_len {args.max_seq_len}: must be 2 or more")
-    if args.max_steps is not None:
-        refuse_ignored(args, parser, ("epochs",), "--max_steps says when to stop")
-    if args.lr_schedule == "constant":
-        refuse_ignored(args, parser, ("min_lr_ratio",), "--lr_schedule constant has no last rate")
-    check_run_name(args.run_name)
-    if not 0 <= args.seed < 2**32:
-        raise SettingsError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
-    trackers = ["none", *map(str, get_available_trackers())]
-    if args.report_to not in trackers:
-        raise SettingsError(
-            f"--report_to {args.report_to}: no tracker installed here; use {', '.join(trackers)}, "
-            "or install it with pip"
-        )
+    args, refuse = parser.parse_args(argv), parser.error
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    name, weights = args.run_name, args.from_weight
+    if Path(name).name != name or name in ("", "..") or not name.isprintable():
+        refuse(f"--run_name or --lora_name {name!r}: must be a plain folder name")
+    if {"epochs", "max_steps"} <= changed:
+        refuse("--epochs: --max_steps says when to stop; drop one of both")
+    if args.lr_schedule == "constant" and "min_lr_ratio" in changed:
+        refuse("--min_lr_ratio: --lr_schedule constant has no last rate; drop one of both")
     if args.eval_interval and args.data_path and not args.eval_data_path:
-        raise SettingsError("--eval_interval needs --eval_data_path beside --data_path")
+        refuse("--eval_interval: needs --eval_data_path beside --data_path")
     if args.from_resume and args.overwrite:
-        raise SettingsError("--from_resume and --overwrite contradict each other; give one")
-    fill_shape(args)
+        refuse("--from_resume and --overwrite contradict each other; give one")
+    if weights.endswith(".pth"):
+        refuse(f"--from_weight {weights}: convert it to a folder by trainer/convert_minimind.py")
+    if weights == "none":
+        for flag in DEFAULT_SHAPE.keys() - changed:
+            setattr(args, flag, DEFAULT_SHAPE[flag])
+    args.device = choose_device(args.device)
+    args.dtype = choose_dtype(args.dtype, args.device)
+    if args.data_path is None:
+        files = ensure_world()
+        args.data_path = [files[kind]]
+        args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
+        if weights == "none" and args.tokenizer_path is None:
+            args.tokenizer_path = BASE_DIR
+    elif weights == str(BASE_DIR) and "from_weight" not in changed:
+        print("note: no --from_weight, so this starts from the small world's base")
+    return args
 
 
-def fill_shape(args: argparse.Namespace) -> None:
-    """Resolves what was not given of the shape of random weights; saved ones bring their own."""
-    if args.from_weight == "none":
-        given = {flag: vars(args)[flag] for flag in DEFAULT_SHAPE if vars(args)[flag] is not None}
-        vars(args).update(DEFAULT_SHAPE | given)
+def choose_device(name: str) -> str:
+    """Choose where to compute; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next((device for device in found if found[device]), "cpu")
+    if not found.get(name, True):
+        raise UserError(f"--device {name}: this machine has none; use --device cpu")
+    return name
 
 
-def check_run_name(name: str) -> None:
-    """Refuses what is no plain folder name that a terminal and every system can show."""
-    is_plain = name not in ("", "..") and Path(name).name == name and "\\" not in name
-    if not (is_plain and name.isprintable() and len(name.encode()) <= LONGEST_NAME):
-        raise SettingsError(
-            f"--run_name or --lora_name {reprlib.repr(name)}: must be a plain folder name of at "
-            f"most {LONGEST_NAME} bytes"
-        )
+def choose_dtype(name: str, device: str) -> str:
+    """Choose the type of matrix products; `auto` takes bfloat16 where the processor computes it."""
+    if name == "float16" and device != "cuda":
+        raise UserError(f"--dtype float16: needs CUDA, not {device}; use bfloat16 or float32")
+    if name != "auto":
+        return name
+    if device == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bfloat16" if has_bfloat16 else "float32"

@@ -1,336 +1,274 @@
-"""A run's folder: its record, its metrics, and what the record tells of the code."""
+"""A run's folder: its record, its metrics, its one resume file, and the lock that guards them.
+
+run.json        settings, data and base fingerprints, versions, status, cost, final losses
+metrics.jsonl   a line per log interval and per evaluation
+resume.pt       all that --from_resume continues from
+"""
 
 import argparse
-import errno
-import fcntl
+import contextlib
 import json
 import os
-import shutil
+import platform
+import resource
 import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
+from shutil import rmtree
 
-from accelerate import Accelerator
+import torch
+from filelock import FileLock, Timeout
 
-from dataset.command_line import REPO_DIR, SettingsError, check_writable
-from dataset.jsonl import file_sha256
-from model.files import UserError, read_json, write_text
+from model.files import REPO_DIR, UserError, read_json, replace_file, write_json, write_text
 
-# git's pathspecs of everything but results and saved outputs
-OWN_CODE = (".", ":(exclude)evaluation/results", ":(exclude)evaluation/model_outputs")
-# Settings that do not change what a run comes to.
-WITHOUT_EFFECT = {
-    "from_resume",
-    "overwrite",
-    "show_sample",
-    "save_dir",
-    "report_to",
-    "num_workers",
-    "log_interval",
-    "save_interval",
-    "eval_interval",
-}
-# Settings that are paths: how a record spells one depends on where the run was started from.
-PATHS = {"data_path", "eval_data_path", "from_weight", "tokenizer_path"}
-MANIFEST = "sha256.json"  # of a resume state: the hash of each of its files
+EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
+# Flags that do not affect the result, and paths, whose content is compared by its hash.
+WITHOUT_EFFECT = {"from_resume", "overwrite", "show_sample", "show_answers", "save_dir"}
+WITHOUT_EFFECT |= {"report_to", "num_workers", "log_interval", "save_interval", "eval_interval"}
+WITHOUT_EFFECT |= {"data_path", "eval_data_path", "from_weight", "tokenizer_path"}
+LOCK_SECONDS = 6  # the data processes of a killed run may hold its lock for 5 s
 
 
-def printable_path(path: Path) -> str:
-    """A path as a record shows it: relative to the repository or where one stands, or its name."""
-    absolute = Path(os.path.abspath(path))
-    for root in (REPO_DIR, Path.cwd()):
-        if absolute.is_relative_to(root):
-            return str(absolute.relative_to(root))
-    return absolute.name
-
-
-def checkpoint_name(path: Path) -> str:
-    """The folder's name, or a .pth file's without its ending."""
-    path = path.resolve()
-    return path.stem if path.suffix == ".pth" else path.name
-
-
-def weights_sha256(path: Path) -> str:
-    """SHA-256 of the file that holds a checkpoint's own weights."""
-    if path.is_file():
-        return file_sha256(path)
-    names = ("adapter_model.safetensors", "model.safetensors")
-    return file_sha256(next(path / name for name in names if (path / name).is_file()))
-
-
-def base_reference(from_weight: str) -> str:
-    """How an adapter names its base: a hub id, or a path that can be found again from here."""
-    path = Path(from_weight)
-    if not path.exists():
-        return from_weight
-    absolute = path.absolute()
-    inside = absolute.is_relative_to(REPO_DIR)
-    return str(absolute.relative_to(REPO_DIR) if inside else absolute)
-
-
-def printable_settings(args: argparse.Namespace) -> dict:
-    """Every setting as JSON values, with paths shortened by `printable_path`."""
-
-    def printable(value: object) -> object:
-        if isinstance(value, Path):
-            return printable_path(value)
-        return [printable(item) for item in value] if isinstance(value, list | tuple) else value
-
-    settings = {name: printable(value) for name, value in sorted(vars(args).items())}
-    if settings["from_weight"] != "none" and Path(settings["from_weight"]).exists():
-        settings["from_weight"] = printable_path(Path(settings["from_weight"]))
-    return settings
-
-
-def git_state() -> dict:
-    """The commit of this code and whether files differ from it; empty outside a checkout.
-
-    Results and outputs apart: those that are filed beside the code do not make it another.
-    """
-
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(REPO_DIR), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if shutil.which("git") is None or (commit := git("rev-parse", "HEAD")) is None:
-        return {}
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", *OWN_CODE))}
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Diverged(ArithmeticError):
+    """The loss, its gradient or the weights are no longer finite; the message names the step."""
 
 
 @dataclass
+class Progress:
+    """Where a run stands; a part of its resume state."""
+
+    step: int = 0
+    tokens: int = 0
+    labeled_tokens: int = 0
+    seconds: float = 0.0  # of training and loading, not of evaluation and saving
+    losses: list[float] = field(default_factory=list)  # of the steps since the last log line
+    logged_tokens: int = 0  # `tokens` at the last log line
+    logged_seconds: float = 0.0
+
+
 class RunFolder:
-    """`run.json`, `metrics.jsonl` and `resume/` of one run; only the main process writes."""
+    """`run.json`, `metrics.jsonl` and `resume.pt` of a run; only the main process writes."""
 
-    path: Path
-    is_main: bool
-    record: dict = field(default_factory=dict)
-    lock_file: TextIO | None = None
-
-    def lock(self) -> None:
-        """Takes the run for this process, until it ends, however it ends.
-
-        The lock lies beside the folder, so that it outlives `--overwrite`. It is a POSIX lock
-        (`lockf`): unlike one of `flock` it is not inherited by the data loader's processes,
-        which live some seconds longer than a killed run, and it works on NFS.
-
-        Raises:
-            SettingsError: another process has it.
-        """
-        if not self.is_main or self.lock_file is not None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock_file = (self.path.parent / f".{self.path.name}.lock").open("a")
-        try:
-            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise SettingsError(
-                f"{self.path}: another process trains this run now; wait for it, or choose another "
-                "name"
-            ) from error
-
-    def create(self, overwrite: bool) -> None:
-        """Makes the folder, in place of the one that `--overwrite` gives up.
-
-        Raises:
-            SettingsError: since this run was started, another one made the folder.
-        """
-        self.lock()
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        try:
-            self.path.mkdir()
-        except FileExistsError as error:
-            raise SettingsError(
-                f"{self.path}: made by another process in the meantime; choose another name"
-            ) from error
-
-    def write(self, **changes: object) -> None:
-        """Updates `run.json`."""
-        self.record |= changes
-        if self.is_main:
-            write_text(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
-
-    def log(self, row: dict) -> None:
-        """Appends a line to `metrics.jsonl`."""
-        if self.is_main:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-
-    def rewind(self, step: int) -> None:
-        """Forgets what was logged after `step`: a resumed run is about to log it again."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        # A line cut short by a kill lies after the last saved state and is dropped with those.
-        rows = [json.loads(line) for line in lines if line.endswith(b"}\n")]
-        kept = [row for row in rows if row["step"] <= step]
-        for name, column in (("train_loss", "loss"), ("eval_loss", "eval_loss")):
-            told = [row[column] for row in kept if column in row]
-            self.record.pop(name, None)
-            if told:
-                self.record[name] = told[-1]
-        if self.is_main:
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, args: argparse.Namespace, is_main: bool):
+        """Find the folder, to be made or to be continued; nothing is written yet but a lock."""
+        self.args, self.is_main = args, is_main
+        self.path = args.save_dir / args.run_name
+        self.state_path = self.path / "resume.pt"
+        self.record, self.progress, self.saved_step = {}, Progress(), None
+        self.lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # outlives --overwrite
+        if args.from_resume and not self.state_path.is_file():
+            raise UserError(f"--from_resume: {self.state_path} is not there; use --overwrite")
+        if self.path.exists() and not args.show_sample:
+            if not (args.from_resume or args.overwrite):
+                raise UserError(f"{self.path} exists: add --from_resume or --overwrite")
+            if is_main:
+                self.take_lock()
+        if args.from_resume:
+            self.record = read_json(self.path / "run.json")
 
     @property
     def is_complete(self) -> bool:
         """Whether a run that is to be continued has nothing left to do."""
         return self.record.get("status") == "completed"
 
-    # A state is written to resume.tmp/ and sealed there; then resume/ becomes resume.old/,
-    # resume.tmp/ becomes resume/, and resume.old/ is deleted. At any moment one of resume/ and
-    # resume.old/ is whole, on the disk as well as in memory.
+    def take_lock(self) -> None:
+        """Keep other processes out of the folder until this one ends, however it ends."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise UserError(f"{self.path}: another process trains this run now") from error
 
-    @property
-    def state_aside(self) -> Path:
-        """Where the next state is written before it takes its place."""
-        return self.path / "resume.tmp"
+    def begin(self, facts: dict) -> dict | None:
+        """Make the folder, or return the state of a run to be continued.
 
-    def resume_state(self) -> Path | None:
-        """The newest whole state; a kill between two renames leaves it under its old name."""
-        states = [self.path / "resume", self.path / "resume.old"]
-        return next((state for state in states if state.is_dir()), None)
-
-    def keep_state(self) -> None:
-        """Seals the state written aside and moves it into place; the metrics so far are kept too.
-
-        Everything is on the disk before the first name changes, so that neither a kill nor a
-        loss of power leaves a state without its data, or without the rows that came before it.
+        Args:
+            facts: what makes the run what it is, besides its flags; the continued run must match.
         """
-        aside, place, old = self.state_aside, self.path / "resume", self.path / "resume.old"
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        hashes = {str(path.relative_to(aside)): file_sha256(path) for path in files}
-        write_text(aside / MANIFEST, json.dumps(hashes, indent=2) + "\n")
-        metrics = [path for path in (self.path / "metrics.jsonl",) if path.is_file()]
-        for path in (*files, aside, *metrics, self.path):
-            sync(path)
-        if place.is_dir():
-            remove_folder(old)
-            place.rename(old)
-        aside.rename(place)
-        sync(self.path)
-        remove_folder(old)
+        settings, state = printable_settings(self.args), None
+        origin = {"git": git_state(), "machine": describe_machine(self.args.device)}
+        if self.args.from_resume:
+            before = self.record | {f"--{k}": v for k, v in self.record["settings"].items()}
+            flags = {f"--{k}": v for k, v in settings.items() if k not in WITHOUT_EFFECT}
+            for name, value in (flags | facts).items():
+                if before.get(name) != value:
+                    change = f"{name} was {before.get(name)} and is {value} now"
+                    raise UserError(f"--from_resume: {change}; restore it, or start another run")
+            state = self.read_state()
+            continued = {"step": self.progress.step, **origin}
+            origin = {"resumed": [*self.record.get("resumed", []), continued]}
+        elif self.is_main:
+            self.take_lock()
+            if self.path.exists() and self.args.overwrite:
+                rmtree(self.path)
+            self.path.mkdir()
+            (self.path / "metrics.jsonl").touch()
+        self.write(status="running", settings=settings, reason=None, **facts, **origin)
+        return state
 
-    def remove_leftovers(self) -> None:
-        """Deletes what a kill during a save left beside a whole state."""
+    def write(self, **changes: object) -> None:
+        """Update `run.json`."""
+        self.record |= changes
         if self.is_main:
-            remove_folder(self.state_aside)
-            if (self.path / "resume").is_dir():
-                remove_folder(self.path / "resume.old")
+            write_json(self.path / "run.json", self.record)
 
+    def log(self, row: dict) -> None:
+        """Append a line to `metrics.jsonl`."""
+        if self.is_main:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
-def remove_folder(folder: Path) -> None:
-    """Deletes a folder if it is there."""
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    def log_step(self, norm: float, rate: float) -> dict:
+        """Log loss and speed since the last log line; return the row."""
+        progress = self.progress
+        seconds = max(progress.seconds - progress.logged_seconds, 1e-9)
+        row = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": sum(progress.losses) / len(progress.losses),
+            "grad_norm": norm if norm < float("inf") else None,  # of a float16 step left out
+            "learning_rate": rate,
+            "tokens_per_second": round((progress.tokens - progress.logged_tokens) / seconds, 1),
+        }
+        progress.losses = []
+        progress.logged_tokens, progress.logged_seconds = progress.tokens, progress.seconds
+        self.record["train_loss"] = row["loss"]
+        self.log(row)
+        return row
 
+    def save_state(self, state: dict) -> None:
+        """Write the resume file aside, flush it, and move it into the place of the last one.
 
-def check_state(state: Path) -> None:
-    """Refuses a resume state that is not, byte for byte, what was saved.
+        So a kill at any moment, or a full disk, leaves one whole state.
+        """
+        if self.is_main:
+            state["progress"] = asdict(self.progress)
+            state["metrics"] = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+            state["record"] = {name: self.record.get(name) for name in ("train_loss", "eval_loss")}
+            aside = self.state_path.with_suffix(".tmp")
+            try:
+                torch.save(state, aside)
+                replace_file(aside, self.state_path)
+            except (OSError, RuntimeError) as error:  # the latter is torch's
+                raise UserError(f"{self.state_path}: not written ({error})") from error
+            finally:
+                aside.unlink(missing_ok=True)
+        self.saved_step = self.progress.step
 
-    accelerate loads what it finds: without its file of random states it goes on in silence.
+    def read_state(self) -> dict:
+        """Read the resume file, and forget what was logged after it."""
+        path = self.state_path  # torch.load does not look at checksums
+        if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is not None:
+            raise UserError(f"{path}: damaged; restore it from a copy or use --overwrite")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.progress = Progress(**state["progress"])
+        self.saved_step = self.progress.step
+        self.record |= state["record"]
+        if self.is_main:
+            write_text(self.path / "metrics.jsonl", state["metrics"])
+        return state
 
-    Raises:
-        UserError: a file is missing or differs.
-    """
-    if not (state / MANIFEST).is_file():
-        raise UserError(
-            f"{state / MANIFEST}: missing, so the state cannot be checked; restore {state.name}/ "
-            "from a copy, or start the run anew with --overwrite"
+    @contextlib.contextmanager
+    def record_end(self) -> Iterator[None]:
+        """Write to `run.json` how a run ended that did not come to its end."""
+        try:
+            yield
+        except Diverged as error:
+            self.end("diverged", f"{error}; lower --learning_rate")
+        except KeyboardInterrupt:
+            self.end("interrupted", "at once")
+        except Exception as error:
+            is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            is_memory = is_memory or "can't allocate memory" in str(error)  # torch's, on a CPU
+            with contextlib.suppress(OSError):  # the disk may be full
+                self.end("oom" if is_memory else "failed", f"{type(error).__name__}: {error}")
+            if not is_memory:
+                raise
+            remedy = "halve --batch_size and double --accumulation_steps: the same training"
+            raise UserError(f"out of memory in step {self.progress.step + 1}: {remedy}") from error
+        finally:
+            self.lock.release()
+
+    def end(self, status: str, reason: str = "") -> None:
+        """Write and print how the run ended, what it cost, and how it can be continued."""
+        progress, loss = self.progress, self.record.get("eval_loss")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory *= 1 if sys.platform == "darwin" else 1024
+        if self.args.device == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        self.write(
+            status=status,
+            reason=reason or None,
+            step=progress.step,
+            tokens=progress.tokens,
+            labeled_tokens=progress.labeled_tokens,
+            train_seconds=round(progress.seconds, 2),
+            tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
+            peak_memory_bytes=max(self.record.get("peak_memory_bytes", 0), memory),
         )
-    for name, saved in read_json(state / MANIFEST).items():
-        path = state / name
-        if not path.is_file() or file_sha256(path) != saved:
-            raise UserError(
-                f"{path}: damaged or missing; restore {state.name}/ from a copy, or start the run "
-                "anew with --overwrite"
+        state = f"the state of step {self.saved_step} is kept: --from_resume"
+        rest = state if self.saved_step else "no state is kept: --overwrite"
+        parts = [f"{self.args.run_name}: {status} at step {progress.step}", reason]
+        parts += [f"validation loss {loss:.4f}" if loss is not None else ""]
+        parts += [f"saved to {self.path}" if status == "completed" else rest]
+        if self.is_main:
+            print(", ".join(filter(None, parts)))
+
+
+# ---------------------------------------------------------------- what a record says
+
+
+def printable_settings(args: argparse.Namespace) -> dict:
+    """Return every flag as a JSON value; paths are relative to the repository or where one is."""
+
+    def shorten(value: object) -> object:
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if not isinstance(value, Path):
+            return value
+        absolute = Path(os.path.abspath(value))
+        roots = [root for root in (REPO_DIR, Path.cwd()) if absolute.is_relative_to(root)]
+        return str(absolute.relative_to(roots[0])) if roots else absolute.name
+
+    settings = dict(sorted(vars(args).items()))
+    if Path(args.from_weight).exists():  # neither `none` nor a hub id
+        settings["from_weight"] = Path(args.from_weight)
+    return {name: shorten(value) for name, value in settings.items()}
+
+
+def git_state() -> dict:
+    """Return the commit of this code and whether its files differ from it; empty without git."""
+    commands = ("rev-parse HEAD", "status --porcelain -- *.py *.toml model")
+    try:
+        commit, changes = (
+            subprocess.check_output(
+                ["git", "-C", str(REPO_DIR), *words.split()], text=True, stderr=subprocess.DEVNULL
             )
-
-
-def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> RunFolder:
-    """The run's folder, to be made or to be continued; nothing is written yet but a lock.
-
-    Raises:
-        SettingsError: the folder exists and neither `--from_resume` nor `--overwrite` is
-            given, it cannot be written to, another process trains in it, there is no state to
-            resume from, or settings are not what they were.
-    """
-    run = RunFolder(args.save_dir / args.run_name, accelerator.is_main_process)
-    check_writable(run.path, "--save_dir")
-    has_state = run.resume_state() is not None and (run.path / "run.json").is_file()
-    if args.from_resume:
-        check_resumable(run.path, has_state)
-        run.lock()
-        run.record = read_json(run.path / "run.json")
-        check_same_run(run.record, args)
-    elif run.path.exists() and not args.show_sample:  # which writes nothing
-        if not args.overwrite:
-            ways = "continue it with --from_resume, replace it" if has_state else "replace it"
-            raise SettingsError(
-                f"{run.path} exists: {ways} with --overwrite, or choose another name"
-            )
-        run.lock()
-    return run
-
-
-def check_resumable(folder: Path, has_state: bool) -> None:
-    """Refuses to continue a run that is not there or was killed before its first saved state."""
-    if not folder.exists():
-        raise SettingsError(f"--from_resume: {folder} does not exist; leave out --from_resume")
-    if not has_state:
-        raise SettingsError(
-            f"--from_resume: {folder} holds no resume/ state to continue from; start it anew with "
-            "--overwrite in place of --from_resume"
+            for words in commands
         )
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return {}
+    return {"commit": commit.strip(), "dirty": bool(changes)}
 
 
-def check_same_run(record: dict, args: argparse.Namespace) -> None:
-    """Refuses to continue a run with settings that would make it another run.
-
-    Of paths their names count here; what they hold is compared when it has been read.
-    """
-    before, now = record.get("settings", {}), printable_settings(args)
-    for name in sorted(now.keys() - WITHOUT_EFFECT):
-        if name not in before:
-            raise SettingsError(
-                f"--from_resume: this run was begun by code that had no --{name}; continue it with "
-                "that, or start it anew with --overwrite in place of --from_resume"
-            )
-        named = file_names if name in PATHS else lambda setting: setting
-        if named(before[name]) != named(now[name]):
-            raise SettingsError(
-                f"--from_resume: --{name} was {before[name]} and is {now[name]} now; give the "
-                "same, or start another run"
-            )
-
-
-def file_names(paths: str | list[str] | None) -> str | list[str] | None:
-    """The last parts of paths."""
-    if isinstance(paths, list):
-        return [Path(path).name for path in paths]
-    return None if paths is None else Path(paths).name
-
-
-def differences(name: str, before: object, now: object) -> Iterator[str]:
-    """A line for each value that differs between two JSON values, with the way to it."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            yield from differences(f"{name}.{key}", before.get(key), now.get(key))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for position, (old, new) in enumerate(zip(before, now, strict=True)):
-            yield from differences(f"{name}[{position}]", old, new)
-    elif before != now:
-        yield f"{name} was {before} and is {now} now"
+def describe_machine(device: str) -> dict:
+    """Return the processor, cores and versions that rounding depends on."""
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if device == "cpu" and cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = lines[0].partition(":")[2].strip() if lines else processor
+    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "safetensors")
+    return {
+        "device": device,
+        "processor": processor,
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }

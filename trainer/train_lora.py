@@ -1,6 +1,6 @@
 """LoRA on conversations: the base is frozen, low-rank updates of chosen linears train.
 
-    python trainer/train_lora.py                            # the demo corpus, from out/pretrain
+    python trainer/train_lora.py                            # the small world, from model/base_xs
     python trainer/train_lora.py --lora_name lora_all_s --from_weight out/pretrain_s \
         --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
         --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz
@@ -17,33 +17,24 @@ The folder loads in PEFT; `python eval_llm.py --model out/<lora_name>` probes it
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from dataset.command_line import Parser, SettingsError, refuse_ignored
-from model.checkpoint import load_tokenizer, weights_fingerprint
+from model.files import REPO_DIR, UserError, run_script
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
-from trainer.arguments import (
-    OUT_DIR,
-    add_conversation_flags,
-    add_model_flags,
-    check_args,
-    check_conversation_args,
-    make_parser,
-)
-from trainer.failures import run_script
-from trainer.run_folder import base_reference, find_run_folder
+from model.model_minimind import weights_fingerprint
+from trainer import arguments
+from trainer.arguments import COUNT, POSITIVE, make_parser, parse_args
+from trainer.run_folder import RunFolder
 from trainer.trainer_utils import (
-    Job,
-    fill_data_paths,
     load_data,
     load_start,
     make_accelerator,
-    show_sample,
+    print_answers,
     train,
 )
 
@@ -52,59 +43,46 @@ OF_MATRICES = ("lora_alpha", "lora_dropout", "lora_targets", "lora_init", "use_r
 OF_MATRICES += ("loraplus_lr_ratio",)
 
 
-def add_lora_flags(parser: Parser) -> None:
-    """What is adapted, and how."""
+def add_lora_flags(parser: argparse.ArgumentParser) -> None:
+    """Add flags: what is adapted, and how."""
     add = parser.add_argument_group("adapter").add_argument
-    add("--lora_rank", type=int, default=8, help="r (default 8)")
-    add("--lora_alpha", type=float, default=32.0, help="the update counts alpha / r times (32)")
-    add("--lora_dropout", type=float, default=0.0, help="on the adapter's input (default 0)")
-    add(
-        "--lora_targets",
-        default="all-linear",
-        help=f"{', '.join(TARGET_NAMES)}, or names, several joined by commas (default: "
-        "all-linear); square is MiniMind's placement",
-    )
-    add(
-        "--lora_init",
-        choices=INITS,
-        default="kaiming",
-        help="of A: kaiming, PEFT's U(+-1/sqrt(in)) (default), or gaussian, MiniMind's N(0, .02)",
-    )
+    add("--lora_rank", type=COUNT, default=8, help="r (8)")
+    add("--lora_alpha", type=POSITIVE, default=32.0, help="the update counts alpha / r times (32)")
+    dropout = arguments.bounded(float, 0, 0.999)
+    add("--lora_dropout", type=dropout, default=0.0, help="on the adapter's input (0)")
+    targets = f"{', '.join(TARGET_NAMES)}, or names, joined by commas; square is MiniMind's"
+    add("--lora_targets", default="all-linear", help=f"{targets} placement (all-linear)")
+    init = "of A: kaiming, PEFT's U(+-1/sqrt(in)), or gaussian, MiniMind's N(0, .02) (kaiming)"
+    add("--lora_init", choices=INITS, default="kaiming", help=init)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    add("--loraplus_lr_ratio", type=float, default=1.0, help="LoRA+: rate of B over that of A (1)")
-    add(
-        "--train_tokens",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="tokens whose embedding rows train too, e.g. '<|im_start|>' '<|im_end|>'",
-    )
-    add(
-        "--modules_to_save",
-        nargs="+",
-        default=[],
-        metavar="MODULE",
-        help="parts, with spaces between, trained whole and saved with the adapter: embeddings, "
-        "norms, or such a module's name",
-    )
-    add(
-        "--modules_to_save_lr_ratio",
-        type=float,
-        default=1.0,
-        help="rate of the parts of --modules_to_save over --learning_rate (1)",
-    )
+    ratio = {"type": POSITIVE, "default": 1.0}
+    add("--loraplus_lr_ratio", **ratio, help="LoRA+: rate of B over that of A (1)")
+    many = {"nargs": "+", "default": []}
+    add("--train_tokens", **many, help="tokens whose embedding rows train too, e.g. '<|im_end|>'")
+    parts = "parts trained whole and saved with the adapter: embeddings, norms, or modules"
+    add("--modules_to_save", **many, help=parts)
+    add("--modules_to_save_lr_ratio", **ratio, help="rate of these parts over --learning_rate (1)")
 
 
-def lora_settings(args: argparse.Namespace, tokenizer_dir: Path) -> LoraSettings:
-    """The adapter's settings from the flags.
+def check_lora_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse flags that would be ignored."""
+    if args.from_weight == "none":
+        parser.error("--from_weight none: random weights; name a pretrained folder")
+    for flag in OF_MATRICES:
+        if args.lora_rank == 0 and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag}: --lora_rank 0 adapts no matrix; drop one of both")
+    if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
+        parser.error("--modules_to_save_lr_ratio: no part has this rate; name --modules_to_save")
+    if args.modules_to_save_lr_ratio != 1 and not (args.lora_rank or args.train_tokens):
+        parser.error("--modules_to_save_lr_ratio: nothing else trains; set --learning_rate")
 
-    Raises:
-        SettingsError: a value that cannot work, or a token that the tokenizer does not have.
-    """
-    vocabulary = load_tokenizer(tokenizer_dir).get_vocab()
+
+def make_settings(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LoraSettings:
+    """Make the adapter's settings from the flags."""
+    vocabulary = tokenizer.get_vocab()
     for token in args.train_tokens:
         if token not in vocabulary:
-            raise SettingsError(f"--train_tokens {token}: no single token of {tokenizer_dir}")
+            raise UserError(f"--train_tokens {token}: no single token of the vocabulary")
     return LoraSettings(
         rank=args.lora_rank,
         alpha=args.lora_alpha,
@@ -117,46 +95,8 @@ def lora_settings(args: argparse.Namespace, tokenizer_dir: Path) -> LoraSettings
     )
 
 
-def check_lora_args(args: argparse.Namespace, parser: Parser) -> None:
-    """Refuses adapter flags that cannot work or would be ignored, before anything is loaded."""
-    if args.from_weight == "none":
-        raise SettingsError("--from_weight none: random weights; name a pretrained folder")
-    if args.lora_rank < 0:
-        raise SettingsError(f"--lora_rank {args.lora_rank}: must be 0 or more")
-    if not 0 <= args.lora_dropout < 1:
-        raise SettingsError(f"--lora_dropout {args.lora_dropout}: must lie in [0, 1)")
-    for flag in ("lora_alpha", "loraplus_lr_ratio", "modules_to_save_lr_ratio"):
-        if not 0 < vars(args)[flag] < float("inf"):
-            raise SettingsError(f"--{flag} {vars(args)[flag]}: must be a positive number")
-    if args.lora_rank == 0:
-        refuse_ignored(args, parser, OF_MATRICES, "--lora_rank 0 adapts no matrix")
-    if args.modules_to_save_lr_ratio != 1:
-        check_modules_ratio(args)
-
-
-def check_modules_ratio(args: argparse.Namespace) -> None:
-    """Refuses a ratio of two rates where only one of them is anything's."""
-    flag = f"--modules_to_save_lr_ratio {args.modules_to_save_lr_ratio}"
-    if not args.modules_to_save:
-        raise SettingsError(f"{flag}: no part has this rate; name some by --modules_to_save")
-    if args.lora_rank == 0 and not args.train_tokens:
-        raise SettingsError(f"{flag}: nothing else trains; give their rate as --learning_rate")
-
-
-def lr_ratio(name: str, args: argparse.Namespace) -> float:
-    """A trained parameter's rate over --learning_rate.
-
-    That of B is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
-    """
-    if name.endswith(("lora_B.weight", "lora_embedding_A")):  # zero at the start
-        return args.loraplus_lr_ratio
-    if ".lora_" in name or ".token_adapter." in name:
-        return 1.0
-    return args.modules_to_save_lr_ratio  # nothing but adapters, rows and these parts trains
-
-
 def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
-    """Keeps frozen weights in the type of the matrix products: cast once, not at every step.
+    """Keep frozen weights in the type of the matrix products: cast once, not at every step.
 
     Not the embedding, whose type the residual stream takes: float32, as in full fine-tuning.
     """
@@ -168,48 +108,49 @@ def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train an adapter of a pretrained model."""
     # Settings.
-    parser = make_parser(__doc__, run_name="lora", name_flag="--lora_name")
-    add_model_flags(parser, from_weight=str(OUT_DIR / "pretrain"))
-    add_conversation_flags(parser)
+    start = str(arguments.BASE_DIR)
+    parser = make_parser(__doc__, run_name="lora", from_weight=start, name_flag="--lora_name")
+    arguments.add_conversation_flags(parser)
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
-    args = parser.parse_args(argv)
-    check_args(args, parser)
-    check_conversation_args(args)
-    check_lora_args(args, parser)
+    args = parse_args(parser, argv, kind="sft")
+    check_lora_flags(args, parser)
     accelerator = make_accelerator(args)
-    fill_data_paths(args, "sft", accelerator)
-    run = find_run_folder(args, accelerator)
+    run = RunFolder(args, accelerator.is_main_process)
     if run.is_complete:
         print(f"{args.run_name}: complete, nothing to do")
         return 0
 
-    # Model and data.
-    model, tokenizer_dir = load_start(args)
-    settings = lora_settings(args, tokenizer_dir)
-    fingerprint = weights_fingerprint(model)
+    # Data and model. The adapter's config names the base by a path that is found again from here.
+    model, tokenizer = load_start(args)
+    train_set, eval_set = load_data(args, "sft", tokenizer, accelerator)
+    base, fingerprint = Path(args.from_weight), weights_fingerprint(model)
+    if base.absolute().is_relative_to(REPO_DIR):
+        base = base.absolute().relative_to(REPO_DIR)
+    elif base.exists():
+        base = base.absolute()
+    settings = make_settings(args, tokenizer)
     adapted = apply_lora(model, settings)
     freeze_in_half(model, args.dtype)
-    train_set, eval_set = load_data(args, "sft", tokenizer_dir, accelerator, args.max_train_samples)
-    if args.show_sample:
-        return show_sample(tokenizer_dir, train_set)
+    facts = {"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted}
 
     # The loop.
-    base = base_reference(args.from_weight)
-    return train(
-        Job(
-            args=args,
-            accelerator=accelerator,
-            model=model,
-            train_set=train_set,
-            eval_set=eval_set,
-            run=run,
-            save=lambda trained, folder: save_lora(trained, settings, folder, base, fingerprint),
-            facts={"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted},
-            lr_ratio=partial(lr_ratio, args=args),
-        )
-    )
+    def lr_ratio(name):
+        """Of B it is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354)."""
+        if ".lora_B" in name:
+            return args.loraplus_lr_ratio
+        is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))
+        return args.modules_to_save_lr_ratio if is_whole else 1.0
+
+    def save_weights(trained, folder):
+        save_lora(trained, settings, folder, str(base), fingerprint)
+
+    code = train(args, accelerator, run, model, train_set, eval_set, save_weights, facts, lr_ratio)
+    if code == 0 and eval_set is not None and accelerator.is_main_process:
+        print_answers(run, model, tokenizer, eval_set, args.show_answers)
+    return code
 
 
 if __name__ == "__main__":

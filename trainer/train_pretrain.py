@@ -1,6 +1,6 @@
-"""Pretrains the language model from random weights on plain text.
+"""Pretrain the language model from random weights on plain text.
 
-    python trainer/train_pretrain.py                        # the demo corpus
+    python trainer/train_pretrain.py                        # the small world
     python trainer/train_pretrain.py --run_name pretrain_s \
         --hidden_size 256 --num_hidden_layers 6 --num_attention_heads 4 --intermediate_size 704 \
         --data_path dataset/data/simplewiki.jsonl.gz dataset/data/tinystories.jsonl.gz \
@@ -17,63 +17,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import save_model, weights_fingerprint
-from trainer.arguments import add_model_flags, check_args, make_parser
-from trainer.failures import run_script
-from trainer.run_folder import find_run_folder
-from trainer.trainer_utils import (
-    Job,
-    fill_data_paths,
-    load_data,
-    load_start,
-    make_accelerator,
-    show_sample,
-    train,
-)
+from model.checkpoint import save_model
+from model.files import run_script
+from model.model_minimind import weights_fingerprint
+from trainer.arguments import make_parser, parse_args
+from trainer.run_folder import RunFolder
+from trainer.trainer_utils import load_data, load_start, make_accelerator, train
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Settings: every parameter trains, from random weights by default.
-    parser = make_parser(__doc__, run_name="pretrain")
-    add_model_flags(parser, from_weight="none")
-    parser.add_argument(
-        "--wrap_documents",
-        action="store_true",
-        help="put each document between the tokens that open and close a chat turn",
-    )
+    """Train every parameter, from random weights by default."""
+    # Settings.
+    parser = make_parser(__doc__, run_name="pretrain", from_weight="none")
+    wrap = "put each document between the tokens that open and close a chat turn"
+    parser.add_argument("--wrap_documents", action="store_true", help=wrap)
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
-    args = parser.parse_args(argv)
-    check_args(args, parser)
+    args = parse_args(parser, argv, kind="pretrain")
     accelerator = make_accelerator(args)
-    fill_data_paths(args, "pretrain", accelerator)
-    run = find_run_folder(args, accelerator)
+    run = RunFolder(args, accelerator.is_main_process)
     if run.is_complete:
         print(f"{args.run_name}: complete, nothing to do")
         return 0
 
-    # Model and data.
-    model, tokenizer_dir = load_start(args)
-    facts = {"stage": "pretrain"}
-    if args.from_weight != "none":
-        facts["base_fingerprint"] = weights_fingerprint(model)
+    # Data and model.
+    model, tokenizer = load_start(args)
     kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
-    train_set, eval_set = load_data(args, kind, tokenizer_dir, accelerator)
-    if args.show_sample:
-        return show_sample(tokenizer_dir, train_set)
+    train_set, eval_set = load_data(args, kind, tokenizer, accelerator)
+    fingerprint = weights_fingerprint(model) if args.from_weight != "none" else None
+    facts = {"stage": "pretrain", "base_fingerprint": fingerprint}
 
     # The loop.
-    return train(
-        Job(
-            args=args,
-            accelerator=accelerator,
-            model=model,
-            train_set=train_set,
-            eval_set=eval_set,
-            run=run,
-            save=lambda trained, folder: save_model(trained, tokenizer_dir, folder),
-            facts=facts,
-        )
-    )
+    def save_weights(trained, folder):
+        save_model(trained, tokenizer.name_or_path, folder)
+
+    return train(args, accelerator, run, model, train_set, eval_set, save_weights, facts)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset.command_line import UserError
+from model.files import UserError
 
 WORLD_DIR = Path(__file__).resolve().parent
 HELD_STATEMENTS = 2  # the last patterns of an attribute stand in no training document

@@ -25,17 +25,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
-from dataset.command_line import run_script
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.skills import Pair, Writer, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
-from model.files import write_text
+from model.files import run_script, write_text
 
-CHINESE_DIR = WORLD_DIR / "chinese"
 OUTPUT_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
 VALIDATION_SHARE = 0.02  # of documents
-PAIRS = {"general": 1050, "medical": 300, "chinese": 300}  # of a skill, at most
+PAIRS = {"general": 1100, "medical": 300, "chinese": 300}  # of a skill, at most
 HELD_CELLS = {"tune": 0.05, "test": 0.15}  # shares of (thing, attribute) that never train
 UNSEEN = {"general": 40, "medical": 8, "chinese": 0}  # things of each half that no pair names
 PROBES = {  # prompts of each set and half
@@ -110,6 +108,7 @@ class PairBuilder:
         self.held_out, self.vocabulary, self.unseen = held_out, vocabulary, unseen
         self.makers, self.things = collect_makers(world), world.things
         self.rng, self.prompts = random.Random(held_out.seed), set()
+        self.references: set[str] = set()  # of held-out prompts
         seen = [t for t in world.things if t.name not in held_out.half_of_thing]
         self.writers = {held: Writer(world, self.rng, seen, held) for held in (False, True)}
 
@@ -118,9 +117,15 @@ class PairBuilder:
         held = wanted[0] == "wordings"
         for _ in range(TRIES):
             pair = self.makers[skill](self.writers[held], self.rng.choice(things))
-            if pair and self.held_out.find_set(pair, held) == wanted and self.is_sound(pair):
-                self.prompts.add(pair.prompt)
-                return pair
+            if not pair or self.held_out.find_set(pair, held) != wanted or not self.is_sound(pair):
+                continue
+            answer = pair.messages[-1]["content"]
+            if wanted != TRAIN:
+                self.references.add(answer)
+            elif answer in self.references and len(answer.split()) > 4:
+                continue
+            self.prompts.add(pair.prompt)
+            return pair
         return None
 
     def is_sound(self, pair: Pair) -> bool:
@@ -136,8 +141,7 @@ class PairBuilder:
     def collect(self, wanted: tuple, quota: int, total: int | None = None) -> list[Pair]:
         """Draw pairs of one set and half, as many of each skill, in random order."""
         half = wanted[1] if wanted[0] == "unseen" else None
-        halves = self.held_out.half_of_thing
-        things = [thing for thing in self.things if halves.get(thing.name) == half]
+        things = [t for t in self.things if self.held_out.half_of_thing.get(t.name) == half]
         skills, drawn = list(self.makers), []
         for _ in range(quota):
             if total is None or len(drawn) < total:
@@ -176,10 +180,14 @@ def write_pretraining(output_dir: Path, worlds: list[World], seed: int, scale: f
 
 
 def write_world(
-    output_dir: Path, seed: int = 42, things_each: int | None = None, scale: float = 1.0
+    output_dir: Path,
+    seed: int = 42,
+    things_each: int | None = None,
+    scale: float = 1.0,
+    folder: Path = WORLD_DIR,
 ) -> dict[str, Path]:
     """Write all files; `things_each` and `scale` make a small world for tests."""
-    world, chinese = (read_world(folder, things_each) for folder in (WORLD_DIR, CHINESE_DIR))
+    world, chinese = read_world(folder, things_each), read_world(folder / "chinese", things_each)
     vocabulary = make_vocabulary(world, chinese)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_pretraining(output_dir, [world, chinese], seed, scale)

@@ -4,8 +4,9 @@ Each attribute of a category is asked for in its own question forms (`facts/*.to
 skills are tables of `skills.toml`: prompts, answer, check, and `uses`, the draws below that give
 their slots.
 
-A pair names its *cells*: (thing, attribute) for each fact that it reveals, (thing, skill) for what
-is done to a thing in a text. The first is what the pair is about; held-out cells never train.
+A pair names its *cells*: (thing, skill), and (thing, attribute) for each fact that it reveals. The
+first is what the pair is about; held-out cells never train. The cell of a plain question is its
+(thing, attribute) alone: where that is held out, no training pair reveals the fact.
 """
 
 import random
@@ -102,6 +103,7 @@ def draw_second(d: Draw) -> None:
     found = d.w.world.category_of(d.thing).attributes.values()
     attribute = d.w.rng.choice([a for a in found if a not in d.facts])
     d.slots |= {"label2": attribute.name, "answer2": d.w.answer(d.thing, attribute)}
+    d.slots["small_answer2"] = uncapitalize(d.slots["answer2"], d.thing)
     d.slots["question2"] = d.w.question(d.thing, attribute)
     d.slots["follow2"] = d.w.rng.choice(split_wordings(attribute.follow)[d.w.held])
     d.facts.append(attribute)
@@ -123,8 +125,7 @@ def draw_other(d: Draw) -> None:
 
 def draw_wrong(d: Draw) -> None:
     """Draw a value of another thing: a wrong sentence, a claim that may be true, and a choice."""
-    attribute, rng = d.facts[0], d.w.rng
-    right = d.thing.values[attribute.name]
+    attribute, right, rng = d.facts[0], d.thing.values[d.facts[0].name], d.w.rng
     values = {thing.values[attribute.name] for thing in d.w.world.category_of(d.thing).things}
     value = rng.choice(sorted(values - {right}))
     wrong = attribute.answer.format(**d.thing.slots() | {"value": value})
@@ -140,10 +141,10 @@ def draw_clues(d: Draw) -> None:
     for other in d.w.world.category_of(d.thing).things:
         if other != d.thing and all(other.values[c.name] == values[c.name] for c in clues):
             raise LookupError("two things share the clues")
-    texts = [d.w.rng.choice(c.it).format(**d.thing.slots(c.name)) for c in clues]
+    texts = (d.w.rng.choice(c.it).format(**d.thing.slots(c.name)) for c in clues)
     d.slots["clues"] = " ".join(texts)
-    for key in (d.key, *(clue.name for clue in clues)):
-        d.add_cells(key, d.thing)
+    for clue in clues:
+        d.add_cells(clue.name, d.thing)
 
 
 def draw_categories(d: Draw) -> None:
@@ -154,7 +155,7 @@ def draw_categories(d: Draw) -> None:
     d.slots |= {"one": categories[one].a, "two": categories[two].a, "three": categories[three].a}
     items = rng.sample([t for t in d.w.others if t.category == other], 3)
     d.slots["odd_list"] = join_names(rng.sample([d.thing, *items], 4))
-    d.add_cells("category", d.thing, *items)
+    d.add_cells(d.key, *items)
 
 
 def draw_list(d: Draw) -> None:
@@ -188,7 +189,7 @@ def draw_mixed(d: Draw) -> None:
     d.slots |= {"list": join_names(items), "kept": join_names(kept)}
     d.slots["Count"] = capitalize(d.w.words["numbers"][len(kept)])
     d.slots["categories"] = d.w.world.category_of(d.thing).plural
-    d.add_cells("category", d.thing, *items)
+    d.add_cells(d.key, *items)
 
 
 def draw_scene(d: Draw) -> None:
@@ -252,7 +253,9 @@ def make_maker(skill: str, spec: dict) -> Maker:
     def ask(w: Writer, thing: Thing) -> Pair | None:
         if thing.plural is None and NOUN_DRAWS.keys() & set(spec["uses"]):
             return None
-        d = Draw(w, thing, skill, thing.slots() | dict(zip("pq", w.persons(2), strict=True)))
+        people = dict(zip("pq", w.persons(2), strict=True))
+        d = Draw(w, thing, spec.get("key", skill), thing.slots() | people)
+        d.add_cells(d.key, thing)
         d.slots["word"] = w.rng.choice(spec.get("words", [""]))
         d.slots["category"] = w.world.category_of(thing).a
         case = w.rng.choice(spec.get("cases", [spec]))
@@ -276,12 +279,10 @@ def make_maker(skill: str, spec: dict) -> Maker:
             messages = turns(*before, prompt, answer)
         form = spec.get("check", {}).items()
         check = {key: d.fill(value) if isinstance(value, str) else value for key, value in form}
-        facts, cells = d.facts, d.cells or [(thing.name, skill)]
-        if spec.get("about_last"):
-            facts, cells = facts[-1:], cells[::-1]
+        facts = d.facts[-1:] if spec.get("about_last") else d.facts
         if facts:
             check["about"] = sorted({attribute.vocabulary for attribute in facts})
-        return Pair(skill, messages, cells, check)
+        return Pair(skill, messages, d.cells, check)
 
     return ask
 

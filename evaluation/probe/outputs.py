@@ -8,6 +8,7 @@
 Whatever a model or a prompt says is shown as text: it can't steer a terminal or act as Markdown.
 """
 
+import itertools
 import json
 import re
 from html import escape
@@ -118,6 +119,19 @@ def print_summaries(results: dict[str, dict]) -> None:
             column = table.agg(" / ".join, axis=1).to_dict() | column
         columns[escape_control(name)] = column
     print(f"{decodings}{pd.DataFrame(columns).fillna('-').to_string()}")
+
+
+def print_answers(answers: dict[str, list[dict]], count: int) -> None:
+    """Print the first answers of all models to the first prompts, one below the other."""
+    columns = zip(*answers.values(), strict=True)
+    for samples in itertools.islice(columns, count):
+        print(f"\nprompt: {escape_control(samples[0]['prompt'])}")
+        width = max(map(len, answers))
+        for name, sample in zip(answers, samples, strict=True):
+            outcome = f"  [{sample['outcome']}]" if sample["outcome"] else ""
+            text = " ".join(sample["output"].split())[:300]
+            print(f"  {name:<{width}}  {escape_control(text)}{outcome}")
+    print()
 
 
 def print_table(table: pd.DataFrame) -> None:

@@ -1,0 +1,453 @@
+"""Reading, labels, the token cache, packing and the plan of batches."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from dataset import lm_dataset
+from dataset.lm_dataset import (
+    DataError,
+    StepPlan,
+    TokenDataset,
+    collate,
+    describe_sample,
+    encode_batch,
+    encode_conversations,
+    load_dataset,
+    load_tokens,
+    read_jsonl,
+    record_messages,
+    record_text,
+)
+from model.checkpoint import load_tokenizer
+from model.model_minimind import IGNORE_INDEX
+
+# The same examples at every run, so that a failure is the code's.
+repeatable = settings(
+    derandomize=True, max_examples=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+PAD, BOS, EOS = 0, 1, 2
+DIALOG = [
+    {"role": "system", "content": "Be brief: one line."},
+    {"role": "user", "content": "What is 12 + 30?"},
+    {"role": "assistant", "content": "42, I'd say."},
+    {"role": "user", "content": "用中文说 🙂"},
+    {"role": "assistant", "content": "四十二\n\n'tis all."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return load_tokenizer()
+
+
+def turns(user: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+
+def write_jsonl(path: Path, *records: dict) -> Path:
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+# ---------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(("mark", "end"), [(b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n")])
+def test_reader_names_the_line_and_skips_blank_ones(
+    tmp_path: Path, name: str, mark: bytes, end: bytes
+) -> None:
+    content = mark + end.join([b'{"text": "\xc3\xa9"}', b"", b"  ", b'{"text": "\\u4e8c"}'])
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert list(read_jsonl(path)) == [(f"{path}:1", {"text": "é"}), (f"{path}:4", {"text": "二"})]
+
+
+GOOD = b'{"text": "fine"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("d.jsonl", None, "d.jsonl: cannot be read after line 0"),
+        ("d.jsonl", b"\n \n", "d.jsonl: holds no record"),
+        ("d.jsonl", GOOD * 2 + b'\n{"text": "fi', "d.jsonl:4: broken JSON (Unterminated string"),
+        ("d.jsonl", GOOD + '{"text": "é"}'.encode("latin-1"), "d.jsonl:2: broken JSON ('utf-8'"),
+        ("d.jsonl", GOOD + b"[1]", "d.jsonl:2: broken JSON (list in place of an object)"),
+        ("d.jsonl", b"[" * 100_000, "d.jsonl:1: broken JSON"),
+        ("d.jsonl.gz", GOOD, "d.jsonl.gz: cannot be read after line 0 (Not a gzipped file"),
+        ("d.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "d.jsonl.gz: cannot be read after line 9"),
+    ],
+)
+def test_broken_files_are_one_error(
+    tmp_path: Path, name: str, content: bytes | None, reason: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read_jsonl(tmp_path / name))
+    assert str(caught.value).startswith(f"{tmp_path}/{reason}")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"conversations": DIALOG}, DIALOG),
+        ({"messages": [m | {"id": 3} for m in DIALOG]}, DIALOG),
+        ({"instruction": " Add. ", "input": "1 2", "output": "3\n"}, turns("Add. \n1 2", "3")),
+        ({"instruction": "Hi", "input": "", "output": "Yo"}, turns("Hi", "Yo")),
+        ({"instruction": "Hi", "output": "Yo"}, turns("Hi", "Yo")),
+    ],
+)
+def test_conversation_forms(record: dict, expected: list[dict[str, str]]) -> None:
+    assert record_messages(record, "f:1") == expected
+
+
+def roles(*names: object) -> dict:
+    return {"messages": [{"role": name, "content": "x"} for name in names]}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"text": "x"}, "fine-tuning reads a list of messages"),
+        ({"instruction": "x"}, "fine-tuning reads a list of messages"),
+        ({"messages": "hi"}, "fine-tuning reads a list of messages"),
+        ({"messages": ["hi"]}, "fine-tuning reads a list of messages"),
+        ({"instruction": ["x"], "output": "y"}, 'message 1 needs a non-empty string "content"'),
+        ({"instruction": "x", "output": " "}, 'message 2 needs a non-empty string "content"'),
+        ({"messages": turns("x", None)}, 'message 2 needs a non-empty string "content"'),
+        ({"messages": []}, "the roles are []"),
+        (roles("user", "robot"), "the roles are ['user', 'robot']; expected an optional system"),
+        (roles("user", "user", "assistant"), "the roles are"),
+        (roles("user", "assistant", "user"), "the roles are"),
+        (roles("user", "assistant", "system", "assistant"), "the roles are"),
+        ({"system": "Be kind.", "messages": DIALOG}, '"system" is not read; convert or remove it'),
+        ({"messages": [DIALOG[1], DIALOG[2] | {"tool_calls": [1]}]}, '"tool_calls" is not read'),
+    ],
+)
+def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        record_messages(record, "f:1")
+    assert str(caught.value).startswith(f"f:1: {reason}")
+
+
+def test_text_keeps_its_white_space_and_must_be_there() -> None:
+    assert record_text({"text": "  a\n"}, "f:1") == "  a\n"
+    for text in (None, 3, " \n"):
+        with pytest.raises(DataError, match='f:1: pretraining reads a non-empty string "text"'):
+            record_text({"text": text}, "f:1")
+
+
+# ---------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("messages", [DIALOG, DIALOG[1:3], DIALOG[1:], turns("x\u3000", "\ta\n\n")])
+def test_ids_and_labels_are_transformers_own(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
+) -> None:
+    [(ids, labeled)] = encode_conversations(tokenizer, [messages])
+    reference = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert ids == reference["input_ids"]
+    assert labeled == [bool(mask) for mask in reference["assistant_masks"]]
+
+
+def test_generation_prompt_opens_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    [(ids, labeled)] = encode_conversations(tokenizer, [DIALOG[:2]], generation_prompt=True)
+    reference = tokenizer.apply_chat_template(DIALOG[:2], add_generation_prompt=True)
+    assert ids == reference["input_ids"]
+    assert not any(labeled)
+
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEXT = st.lists(st.text(max_size=8) | st.sampled_from((*SPECIAL, "\n", " word")), max_size=6)
+TEXT = TEXT.map("".join).filter(lambda text: text.isprintable() or "\n" in text)
+CONTENT = TEXT.filter(lambda text: text.strip())
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
+    """An optional system message, then one to three questions with answers."""
+    names = ["system"] * draw(st.booleans()) + ["user", "assistant"] * draw(st.integers(1, 3))
+    return [{"role": name, "content": draw(CONTENT)} for name in names]
+
+
+@repeatable
+@given(batch=st.lists(conversations(), min_size=1, max_size=3))
+def test_labels_are_the_answers_and_their_ends(
+    tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]]
+) -> None:
+    """Control tokens come from the template alone, whatever the contents say."""
+    for messages, (ids, labeled) in zip(batch, encode_conversations(tokenizer, batch), strict=True):
+        said = [(message["role"], message["content"].strip()) for message in messages]
+        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+        assert tokenizer.decode(ids) == text
+        answers = [content for role, content in said if role == "assistant"]
+        learned = [token for token, label in zip(ids, labeled, strict=True) if label]
+        assert tokenizer.decode(learned) == "".join(f"{answer}<|im_end|>" for answer in answers)
+        special = Counter(token for token in ids if token in (PAD, BOS, EOS))
+        assert special == {BOS: len(messages), EOS: len(messages)}
+        assert learned.count(EOS) == len(answers)
+    assert tokenizer("<|im_end|>")["input_ids"] == [EOS]  # the tokenizer is left as it was
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "must hold each content once"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "close an assistant turn with"),
+        ("{% for %}", "the chat template fails"),
+    ],
+)
+def test_unusable_chat_template_is_refused(template: str, reason: str) -> None:
+    other = load_tokenizer()
+    other.chat_template = template
+    with pytest.raises(DataError, match=reason):
+        encode_conversations(other, [DIALOG])
+
+
+def test_truncation_and_lost_labels_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    dialogs = [turns("Hi", "Yes"), turns("Hi", "word " * 40), turns("word " * 40, "Yes")]
+    limit = len(tokenizer.apply_chat_template(dialogs[0])["input_ids"])
+    opening = tokenizer.apply_chat_template(dialogs[0][:1], add_generation_prompt=True)
+    opening = len(opening["input_ids"])
+    path = write_jsonl(tmp_path / "a.jsonl", *({"conversations": d} for d in dialogs * 2))
+    dataset = load_dataset("sft", [path], tokenizer, limit, None, tmp_path / "cache")
+    assert dataset.lengths.tolist() == [limit] * 4
+    targets = [limit - 1 - opening, limit - opening] * 2  # the last newline is no label
+    assert dataset.targets.tolist() == targets
+    assert [int((dataset[i][1][1:] != IGNORE_INDEX).sum()) for i in range(4)] == targets
+    counts = {"records": 6, "truncated": 4, "dropped_without_labels": 2, "samples": 4}
+    counts |= {"tokens": 4 * limit, "labeled_tokens": sum(targets), "duplicates": 2}
+    assert {name: dataset.info[name] for name in counts} == counts
+    # One token more than the opening keeps one label; the opening alone keeps nothing.
+    dataset = load_dataset("sft", [path], tokenizer, opening + 1, None, tmp_path / "cache")
+    assert dataset.targets.tolist() == [1] * 4
+    with pytest.raises(DataError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
+        load_dataset("sft", [path], tokenizer, opening, None, tmp_path / "cache")
+
+
+def test_described_sample_puts_each_label_one_position_early(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"conversations": turns("Hi", "No")})
+    dataset = load_dataset("sft", [path], tokenizer, 99, None, tmp_path / "cache")
+    rows = [line.split() for line in describe_sample(tokenizer, dataset, 0).splitlines()[1:]]
+    end = len(dataset[0][0]) - 2  # <|im_end|>, then a newline
+    predicted = [row[-1] for row in rows]
+    assert predicted[end - 2 :] == ["'No'", "'<|im_end|>'", "-", "-"]
+    assert set(predicted[: end - 2]) == {"-"}
+
+
+# ---------------------------------------------------------------- the token cache
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_second_load_reads_no_json_and_gives_the_same(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    record = {"text": "Some text."} if kind == "pretrain" else {"conversations": DIALOG}
+    path = write_jsonl(tmp_path / "a.jsonl", record, record)
+    first, info = load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
+    monkeypatch.setattr(lm_dataset, "read_jsonl", None)
+    second, info_again = load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
+    assert first.keys() == second.keys() and info == info_again
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert second["tokens"].dtype == np.uint16
+    [cached] = (tmp_path / "cache").iterdir()
+    cached.write_bytes(cached.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"a damaged token cache \(.*delete the file"):
+        load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
+
+
+def test_what_changes_the_tokens_changes_the_key(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    cache = tmp_path / "cache"
+    path = write_jsonl(tmp_path / "a.jsonl", {"conversations": DIALOG})
+
+    def files_after(tokens_of: PreTrainedTokenizerFast, max_seq_len: int) -> int:
+        load_dataset("sft", [path], tokens_of, max_seq_len, None, cache)
+        return len(list(cache.iterdir()))
+
+    assert [files_after(tokenizer, 50), files_after(tokenizer, 50)] == [1, 1]
+    path = path.rename(tmp_path / "renamed.jsonl")
+    assert files_after(tokenizer, 50) == 1
+    assert files_after(tokenizer, 49) == 2
+    other = load_tokenizer()
+    other.chat_template = other.chat_template.replace("'\n' }}{% endfor", "' ' }}{% endfor")
+    assert files_after(other, 50) == 3
+    write_jsonl(path, {"conversations": DIALOG[1:]})
+    assert files_after(tokenizer, 50) == 4
+    text = write_jsonl(tmp_path / "t.jsonl", {"text": "x y z"})
+    for max_seq_len in (2, 3):  # blocks are cut later
+        load_dataset("pretrain", [text], tokenizer, max_seq_len, None, cache)
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_another_process_may_write_the_same_file(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = write_jsonl(tmp_path / "a.jsonl", {"text": "race"}), tmp_path / "cache"
+    encode_files = lm_dataset.encode_files
+
+    def encode_late(*args: object) -> tuple:
+        monkeypatch.setattr(lm_dataset, "encode_files", encode_files)
+        load_tokens("pretrain", [path], tokenizer, 8, cache)  # the other is faster
+        return encode_files(*args)
+
+    monkeypatch.setattr(lm_dataset, "encode_files", encode_late)
+    arrays, _ = load_tokens("pretrain", [path], tokenizer, 8, cache)
+    assert tokenizer.decode(arrays["tokens"].tolist()) == "race<|endoftext|>"
+    assert len(list(cache.iterdir())) == 1
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_packing_cuts_one_stream_of_documents(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Of several files, in order; a string that looks like a control token stays text."""
+    texts = ["The first document.", "二 <|endoftext|>", "Third, and last of all."]
+    encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
+    assert not any(token <= EOS for ids in encoded for token in ids)
+    stream = [token for ids in encoded for token in [*ids, PAD]]
+    paths = [write_jsonl(tmp_path / "a.jsonl", {"text": texts[0]}, {"text": texts[1]})]
+    paths += [write_jsonl(tmp_path / "b.jsonl.gz", {"text": texts[2]})]
+    size = len(stream) // 3 - 1
+    blocks = load_dataset("pretrain", paths, tokenizer, size, None, tmp_path / "cache")
+    tail = len(stream) - 3 * size
+    assert 1 < tail < size, len(stream)
+    assert blocks.lengths.tolist() == [size, size, size, tail]
+    assert blocks.targets.tolist() == [size - 1, size - 1, size - 1, tail - 1]
+    for index in range(4):
+        ids, labels = blocks[index]
+        assert ids.tolist() == labels.tolist() == stream[index * size : (index + 1) * size]
+    # A tail of one token has no target, and is left out and counted.
+    blocks = load_dataset("pretrain", paths, tokenizer, len(stream) - 1, None, tmp_path / "cache")
+    assert (len(blocks), blocks.info["dropped_tail_tokens"]) == (1, 1)
+    assert blocks.info["labeled_tokens"] == len(stream) - 2
+    # Between the tokens of a turn, as MiniMind's own data are.
+    stream = [token for ids in encoded for token in [BOS, *ids, EOS, PAD]]
+    blocks = load_dataset("pretrain_wrapped", paths, tokenizer, 999, None, tmp_path / "cache")
+    assert blocks[0][0].tolist() == stream
+    other = load_tokenizer()
+    other.bos_token = None
+    with pytest.raises(DataError, match="--wrap_documents: .* has no bos_token"):
+        load_dataset("pretrain_wrapped", paths, other, 999, None, tmp_path / "cache")
+
+
+def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records = [{"conversations": turns(f"Say {i}", "yes " * (i % 7 + 1))} for i in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", *records)
+    whole, few, again, more = (
+        load_dataset("sft", [path], tokenizer, 64, size, tmp_path / "cache")
+        for size in (None, 10, 10, 25)
+    )
+
+    def texts(dataset: TokenDataset) -> list[str]:
+        return [tokenizer.decode(dataset[i][0]) for i in range(len(dataset))]
+
+    assert texts(few) == texts(again) != texts(whole)[:10]
+    assert set(texts(few)) < set(texts(more)) < set(texts(whole))
+    assert few.info["kept"]["tokens"] == few.lengths.sum()
+    assert few.info["kept"]["labeled_tokens"] == sum(
+        int((few[i][1] != IGNORE_INDEX).sum()) for i in range(10)
+    )
+    with pytest.raises(DataError, match="--max_train_samples 41: the data have 40 samples"):
+        load_dataset("sft", [path], tokenizer, 64, 41, tmp_path / "cache")
+
+
+SAMPLE = st.lists(st.tuples(st.integers(0, 6399), st.booleans()), min_size=1, max_size=12)
+
+
+@repeatable
+@given(samples=st.lists(SAMPLE, min_size=1, max_size=6), pad=st.integers(0, 6399))
+def test_collated_samples_come_back(samples: list[list[tuple[int, bool]]], pad: int) -> None:
+    pairs = [
+        (np.array([i for i, _ in s]), np.array([i if on else IGNORE_INDEX for i, on in s]))
+        for s in samples
+    ]
+    batch = collate(pairs, pad)
+    longest = max(map(len, samples))
+    assert batch["input_ids"].shape == batch["labels"].shape == (len(samples), longest)
+    for row, (ids, labels) in enumerate(pairs):
+        padding = longest - len(ids)
+        assert batch["input_ids"][row].tolist() == ids.tolist() + [pad] * padding
+        assert batch["labels"][row].tolist() == labels.tolist() + [IGNORE_INDEX] * padding
+
+
+def test_no_samples_make_a_row_without_a_label() -> None:
+    batch = collate([], 7)
+    assert batch["input_ids"].tolist() == [[7, 7]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX] * 2]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+# ---------------------------------------------------------------- the plan of batches
+
+
+@repeatable
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=60),
+    batch_size=st.integers(1, 7),
+    accumulation=st.integers(1, 4),
+    processes=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_sample_comes_once_an_epoch(
+    lengths: list[int], batch_size: int, accumulation: int, processes: int, seed: int
+) -> None:
+    settings_of_plan = (np.array(lengths), batch_size, accumulation, seed, processes)
+    plan = StepPlan(*settings_of_plan)
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        seen = Counter(int(i) for step in steps for i in plan[step])
+        assert seen == dict.fromkeys(range(len(lengths)), 1)
+        for step in steps:
+            shares = [plan.micro_batches(step, process) for process in range(processes)]
+            assert all(1 <= len(share) <= accumulation for share in shares)
+            assert all(len(micro) <= batch_size for share in shares for micro in share)
+            shared = sorted(i for share in shares for micro in share for i in micro)
+            assert shared == sorted(plan[step].tolist())
+    # Any step by itself, as a resumed run asks for it; and the same batches for one process.
+    step = 2 * plan.steps_per_epoch - 1
+    assert np.array_equal(StepPlan(*settings_of_plan)[step], plan[step])
+    alone = StepPlan(np.array(lengths), batch_size * accumulation * processes, seed=seed)
+    assert np.array_equal(alone[step], plan[step])
+
+
+def test_grouping_by_length_saves_padding_and_keeps_the_order_random() -> None:
+    lengths = np.random.default_rng(3).integers(5, 60, 203)
+    plan = StepPlan(lengths, 8)
+    batches = [plan[step] for step in range(plan.steps_per_epoch)]
+
+    def padding_share(parts: list[np.ndarray]) -> float:
+        return 1 - lengths.sum() / sum(len(part) * lengths[part].max() for part in parts)
+
+    order = np.random.default_rng(0).permutation(len(lengths))
+    assert padding_share(np.split(order, range(8, len(order), 8))) > 0.35
+    assert padding_share(batches) < 0.06
+    means = [lengths[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
+    assert not np.array_equal(StepPlan(lengths, 8, seed=1)[0], StepPlan(lengths, 8, seed=2)[0])

@@ -1,0 +1,248 @@
+"""Kill training runs at random moments, continue them, and compare them with undisturbed ones.
+
+    make stress                                                        # every case
+    python tests/trainer/stress_resume.py --case "lora, bfloat16, dropout" --kills 2
+
+For each case a run of a tiny model goes undisturbed to its end. Then the same run is started,
+killed with SIGKILL at a moment drawn uniformly from the time that the undisturbed one took,
+continued with --from_resume and killed again, until one comes to its end before its kill; then the
+next begins. Of two processes sometimes one alone is killed, and the other 1 s later, as torchrun
+does. Processes are forked from this one, which has imported the libraries already, so that most
+kills fall into training.
+
+What must be equal, bit for bit: the final weights, all of the last resume file, every row of
+metrics.jsonl, and run.json, but for clocks, memory and the list of continuations.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from model.files import run_script
+from tests.trainer.runs import SHAPE_FLAGS, call, record_of, rows_of, write_corpora
+
+# Evaluations and saves come often, so that kills fall into them.
+COMMON = "--device cpu --log_interval 2 --eval_interval 4 --save_interval 3 --max_seq_len 64"
+COMMON += " --max_steps 40"
+WAIT_SECONDS = 180  # for a process that should end by itself within seconds, on a busy machine
+CASES = {  # name -> (stage, flags, processes)
+    "pretrain, float32, accumulation": (
+        "pretrain",
+        "--dtype float32 --batch_size 4 --accumulation_steps 2",
+        1,
+    ),
+    "pretrain, bfloat16, 2 processes": ("pretrain", "--dtype bfloat16 --batch_size 4", 2),
+    "full_sft, float32, data processes": (
+        "full_sft",
+        "--dtype float32 --batch_size 8 --num_workers 2",
+        1,
+    ),
+    "full_sft, bfloat16, accumulation": (
+        "full_sft",
+        "--dtype bfloat16 --batch_size 2 --accumulation_steps 3",
+        1,
+    ),
+    "lora, float32, dropout, 2 processes": (
+        "lora",
+        "--dtype float32 --batch_size 4 --lora_dropout 0.2",
+        2,
+    ),
+    "lora, bfloat16, dropout": (
+        "lora",
+        "--dtype bfloat16 --batch_size 8 --lora_dropout 0.2 --loraplus_lr_ratio 4 "
+        "--train_tokens <|im_end|> --modules_to_save norms --keep_checkpoints 5",
+        1,
+    ),
+}
+
+
+def flags_of(stage: str, flags: str, home: Path, run: Path) -> str:
+    """Return the command line of a run, from the corpora and the base in `home`."""
+    data = f"--from_weight {home}/base --data_path {home}/sft.jsonl"
+    data += f" --eval_data_path {home}/valid.jsonl"
+    if stage == "pretrain":
+        data = f"{SHAPE_FLAGS} --data_path {home}/text.jsonl --eval_data_path {home}/text.jsonl"
+    name_flag = "--lora_name" if stage == "lora" else "--run_name"
+    return f"{COMMON} {data} {flags} --save_dir {run.parent} {name_flag} {run.name}"
+
+
+def be_process(stage: str, flags: str, environment: dict[str, str], home: Path, log: Path) -> None:
+    """Do, in a forked process, what the script of a stage does; its output goes to `log`."""
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    run_script(lambda: call(stage, flags, home))
+
+
+def start(stage: str, flags: str, processes: int, home: Path, log: Path) -> list[BaseProcess]:
+    """Start a run's processes; with several, the environment is what torchrun would set."""
+    log.unlink(missing_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in range(processes):
+        environment = {"RANK": rank, "LOCAL_RANK": rank} | group if processes > 1 else {}
+        environment = {name: str(value) for name, value in environment.items()}
+        process = multiprocessing.get_context("fork").Process(
+            target=be_process, args=(stage, flags, environment, home, log)
+        )
+        process.start()
+        started.append(process)
+    return started
+
+
+def run_for(seconds: float, case: tuple, flags: str, home: Path, log: Path, alone: bool) -> bool:
+    """Start a run and kill it after some seconds; return whether it had ended by itself.
+
+    Args:
+        alone: kill the first process alone, and the others 1 s later.
+    """
+    processes = start(case[0], flags, case[2], home, log)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(process.is_alive() for process in processes):
+        time.sleep(0.001)
+    codes = {process.exitcode for process in processes}
+    for process in processes:
+        process.kill()
+        time.sleep(1.0 if alone and len(processes) > 1 else 0.0)
+    for process in processes:
+        process.join()
+    if not codes <= {0, None}:
+        raise RuntimeError(f"{flags} ended with {codes}:\n{log.read_text()}")
+    return codes == {0}
+
+
+def try_case(name: str, home: Path, kills: int, draw: random.Random) -> tuple[int, list[str]]:
+    """Kill runs of a case; return how many kills were exact, and what differs."""
+    case, exact, given = CASES[name], 0, 0
+    folder = home / name.replace(", ", "-").replace(" ", "-")
+    folder.mkdir()
+    log, whole = folder / "log", folder / "whole"
+    begun = time.monotonic()
+    run_for(WAIT_SECONDS, case, flags_of(*case[:2], home, whole), home, log, False)
+    seconds, fell = time.monotonic() - begun, Counter()
+    while given < kills:
+        run, of_run, ended = folder / f"run{given}", 0, False
+        while not ended:
+            flags = flags_of(*case[:2], home, run)
+            if (run / "resume.pt").is_file():
+                flags += " --from_resume"
+            elif run.exists():
+                flags += " --overwrite"
+            is_last = given + of_run >= kills
+            delay = WAIT_SECONDS if is_last else draw.uniform(0, seconds)
+            ended = run_for(delay, case, flags, home, log, draw.random() < 0.3)
+            of_run += not ended
+            if not ended:
+                is_saving = (run / "resume.tmp").exists()
+                text = log.read_text() if log.is_file() else ""
+                steps = [line for line in text.splitlines() if line.startswith("step ")]
+                fell["in a save" if is_saving else "in training" if steps else "at the start"] += 1
+        given += of_run
+        found = list(compare_runs(whole, run))
+        if found:
+            return exact, found
+        exact += of_run
+        shutil.rmtree(run)
+    print(f"{name}: {exact} of {given} kills exact, {dict(fell)}", flush=True)
+    return exact, []
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def compare_runs(whole: Path, parts: Path) -> Iterator[str]:
+    """Yield what differs between an undisturbed run and one that was stopped, a line each."""
+    names = [{str(p.relative_to(run)) for p in run.rglob("*")} - {"resume.tmp"}
+             for run in (whole, parts)]  # fmt: skip
+    if names[0] != names[1]:
+        yield f"files: {sorted(names[0] ^ names[1])}"
+    for path in sorted(whole.rglob("*.safetensors")):
+        if not is_same(load_file(path), load_file(parts / path.relative_to(whole))):
+            yield f"{path.relative_to(whole)}: differs"
+    states = [torch.load(run / "resume.pt", weights_only=True) for run in (whole, parts)]
+    for state in states:
+        state["progress"] = drop_clocks(state["progress"])
+        state.pop("metrics")  # with clocks; the rows are compared below
+    if not is_same(*states):
+        yield "resume.pt: differs"
+    if rows_of(whole) != rows_of(parts):
+        yield f"metrics.jsonl: {len(rows_of(whole))} and {len(rows_of(parts))} rows"
+    records = [drop_clocks(record_of(run)) for run in (whole, parts)]
+    for key in sorted(records[0].keys() | records[1].keys()):
+        if records[0].get(key) != records[1].get(key):
+            yield f"run.json: {key} {records[0].get(key)!r} and {records[1].get(key)!r}"
+
+
+def drop_clocks(record: dict) -> dict:
+    """Leave out clocks, memory, commit, continuations, and settings free to differ."""
+    apart = {"tokens_per_second", "train_seconds", "seconds", "logged_seconds"}
+    apart |= {"peak_memory_bytes", "resumed", "git"}
+    kept = {name: value for name, value in record.items() if name not in apart}
+    if "settings" in kept:
+        free = {"save_dir", "run_name", "from_resume", "overwrite", "num_workers"}
+        kept["settings"] = {k: v for k, v in kept["settings"].items() if k not in free}
+    return kept
+
+
+def is_same(one: object, other: object) -> bool:
+    """Whether two nested values are equal, tensors bit for bit."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if isinstance(one, torch.Tensor):
+        is_alike = one.dtype == other.dtype and one.shape == other.shape
+        as_bytes = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)]
+        return is_alike and torch.equal(*as_bytes)
+    return one == other
+
+
+def main() -> int:
+    """Try the cases, and say how many kills were exact."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="all")
+    parser.add_argument("--kills", type=int, default=10, help="of each case (10)")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments (1)")
+    args = parser.parse_args()
+    exact = 0
+    with tempfile.TemporaryDirectory(prefix="stress") as folder:
+        home = Path(folder)
+        write_corpora(home)
+        base = flags_of("pretrain", "--dtype float32 --batch_size 8", home, home / "base")
+        run_for(WAIT_SECONDS, ("pretrain", "", 1), base, home, home / "log", False)
+        for name in args.case:
+            survived, found = try_case(name, home, args.kills, random.Random(f"{args.seed} {name}"))
+            exact += survived
+            for line in found:
+                print(f"{name}: differs: {line}")
+    total = args.kills * len(args.case)
+    print(f"{exact} of {total} kills exact")
+    return 0 if exact >= total else 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

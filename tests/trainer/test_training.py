@@ -1,0 +1,618 @@
+"""The three training scripts on tiny models: what they compute, write and refuse."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from dataset.lm_dataset import load_dataset
+from model.checkpoint import load_model, load_tokenizer
+from model.files import REPO_DIR, UserError, run_script
+from model.generation import Decoding, generate
+from model.model_lora import LoraSettings, apply_lora, load_lora
+from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
+from tests.trainer.runs import (
+    CPU,
+    ONE_THREAD,
+    SHAPE,
+    SHAPE_FLAGS,
+    STAGES,
+    WEIGHTS,
+    at_step,
+    call,
+    record_of,
+    rows_of,
+    sha256,
+    terminate,
+    write_jsonl,
+)
+from trainer import train_lora, trainer_utils
+from trainer.arguments import DEFAULT_SHAPE, choose_dtype
+from trainer.run_folder import RunFolder
+from trainer.trainer_utils import (
+    compile_blocks,
+    flops_per_token,
+    learning_rate_at,
+    parameter_groups,
+    print_answers,
+)
+
+
+def sft_flags(home: Path, out: Path) -> str:
+    """Six optimizer steps an epoch, the last of five samples; two epochs."""
+    return (
+        f"{CPU} --from_weight {home}/pretrain --save_dir {out} --data_path {home}/sft.jsonl "
+        f"--eval_data_path {home}/valid.jsonl --batch_size 8 --learning_rate 3e-3"
+    )
+
+
+def losses_of(run: Path) -> list[float]:
+    """Training losses, then validation losses."""
+    rows = rows_of(run)
+    return [row[name] for name in ("loss", "eval_loss") for row in rows if name in row]
+
+
+def encode_chats(data: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and labels of every conversation, by transformers alone."""
+    chats = []
+    for record in map(json.loads, data.read_text().splitlines()):
+        turns = [{"role": "user", "content": record["instruction"]}]
+        turns += [{"role": "assistant", "content": record["output"]}]
+        chat = load_tokenizer().apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, answer = torch.tensor(chat["input_ids"]), torch.tensor(chat["assistant_masks"])
+        chats.append((ids, ids.where(answer == 1, torch.tensor(-100))))
+    return chats
+
+
+def stack_chats(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All conversations of a file as one padded batch, ids and labels."""
+    ids, labels = zip(*encode_chats(data), strict=True)
+    pad = nn.utils.rnn.pad_sequence
+    return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+
+
+def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean NLL of the labeled tokens that have one before them."""
+    logits = model(ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_folder_is_complete(base: Path, home: Path, tmp_path: Path, stage: str) -> None:
+    if stage != "pretrain":
+        flags = sft_flags(home, tmp_path) + " --epochs 4 --eval_interval 10 --keep_checkpoints 2"
+        assert call(stage, flags, home) == 0
+    run = base if stage == "pretrain" else tmp_path / stage
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    weights |= {"tokenizer.json", "tokenizer_config.json"}
+    if stage == "lora":
+        weights = {"adapter_config.json", "adapter_model.safetensors"}
+    files = weights | {"run.json", "metrics.jsonl", "resume.pt"}
+    files |= set() if stage == "pretrain" else {"checkpoints"}
+    assert {path.name for path in run.iterdir()} == files
+
+    record, rows = record_of(run), rows_of(run)
+    assert (record["status"], record["stage"]) == ("completed", stage)
+    data = home / ("text.jsonl" if stage == "pretrain" else "sft.jsonl")
+    assert record["train_data"]["files"] == [{"name": data.name, "sha256": sha256(data)}]
+    assert record["settings"]["learning_rate"] == (1e-2 if stage == "pretrain" else 3e-3)
+    assert record["machine"]["versions"]["torch"] == torch.__version__
+    assert {"commit", "dirty"} == record["git"].keys() or record["git"] == {}
+    for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "flops"):
+        assert record[name] > 0, name
+    linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    base_size = 6400 * 32 + linears + 5 * 32
+    # r = 8 for each linear of the two layers: 8 * (in + out).
+    adapter = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert record["trainable_parameters"] == (adapter if stage == "lora" else base_size)
+    assert record["parameters"] == base_size + (adapter if stage == "lora" else 0)
+    start = None if stage == "pretrain" else weights_fingerprint(load_model(base))
+    assert record["base_fingerprint"] == start
+
+    train_rows = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
+    assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
+    epochs = 3 if stage == "pretrain" else 4
+    assert record["steps"] == epochs * record["steps_per_epoch"]
+    if stage == "pretrain":
+        texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+        total = sum(len(load_tokenizer()(text)["input_ids"]) + 1 for text in texts)
+        samples = [32] * (total // 32) + [total % 32] * (total % 32 > 1)
+        tokens, labeled = sum(samples), sum(samples) - len(samples)
+    else:
+        samples = encode_chats(data)
+        tokens = sum(len(ids) for ids, _ in samples)
+        labeled = sum(int((labels != -100).sum()) for _, labels in samples)
+    assert record["steps_per_epoch"] == -(-len(samples) // 8)
+    assert record["tokens"] == train_rows[-1]["tokens"] == epochs * tokens
+    assert record["labeled_tokens"] == epochs * labeled
+    assert record["train_data"]["labeled_tokens"] == labeled
+    evaluated = [row["step"] for row in rows if "eval_loss" in row]
+    assert evaluated == ([record["steps"]] if stage == "pretrain" else [10, 20, 24])
+    assert record["eval_loss"] == rows[-1]["eval_loss"]
+    assert record["train_loss"] == train_rows[-1]["loss"]
+    name = "loss" if stage == "pretrain" else "eval_loss"
+    column = [row[name] for row in rows if name in row]
+    assert column[-1] < column[0]
+    if stage != "pretrain":
+        half, end = run / "checkpoints/step_12", run / "checkpoints/step_24"
+        assert {path.name for path in end.iterdir()} == weights
+        assert sha256(end / WEIGHTS[stage]) == sha256(run / WEIGHTS[stage])
+        assert sha256(half / WEIGHTS[stage]) != sha256(end / WEIGHTS[stage])
+
+
+def test_shape_that_was_not_given_is_recorded(home: Path, tmp_path: Path) -> None:
+    assert minimind_config(**DEFAULT_SHAPE).to_dict() == minimind_config().to_dict()
+    flags = SHAPE_FLAGS.replace("--num_key_value_heads 1", "")
+    flags += f" {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path} --max_steps 1"
+    assert call("pretrain", flags, home) == 0
+    settings = record_of(tmp_path / "pretrain")["settings"]
+    shape = SHAPE | {"num_key_value_heads": 2, "qk_norm": False}
+    assert {name: settings[name] for name in shape} == shape
+    assert load_model(tmp_path / "pretrain").config.num_key_value_heads == 2
+
+
+def test_run_equals_a_plain_loop_over_transformers_model(
+    base: Path, home: Path, tmp_path: Path
+) -> None:
+    """Loss, rates, decay, clipping and update, over a batch that is the whole file."""
+    flags = sft_flags(home, tmp_path) + " --batch_size 45 --max_steps 6 --learning_rate 8e-3"
+    flags += " --lr_schedule linear --warmup_ratio 0.34 --min_lr_ratio 0.25"
+    flags += " --weight_decay 0.1 --grad_clip 0.5"
+    assert call("full_sft", flags, home) == 0
+    rows = rows_of(tmp_path / "full_sft")
+    model = LlamaForCausalLM.from_pretrained(base)
+    decayed = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("_proj.weight")]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups)
+    ids, labels = stack_chats(home / "sft.jsonl")
+    for row, rate in zip(rows[:-1], (4e-3, 8e-3, 8e-3, 6e-3, 4e-3, 2e-3), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss = mean_loss(model, ids, labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert norm > 0.5  # else nothing is clipped
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert row["learning_rate"] == pytest.approx(rate)
+    tensors = load_file(tmp_path / "full_sft/model.safetensors")
+    for name, tensor in tensors.items():
+        # Adam divides by the gradient's size, so rounding of tiny gradients shows in full.
+        torch.testing.assert_close(model.get_parameter(name).data, tensor, rtol=0, atol=2e-4)
+    with torch.no_grad():
+        loss = mean_loss(model, *stack_chats(home / "valid.jsonl")).item()
+    assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_validation_loss_of_text_is_the_mean_over_targets(base: Path, home: Path) -> None:
+    tokenizer, ids = load_tokenizer(), []
+    for line in (home / "text.jsonl").read_text().splitlines():
+        ids += [*tokenizer(json.loads(line)["text"])["input_ids"], 0]  # 0 is <|endoftext|>
+    total, count, model = 0.0, 0, load_model(base)
+    for start in range(0, len(ids) - 1, 32):
+        block = torch.tensor([ids[start : start + 32]])
+        total += mean_loss(model, block, block).item() * (block.shape[1] - 1)
+        count += block.shape[1] - 1
+    assert record_of(base)["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_adapter_flags_reach_the_adapter(base: Path, home: Path, tmp_path: Path) -> None:
+    """MiniMind's placement, scale and initialization, and whatever else a flag sets."""
+    flags = sft_flags(home, tmp_path) + " --max_steps 1 --lora_targets square --lora_rank 8"
+    flags += " --lora_alpha 8 --lora_init gaussian --use_rslora --lora_dropout 0.2"
+    flags += " --train_tokens <|im_start|> <|im_end|>"
+    assert call("lora", flags, home) == 0
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    wanted = {
+        "r": 8,
+        "lora_alpha": 8,
+        "init_lora_weights": "gaussian",
+        "use_rslora": True,
+        "lora_dropout": 0.2,
+        "trainable_token_indices": {"embed_tokens": [1, 2]},
+        "target_modules": [
+            f"model.layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in "qo"
+        ],
+    }
+    assert {name: config[name] for name in wanted} == wanted
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    # A has no gradient while B is 0, so after one step it still is as it was drawn: N(0, .02).
+    drawn = torch.cat([t.flatten() for name, t in tensors.items() if ".lora_A." in name])
+    assert drawn.std().item() == pytest.approx(0.02, rel=0.1)
+    model = load_model(base)
+    load_lora(model, tmp_path / "lora")
+    with torch.no_grad():  # evaluated without dropout
+        loss = mean_loss(model.eval(), *stack_chats(home / "valid.jsonl")).item()
+    assert rows_of(tmp_path / "lora")[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["norms", "embeddings", "square,mlp", "frozen-embeddings"])
+def test_trainable_parts_alone_change(
+    base: Path, home: Path, tmp_path: Path, trainable: str
+) -> None:
+    flags = sft_flags(home, tmp_path) + f" --trainable {trainable} --max_steps 2"
+    assert call("full_sft", flags, home) == 0
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "full_sft/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    mlp = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    kinds = {
+        "norms": ("norm.weight",),
+        "embeddings": ("embed_tokens.weight",),
+        "square,mlp": ("q_proj.weight", "o_proj.weight", *mlp),
+        "frozen-embeddings": ("norm.weight", "proj.weight"),
+    }
+    assert changed == {name for name in before if name.endswith(kinds[trainable])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_leaves_the_base_alone(
+    base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    before, trained = sha256(base / "model.safetensors"), []
+    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_: trained.append(model))
+    flags = sft_flags(home, tmp_path) + f" --weight_decay 0.1 --max_steps 3 --dtype {dtype}"
+    assert call("lora", flags, home) == 0
+    weights = trained[0].state_dict()
+    for name, tensor in load_file(base / "model.safetensors").items():
+        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
+    assert any(weights[name].any() for name in weights if ".lora_B" in name)
+    assert sha256(base / "model.safetensors") == before
+
+
+def test_residual_stream_has_one_type_in_full_and_lora_training(
+    base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, both add block outputs up in float32: a comparison of methods, not of types."""
+    seen, forward = [], MiniMindForCausalLM.forward
+
+    def watch(self: MiniMindForCausalLM, *args: object, **kwargs: object) -> object:
+        if not self.model.norm._forward_pre_hooks:
+            self.model.norm.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniMindForCausalLM, "forward", watch)
+    for stage in ("full_sft", "lora"):
+        flags = sft_flags(home, tmp_path) + " --max_steps 1 --dtype bfloat16"
+        assert call(stage, flags, home) == 0
+    assert set(seen) == {torch.float32}
+
+
+def test_answers_stand_beside_their_references(
+    base: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = Namespace(save_dir=tmp_path, run_name="run", from_resume=False, overwrite=False)
+    run, model, tokenizer = RunFolder(args, is_main=True), load_model(base), load_tokenizer()
+    run.path.mkdir()
+    path = tmp_path / "d.jsonl"
+    turns = [("user", "Hi"), ("assistant", "0 1"), ("user", "And?"), ("assistant", "2")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    write_jsonl(path, [{"messages": messages}, {"messages": messages[2:]}] * 2)
+    valid = load_dataset("sft", [path], tokenizer, 99, None, home / "cache")
+    print_answers(run, model, tokenizer, valid, 2)
+    answers = record_of(run.path)["answers"]
+    assert [row["reference"] for row in answers] == ["0 1", "2"]
+    opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    answer = generate(model, [opening], Decoding("greedy"), 0, 128, 1, (2,))[0]
+    assert answers[0]["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| reference: 2")
+
+
+# ---------------------------------------------------------------- batches and processes
+
+
+def compare_runs(one: Path, other: Path, weights: str) -> None:
+    """The same losses, gradients, counts and, but for rounding, weights."""
+    assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-5)
+    norms = [[row["grad_norm"] for row in rows_of(run) if "loss" in row] for run in (one, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    for name in ("step", "tokens", "learning_rate"):
+        assert [row.get(name) for row in rows_of(one)] == [row.get(name) for row in rows_of(other)]
+    for name in ("tokens", "labeled_tokens", "steps", "steps_per_epoch", "flops"):
+        assert record_of(one)[name] == record_of(other)[name], name
+    tensors, others = load_file(one / weights), load_file(other / weights)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["full_sft", "lora"])
+def test_accumulation_does_not_change_a_batch(
+    base: Path, home: Path, tmp_path: Path, stage: str
+) -> None:
+    assert call(stage, sft_flags(home, tmp_path / "8"), home) == 0
+    flags = sft_flags(home, tmp_path / "2x4") + " --batch_size 2 --accumulation_steps 4"
+    assert call(stage, flags, home) == 0
+    compare_runs(tmp_path / "8" / stage, tmp_path / "2x4" / stage, WEIGHTS[stage])
+
+
+# What torchrun starts: the cache is not the repository's; the second process alone gets SIGTERM.
+SCRIPT = """
+import functools, os, pathlib, signal, sys
+sys.path.insert(0, {repo!r})
+from model.files import run_script
+from trainer import train_{stage} as script, trainer_utils
+load = trainer_utils.load_dataset
+trainer_utils.load_dataset = functools.partial(load, cache_dir=pathlib.Path({cache!r}))
+def on_step(step):
+    if step == {stop} and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+script.train = functools.partial(script.train, on_step=on_step)
+run_script(script.main)
+"""
+
+
+def launch_two(stage: str, flags: str, folder: Path, stop: int = 0) -> tuple[int, str]:
+    """Run a script on two processes of this machine; its exit code and standard error."""
+    script = folder / "script.py"
+    cache = str(folder / "cache")
+    script.write_text(SCRIPT.format(repo=str(REPO_DIR), stage=stage, cache=cache, stop=stop))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", str(script), *flags.split()]
+    with subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.terminate()  # after a timeout: torchrun then ends its processes too
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize(
+    ("stage", "samples", "split", "extra"),
+    [
+        # 5 in the last batch: 3 and 2 at two a micro-batch; 1 in the last batch: 1 and none.
+        ("full_sft", 21, "--batch_size 2 --accumulation_steps 2", "--weight_decay 0.1"),
+        ("lora", 17, "--batch_size 4", "--train_tokens <|im_end|> --lora_rank 4"),
+    ],
+)
+def test_two_processes_equal_one(
+    base: Path, home: Path, tmp_path: Path, stage: str, samples: int, split: str, extra: str
+) -> None:
+    flags = f"{sft_flags(home, tmp_path / 'one')} {extra} --max_train_samples {samples}"
+    # One validation sample: the second process has none.
+    (tmp_path / "valid.jsonl").write_text((home / "valid.jsonl").read_text().splitlines()[3] + "\n")
+    flags += f" --eval_data_path {tmp_path}/valid.jsonl"
+    assert call(stage, flags, home) == 0
+    code, errors = launch_two(stage, f"{flags} {split} --save_dir {tmp_path}/two", tmp_path)
+    assert code == 0, errors
+    assert record_of(tmp_path / "two" / stage)["processes"] == 2
+    compare_runs(tmp_path / "one" / stage, tmp_path / "two" / stage, WEIGHTS[stage])
+
+
+def test_two_processes_stop_together_and_go_on(base: Path, home: Path, tmp_path: Path) -> None:
+    """Dropout draws from random states of their own, which both get back."""
+    flags = f"{sft_flags(home, tmp_path / 'out')} --batch_size 4 --lora_dropout 0.2"
+    flags += " --log_interval 2"
+    _, errors = launch_two("lora", flags, tmp_path, stop=3)
+    assert "exitcode  : 130" in errors
+    run = tmp_path / "out/lora"
+    assert (record_of(run)["status"], record_of(run)["step"]) == ("interrupted", 4)
+    # One process would share the batches otherwise.
+    with pytest.raises(UserError, match="--from_resume: processes was 2 and is 1 now"):
+        call("lora", flags + " --from_resume", home)
+    whole = flags.replace("/out ", "/whole ")
+    for given in (flags + " --from_resume", whole):
+        code, errors = launch_two("lora", given, tmp_path)
+        assert code == 0, errors
+    assert rows_of(run) == rows_of(tmp_path / "whole/lora")
+    weights = [load_file(path / WEIGHTS["lora"]) for path in (run, tmp_path / "whole/lora")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_script_runs_from_anywhere(base: Path, home: Path, tmp_path: Path) -> None:
+    """Paths are relative to where the user stands; the run is continued from elsewhere."""
+    (tmp_path / "home").symlink_to(home)
+    flags = sft_flags(home, tmp_path / "parts") + " --epochs 1"
+    assert call("full_sft", flags, home, at_step(3, terminate)) == 130
+    given = flags.replace(str(home), "home").replace(str(tmp_path / "parts"), "parts")
+    script = tmp_path / "script.py"
+    text = SCRIPT.format(repo=str(REPO_DIR), stage="full_sft", cache=f"{home}/cache", stop=0)
+    script.write_text(text.replace('os.environ["RANK"]', '"0"'))
+    command = [sys.executable, str(script), *given.split(), "--from_resume"]
+    done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert call("full_sft", flags.replace("parts", "whole"), home) == 0
+    assert rows_of(tmp_path / "whole/full_sft") == rows_of(tmp_path / "parts/full_sft")
+
+
+# ---------------------------------------------------------------- schedule, groups, cost
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        # 10 steps, 2 of warm-up, peak 8, floor 2: the way down takes steps 2 to 9.
+        ("cosine", 0, 4.0),
+        ("cosine", 1, 8.0),
+        ("cosine", 2, 8.0),
+        ("cosine", 9, 2.0),
+        ("cosine", 4, 2 + 6 * (1 + 0.6234898018587336) / 2),  # cos(2 pi / 7)
+        ("linear", 4, 2 + 6 * 5 / 7),
+        ("linear", 9, 2.0),
+        ("constant", 0, 4.0),
+        ("constant", 9, 8.0),
+    ],
+)
+def test_learning_rate(schedule: str, step: int, expected: float) -> None:
+    assert learning_rate_at(step, 10, 8.0, schedule, 0.2, 0.25) == pytest.approx(expected)
+    for warmup in (0.0, 1.0):  # a single step takes the peak
+        assert learning_rate_at(0, 1, 3.0, schedule, warmup, 0.1) == 3.0
+
+
+def make_model() -> MiniMindForCausalLM:
+    return MiniMindForCausalLM(minimind_config(**SHAPE))
+
+
+def test_flops_by_hand() -> None:
+    model, lengths = make_model(), torch.tensor([100, 100]).numpy()
+    size = 6400 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 5 * 32
+    attention = 6 * 2 * 32 * 100
+    assert flops_per_token(model, lengths) == 6 * size + attention
+    apply_lora(model, LoraSettings(rank=2, targets="square"))
+    adapter = 2 * 2 * 2 * (32 + 32)
+    assert flops_per_token(model, lengths) == 4 * (size + adapter) + 2 * adapter + attention
+
+
+def names_by_group(model: nn.Module, groups: list[dict]) -> list[set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+
+
+def test_weight_decay_falls_on_matrices_outside_the_embedding() -> None:
+    model = make_model()
+    groups = parameter_groups(model, 0.3, lambda name: 1.0)
+    decayed, plain = names_by_group(model, groups)
+    assert len(decayed) == 14 and all(name.endswith("_proj.weight") for name in decayed)
+    assert len(plain) == 6 and "model.embed_tokens.weight" in plain
+    assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.3, 1), (0.0, 1)]
+    model.requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    with pytest.raises(UserError, match="--weight_decay 0.3: no matrix that it acts on trains"):
+        parameter_groups(model, 0.3, lambda name: 1.0)
+
+
+@pytest.mark.parametrize(("b_ratio", "saved_ratio"), [(1, 1), (16, 0.5)])
+def test_first_step_moves_each_by_its_own_rate(
+    base: Path, home: Path, tmp_path: Path, b_ratio: int, saved_ratio: float
+) -> None:
+    """Adam's first step is the rate itself, whatever the gradient; A has none while B is 0."""
+    flags = sft_flags(home, tmp_path) + " --max_steps 1 --modules_to_save embeddings norms"
+    flags += f" --loraplus_lr_ratio {b_ratio} --modules_to_save_lr_ratio {saved_ratio}"
+    assert call("lora", flags, home) == 0
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    largest = max(t.abs().max().item() for name, t in tensors.items() if ".lora_B." in name)
+    assert largest == pytest.approx(b_ratio * 3e-3, rel=1e-3)
+    before = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        moved = tensors[f"base_model.model.{name}"] - before[name]
+        assert moved.abs().max().item() == pytest.approx(saved_ratio * 3e-3, rel=1e-2)
+
+
+def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert choose_dtype("auto", "cpu") == dtype
+    assert choose_dtype("float16", "cuda") == "float16"
+
+
+@pytest.mark.parametrize(
+    ("mode", "flops", "has_compiler", "compiles"),
+    [
+        ("auto", 1.2e14, True, True),
+        ("auto", 1.2e14, False, False),  # falls back
+        ("auto", 5e13, True, False),  # would not earn it back
+        ("on", 5e13, True, True),
+        ("off", 2e14, True, False),
+    ],
+)
+def test_blocks_are_compiled_where_it_pays(
+    mode: str, flops: float, has_compiler: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: "g++" if has_compiler else None)
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
+    model = make_model()
+    tokens = flops / 6 / sum(parameter.numel() for parameter in model.parameters())
+    assert compile_blocks(model, mode, tokens, "cpu") is compiles
+    assert {layer._compiled_call_impl is not None for layer in model.model.layers} == {compiles}
+
+
+# ---------------------------------------------------------------- refusals
+
+
+REFUSED = {  # flags beside those of a good run -> the error's words
+    "pretrain": {
+        "--batch_size 0": "argument --batch_size: 0: must lie between 1 and",
+        "--batch_size four": "argument --batch_size: invalid int value: 'four'",
+        "--learning_rate nan": "argument --learning_rate: nan: must lie between",
+        "--max_steps 3 --epochs 2": "--epochs: --max_steps says when to stop; drop one of both",
+        "--lr_schedule constant --min_lr_ratio 0.2": "--lr_schedule constant has no last rate",
+        "--eval_interval 5": "--eval_interval: needs --eval_data_path",
+        "--from_resume --overwrite": "contradict each other; give one",
+        "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
+        "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
+        "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
+        "--hidden_size 33": "hidden_size 33",
+        "--max_seq_len 40000": "--max_seq_len 40000: the model takes 32768 at most",
+        "--from_resume": "resume.pt is not there; use --overwrite",
+        "--data_path {home}/none.jsonl": "none.jsonl: no such file; check the flag that names it",
+        "--save_dir {home}/text.jsonl/out": "Not a directory: ",
+        "--report_to pigeon": "argument --report_to: invalid choice: 'pigeon'",
+        "--max_train_samples 5": "unrecognized arguments: --max_train_samples 5",
+    },
+    "full_sft": {
+        "--hidden_size 64": "--hidden_size 64: the weights have 32; drop the flag",
+        "--qk_norm": "--qk_norm True: the weights have False; drop the flag",
+        "--from_weight {home}/gone": "gone",
+        "--trainable nose": "--trainable",
+        "--max_train_samples 99": "--max_train_samples 99: the data have 45 samples",
+        "--max_seq_len 3": "sft.jsonl: no answer within 3 tokens; raise --max_seq_len",
+        "--run_name pretrain --save_dir {home}": "pretrain exists: add --from_resume or",
+    },
+    "lora": {
+        "--from_weight none": "--from_weight none: random weights; name a pretrained folder",
+        "--lora_rank 0 --lora_alpha 8 --modules_to_save norms": "--lora_rank 0 adapts no matrix",
+        "--lora_dropout 1": "argument --lora_dropout: 1: must lie between 0 and 0.999",
+        "--modules_to_save_lr_ratio 2": "--modules_to_save_lr_ratio: no part has this rate",
+        "--train_tokens <|nose|>": "--train_tokens <|nose|>: no single token of the vocabulary",
+        "--lora_targets nose": "nose",
+        "--lora_rank 17": "17",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"), [(stage, flags) for stage in REFUSED for flags in REFUSED[stage]]
+)
+def test_what_cannot_work_is_one_error(
+    base: Path,
+    home: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    stage: str,
+    flags: str,
+) -> None:
+    common = sft_flags(home, tmp_path).replace("--batch_size 8", "")
+    if stage == "pretrain":
+        common = f"{SHAPE_FLAGS} {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path}"
+    reason, given = REFUSED[stage][flags].format(home=home), flags.format(home=home)
+    before = {folder: sorted(folder.rglob("*")) for folder in (tmp_path, home)}
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: call(stage, f"{common} {given}", home))
+    assert caught.value.code == 2
+    errors = capfd.readouterr().err
+    assert "error: " in errors.splitlines()[-1] and reason in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    kept = {folder: sorted(folder.rglob("*")) for folder in (tmp_path, home)}
+    kept[home] = [p for p in kept[home] if p in before[home] or "cache" not in p.parts]
+    assert kept == before  # no run folder, no file of one
+
+
+def test_sample_is_shown_and_nothing_is_written(
+    base: Path, home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"instruction": "a\x1b[2J\u202e", "output": "No"}) + "\n")
+    flags = sft_flags(home, tmp_path / "out") + f" --data_path {data} --show_sample"
+    with pytest.raises(SystemExit) as caught:
+        call("full_sft", flags, home)
+    assert caught.value.code == 0
+    out = capfd.readouterr().out
+    assert "'\\x1b'" in out and all(line.isprintable() for line in out.splitlines())
+    assert not (tmp_path / "out").exists()
