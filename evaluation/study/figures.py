@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluation.study import edition1
 from evaluation.study.analysis import (
     Evidence,
     choose_prompts,
@@ -70,30 +71,62 @@ def draw_forest(ax: Axes, frame: pd.DataFrame, color: str, label: str, shift: fl
 
 
 def draw_edition1(evidence: Evidence) -> tuple[Figure, str]:
-    """Draw the first edition's R, with and without end tokens, from the long base of xs."""
-    names = {
-        "minimind@1e-4": "the study's LoRA",
-        "minimind@1e-2": "its learning rate tuned",
-        "all_r8@3e-3": "all linear layers, r=8",
-        "all_r8_rows@3e-3": "and the chat tokens' rows",
-        "fft_frozen_vocabulary@2e-3": "full fine-tuning, embedding frozen",
-        "all_r8_vocabulary@2e-3": "r=8, whole embedding and norms",
-    }
-    cells = pd.read_csv(evidence.folder / "edition1.csv")
-    cells = cells[(cells.kind == "cell") & (cells.base == "xs-plain42")].set_index("cell")
-    cells = cells.loc[list(names)].assign(name=list(names.values()))
-    title = "First edition, 1.6M parameters: learning rate and frozen embedding hold LoRA back"
-    figure, ax = plt.subplots(figsize=(6, 2.6))
-    for kind, label, color, shift in (
-        ("R_no_end", "without end tokens", PALETTE["greedy"], 0.12),
-        ("R", "all response tokens", "#999999", -0.12),
+    """Draw the first edition's R without ends at both sizes, a row a way of training."""
+    title = "Learning rate and frozen embedding hold LoRA back at 1.6M parameters"
+    figure, ax = plt.subplots(figsize=(6, 2.8))
+    arms = edition1.LADDER[:-1]
+    for base, label, color, shift in (
+        (edition1.PLAIN, "1.6M parameters", PALETTE["greedy"], 0.12),
+        (edition1.WHOLE, "6.1M", PALETTE["t0.85p0.85"], -0.12),
     ):
-        columns = {kind: "value", f"{kind}_low": "low", f"{kind}_high": "high"}
-        draw_forest(
-            ax, cells.rename(columns=columns)[["name", *columns.values()]], color, label, shift
-        )
-    ax.set(xlim=(0, 1), xlabel="share of full fine-tuning's gain in likelihood", title=title)
-    ax.legend(frameon=False, loc="upper right")
+        frame = edition1.pick_main([(base, arm) for arm in arms])
+        frame["name"] = [edition1.ARMS[arm] for arm in arms]
+        draw_forest(ax, frame, color, label, shift)
+    ax.set(xlim=(0, 1), xlabel="share of full fine-tuning's gain, without end tokens", title=title)
+    ax.legend(frameon=False, loc="lower left")
+    return figure, title
+
+
+def draw_rates1(evidence: Evidence) -> tuple[Figure, str]:
+    """Draw the first edition's R by learning rate, at 1.6M parameters."""
+    title = "In 500 steps LoRA on q and o needs 100 times the learning rate of MiniMind's script"
+    figure, ax = plt.subplots(figsize=(6, 2.8))
+    for arm, rows in edition1.list_rates().groupby("arm", sort=False):
+        rows = rows.sort_values("rate")
+        ax.plot(rows.rate, rows.R, ".-", label=edition1.ARMS[arm])
+    ax.axvline(1e-4, color="#999999", linestyle=":")
+    ax.set(xscale="log", ylim=(0, 1.05), xlabel="learning rate", ylabel="R", title=title)
+    ax.legend(frameon=False, fontsize=7, loc="upper left")
+    return figure, title
+
+
+def draw_sizes1(evidence: Evidence) -> tuple[Figure, str]:
+    """Draw the first edition's R without ends by size and tokens a parameter."""
+    title = "With the embedding frozen, LoRA recovers more at 6.1M and after more pretraining"
+    figure, ax = plt.subplots(figsize=(6, 2.8))
+    bases = ["xs-short42", edition1.PLAIN, "s-short42", "s-half42", edition1.WHOLE]
+    for arm in edition1.FROZEN_OR_NOT:
+        rows = edition1.pick_main([(base, arm) for base in bases])
+        reach = [rows.value - rows.low, rows.high - rows.value]
+        ax.errorbar(range(len(bases)), rows.value, yerr=reach, fmt="o", label=edition1.ARMS[arm])
+    ax.set_xticks(range(len(bases)), [edition1.name_base(base) for base in bases])
+    ax.set(ylim=(0, 1), xlabel="parameters, tokens a parameter", ylabel="R without ends")
+    ax.set_title(title)
+    ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure, title
+
+
+def draw_kept1(evidence: Evidence) -> tuple[Figure, str]:
+    """Draw what the first edition's arms forget against what they learn, a point a rate."""
+    title = "At equal forgetting, full fine-tuning at a low learning rate learns most"
+    figure, ax = plt.subplots(figsize=(6, 2.8))
+    for arm, rows in edition1.list_rates().groupby("arm", sort=False):
+        rows = rows[rows.forgets < 1.1].sort_values("forgets")
+        ax.plot(rows.forgets, rows.R, ".-", label=edition1.ARMS[arm])
+        for row in rows.itertuples():
+            ax.annotate(row.learning_rate, (row.forgets, row.R), fontsize=6)
+    ax.set(xlabel="forgotten, nats a token of pretraining text", ylabel="R", title=title)
+    ax.legend(frameon=False, fontsize=7)
     return figure, title
 
 
@@ -200,6 +233,9 @@ def draw_rates(evidence: Evidence) -> tuple[Figure, str] | None:
 
 DRAWERS: dict[str, Callable] = {
     "edition1": draw_edition1,
+    "rates1": draw_rates1,
+    "sizes1": draw_sizes1,
+    "kept1": draw_kept1,
     "headline": draw_headline,
     "keeping": draw_keeping,
     "endings": draw_endings,

@@ -27,6 +27,7 @@ from evaluation.study.analysis import (
     tabulate_shares,
 )
 from evaluation.study.claims import judge_claims, list_endings
+from evaluation.study.edition1 import make_edition1_tables, make_headline1
 from evaluation.study.figures import draw_figures
 from evaluation.study.plan import tune_rate
 from evaluation.study.results import RESULTS_DIR
@@ -38,22 +39,6 @@ BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 SETS = ("combinations", "unseen", "wordings")
 HEADLINE_ARMS = ("fft", "seed", "all_r8", "all_r8_vocabulary")
-EDITION_1 = {  # cells of the first edition's table
-    "minimind@1e-4/one_epoch": "the study's LoRA, 1 epoch",
-    "minimind@1e-4": "the study's LoRA, 2 epochs",
-    "minimind@1e-2": "the study's LoRA, rate tuned",
-    "all_r8@3e-3": "LoRA on all linear layers, r=8",
-    "all_r8_rows@3e-3": "the same, and the chat tokens' rows",
-    "fft_frozen_vocabulary@2e-3": "full fine-tuning, embedding frozen",
-    "fft_frozen_vocabulary@1e-3": "full fine-tuning, embedding frozen",
-    "embeddings_norms@2e-3": "embedding and norms alone",
-    "all_r8_vocabulary@2e-3": "LoRA r=8 and whole embedding, norms",
-}
-BASES_1 = {
-    "xs-plain42": "1.6M, 20 tokens a parameter",
-    "s-short42": "6.1M, 4 tokens",
-    "s-whole42": "6.1M, 20 tokens",
-}
 
 
 def to_table(frame: pd.DataFrame | None) -> str:
@@ -67,33 +52,6 @@ def to_table(frame: pd.DataFrame | None) -> str:
 def to_percent(found: Estimate) -> str:
     """Return a share with its interval in percent."""
     return f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
-
-
-def make_edition1_table(folder: Path) -> pd.DataFrame:
-    """Return the first edition's main cells, R without end tokens first."""
-    cells = pd.read_csv(folder / "edition1.csv", dtype={"learning_rate": str})
-    cells = cells[cells.kind == "cell"].set_index(["base", "cell"])
-    rows: dict[str, dict] = {}
-    for (base, title), (cell, name) in (
-        (one, other) for one in BASES_1.items() for other in EDITION_1.items()
-    ):
-        if (base, cell) not in cells.index:
-            continue
-        found = cells.loc[(base, cell)]
-        if not found.tuned and "1e-4" not in cell:
-            continue  # at the other size's rate
-        row = rows.setdefault(name, {"trained": name})
-        interval = f"[{found.R_no_end_low:.2f}, {found.R_no_end_high:.2f}]"
-        row[f"{title}: R without end tokens (R)"] = (
-            f"{found.R_no_end:.2f} {interval} ({found.R:.2f})"
-        )
-        if pd.notna(found.never_end_greedy):
-            shares = (found.never_end_greedy, found.never_end_sampled)
-            row[f"{title}: never end"] = " / ".join(f"{100 * share:.0f}%" for share in shares)
-    columns = [
-        f"{t}: {c}" for t in BASES_1.values() for c in ("R without end tokens (R)", "never end")
-    ]
-    return pd.DataFrame(rows.values())[["trained", *columns]]
 
 
 def name_cell(evidence: Evidence, cell: pd.Series) -> str:
@@ -215,9 +173,10 @@ def make_tables(evidence: Evidence) -> dict:
     claims, estimates = judge_claims(evidence)
     estimates = estimates.dropna(subset="value").assign(value=lambda table: table.value.map(str))
     endings = list_endings(evidence)
+    endings = endings[endings.edition == evidence.study.edition]  # edition1.py has the others
     return {
         "headline": make_headline(evidence, shares),
-        "edition1": make_edition1_table(evidence.folder),
+        "edition1": make_headline1(),
         "shares": {} if shares.empty else make_share_tables(evidence, shares),
         "kinds": make_kind_table(evidence),
         "rates": make_rate_table(evidence),
@@ -252,6 +211,9 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
     template = environment.get_template("blocks.md.jinja")
     context = template.new_context(tables | {"titles": titles})
     blocks = {name: "".join(block(context)).strip() for name, block in template.blocks.items()}
+    for name, frames in make_edition1_tables().items():
+        figure = f"![{titles[name]}](study/figures/{name}.svg)" if titles.get(name) else ""
+        blocks[name] = "\n\n".join(filter(None, [figure, *map(to_table, frames)]))
     files = {folder / "figures" / f"{name}.svg": svg for name, svg in figures.items()}
     for name in FILES:
         path = root / name

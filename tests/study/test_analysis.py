@@ -209,7 +209,9 @@ def test_a_report_before_the_first_run(tmp_path) -> None:
     text = "".join(markers.format(name) for name in ("headline", "edition1", "claims", "endings"))
     (tmp_path / "README.md").write_text(text)
     readme = make_report(tmp_path, tmp_path)[tmp_path / "README.md"]
-    assert "| the study's LoRA, 2 epochs | 0.10 [0.09, 0.11] (0.10) | 100% / 100% |" in readme
+    assert (
+        "| the study's LoRA (q and o, r=8) | 1e-4 | 1% / 1% | 0.10 [0.09, 0.11] (0.10) |" in readme
+    )
     assert readme.count("not run") >= 13
 
 

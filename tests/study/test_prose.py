@@ -1,0 +1,60 @@
+"""README.md and REPORT.md: their size, and where the numbers of their prose come from."""
+
+import re
+
+import pytest
+
+from evaluation.study.report import make_report
+from evaluation.study.results import RESULTS_DIR
+from model.files import REPO_DIR
+
+LIMITS = {"README.md": (250, 14_000), "evaluation/REPORT.md": (400, 30_000)}  # lines, bytes
+SETTINGS = {"0.02", "0.85", "3.11", "95"}  # no results: the study's size, T, Python, intervals
+BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
+OTHER = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv \S+|\d{4}\.\d{5}", re.DOTALL)
+NUMBER = re.compile(r"\d+\.\d+|\d+(?=%)")  # decimals, and numbers of percent
+
+
+def read(name: str) -> str:
+    """Return a file's text."""
+    return (REPO_DIR / name).read_text(encoding="utf-8")
+
+
+def split_prose(text: str) -> tuple[set[str], set[str]]:
+    """Return the numbers of the prose, and those of the generated blocks."""
+    blocks = " ".join(found[0] for found in BLOCK.finditer(text))
+    prose = OTHER.sub(" ", BLOCK.sub(" ", text))
+    return set(NUMBER.findall(prose)) - SETTINGS, set(NUMBER.findall(blocks))
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_size(name: str) -> None:
+    """Both stay short enough to be read."""
+    text, (lines, size) = read(name), LIMITS[name]
+    assert text.count("\n") <= lines
+    assert len(text.encode()) <= size
+
+
+def test_readme_numbers() -> None:
+    """A number of the README stands in a generated table of the README or of the report."""
+    numbers, generated = split_prose(read("README.md"))
+    assert numbers <= generated | split_prose(read("evaluation/REPORT.md"))[1]
+
+
+def test_report_numbers() -> None:
+    """A number of the report stands in a generated table of its section, or of any if it has none.
+
+    Numbers of the second edition's protocol are not checked.
+    """
+    text = read("evaluation/REPORT.md").partition("\n## Second edition")[0]
+    everywhere = split_prose(text)[1] | split_prose(read("README.md"))[1]
+    for section in text.split("\n## "):
+        numbers, generated = split_prose(section)
+        missing = numbers - (generated if generated else everywhere)
+        assert not missing, section.partition("\n")[0]
+
+
+def test_blocks_are_of_the_committed_results() -> None:
+    """`make report` would change neither text."""
+    made = make_report(REPO_DIR, RESULTS_DIR)
+    assert all(made[REPO_DIR / name] == read(name) for name in LIMITS)
