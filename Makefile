@@ -2,9 +2,9 @@
 # make test   lint and tests
 # make stress kills training runs at random moments, continues and compares them, minutes
 # make study  every run of evaluation/study/study.toml that has no result yet, then the report
-# make bench  speed beside transformers and PEFT, about 40 minutes on two CPU cores
+# make bench  speed and memory beside transformers and PEFT
 # make report the tables and figures of README.md and evaluation/REPORT.md, from committed results
-# BENCH="--sizes xs --quick" make bench   flags of evaluation/bench.py
+# BENCH="--sizes xs --quick" make bench   flags of evaluation/bench/bench.py
 # STUDY="--jobs 2 --only 'xs-*'" make study  flags of evaluation/study/run.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
@@ -37,7 +37,7 @@ study: install
 	$(RUN) evaluation/study/report.py
 
 bench: install
-	$(RUN) evaluation/bench.py $(BENCH)
+	$(RUN) evaluation/bench/bench.py $(BENCH)
 
 report: install
 	$(RUN) evaluation/study/report.py

@@ -55,10 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     def save_weights(trained, folder):
         save_model(trained, tokenizer.name_or_path, folder)
 
-    code = train(args, accelerator, run, model, train_set, eval_set, save_weights, facts)
-    if code == 0 and eval_set is not None and accelerator.is_main_process:
-        print_answers(run, model, tokenizer, eval_set, args.show_answers)
-    return code
+    def finish():
+        if eval_set is not None:
+            print_answers(run, model, tokenizer, eval_set, args.show_answers)
+
+    data = (train_set, eval_set)
+    return train(args, accelerator, run, model, *data, save_weights, facts, finish=finish)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ def train(
     facts: dict,
     lr_ratio: Callable[[str], float] = lambda name: 1.0,
     on_step: Callable[[int], None] = lambda step: None,
+    finish: Callable[[], None] | None = None,
 ) -> int:
     """Train, evaluate and save; return the exit code.
 
@@ -228,6 +229,7 @@ def train(
         facts: what else makes the run what it is, for run.json: stage, fingerprint of the base.
         lr_ratio: a parameter's rate over --learning_rate, by its name.
         on_step: is called after each update; for benchmarks and tests.
+        finish: is called when the weights are saved, before the run counts as completed.
     """
     # What the run takes. Epochs are rounded first: 1.1 of 10 steps are 11, not 11.000000000000002.
     device, processes, rank = args.device, accelerator.num_processes, accelerator.process_index
@@ -361,6 +363,8 @@ def train(
         else:
             if accelerator.is_main_process:
                 save_weights(model, run.path)
+                if finish is not None:
+                    finish()
             run.write(flops=flops * progress.tokens)
             run.end("completed")
     accelerator.end_training()

@@ -153,6 +153,8 @@ def draw_categories(d: Draw) -> None:
     other, third = rng.sample([name for name in categories if name != d.thing.category], 2)
     one, two, three = rng.sample([d.thing.category, other, third], 3)
     d.slots |= {"one": categories[one].a, "two": categories[two].a, "three": categories[three].a}
+    rest = [name for name in (one, two, three) if name != d.thing.category]
+    d.slots |= {"not_one": categories[rest[0]].a, "not_two": categories[rest[1]].a}
     items = rng.sample([t for t in d.w.others if t.category == other], 3)
     d.slots["odd_list"] = join_names(rng.sample([d.thing, *items], 4))
     d.add_cells(d.key, *items)

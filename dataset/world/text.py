@@ -139,18 +139,17 @@ class TextWriter(Writer):
 
     def game(self, thing: Thing) -> str:
         """Let two people play with words: each thing is named more than once."""
-        p, q = self.persons(2)
-        lines = []
+        (p, q), lines, words = self.persons(2), [], self.words
         for _ in range(4):
-            one, two, *rest = self.companions(thing, self.rng.randint(3, 4))
-            names = [item.name for item in (one, two, *rest)]
-            slots = {"list": names, "reversed": names[::-1], "rest": names[:-1]}
-            slots = {key: ", ".join(words) for key, words in slots.items()}
+            items = self.companions(thing, self.rng.randint(3, 4))
+            names, (one, two) = [item.name for item in items], items[:2]
+            lists = {"list": names, "reversed": names[::-1], "rest": names[:-1]}
+            slots = {key: ", ".join(found) for key, found in lists.items()}
             slots |= {"first": names[0], "last": names[-1], "plural": one.plural, "p": p, "q": q}
-            slots |= {"color": self.rng.choice(self.words["colors"])}
-            slots |= {"box": self.rng.choice(self.words["boxes"])}
-            n = self.words["numbers"][self.rng.randint(2, 10)]
-            lines.append(capitalize(self.frame("games", a=one.a, b=two.a, n=n, **slots)))
+            slots |= {"color": self.rng.choice(words["colors"]), "a": one.a, "b": two.a}
+            slots["box"] = self.rng.choice(words["boxes"])
+            slots["n"] = words["numbers"][self.rng.randint(2, 10)]
+            lines.append(capitalize(self.frame("games", **slots)))
         return " ".join([*lines, self.quote(thing, self.attributes(thing)[0], p)])
 
     def write_round(self) -> Iterator[str]:

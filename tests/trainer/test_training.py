@@ -149,7 +149,10 @@ def test_run_folder_is_complete(base: Path, home: Path, tmp_path: Path, stage: s
     if stage != "pretrain":
         half, end = run / "checkpoints/step_12", run / "checkpoints/step_24"
         assert {path.name for path in end.iterdir()} == weights
-        assert sha256(end / WEIGHTS[stage]) == sha256(run / WEIGHTS[stage])
+        # Not their bytes: safetensors writes metadata in any order.
+        last, final = load_file(end / WEIGHTS[stage]), load_file(run / WEIGHTS[stage])
+        assert last.keys() == final.keys()
+        assert all(torch.equal(last[name], final[name]) for name in last)
         assert sha256(half / WEIGHTS[stage]) != sha256(end / WEIGHTS[stage])
 
 
@@ -311,7 +314,7 @@ def test_answers_stand_beside_their_references(
     opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     answer = generate(model, [opening], Decoding("greedy"), 0, 128, 1, (2,))[0]
     assert answers[0]["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
-    assert capsys.readouterr().out.splitlines()[-1].endswith("| reference: 2")
+    assert capsys.readouterr().out.splitlines()[-2].endswith("reference  2")
 
 
 # ---------------------------------------------------------------- batches and processes
