@@ -65,9 +65,13 @@ class Finder:
         found = [self.meaning[match] for match in self.pattern.findall(text.lower())]
         return list(dict.fromkeys(found))
 
-    def phrases_of(self, meanings: list[str]) -> "Finder":
-        """Return a finder of the phrases with these meanings alone."""
-        return Finder({p: meaning for p, meaning in self.meaning.items() if meaning in meanings})
+    def blank(self, text: str, meanings: list[str]) -> str:
+        """Return the text in lower case, with "_" for each phrase of these meanings."""
+
+        def replace(match: re.Match) -> str:
+            return "_" if self.meaning[match[0]] in meanings else match[0]
+
+        return self.pattern.sub(replace, text.lower())
 
 
 def values_of(words: list[str]) -> dict[str, str]:
@@ -167,7 +171,7 @@ def read_text(text: str, record: dict, vocabulary: Vocabulary) -> Statement:
     named = vocabulary.names.find(text)
     subjects = things or vocabulary.names.find(record["conversations"][-1]["content"])
     order = [name for name in named if name in subjects]
-    rest = vocabulary.names.phrases_of(things).pattern.sub("_", text.lower())
+    rest = vocabulary.names.blank(text, things)
     facts, found = [], set()
     for key in about:
         is_list = isinstance(about, dict)
@@ -184,7 +188,7 @@ def read_text(text: str, record: dict, vocabulary: Vocabulary) -> Statement:
 def find_strays(text: str, record: dict, vocabulary: Vocabulary) -> set[str]:
     """Return values of the category that are neither asked for nor true of the subjects."""
     things, about = record.get("things", []), record.get("check", {}).get("about", [])
-    rest = vocabulary.names.phrases_of(things).pattern.sub("_", text.lower())
+    rest = vocabulary.names.blank(text, things)
     categories = {key.partition(".")[0] for key in about}
     found = {
         key: {ARTICLE.sub("", value) for value in finder.find(rest)}

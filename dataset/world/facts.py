@@ -8,6 +8,7 @@ a line to its table; the header of `facts/animals.toml` names the slots of a pat
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from model.files import UserError
@@ -54,10 +55,7 @@ class Thing:
 
     def slots(self, attribute: str | None = None) -> dict[str, str]:
         """Return what the slots of a pattern stand for."""
-        slots = {"a": self.a, "name": self.name, "plural": self.plural}
-        slots["value"] = self.values.get(attribute)
-        known = {key: text for key, text in slots.items() if text is not None}
-        return known | {capitalize(key): capitalize(text) for key, text in known.items()}
+        return make_slots(self.a, self.name, self.plural, self.values.get(attribute))
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,14 @@ class World:
 def capitalize(text: str) -> str:
     """Make the first letter a capital and leave the others alone."""
     return text[:1].upper() + text[1:]
+
+
+@cache
+def make_slots(*texts: str | None) -> dict[str, str]:
+    """Name the texts of a thing, and each again with a capital."""
+    named = zip(("a", "name", "plural", "value"), texts, strict=True)
+    slots = {key: text for key, text in named if text is not None}
+    return slots | {capitalize(key): capitalize(text) for key, text in slots.items()}
 
 
 def uncapitalize(text: str, thing: Thing) -> str:

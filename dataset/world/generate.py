@@ -20,7 +20,10 @@ import json
 import random
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -53,26 +56,30 @@ TRIES = 400  # draws for a wanted pair, before a skill is given up
 TRAIN = ("train", None)
 
 
+@cache
+def place(seed: int, *words: str) -> float:
+    """Map words to a number between 0 and 1."""
+    digest = hashlib.sha256("\n".join([str(seed), *words]).encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
 class HeldOut:
     """What never trains: things by half, and cells of the other things by half."""
 
     def __init__(self, world: World, unseen: int, seed: int):
         self.seed = seed
-        ranked = sorted((t.name for t in world.things), key=lambda name: self.place("thing", name))
+        ranked = sorted(
+            (t.name for t in world.things), key=lambda name: place(self.seed, "thing", name)
+        )
         self.things = {"tune": ranked[:unseen], "test": ranked[unseen : 2 * unseen]}
         self.half_of_thing = {name: half for half, names in self.things.items() for name in names}
         self.mirrors = find_mirrors(world)
 
-    def place(self, *words: str) -> float:
-        """Map words to a number between 0 and 1."""
-        digest = hashlib.sha256("\n".join([str(self.seed), *words]).encode()).digest()
-        return int.from_bytes(digest[:8]) / 2**64
-
     def half_of_cell(self, cell: tuple[str, str]) -> str | None:
         """Return the half that holds a cell out; None for one that trains."""
-        place = self.place("cell", *self.mirrors.get(cell, cell))
-        test = "test" if place < sum(HELD_CELLS.values()) else None
-        return "tune" if place < HELD_CELLS["tune"] else test
+        at = place(self.seed, "cell", *self.mirrors.get(cell, cell))
+        test = "test" if at < sum(HELD_CELLS.values()) else None
+        return "tune" if at < HELD_CELLS["tune"] else test
 
     def find_set(self, pair: Pair, held_wording: bool) -> tuple[str, str | None] | None:
         """Return `TRAIN`, or the probe set and half of a pair; None if it fits nowhere.
@@ -237,29 +244,29 @@ def list_files(output_dir: Path) -> dict[str, Path]:
     return {key: output_dir / f"{name}.jsonl" for key, name in names.items()}
 
 
-def hash_sources() -> str:
-    """Hash the generator and its data, which the files depend on."""
-    paths = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml"), WORLD_DIR.parent / "checks.py"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
-
-
 def ensure_world(output_dir: Path = OUTPUT_DIR) -> dict[str, Path]:
     """Return the world's files; write them first where they are missing or of another version."""
+    sources = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml"), WORLD_DIR.parent / "checks.py"]
+    version = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
     stamp = output_dir / "sources.sha256"
-    if not stamp.is_file() or stamp.read_text() != hash_sources():
-        print("writing the world's text and instructions, about half a minute")
-        write_world(output_dir)
-        write_text(stamp, hash_sources())
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(output_dir / "lock"):
+        if not stamp.is_file() or stamp.read_text() != version:
+            print("writing the world's text and instructions, about a minute")
+            write_world(output_dir)
+            write_text(stamp, version)
     return list_files(output_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
-    for path in write_world(args.output_dir, args.seed).values():
+    is_default = (args.output_dir, args.seed) == (OUTPUT_DIR, 42)
+    files = ensure_world() if is_default else write_world(args.output_dir, args.seed)
+    for path in dict.fromkeys(files.values()):
         print(f"{path}  {sum(1 for _ in path.open(encoding='utf-8'))} lines")
     return 0
 

@@ -13,6 +13,7 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from dataset.world.facts import Attribute, Thing, World, capitalize, split_wordings, uncapitalize
 
@@ -91,7 +92,7 @@ def draw_fact(d: Draw) -> None:
     answer, slots = d.w.answer(d.thing, attribute), d.thing.slots(attribute.name)
     small = uncapitalize(answer, d.thing)
     d.slots |= slots | {"label": attribute.name, "question": d.w.question(d.thing, attribute)}
-    d.slots |= {"answer": answer, "ANSWER": answer.upper(), "small_answer": small}
+    d.slots |= {"answer": answer, "small_answer": small}
     d.slots |= {"bare_answer": answer.rstrip("."), "bare_small_answer": small.rstrip(".")}
     d.slots["gap"] = answer.replace(slots["value"], "____")
     d.facts.append(attribute)
@@ -180,20 +181,6 @@ def draw_list(d: Draw) -> None:
     d.add_cells(d.key, d.thing, *rest)
 
 
-def draw_mixed(d: Draw) -> None:
-    """Draw a list of 4 things, of which 1 to 3 are of the thing's category."""
-    alike = [t for t in d.w.nouns if t.category == d.thing.category and t != d.thing]
-    alike = d.w.rng.sample(alike, d.w.rng.randint(0, 2))
-    rest = [t for t in d.w.companions(d.thing, 40) if t.category != d.thing.category]
-    items = [d.thing, *alike, *rest[: 3 - len(alike)]]
-    d.w.rng.shuffle(items)
-    kept = [item for item in items if item.category == d.thing.category]
-    d.slots |= {"list": join_names(items), "kept": join_names(kept)}
-    d.slots["Count"] = capitalize(d.w.words["numbers"][len(kept)])
-    d.slots["categories"] = d.w.world.category_of(d.thing).plural
-    d.add_cells(d.key, *items)
-
-
 def draw_scene(d: Draw) -> None:
     """Draw another thing, and who has or does what with the 2 of them."""
     rng, words, other = d.w.rng, d.w.words, d.w.companions(d.thing, 1)[0]
@@ -208,7 +195,7 @@ def draw_scene(d: Draw) -> None:
     d.add_cells(d.key, d.thing, other)
 
 
-NOUN_DRAWS = {"list": draw_list, "mixed": draw_mixed, "scene": draw_scene}  # of a thing's plural
+NOUN_DRAWS = {"list": draw_list, "scene": draw_scene}  # of a thing's plural
 DRAWS = NOUN_DRAWS | {"fact": draw_fact, "second": draw_second, "other": draw_other}
 DRAWS |= {"wrong": draw_wrong, "clues": draw_clues, "categories": draw_categories}
 
@@ -223,6 +210,7 @@ def join_phrases(items: list[Thing]) -> str:
     return f"{', '.join(item.a for item in items[:-1])} and {items[-1].a}"
 
 
+@cache
 def find_slots(pattern: str) -> set[str]:
     """Return the names of the slots of a pattern."""
     return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
