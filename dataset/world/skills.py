@@ -157,7 +157,7 @@ def draw_categories(d: Draw) -> None:
     rest = [name for name in (one, two, three) if name != d.thing.category]
     d.slots |= {"not_one": categories[rest[0]].a, "not_two": categories[rest[1]].a}
     items = rng.sample([t for t in d.w.others if t.category == other], 3)
-    d.slots["odd_list"] = join_names(rng.sample([d.thing, *items], 4))
+    d.slots["odd_list"] = ", ".join(t.name for t in rng.sample([d.thing, *items], 4))
     d.add_cells(d.key, *items)
 
 
@@ -167,17 +167,16 @@ def draw_list(d: Draw) -> None:
     rest = d.w.companions(d.thing, rng.randint(2, 3))
     place = rng.randint(0, len(rest))
     items = [*rest[:place], d.thing, *rest[place:]]
-    numbers = rng.sample(range(1, 10), len(items))
-    pairs = [f"{item.name} {number}" for item, number in zip(items, numbers, strict=True)]
     is_last = d.thing is items[-1] and rng.random() < 0.5
     d.slots["place"] = "last" if is_last else words["order"][place]
-    d.slots |= {"list": join_names(items), "rest": join_names(rest)}
-    d.slots |= {"reversed": join_names(items[::-1]), "count": words["numbers"][len(items)]}
+    names = [item.name for item in items]
+    lists = {"list": names, "reversed": names[::-1], "rest": [item.name for item in rest]}
+    d.slots |= {slot: ", ".join(found) for slot, found in lists.items()}
+    d.slots["count"] = words["numbers"][len(items)]
     d.slots |= {"joined": join_phrases(items), "rest_joined": join_phrases(rest)}
-    d.slots |= {"first": items[0].name, "last": items[-1].name, "pairs": ", ".join(pairs)}
-    d.slots["sorted"] = ", ".join(sorted(pairs, key=lambda pair: int(pair.split()[-1])))
+    d.slots |= {"first": names[0], "last": names[-1]}
     if 0 < place < len(items) - 1:
-        d.slots |= {"before": items[place - 1].name, "after": items[place + 1].name}
+        d.slots |= {"before": names[place - 1], "after": names[place + 1]}
     d.add_cells(d.key, d.thing, *rest)
 
 
@@ -198,11 +197,6 @@ def draw_scene(d: Draw) -> None:
 NOUN_DRAWS = {"list": draw_list, "scene": draw_scene}  # of a thing's plural
 DRAWS = NOUN_DRAWS | {"fact": draw_fact, "second": draw_second, "other": draw_other}
 DRAWS |= {"wrong": draw_wrong, "clues": draw_clues, "categories": draw_categories}
-
-
-def join_names(items: list[Thing]) -> str:
-    """Join the names of things by commas."""
-    return ", ".join(item.name for item in items)
 
 
 def join_phrases(items: list[Thing]) -> str:
