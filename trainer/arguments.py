@@ -80,6 +80,9 @@ def make_parser(
     add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (the small world)")
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
     add("--max_seq_len", type=bounded(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
+    if from_weight != "none":  # by default pretraining starts from none and reads no conversations
+        subset = "train on so many conversations, the same random choice for every --seed (all)"
+        add("--max_train_samples", type=SIZE, help=subset)
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
     add("--show_answers", type=COUNT, default=3, help="held-out answers to print at the end (3)")
 
@@ -105,12 +108,6 @@ def make_parser(
     return parser
 
 
-def add_conversation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what fine-tuning alone asks of its data."""
-    subset = "train on so many conversations, the same random choice for every --seed (all)"
-    parser.add_argument("--max_train_samples", type=SIZE, help=subset)
-
-
 def parse_args(
     parser: argparse.ArgumentParser, argv: list[str] | None, kind: str
 ) -> argparse.Namespace:
@@ -125,7 +122,7 @@ def parse_args(
     if Path(name).name != name or name in ("", "..") or not name.isprintable():
         refuse(f"--run_name or --lora_name {name!r}: must be a plain folder name")
     if {"epochs", "max_steps"} <= changed:
-        refuse("--epochs: --max_steps says when to stop; drop one of both")
+        refuse("--epochs and --max_steps: both say when to stop; give one")
     if args.lr_schedule == "constant" and "min_lr_ratio" in changed:
         refuse("--min_lr_ratio: --lr_schedule constant has no last rate; drop one of both")
     if args.eval_interval and args.data_path and not args.eval_data_path:
