@@ -88,24 +88,22 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     if messages is None and "output" in record:
         parts = [record.get("instruction"), record.get("input") or ""]
         is_text = all(isinstance(part, str) for part in parts)
-        question = "\n".join(part for part in parts if part.strip()) if is_text else None
-        answer = {"role": "assistant", "content": record["output"]}
-        messages = [{"role": "user", "content": question}, answer]
+        question = "\n".join(filter(str.strip, parts)) if is_text else None
+        turns = {"user": question, "assistant": record["output"]}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         fields = '"conversations", "messages", or "instruction" and "output"'
         raise DataError(f"{where}: fine-tuning reads a list of messages: {fields}")
-    unread = [name for name in ("system", "history") if record.get(name)]
-    unread += [
-        name for name in UNREAD_FIELDS if any(turn.get(name) for turn in [record, *messages])
-    ]
-    if unread:
-        raise DataError(f'{where}: "{unread[0]}" is not read; convert or remove it')
+    for name in ("system", "history", *UNREAD_FIELDS):
+        among = [record] if name in ("system", "history") else [record, *messages]
+        if any(turn.get(name) for turn in among):
+            raise DataError(f'{where}: "{name}" is not read; convert or remove it')
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise DataError(f'{where}: message {turn} needs a non-empty string "content"')
     roles = [message.get("role") for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+    pairs = roles[roles[:1] == ["system"] :]
+    if not pairs or pairs != ["user", "assistant"] * (len(pairs) // 2):
         expected = "expected an optional system, then user and assistant in turn"
         raise DataError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
@@ -115,11 +113,9 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
 
 
 def encode_batch(backend: tokenizers.Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
-    """Encode many texts in parallel.
+    """Encode many texts in parallel; `special` turns strings such as `<|im_end|>` into tokens.
 
-    Args:
-        special: whether strings such as `<|im_end|>` in a text become control tokens. Only the
-            chat template's own text may: in a corpus or a message they stay ordinary text.
+    Only the chat template's own text may: in a corpus or a message they stay ordinary text.
     """
     backend.encode_special_tokens = not special
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -132,9 +128,8 @@ def encode_template(
 ) -> list[list[int]]:
     """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
     slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
-    text = tokenizer.apply_chat_template(
-        slots, tokenize=False, add_generation_prompt=generation_prompt
-    )
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    text = tokenizer.apply_chat_template(slots, **options)
     pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
     ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
     if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
@@ -242,9 +237,6 @@ def load_tokens(
     The cache is a safetensors file, whole or not there. Its name is the hash of all that the
     tokens depend on; its header names the vocabulary's size, the tokenizer's hash and each dtype.
     """
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; check the flag that names it")
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
     described = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
     key = {

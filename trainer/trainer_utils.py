@@ -436,16 +436,19 @@ def print_answers(
     count: int,
 ) -> None:
     """Print greedy answers to the first held-out conversations, and keep them in run.json."""
-    if eval_set is None:
+    if eval_set is None or not count:
         return
-    rows, ends = [], (tokenizer.eos_token_id,)
-    model.eval()
+    prompts, references = [], []
     for ids, labels in (eval_set[i] for i in range(min(count, len(eval_set)))):
         is_answer = labels == ids
         start = int(is_answer.argmax())
-        reference = ids[start : start + int(is_answer[start:].cumprod().sum())].tolist()
-        answer = generate(model, [ids[:start].tolist()], Decoding("greedy"), 0, 128, 1, ends)[0]
-        parts = [ids[:start].tolist(), answer, reference]
+        end = start + int(is_answer[start:].cumprod().sum())
+        prompts.append(ids[:start].tolist())
+        references.append(ids[start:end].tolist())
+    ends = (tokenizer.eos_token_id,)
+    answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, ends)
+    rows = []
+    for parts in zip(prompts, answers, references, strict=True):
         texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
         rows.append(dict(zip(("prompt", "answer", "reference"), texts, strict=True)))
         for name, text in rows[-1].items():
