@@ -45,10 +45,6 @@ UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "w
 CONTENT_SLOT = "\ue000\ue001\ue000"
 
 
-class DataError(UserError):
-    """Input data that cannot be used; the message names the file and the line."""
-
-
 # ---------------------------------------------------------------- records
 
 
@@ -64,18 +60,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                         raise ValueError(f"{type(record).__name__} in place of an object")
                     yield f"{path}:{number}", record
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {number} ({error})") from error
+        raise UserError(f"{path}: cannot be read after line {number} ({error})") from error
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-        raise DataError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
+        raise UserError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
     if record is None:
-        raise DataError(f"{path}: holds no record; expected one JSON object a line")
+        raise UserError(f"{path}: holds no record; expected one JSON object a line")
 
 
 def record_text(record: dict, where: str) -> str:
     """Return the text of a pretraining record."""
     text = record.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f'{where}: pretraining reads a non-empty string "text"')
+        raise UserError(f'{where}: pretraining reads a non-empty string "text"')
     return text
 
 
@@ -93,19 +89,19 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
         messages = [{"role": role, "content": content} for role, content in turns.items()]
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         fields = '"conversations", "messages", or "instruction" and "output"'
-        raise DataError(f"{where}: fine-tuning reads a list of messages: {fields}")
+        raise UserError(f"{where}: fine-tuning reads a list of messages: {fields}")
     for name in ("system", "history", *UNREAD_FIELDS):
         among = [record] if name in ("system", "history") else [record, *messages]
         if any(turn.get(name) for turn in among):
-            raise DataError(f'{where}: "{name}" is not read; convert or remove it')
+            raise UserError(f'{where}: "{name}" is not read; convert or remove it')
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise DataError(f'{where}: message {turn} needs a non-empty string "content"')
+            raise UserError(f'{where}: message {turn} needs a non-empty string "content"')
     roles = [message.get("role") for message in messages]
     pairs = roles[roles[:1] == ["system"] :]
     if not pairs or pairs != ["user", "assistant"] * (len(pairs) // 2):
         expected = "expected an optional system, then user and assistant in turn"
-        raise DataError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
+        raise UserError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
 
 
@@ -121,21 +117,6 @@ def encode_batch(backend: tokenizers.Tokenizer, texts: list[str], special: bool)
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     backend.encode_special_tokens = False
     return [encoding.ids for encoding in encodings]
-
-
-def encode_template(
-    tokenizer: Tokenizer, roles: tuple[str, ...], generation_prompt: bool
-) -> list[list[int]]:
-    """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
-    slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
-    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
-    text = tokenizer.apply_chat_template(slots, **options)
-    pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
-    ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
-    if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
-        rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
-        raise DataError(f"{tokenizer.name_or_path}: the chat template must {rule}")
-    return pieces
 
 
 def encode_conversations(
@@ -157,14 +138,29 @@ def encode_conversations(
         roles = tuple(message["role"] for message in messages)
         if roles not in templates:
             templates[roles] = encode_template(tokenizer, roles, generation_prompt)
-        ids = list(templates[roles][0])
-        labeled = [False] * len(ids)
-        for role, closing in zip(roles, templates[roles][1:], strict=True):
+        opening, *closings = templates[roles]
+        ids, labeled = list(opening), [False] * len(opening)
+        for role, closing in zip(roles, closings, strict=True):
             content, is_answer = next(encoded), role == "assistant"
             ids += content + closing
             labeled += [is_answer] * (len(content) + 1) + [False] * (len(closing) - 1)
         samples.append((ids, labeled))
     return samples
+
+
+def encode_template(
+    tokenizer: Tokenizer, roles: tuple[str, ...], generation_prompt: bool
+) -> list[list[int]]:
+    """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
+    slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    text = tokenizer.apply_chat_template(slots, **options)
+    pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
+    ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
+    if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
+        rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
+        raise UserError(f"{tokenizer.name_or_path}: the chat template must {rule}")
+    return pieces
 
 
 def encode_records(
@@ -177,7 +173,7 @@ def encode_records(
     opening, closing = [], [tokenizer.pad_token_id]
     if kind == "pretrain_wrapped":
         if tokenizer.bos_token_id is None:
-            raise DataError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
+            raise UserError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
         opening, closing = [tokenizer.bos_token_id], [tokenizer.eos_token_id, *closing]
     texts = [record_text(record, where) for where, record in records]
     encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
@@ -213,7 +209,7 @@ def encode_files(
             tokens.append(np.array(ids, dtype=dtype))
             labels.append(np.array(labeled, dtype=bool))
     if not tokens:
-        raise DataError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
+        raise UserError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
     digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in tokens]
     arrays = {"tokens": np.concatenate(tokens), "labeled": np.concatenate(labels)}
     arrays["starts"] = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
@@ -263,11 +259,8 @@ def load_tokens(
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             counts = json.loads(file.metadata()["counts"])
     except SafetensorError as error:
-        raise DataError(f"{cached}: a damaged token cache ({error}); delete the file") from error
+        raise UserError(f"{cached}: a damaged token cache ({error}); delete the file") from error
     return arrays, {"files": files, "tokenizer_sha256": key["tokenizer"], **counts}
-
-
-# ---------------------------------------------------------------- samples
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -327,7 +320,7 @@ def load_dataset(
     if max_samples is None:
         return TokenDataset(arrays, starts, ends, info)
     if max_samples > len(starts):
-        raise DataError(f"--max_train_samples {max_samples}: the data have {len(starts):,} samples")
+        raise UserError(f"--max_train_samples {max_samples}: the data have {len(starts):,} samples")
     kept = np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(starts))[:max_samples])
     arrays["digests"] = arrays["digests"][kept]
     subset = TokenDataset(arrays, starts[kept], ends[kept], info)

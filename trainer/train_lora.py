@@ -48,9 +48,8 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     init = "of A: kaiming, PEFT's U(+-1/sqrt(in)), or gaussian, MiniMind's N(0, .02) (kaiming)"
     add("--lora_init", choices=INITS, default="kaiming", help=init)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    ratio = {"type": POSITIVE, "default": 1.0}
+    ratio, many = {"type": POSITIVE, "default": 1.0}, {"nargs": "+", "default": []}
     add("--loraplus_lr_ratio", **ratio, help="LoRA+: rate of B over that of A (1)")
-    many = {"nargs": "+", "default": []}
     add("--train_tokens", **many, help="tokens whose embedding rows train too, e.g. '<|im_end|>'")
     parts = "parts trained whole and saved with the adapter: embeddings, norms, or modules"
     add("--modules_to_save", **many, help=parts)
@@ -126,10 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, fingerprint = load_start(args)
     data = load_data(args, "sft", tokenizer, accelerator)
     base = Path(args.from_weight)
-    if base.absolute().is_relative_to(REPO_DIR):
-        base = base.absolute().relative_to(REPO_DIR)
-    elif base.exists():
+    if base.exists():
         base = base.absolute()
+        base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     settings = make_settings(args, tokenizer)
     adapted = apply_lora(model, settings)
     freeze_in_half(model, args.dtype)

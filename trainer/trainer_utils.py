@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -39,14 +40,11 @@ from model.model_minimind import (
     minimind_config,
     weights_fingerprint,
 )
-from trainer.arguments import DEFAULT_SHAPE
+from trainer.arguments import DEFAULT_SHAPE, DTYPES
 from trainer.run_folder import EXIT_CODES, Diverged, RunFolder, printable_settings
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
-
-
-# ---------------------------------------------------------------- model and data
 
 
 def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
@@ -57,7 +55,7 @@ def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
     """
     accelerator = Accelerator(
         cpu=args.device == "cpu",
-        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype],
+        mixed_precision=DTYPES[args.dtype],
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.save_dir / args.run_name,
     )
@@ -111,9 +109,6 @@ def load_data(
         files = " ".join(file["name"] for file in info["files"])
         accelerator.print(escape_control(f"{files}: {counts}"))
     return train_set, eval_set
-
-
-# ---------------------------------------------------------------- settings of the loop
 
 
 def learning_rate_at(
@@ -268,7 +263,7 @@ def train(
 
     with run.record_end():
         # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
-        optimizer = torch.optim.AdamW(groups, args.learning_rate, fused=args.dtype != "float16")
+        optimizer = AdamW(groups, args.learning_rate, fused=args.dtype != "float16")
         if args.report_to != "none":
             settings = {name: str(value) for name, value in printable_settings(args).items()}
             accelerator.init_trackers("minimind-lora-study", config=settings)
@@ -379,14 +374,10 @@ def is_due(step: int, steps: int, interval: int) -> bool:
 def evaluate(
     model: MiniMindForCausalLM, dataset: TokenDataset, batch_size: int, accelerator: Accelerator
 ) -> float:
-    """Return the mean NLL over the labeled tokens of a data set, in nats a token.
-
-    Args:
-        model: not wrapped for several processes: here one may have no batch left.
-    """
+    """Return the mean NLL over the labeled tokens of a data set, in nats a token."""
     order = dataset.lengths.argsort(kind="stable").tolist()
     batches = list(lm_dataset.chunks(order, batch_size))
-    losses = [torch.zeros((), device=accelerator.device)]
+    losses = [torch.zeros((), device=accelerator.device)]  # a process may have no batch
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         batch = collate([dataset[i] for i in indices], model.config.pad_token_id or 0)
@@ -397,9 +388,7 @@ def evaluate(
     return (accelerator.reduce(total, "sum") / int(dataset.targets.sum())).item()
 
 
-def collect_state(
-    trained: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> dict:
+def collect_state(trained: dict, optimizer: Optimizer, accelerator: Accelerator) -> dict:
     """Return all that a run continues from, but its progress: the parameters by their names."""
     random = [torch.get_rng_state()]
     if accelerator.device.type != "cpu":
@@ -414,7 +403,7 @@ def collect_state(
 
 @torch.no_grad()
 def restore_state(
-    state: dict, trained: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    state: dict, trained: dict, optimizer: Optimizer, accelerator: Accelerator
 ) -> None:
     """Put back what `collect_state` returned."""
     for name, parameter in trained.items():

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset import lm_dataset
 from dataset.lm_dataset import (
-    DataError,
     StepPlan,
     TokenDataset,
     collate,
@@ -28,6 +27,7 @@ from dataset.lm_dataset import (
     record_text,
 )
 from model.checkpoint import load_tokenizer
+from model.files import UserError
 from model.model_minimind import IGNORE_INDEX
 
 # The same examples at every run, so that a failure is the code's.
@@ -93,7 +93,7 @@ def test_broken_files_are_one_error(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         list(read_jsonl(tmp_path / name))
     assert str(caught.value).startswith(f"{tmp_path}/{reason}")
 
@@ -131,7 +131,7 @@ def roles(*names: object) -> dict:
     ],
 )
 def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: str) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         record_messages(record, "f:1")
     assert str(caught.value).startswith(f"f:1: {reason}")
 
@@ -139,7 +139,7 @@ def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: 
 def test_text_keeps_its_white_space_and_must_be_there() -> None:
     assert record_text({"text": "  a\n"}, "f:1") == "  a\n"
     for text in (None, 3, " \n"):
-        with pytest.raises(DataError, match='f:1: pretraining reads a non-empty string "text"'):
+        with pytest.raises(UserError, match='f:1: pretraining reads a non-empty string "text"'):
             record_text({"text": text}, "f:1")
 
 
@@ -199,7 +199,7 @@ def test_unusable_chat_template_is_refused(content: str) -> None:
     """The template leaves the content out, or does not close an answer."""
     other = load_tokenizer()
     other.chat_template = f"{{% for m in messages %}}{content}{{% endfor %}}"
-    with pytest.raises(DataError, match="must hold each content once and close an assistant turn"):
+    with pytest.raises(UserError, match="must hold each content once and close an assistant turn"):
         encode_conversations(other, [DIALOG])
 
 
@@ -220,7 +220,7 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
     # One token more than the opening keeps one label; the opening alone keeps nothing.
     dataset = load_dataset("sft", [path], tokenizer, opening + 1, None, tmp_path / "cache")
     assert dataset.targets.tolist() == [1] * 4
-    with pytest.raises(DataError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
+    with pytest.raises(UserError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
         load_dataset("sft", [path], tokenizer, opening, None, tmp_path / "cache")
 
 
@@ -256,7 +256,7 @@ def test_second_load_reads_no_json_and_gives_the_same(
     assert second["tokens"].dtype == np.uint16
     [cached] = (tmp_path / "cache").iterdir()
     cached.write_bytes(cached.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"a damaged token cache \(.*delete the file"):
+    with pytest.raises(UserError, match=r"a damaged token cache \(.*delete the file"):
         load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
 
 
@@ -330,7 +330,7 @@ def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokeniz
     assert blocks[0][0].tolist() == stream
     other = load_tokenizer()
     other.bos_token = None
-    with pytest.raises(DataError, match="--wrap_documents: .* has no bos_token"):
+    with pytest.raises(UserError, match="--wrap_documents: .* has no bos_token"):
         load_dataset("pretrain_wrapped", paths, other, 999, None, tmp_path / "cache")
 
 
@@ -353,7 +353,7 @@ def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
     assert few.info["kept"]["labeled_tokens"] == sum(
         int((few[i][1] != IGNORE_INDEX).sum()) for i in range(10)
     )
-    with pytest.raises(DataError, match="--max_train_samples 41: the data have 40 samples"):
+    with pytest.raises(UserError, match="--max_train_samples 41: the data have 40 samples"):
         load_dataset("sft", [path], tokenizer, 64, 41, tmp_path / "cache")
 
 

@@ -446,4 +446,4 @@ def test_code_is_dirty_when_it_was_changed(tmp_path: Path, monkeypatch: MonkeyPa
 
 
 def test_a_few_random_kills() -> None:
-    assert stress_resume.main(["--kills", "2", "--case", "lora, bfloat16, dropout"]) == 0
+    assert stress_resume.main(["--kills", "2", "--case", "full_sft, float32, data processes"]) == 0
