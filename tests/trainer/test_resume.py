@@ -102,7 +102,6 @@ def test_comparison_finds_another_run(home: Path, whole: Path, tmp_path: Path) -
 RESUMED = [
     ("full_sft", "--accumulation_steps 2 --batch_size 2 --weight_decay 0.1", "float32"),
     ("full_sft", "--accumulation_steps 2 --batch_size 4 --keep_checkpoints 3", "bfloat16"),
-    ("lora", "--lora_dropout 0.2 --loraplus_lr_ratio 4", "float32"),
     (
         "lora",
         "--lora_dropout 0.2 --loraplus_lr_ratio 4 --train_tokens <|im_end|> "
@@ -276,21 +275,6 @@ def test_second_interrupt_stops_at_once(home: Path, whole: Path, tmp_path: Path)
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def test_folder_made_in_the_meantime_is_not_overwritten(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
-    """Another run took the name while this one read its data."""
-    load_data = train_full_sft.load_data
-
-    def load_slowly(*args: object) -> object:
-        (tmp_path / "full_sft").mkdir()
-        return load_data(*args)
-
-    monkeypatch.setattr(train_full_sft, "load_data", load_slowly)
-    with pytest.raises(FileExistsError):
-        call("full_sft", flags_in(home, tmp_path), home)
 
 
 # ---------------------------------------------------------------- disks, numbers, memory
