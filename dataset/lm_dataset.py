@@ -6,7 +6,7 @@
     {"instruction": "...", "input": "...", "output": "..."}  fine-tuning, one turn
 
 The way of a record: `read_jsonl` yields it, `record_text` or `record_messages` checks it,
-`encode_conversations` makes token ids and labels, `load_dataset` keeps them in one memory-mapped
+`encode_records` makes token ids and labels, `load_dataset` keeps them in one memory-mapped
 file, `StepPlan` says which samples make a step, `collate` pads them on the right. Under causal
 attention no real token sees the padding, so no attention mask is needed.
 """
@@ -19,13 +19,13 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -45,10 +45,6 @@ UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "w
 CONTENT_SLOT = "\ue000\ue001\ue000"
 
 
-class DataError(UserError):
-    """Input data that cannot be used; the message names the file and the line."""
-
-
 # ---------------------------------------------------------------- records
 
 
@@ -64,18 +60,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                         raise ValueError(f"{type(record).__name__} in place of an object")
                     yield f"{path}:{number}", record
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {number} ({error})") from error
+        raise UserError(f"{path}: cannot be read after line {number} ({error})") from error
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-        raise DataError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
+        raise UserError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
     if record is None:
-        raise DataError(f"{path}: holds no record; expected one JSON object a line")
+        raise UserError(f"{path}: holds no record; expected one JSON object a line")
 
 
 def record_text(record: dict, where: str) -> str:
     """Return the text of a pretraining record."""
     text = record.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f'{where}: pretraining reads a non-empty string "text"')
+        raise UserError(f'{where}: pretraining reads a non-empty string "text"')
     return text
 
 
@@ -88,26 +84,24 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     if messages is None and "output" in record:
         parts = [record.get("instruction"), record.get("input") or ""]
         is_text = all(isinstance(part, str) for part in parts)
-        question = "\n".join(part for part in parts if part.strip()) if is_text else None
-        answer = {"role": "assistant", "content": record["output"]}
-        messages = [{"role": "user", "content": question}, answer]
+        question = "\n".join(filter(str.strip, parts)) if is_text else None
+        turns = {"user": question, "assistant": record["output"]}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         fields = '"conversations", "messages", or "instruction" and "output"'
-        raise DataError(f"{where}: fine-tuning reads a list of messages: {fields}")
-    unread = [name for name in ("system", "history") if record.get(name)]
-    unread += [
-        name for name in UNREAD_FIELDS if any(turn.get(name) for turn in [record, *messages])
-    ]
-    if unread:
-        raise DataError(f'{where}: "{unread[0]}" is not read; convert or remove it')
+        raise UserError(f"{where}: fine-tuning reads a list of messages: {fields}")
+    for name in ("system", "history", *UNREAD_FIELDS):
+        among = [record] if name in ("system", "history") else [record, *messages]
+        if any(turn.get(name) for turn in among):
+            raise UserError(f'{where}: "{name}" is not read; convert or remove it')
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise DataError(f'{where}: message {turn} needs a non-empty string "content"')
+            raise UserError(f'{where}: message {turn} needs a non-empty string "content"')
     roles = [message.get("role") for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+    pairs = roles[roles[:1] == ["system"] :]
+    if not pairs or pairs != ["user", "assistant"] * (len(pairs) // 2):
         expected = "expected an optional system, then user and assistant in turn"
-        raise DataError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
+        raise UserError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
 
 
@@ -115,34 +109,14 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
 
 
 def encode_batch(backend: tokenizers.Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
-    """Encode many texts in parallel.
+    """Encode many texts in parallel; `special` turns strings such as `<|im_end|>` into tokens.
 
-    Args:
-        special: whether strings such as `<|im_end|>` in a text become control tokens. Only the
-            chat template's own text may: in a corpus or a message they stay ordinary text.
+    Only the chat template's own text may: in a corpus or a message they stay ordinary text.
     """
     backend.encode_special_tokens = not special
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     backend.encode_special_tokens = False
     return [encoding.ids for encoding in encodings]
-
-
-def encode_template(
-    tokenizer: Tokenizer, roles: tuple[str, ...], generation_prompt: bool
-) -> list[list[int]]:
-    """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
-    slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
-    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
-    try:
-        text = tokenizer.apply_chat_template(slots, **options)
-    except TemplateError as error:
-        raise DataError(f"{tokenizer.name_or_path}: the chat template fails ({error})") from error
-    pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
-    ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
-    if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
-        rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
-        raise DataError(f"{tokenizer.name_or_path}: the chat template must {rule}")
-    return pieces
 
 
 def encode_conversations(
@@ -169,23 +143,41 @@ def encode_conversations(
         for role, closing in zip(roles, closings, strict=True):
             content, is_answer = next(encoded), role == "assistant"
             ids += content + closing
-            labeled += [is_answer] * len(content)
-            labeled += [is_answer and position == 0 for position in range(len(closing))]
+            labeled += [is_answer] * (len(content) + 1) + [False] * (len(closing) - 1)
         samples.append((ids, labeled))
     return samples
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str], wrap: bool) -> list[tuple]:
-    """Encode documents, each closed by the end-of-text token; loss falls on all of it.
+def encode_template(
+    tokenizer: Tokenizer, roles: tuple[str, ...], generation_prompt: bool
+) -> list[list[int]]:
+    """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
+    slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    text = tokenizer.apply_chat_template(slots, **options)
+    pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
+    ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
+    if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
+        rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
+        raise UserError(f"{tokenizer.name_or_path}: the chat template must {rule}")
+    return pieces
 
-    Args:
-        wrap: put each between the tokens that open and close a chat turn, as MiniMind's data are.
-    """
-    if wrap and tokenizer.bos_token_id is None:
-        raise DataError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
-    opening, closing = ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) if wrap else ([], [])
+
+def encode_records(
+    kind: str, records: list[tuple[str, dict]], tokenizer: Tokenizer
+) -> list[tuple[list[int], list[bool]]]:
+    """Check and encode what `read_jsonl` yields; without labels, loss falls on all tokens."""
+    if kind == "sft":
+        conversations = [record_messages(record, where) for where, record in records]
+        return encode_conversations(tokenizer, conversations)
+    opening, closing = [], [tokenizer.pad_token_id]
+    if kind == "pretrain_wrapped":
+        if tokenizer.bos_token_id is None:
+            raise UserError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
+        opening, closing = [tokenizer.bos_token_id], [tokenizer.eos_token_id, *closing]
+    texts = [record_text(record, where) for where, record in records]
     encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
-    return [(opening + ids + closing + [tokenizer.pad_token_id], []) for ids in encoded]
+    return [(opening + ids + closing, []) for ids in encoded]
 
 
 # ---------------------------------------------------------------- the token cache
@@ -203,18 +195,11 @@ def encode_files(
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Tokenize files into flat arrays, and count what was cut, dropped and found twice."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    tokens, labels, digests, records, truncated, dropped = [], [], [], 0, 0, 0
+    tokens, labels, truncated, dropped = [], [], 0, 0
     bar = {"desc": "tokenizing", "unit": " records", "disable": None, "file": sys.stderr}
     items = tqdm((item for path in paths for item in read_jsonl(path)), **bar)
     for chunk in chunks(items, ENCODE_CHUNK):
-        records += len(chunk)
-        if kind == "sft":
-            conversations = [record_messages(record, where) for where, record in chunk]
-            samples = encode_conversations(tokenizer, conversations)
-        else:
-            texts = [record_text(record, where) for where, record in chunk]
-            samples = encode_documents(tokenizer, texts, wrap=kind == "pretrain_wrapped")
-        for ids, labeled in samples:
+        for ids, labeled in encode_records(kind, chunk, tokenizer):
             if kind == "sft":
                 truncated += len(ids) > max_seq_len
                 ids, labeled = ids[:max_seq_len], labeled[:max_seq_len]
@@ -223,14 +208,14 @@ def encode_files(
                     continue
             tokens.append(np.array(ids, dtype=dtype))
             labels.append(np.array(labeled, dtype=bool))
-            digests.append(hashlib.blake2b(tokens[-1].tobytes(), digest_size=8).digest())
     if not tokens:
-        raise DataError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
+        raise UserError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
+    digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in tokens]
     arrays = {"tokens": np.concatenate(tokens), "labeled": np.concatenate(labels)}
     arrays["starts"] = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
     arrays["digests"] = np.frombuffer(b"".join(digests), dtype=np.uint64).copy()
     return arrays, {
-        "records": records,
+        "records": len(tokens) + dropped,
         "truncated": truncated,
         "dropped_without_labels": dropped,
         "samples": len(tokens),
@@ -243,14 +228,11 @@ def encode_files(
 def load_tokens(
     kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int, cache_dir: Path
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """Return the memory-mapped arrays of `encode_files`, and what run.json says of the data.
+    """Return the memory-mapped arrays of `encode_files`, and the facts for run.json.
 
     The cache is a safetensors file, whole or not there. Its name is the hash of all that the
     tokens depend on; its header names the vocabulary's size, the tokenizer's hash and each dtype.
     """
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; check the flag that names it")
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
     described = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
     key = {
@@ -277,11 +259,8 @@ def load_tokens(
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             counts = json.loads(file.metadata()["counts"])
     except SafetensorError as error:
-        raise DataError(f"{cached}: a damaged token cache ({error}); delete the file") from error
+        raise UserError(f"{cached}: a damaged token cache ({error}); delete the file") from error
     return arrays, {"files": files, "tokenizer_sha256": key["tokenizer"], **counts}
-
-
-# ---------------------------------------------------------------- samples
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -291,15 +270,13 @@ class TokenDataset(torch.utils.data.Dataset):
         lengths: tokens of each sample.
         targets: of each sample, the tokens on which loss falls; the first is never predicted.
         digests: of each record; equal for equal tokens.
-        info: what run.json says of the data.
+        info: facts about the data for run.json.
     """
 
     def __init__(self, arrays: dict, starts: np.ndarray, ends: np.ndarray, info: dict):
-        self.tokens, self.labeled, self.digests = (
-            arrays[name] for name in ("tokens", "labeled", "digests")
-        )
+        self.tokens, self.labeled = arrays["tokens"], arrays["labeled"]
         self.starts, self.ends, self.info = starts, ends, info
-        self.lengths = self.targets = ends - starts
+        self.digests, self.lengths = arrays["digests"], ends - starts
         if len(self.labeled):
             before = np.append(0, np.cumsum(self.labeled))  # labels before each token
             self.targets = before[ends] - before[starts + 1]
@@ -333,23 +310,22 @@ def load_dataset(
         max_samples: conversations to keep, drawn at random; a smaller set is part of a larger.
     """
     arrays, info = load_tokens(kind, paths, tokenizer, max_seq_len, cache_dir)
+    starts, ends = arrays["starts"][:-1], arrays["starts"][1:]
     if kind != "sft":
         total = len(arrays["tokens"])
         starts = np.arange(0, total - 1, max_seq_len)  # a last token alone has no target
-        blocks = TokenDataset(arrays, starts, np.minimum(starts + max_seq_len, total), info)
-        info["labeled_tokens"] = int(blocks.targets.sum())
-        info["dropped_tail_tokens"] = total - int(blocks.lengths.sum())
-        return blocks
-    starts, ends = arrays["starts"][:-1], arrays["starts"][1:]
+        ends = np.minimum(starts + max_seq_len, total)
+        info["labeled_tokens"] = int((ends - starts - 1).sum())
+        info["dropped_tail_tokens"] = total - int(ends[-1])
     if max_samples is None:
         return TokenDataset(arrays, starts, ends, info)
     if max_samples > len(starts):
-        raise DataError(f"--max_train_samples {max_samples}: the data have {len(starts):,} samples")
+        raise UserError(f"--max_train_samples {max_samples}: the data have {len(starts):,} samples")
     kept = np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(starts))[:max_samples])
     arrays["digests"] = arrays["digests"][kept]
     subset = TokenDataset(arrays, starts[kept], ends[kept], info)
     sums = {"tokens": int(subset.lengths.sum()), "labeled_tokens": int(subset.targets.sum())}
-    info["kept"] = {"samples": len(kept)} | sums
+    info["kept"] = {"samples": max_samples} | sums
     return subset
 
 
@@ -366,6 +342,7 @@ def describe_sample(tokenizer: Tokenizer, dataset: TokenDataset, index: int) -> 
 # ---------------------------------------------------------------- batches
 
 
+@dataclass
 class StepPlan:
     """The samples of each optimizer step, as a pure function of the seed and the step.
 
@@ -374,19 +351,16 @@ class StepPlan:
     very batch that it would have seen, and one process and two train on the same batches.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        batch_size: int,
-        accumulation_steps: int = 1,
-        seed: int = 42,
-        processes: int = 1,
-    ):
-        self.lengths, self.batch_size = lengths, batch_size
-        self.seed, self.processes = seed, processes
-        self.global_batch = batch_size * accumulation_steps * processes
-        self.steps_per_epoch = -(-len(lengths) // self.global_batch)
-        self.epoch, self.batches = -1, []  # the epoch that was asked for last
+    lengths: np.ndarray
+    batch_size: int
+    accumulation_steps: int = 1
+    seed: int = 42
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self.global_batch = self.batch_size * self.accumulation_steps * self.processes
+        self.steps_per_epoch = -(-len(self.lengths) // self.global_batch)
+        self.epoch, self.batches = -1, []  # the epoch that was drawn last
 
     def __getitem__(self, step: int) -> np.ndarray:
         """Return the samples of a step, those of all processes."""
@@ -398,14 +372,13 @@ class StepPlan:
     def draw_epoch(self, epoch: int) -> list[np.ndarray]:
         """Draw the batches of an epoch, each sorted by length, in random order."""
         generator, size = np.random.default_rng([self.seed, epoch]), self.global_batch
-        order = generator.permutation(len(self.lengths))
+        order, group = generator.permutation(len(self.lengths)), GROUP_BATCHES * size
         if self.lengths.min() == self.lengths.max():
             return np.split(order, range(size, len(order), size))
         batches = []
-        for start in range(0, len(order), GROUP_BATCHES * size):
-            group = order[start : start + GROUP_BATCHES * size]
-            group = group[np.argsort(self.lengths[group], kind="stable")]
-            batches += np.split(group, range(size, len(group), size))
+        for part in np.split(order, range(group, len(order), group)):
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches += np.split(part, range(size, len(part), size))
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def micro_batches(self, step: int, process: int = 0) -> list[list[int]]:

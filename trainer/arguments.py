@@ -13,6 +13,7 @@ from model.files import REPO_DIR, UserError
 BASE_DIR = REPO_DIR / "model" / "base_xs"  # the world's base, where the scripts start by default
 OUT_DIR = REPO_DIR / "out"
 DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
 # Of a model with random weights, where the flags do not say otherwise: MiniMind2-small's.
 DEFAULT_SHAPE = {
@@ -59,13 +60,11 @@ def make_parser(
     add("--overwrite", action="store_true", help="delete the run folder first if it exists")
     add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, help="data, weights, dropout (42)")
     add("--device", choices=DEVICES, default="auto", help="(auto)")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    dtype = "of matrix products, not of weights; auto: bfloat16 where the processor computes it"
-    add("--dtype", choices=dtypes, default="auto", help=f"{dtype} (auto)")
-    modes, when = ("auto", "on", "off"), "compile the blocks; auto: if the run is long enough"
-    add(
-        "--use_compile", nargs="?", choices=modes, const="on", default="auto", help=f"{when} (auto)"
-    )
+    dtype = "of matrix products, not of weights (auto: bfloat16 where the processor computes it)"
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
+    compile_flag = {"nargs": "?", "choices": ("auto", "on", "off"), "const": "on"}
+    when = "compile the blocks (auto: if the run is long enough)"
+    add("--use_compile", **compile_flag, default="auto", help=when)
     add("--num_workers", type=COUNT, default=0, help="data loading processes (0)")
 
     add = parser.add_argument_group("model").add_argument
@@ -80,6 +79,9 @@ def make_parser(
     add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (the small world)")
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
     add("--max_seq_len", type=bounded(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
+    if from_weight != "none":  # by default pretraining starts from none and reads no conversations
+        subset = "train on so many conversations, the same random choice for every --seed (all)"
+        add("--max_train_samples", type=SIZE, help=subset)
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
     add("--show_answers", type=COUNT, default=3, help="held-out answers to print at the end (3)")
 
@@ -105,12 +107,6 @@ def make_parser(
     return parser
 
 
-def add_conversation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what fine-tuning alone asks of its data."""
-    subset = "train on so many conversations, the same random choice for every --seed (all)"
-    parser.add_argument("--max_train_samples", type=SIZE, help=subset)
-
-
 def parse_args(
     parser: argparse.ArgumentParser, argv: list[str] | None, kind: str
 ) -> argparse.Namespace:
@@ -125,7 +121,7 @@ def parse_args(
     if Path(name).name != name or name in ("", "..") or not name.isprintable():
         refuse(f"--run_name or --lora_name {name!r}: must be a plain folder name")
     if {"epochs", "max_steps"} <= changed:
-        refuse("--epochs: --max_steps says when to stop; drop one of both")
+        refuse("--epochs and --max_steps: both say when to stop; give one")
     if args.lr_schedule == "constant" and "min_lr_ratio" in changed:
         refuse("--min_lr_ratio: --lr_schedule constant has no last rate; drop one of both")
     if args.eval_interval and args.data_path and not args.eval_data_path:
@@ -166,8 +162,7 @@ def choose_dtype(name: str, device: str) -> str:
         raise UserError(f"--dtype float16: needs CUDA, not {device}; use bfloat16 or float32")
     if name != "auto":
         return name
+    has_bfloat16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     if device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return "bfloat16" if has_bfloat16 else "float32"

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from model.files import REPO_DIR, UserError, read_json, replace_file, write_json, write_text
 
-EXIT_CODES = {"completed": 0, "failed": 1, "oom": 2, "diverged": 3, "interrupted": 130}
+EXIT_CODES = {"completed": 0, "diverged": 3, "interrupted": 130}
 # Flags that do not affect the result, and paths, whose content is compared by its hash.
 WITHOUT_EFFECT = {"from_resume", "overwrite", "show_sample", "show_answers", "save_dir"}
 WITHOUT_EFFECT |= {"report_to", "num_workers", "log_interval", "save_interval", "eval_interval"}
@@ -54,34 +55,26 @@ class RunFolder:
     """`run.json`, `metrics.jsonl` and `resume.pt` of a run; only the main process writes."""
 
     def __init__(self, args: argparse.Namespace, is_main: bool):
-        """Find the folder, to be made or to be continued; nothing is written yet but a lock."""
+        """Lock the folder that a run makes or continues; nothing else is written yet."""
         self.args, self.is_main = args, is_main
         self.path = args.save_dir / args.run_name
         self.state_path = self.path / "resume.pt"
         self.record, self.progress, self.saved_step = {}, Progress(), None
-        self.lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # outlives --overwrite
         if args.from_resume and not self.state_path.is_file():
             raise UserError(f"--from_resume: {self.state_path} is not there; use --overwrite")
-        if self.path.exists() and not args.show_sample:
-            if not (args.from_resume or args.overwrite):
-                raise UserError(f"{self.path} exists: add --from_resume or --overwrite")
-            if is_main:
-                self.take_lock()
+        if args.show_sample:
+            return
+        if self.path.exists() and not (args.from_resume or args.overwrite):
+            raise UserError(f"{self.path} exists: add --from_resume or --overwrite")
+        self.lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # outlives --overwrite
+        if is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=LOCK_SECONDS)
+            except Timeout as error:
+                raise UserError(f"{self.path}: another process trains this run now") from error
         if args.from_resume:
             self.record = read_json(self.path / "run.json")
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether a run that is to be continued has nothing left to do."""
-        return self.record.get("status") == "completed"
-
-    def take_lock(self) -> None:
-        """Keep other processes out of the folder until this one ends, however it ends."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout as error:
-            raise UserError(f"{self.path}: another process trains this run now") from error
 
     def begin(self, facts: dict) -> dict | None:
         """Make the folder, or return the state of a run to be continued.
@@ -102,7 +95,6 @@ class RunFolder:
             continued = {"step": self.progress.step, **origin}
             origin = {"resumed": [*self.record.get("resumed", []), continued]}
         elif self.is_main:
-            self.take_lock()
             if self.path.exists() and self.args.overwrite:
                 rmtree(self.path)
             self.path.mkdir()
@@ -174,7 +166,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def record_end(self) -> Iterator[None]:
-        """Write to `run.json` how a run ended that did not come to its end."""
+        """Write to `run.json` how an unfinished run ended, and release the lock."""
         try:
             yield
         except Diverged as error:
@@ -196,8 +188,8 @@ class RunFolder:
     def end(self, status: str, reason: str = "") -> None:
         """Write and print how the run ended, what it cost, and how it can be continued."""
         progress, loss = self.progress, self.record.get("eval_loss")
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory *= 1 if sys.platform == "darwin" else 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.args.device == "cuda":
             memory = torch.cuda.max_memory_allocated()
         self.write(
@@ -210,20 +202,19 @@ class RunFolder:
             tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
             peak_memory_bytes=max(self.record.get("peak_memory_bytes", 0), memory),
         )
-        state = f"the state of step {self.saved_step} is kept: --from_resume"
-        rest = state if self.saved_step else "no state is kept: --overwrite"
-        parts = [f"{self.args.run_name}: {status} at step {progress.step}", reason]
-        parts += [f"validation loss {loss:.4f}" if loss is not None else ""]
-        parts += [f"saved to {self.path}" if status == "completed" else rest]
+        kept = f"the state of step {self.saved_step} is kept: --from_resume"
+        if status == "completed":
+            kept = f"saved to {self.path}"
+        elif not self.saved_step:
+            kept = "no state is kept: --overwrite"
+        loss = "" if loss is None else f"validation loss {loss:.4f}"
+        parts = (f"{self.args.run_name}: {status} at step {progress.step}", reason, loss, kept)
         if self.is_main:
             print(", ".join(filter(None, parts)))
 
 
-# ---------------------------------------------------------------- what a record says
-
-
 def printable_settings(args: argparse.Namespace) -> dict:
-    """Return every flag as a JSON value; paths are relative to the repository or where one is."""
+    """Return every flag as a JSON value; paths are relative to the repository or to here."""
 
     def shorten(value: object) -> object:
         if isinstance(value, list):
@@ -242,26 +233,25 @@ def printable_settings(args: argparse.Namespace) -> dict:
 
 def git_state() -> dict:
     """Return the commit of this code and whether its files differ from it; empty without git."""
-    commands = ("rev-parse HEAD", "status --porcelain -- *.py *.toml model")
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(REPO_DIR), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        commit, changes = (
-            subprocess.check_output(
-                ["git", "-C", str(REPO_DIR), *words.split()], text=True, stderr=subprocess.DEVNULL
-            )
-            for words in commands
-        )
+        changes = git("status", "--porcelain", "--", "*.py", "*.toml", "model")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return {}
-    return {"commit": commit.strip(), "dirty": bool(changes)}
 
 
 def describe_machine(device: str) -> dict:
     """Return the processor, cores and versions that rounding depends on."""
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device == "cpu" and cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = lines[0].partition(":")[2].strip() if lines else processor
+    processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    elif cpuinfo.is_file() and (model := re.search("model name\t: (.*)", cpuinfo.read_text())):
+        processor = model[1]
     packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "safetensors")
     return {
         "device": device,

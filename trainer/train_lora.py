@@ -17,6 +17,7 @@ The folder loads in PEFT; `python eval_llm.py --model out/<lora_name>` probes it
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,17 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 from model.files import REPO_DIR, UserError, run_script
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
-from model.model_minimind import weights_fingerprint
-from trainer import arguments
-from trainer.arguments import COUNT, POSITIVE, make_parser, parse_args
-from trainer.run_folder import RunFolder
-from trainer.trainer_utils import (
-    load_data,
-    load_start,
-    make_accelerator,
-    print_answers,
-    train,
-)
+from model.model_minimind import MiniMindForCausalLM
+from model.reachability import reachable_probability
+from trainer.arguments import BASE_DIR, COUNT, POSITIVE, bounded, make_parser, parse_args
+from trainer.trainer_utils import load_data, load_start, print_answers, start_run, train
 
 # Flags that say how matrices are adapted.
 OF_MATRICES = ("lora_alpha", "lora_dropout", "lora_targets", "lora_init", "use_rslora")
@@ -48,16 +42,14 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("adapter").add_argument
     add("--lora_rank", type=COUNT, default=8, help="r (8)")
     add("--lora_alpha", type=POSITIVE, default=32.0, help="the update counts alpha / r times (32)")
-    dropout = arguments.bounded(float, 0, 0.999)
-    add("--lora_dropout", type=dropout, default=0.0, help="on the adapter's input (0)")
+    add("--lora_dropout", type=bounded(float, 0, 0.999), default=0.0, help="on A's input (0)")
     targets = f"{', '.join(TARGET_NAMES)}, or names, joined by commas; square is MiniMind's"
     add("--lora_targets", default="all-linear", help=f"{targets} placement (all-linear)")
     init = "of A: kaiming, PEFT's U(+-1/sqrt(in)), or gaussian, MiniMind's N(0, .02) (kaiming)"
     add("--lora_init", choices=INITS, default="kaiming", help=init)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    ratio = {"type": POSITIVE, "default": 1.0}
+    ratio, many = {"type": POSITIVE, "default": 1.0}, {"nargs": "+", "default": []}
     add("--loraplus_lr_ratio", **ratio, help="LoRA+: rate of B over that of A (1)")
-    many = {"nargs": "+", "default": []}
     add("--train_tokens", **many, help="tokens whose embedding rows train too, e.g. '<|im_end|>'")
     parts = "parts trained whole and saved with the adapter: embeddings, norms, or modules"
     add("--modules_to_save", **many, help=parts)
@@ -95,6 +87,18 @@ def make_settings(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) 
     )
 
 
+def warn_of_rare_ends(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Warn if the end token stays unlikely, whatever an adapter below a frozen embedding learns."""
+    parts = (model.model.embed_tokens, model.model.norm, model.lm_head)
+    if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        return
+    [bound] = reachable_probability(model, [tokenizer.eos_token_id])
+    if bound < 0.501:  # two tokens with equal rows reach 0.5; the bound is computed to 0.1%
+        end = tokenizer.eos_token
+        cause = f"with the embedding frozen, the probability of {end} stays below {bound:.3f}"
+        print(f"warning: {cause}: sampled answers may not end; add --train_tokens '{end}'")
+
+
 def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
     """Keep frozen weights in the type of the matrix products: cast once, not at every step.
 
@@ -110,30 +114,25 @@ def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter of a pretrained model."""
     # Settings.
-    start = str(arguments.BASE_DIR)
-    parser = make_parser(__doc__, run_name="lora", from_weight=start, name_flag="--lora_name")
-    arguments.add_conversation_flags(parser)
+    parser = make_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
     args = parse_args(parser, argv, kind="sft")
     check_lora_flags(args, parser)
-    accelerator = make_accelerator(args)
-    run = RunFolder(args, accelerator.is_main_process)
-    if run.is_complete:
-        print(f"{args.run_name}: complete, nothing to do")
-        return 0
+    accelerator, run = start_run(args)
 
     # Data and model. The adapter's config names the base by a path that is found again from here.
-    model, tokenizer = load_start(args)
-    train_set, eval_set = load_data(args, "sft", tokenizer, accelerator)
-    base, fingerprint = Path(args.from_weight), weights_fingerprint(model)
-    if base.absolute().is_relative_to(REPO_DIR):
-        base = base.absolute().relative_to(REPO_DIR)
-    elif base.exists():
+    model, tokenizer, fingerprint = load_start(args)
+    data = load_data(args, "sft", tokenizer, accelerator)
+    base = Path(args.from_weight)
+    if base.exists():
         base = base.absolute()
+        base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     settings = make_settings(args, tokenizer)
     adapted = apply_lora(model, settings)
     freeze_in_half(model, args.dtype)
+    if accelerator.is_main_process:
+        warn_of_rare_ends(model, tokenizer)
     facts = {"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted}
 
     # The loop.
@@ -144,14 +143,10 @@ def main(argv: list[str] | None = None) -> int:
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))
         return args.modules_to_save_lr_ratio if is_whole else 1.0
 
-    def save_weights(trained, folder):
-        save_lora(trained, settings, folder, str(base), fingerprint)
+    def save_weights(folder):
+        save_lora(model, settings, folder, str(base), fingerprint)
 
-    def finish():
-        if eval_set is not None:
-            print_answers(run, model, tokenizer, eval_set, args.show_answers)
-
-    data = (train_set, eval_set)
+    finish = partial(print_answers, run, model, tokenizer, data[1], args.show_answers)
     return train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio, finish=finish)
 
 

@@ -13,16 +13,15 @@ pretraining data: the base has then seen the tokens that chats are made of.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.checkpoint import save_model
 from model.files import run_script
-from model.model_minimind import weights_fingerprint
 from trainer.arguments import make_parser, parse_args
-from trainer.run_folder import RunFolder
-from trainer.trainer_utils import load_data, load_start, make_accelerator, train
+from trainer.trainer_utils import load_data, load_start, start_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,24 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wrap_documents", action="store_true", help=wrap)
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
     args = parse_args(parser, argv, kind="pretrain")
-    accelerator = make_accelerator(args)
-    run = RunFolder(args, accelerator.is_main_process)
-    if run.is_complete:
-        print(f"{args.run_name}: complete, nothing to do")
-        return 0
+    accelerator, run = start_run(args)
 
     # Data and model.
-    model, tokenizer = load_start(args)
+    model, tokenizer, fingerprint = load_start(args)
     kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
-    train_set, eval_set = load_data(args, kind, tokenizer, accelerator)
-    fingerprint = weights_fingerprint(model) if args.from_weight != "none" else None
+    data = load_data(args, kind, tokenizer, accelerator)
     facts = {"stage": "pretrain", "base_fingerprint": fingerprint}
 
     # The loop.
-    def save_weights(trained, folder):
-        save_model(trained, tokenizer.name_or_path, folder)
-
-    return train(args, accelerator, run, model, train_set, eval_set, save_weights, facts)
+    save_weights = partial(save_model, model, tokenizer.name_or_path)
+    return train(args, accelerator, run, model, *data, save_weights, facts)
 
 
 if __name__ == "__main__":

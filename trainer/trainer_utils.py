@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -33,44 +34,51 @@ from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer
 from model.files import UserError, escape_control
 from model.generation import Decoding, generate
-from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
-from trainer.arguments import DEFAULT_SHAPE
+from model.model_minimind import (
+    MiniMindForCausalLM,
+    count_parameters,
+    minimind_config,
+    weights_fingerprint,
+)
+from trainer.arguments import DEFAULT_SHAPE, DTYPES
 from trainer.run_folder import EXIT_CODES, Diverged, RunFolder, printable_settings
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 
 
-# ---------------------------------------------------------------- model and data
+def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
+    """Set the seed; let accelerate take care of device, precision and processes; find the folder.
 
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Set the seed, and let accelerate take care of device, precision and processes."""
+    Raises:
+        SystemExit: the run is complete already.
+    """
     accelerator = Accelerator(
         cpu=args.device == "cpu",
-        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype],
+        mixed_precision=DTYPES[args.dtype],
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.save_dir / args.run_name,
     )
     set_seed(args.seed)  # the same on every process, for the same initial weights
-    return accelerator
+    run = RunFolder(args, accelerator.is_main_process)
+    if run.record.get("status") == "completed":
+        accelerator.print(f"{args.run_name}: complete, nothing to do")
+        raise SystemExit(0)
+    return accelerator, run
 
 
-def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer]:
-    """Load the model to train, in float32, and its tokenizer; shape flags, if given, must fit."""
+def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer, str | None]:
+    """Load the model to train, in float32, its tokenizer, and the fingerprint of given weights."""
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
     if args.from_weight == "none":
-        tokenizer = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR)
-        try:
-            config = minimind_config(vocab_size=len(tokenizer), **shape)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        tokenizer, fingerprint = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR), None
+        config = minimind_config(vocab_size=len(tokenizer), **shape)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(config, name, getattr(tokenizer, name))
         model = MiniMindForCausalLM(config)
     else:
         model = load_model(args.from_weight)
-        config = model.config
+        config, fingerprint = model.config, weights_fingerprint(model)
         tokenizer = load_tokenizer(args.tokenizer_path or args.from_weight, config.vocab_size)
         found = config.to_dict() | {"qk_norm": config.model_type == "qwen3"}
         for flag, value in shape.items():
@@ -79,7 +87,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
     longest = config.max_position_embeddings
     if args.max_seq_len > longest:
         raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes {longest} at most")
-    return model, tokenizer
+    return model, tokenizer, fingerprint
 
 
 def load_data(
@@ -95,15 +103,12 @@ def load_data(
         raise SystemExit(0)
     if eval_set is not None:
         eval_set.info["also_in_training"] = int(np.isin(eval_set.digests, train_set.digests).sum())
-    counts = ("records", "truncated", "dropped_without_labels", "duplicates", "also_in_training")
     for info in [dataset.info for dataset in (train_set, eval_set) if dataset is not None]:
-        found = [f"{info[name]:,} {name}" for name in counts if info.get(name)]
-        names = [file["name"] for file in info["files"]]
-        accelerator.print(escape_control(f"{' '.join(names)}: {', '.join(found)}"))
+        names = ("records", "truncated", "dropped_without_labels", "duplicates", "also_in_training")
+        counts = ", ".join(f"{info[name]:,} {name}" for name in names if info.get(name))
+        files = " ".join(file["name"] for file in info["files"])
+        accelerator.print(escape_control(f"{files}: {counts}"))
     return train_set, eval_set
-
-
-# ---------------------------------------------------------------- settings of the loop
 
 
 def learning_rate_at(
@@ -212,11 +217,11 @@ def train(
     model: MiniMindForCausalLM,
     train_set: TokenDataset,
     eval_set: TokenDataset | None,
-    save_weights: Callable[[MiniMindForCausalLM, Path], None],
+    save_weights: Callable[[Path], None],
     facts: dict,
     lr_ratio: Callable[[str], float] = lambda name: 1.0,
     on_step: Callable[[int], None] = lambda step: None,
-    finish: Callable[[], None] | None = None,
+    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, evaluate and save; return the exit code.
 
@@ -258,7 +263,7 @@ def train(
 
     with run.record_end():
         # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
-        optimizer = torch.optim.AdamW(groups, args.learning_rate, fused=args.dtype != "float16")
+        optimizer = AdamW(groups, args.learning_rate, fused=args.dtype != "float16")
         if args.report_to != "none":
             settings = {name: str(value) for name, value in printable_settings(args).items()}
             accelerator.init_trackers("minimind-lora-study", config=settings)
@@ -279,8 +284,6 @@ def train(
             generator=torch.Generator(),
         )
         micro_batches, losses = iter(loader), []  # losses stay on the device between log lines
-        hidden = None if accelerator.is_main_process else True  # None: if this is no terminal
-        bar = tqdm(total=steps, initial=progress.step, desc=args.run_name, disable=hidden)
         stop = stop_on_signals(processes)
         wrapped.train()
         clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
@@ -290,16 +293,13 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_ratio"]
             labeled = int(train_set.targets[plan[step]].sum())
-            loss, parts = torch.zeros((), device=accelerator.device), plan.micro_batches(step, rank)
-            for part in range(len(parts)):
-                batch = next(micro_batches)
-                ids, labels = (
-                    batch[name].to(accelerator.device, non_blocking=True)
-                    for name in ("input_ids", "labels")
-                )
-                is_last = part == len(parts) - 1  # then processes exchange gradients
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped):
-                    nats = wrapped(input_ids=ids, labels=labels, num_items_in_batch=labeled).loss
+            parts = len(plan.micro_batches(step, rank))
+            loss = torch.zeros((), device=accelerator.device)
+            for part in range(1, parts + 1):
+                batch = send_to_device(next(micro_batches), accelerator.device, non_blocking=True)
+                # Processes exchange gradients after the last part.
+                with accelerator.no_sync(wrapped) if part < parts else contextlib.nullcontext():
+                    nats = wrapped(**batch, num_items_in_batch=labeled).loss
                     # Processes average their gradients, but the loss is a sum over them.
                     accelerator.backward(nats * processes)
                 loss += nats.detach()
@@ -311,17 +311,14 @@ def train(
             progress.step = now = step + 1
             progress.tokens += int(train_set.lengths[plan[step]].sum())
             progress.labeled_tokens += labeled
-            bar.update()
 
-            last, is_kept = now == steps, now in kept
-            logs = last or now % args.log_interval == 0
-            evaluates = eval_set is not None and (last or is_due(now, args.eval_interval))
-            saves = last or is_due(now, args.save_interval)
+            logs, saves = (is_due(now, steps, n) for n in (args.log_interval, args.save_interval))
+            evaluates = eval_set is not None and is_due(now, steps, args.eval_interval)
             if stop:
                 accelerator.set_trigger()
             # Several processes ask each other at log lines alone: that waits for the device.
             stops = bool(stop) if processes == 1 else logs and accelerator.check_trigger()
-            if not (logs or evaluates or saves or stops or is_kept):
+            if not (logs or evaluates or saves or stops or now in kept):
                 continue
             values = accelerator.reduce(torch.stack(losses), "sum").tolist()
             losses.clear()
@@ -334,11 +331,10 @@ def train(
             if logs:
                 row = run.log_step(norm.item(), rate)
                 accelerator.log(row, step=now)
-                text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
-                bar.set_postfix_str(text, refresh=False)
-                if bar.disable:
-                    left = tqdm.format_interval((steps - now) * progress.seconds / now)
-                    accelerator.print(f"step {now}/{steps}: {text}, {left} left")
+                speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+                left = tqdm.format_interval((steps - now) * progress.seconds / now)
+                text = f"step {now}/{steps}: loss {row['loss']:.4f}, {speed}, {left} left"
+                accelerator.print(text, flush=True)
             if evaluates:
                 eval_loss = evaluate(model, eval_set, args.batch_size, accelerator)
                 if not math.isfinite(eval_loss):
@@ -346,61 +342,53 @@ def train(
                 run.log({"step": now, "eval_loss": eval_loss})
                 run.write(eval_loss=eval_loss)
                 accelerator.log({"eval_loss": eval_loss}, step=now)
-            if saves or stops or is_kept:
+            if saves or stops or now in kept:
                 for name, parameter in trained.items():
                     if not parameter.isfinite().all():
                         raise Diverged(f"{name} is not finite after step {now}")
-            if is_kept and accelerator.is_main_process:
-                save_weights(model, run.path / "checkpoints" / f"step_{now}")
+            if now in kept and accelerator.is_main_process:
+                save_weights(run.path / "checkpoints" / f"step_{now}")
             if saves or stops:
                 run.save_state(collect_state(trained, optimizer, accelerator))
             if stops:
                 break
             clock = time.perf_counter()
-        bar.close()
         if progress.step < steps:
             run.end("interrupted")
         else:
             if accelerator.is_main_process:
-                save_weights(model, run.path)
-                if finish is not None:
-                    finish()
+                save_weights(run.path)
+                finish()
             run.write(flops=flops * progress.tokens)
             run.end("completed")
     accelerator.end_training()
     return EXIT_CODES[run.record["status"]]
 
 
-def is_due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps happens now; 0 is never."""
-    return interval > 0 and step % interval == 0
+def is_due(step: int, steps: int, interval: int) -> bool:
+    """Whether an action every `interval` steps, and in the last one, is due; 0: the last alone."""
+    return step == steps or (interval > 0 and step % interval == 0)
 
 
 @torch.no_grad()
 def evaluate(
     model: MiniMindForCausalLM, dataset: TokenDataset, batch_size: int, accelerator: Accelerator
 ) -> float:
-    """Return the mean NLL over the labeled tokens of a data set, in nats a token.
-
-    Args:
-        model: not wrapped for several processes: here one may have no batch left.
-    """
+    """Return the mean NLL over the labeled tokens of a data set, in nats a token."""
     order = dataset.lengths.argsort(kind="stable").tolist()
     batches = list(lm_dataset.chunks(order, batch_size))
-    losses = [torch.zeros((), device=accelerator.device)]
+    losses = [torch.zeros((), device=accelerator.device)]  # a process may have no batch
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         batch = collate([dataset[i] for i in indices], model.config.pad_token_id or 0)
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        batch = send_to_device(batch, accelerator.device)
         losses.append(model(**batch, num_items_in_batch=1).loss)
     model.train()
     total = torch.tensor(sum(torch.stack(losses).tolist()), device=accelerator.device)
     return (accelerator.reduce(total, "sum") / int(dataset.targets.sum())).item()
 
 
-def collect_state(
-    trained: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> dict:
+def collect_state(trained: dict, optimizer: Optimizer, accelerator: Accelerator) -> dict:
     """Return all that a run continues from, but its progress: the parameters by their names."""
     random = [torch.get_rng_state()]
     if accelerator.device.type != "cpu":
@@ -415,7 +403,7 @@ def collect_state(
 
 @torch.no_grad()
 def restore_state(
-    state: dict, trained: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    state: dict, trained: dict, optimizer: Optimizer, accelerator: Accelerator
 ) -> None:
     """Put back what `collect_state` returned."""
     for name, parameter in trained.items():
@@ -430,20 +418,26 @@ def restore_state(
 
 
 def print_answers(
-    run: RunFolder, model: nn.Module, tokenizer: Tokenizer, eval_set: TokenDataset, count: int
+    run: RunFolder,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    eval_set: TokenDataset | None,
+    count: int,
 ) -> None:
-    """Print greedy answers to the first held-out conversations beside their references.
-
-    run.json keeps them, too.
-    """
-    rows, ends = [], (tokenizer.eos_token_id,)
-    model.eval()
+    """Print greedy answers to the first held-out conversations, and keep them in run.json."""
+    if eval_set is None or not count:
+        return
+    prompts, references = [], []
     for ids, labels in (eval_set[i] for i in range(min(count, len(eval_set)))):
         is_answer = labels == ids
         start = int(is_answer.argmax())
-        reference = ids[start : start + int(is_answer[start:].cumprod().sum())].tolist()
-        answer = generate(model, [ids[:start].tolist()], Decoding("greedy"), 0, 128, 1, ends)[0]
-        parts = [ids[:start].tolist(), answer, reference]
+        end = start + int(is_answer[start:].cumprod().sum())
+        prompts.append(ids[:start].tolist())
+        references.append(ids[start:end].tolist())
+    ends = (tokenizer.eos_token_id,)
+    answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, ends)
+    rows = []
+    for parts in zip(prompts, answers, references, strict=True):
         texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
         rows.append(dict(zip(("prompt", "answer", "reference"), texts, strict=True)))
         for name, text in rows[-1].items():

@@ -28,9 +28,8 @@ from model.checkpoint import load_model, load_tokenizer
 from model.model_lora import LoraSettings, apply_lora
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 from trainer.arguments import MAX_SEQ_LEN, choose_dtype, make_parser, parse_args
-from trainer.run_folder import RunFolder
 from trainer.train_lora import freeze_in_half
-from trainer.trainer_utils import make_accelerator, train
+from trainer.trainer_utils import start_run, train
 
 METHODS = {  # targets of our adapter, and of PEFT's
     "FFT": None,
@@ -115,7 +114,7 @@ def train_ours(job: Job, on_step: Callable[[int], None]) -> float:
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     parser = make_parser("", run_name="run", from_weight=str(job.weights))
     args = parse_args(parser, [*words, "--overwrite"], kind="sft")
-    accelerator, run = make_accelerator(args), RunFolder(args, is_main=True)
+    accelerator, run = start_run(args)
     model, data = job.load_model(), job.load_tokens()
     freeze_in_half(model, args.dtype)
     if job.engine == "minimind":

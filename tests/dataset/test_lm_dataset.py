@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset import lm_dataset
 from dataset.lm_dataset import (
-    DataError,
     StepPlan,
     TokenDataset,
     collate,
@@ -28,6 +27,7 @@ from dataset.lm_dataset import (
     record_text,
 )
 from model.checkpoint import load_tokenizer
+from model.files import UserError
 from model.model_minimind import IGNORE_INDEX
 
 # The same examples at every run, so that a failure is the code's.
@@ -45,7 +45,7 @@ DIALOG = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Tokenizer:
     return load_tokenizer()
 
 
@@ -84,7 +84,6 @@ GOOD = b'{"text": "fine"}\n'
         ("d.jsonl", GOOD * 2 + b'\n{"text": "fi', "d.jsonl:4: broken JSON (Unterminated string"),
         ("d.jsonl", GOOD + '{"text": "é"}'.encode("latin-1"), "d.jsonl:2: broken JSON ('utf-8'"),
         ("d.jsonl", GOOD + b"[1]", "d.jsonl:2: broken JSON (list in place of an object)"),
-        ("d.jsonl", b"[" * 100_000, "d.jsonl:1: broken JSON"),
         ("d.jsonl.gz", GOOD, "d.jsonl.gz: cannot be read after line 0 (Not a gzipped file"),
         ("d.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "d.jsonl.gz: cannot be read after line 9"),
     ],
@@ -94,7 +93,7 @@ def test_broken_files_are_one_error(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         list(read_jsonl(tmp_path / name))
     assert str(caught.value).startswith(f"{tmp_path}/{reason}")
 
@@ -105,7 +104,6 @@ def test_broken_files_are_one_error(
         ({"conversations": DIALOG}, DIALOG),
         ({"messages": [m | {"id": 3} for m in DIALOG]}, DIALOG),
         ({"instruction": " Add. ", "input": "1 2", "output": "3\n"}, turns("Add. \n1 2", "3")),
-        ({"instruction": "Hi", "input": "", "output": "Yo"}, turns("Hi", "Yo")),
         ({"instruction": "Hi", "output": "Yo"}, turns("Hi", "Yo")),
     ],
 )
@@ -120,16 +118,12 @@ def roles(*names: object) -> dict:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"text": "x"}, "fine-tuning reads a list of messages"),
         ({"instruction": "x"}, "fine-tuning reads a list of messages"),
-        ({"messages": "hi"}, "fine-tuning reads a list of messages"),
         ({"messages": ["hi"]}, "fine-tuning reads a list of messages"),
         ({"instruction": ["x"], "output": "y"}, 'message 1 needs a non-empty string "content"'),
         ({"instruction": "x", "output": " "}, 'message 2 needs a non-empty string "content"'),
-        ({"messages": turns("x", None)}, 'message 2 needs a non-empty string "content"'),
         ({"messages": []}, "the roles are []"),
         (roles("user", "robot"), "the roles are ['user', 'robot']; expected an optional system"),
-        (roles("user", "user", "assistant"), "the roles are"),
         (roles("user", "assistant", "user"), "the roles are"),
         (roles("user", "assistant", "system", "assistant"), "the roles are"),
         ({"system": "Be kind.", "messages": DIALOG}, '"system" is not read; convert or remove it'),
@@ -137,7 +131,7 @@ def roles(*names: object) -> dict:
     ],
 )
 def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: str) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         record_messages(record, "f:1")
     assert str(caught.value).startswith(f"f:1: {reason}")
 
@@ -145,7 +139,7 @@ def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: 
 def test_text_keeps_its_white_space_and_must_be_there() -> None:
     assert record_text({"text": "  a\n"}, "f:1") == "  a\n"
     for text in (None, 3, " \n"):
-        with pytest.raises(DataError, match='f:1: pretraining reads a non-empty string "text"'):
+        with pytest.raises(UserError, match='f:1: pretraining reads a non-empty string "text"'):
             record_text({"text": text}, "f:1")
 
 
@@ -154,7 +148,7 @@ def test_text_keeps_its_white_space_and_must_be_there() -> None:
 
 @pytest.mark.parametrize("messages", [DIALOG, DIALOG[1:3], DIALOG[1:], turns("x\u3000", "\ta\n\n")])
 def test_ids_and_labels_are_transformers_own(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
+    tokenizer: Tokenizer, messages: list[dict[str, str]]
 ) -> None:
     [(ids, labeled)] = encode_conversations(tokenizer, [messages])
     reference = tokenizer.apply_chat_template(
@@ -162,13 +156,10 @@ def test_ids_and_labels_are_transformers_own(
     )
     assert ids == reference["input_ids"]
     assert labeled == [bool(mask) for mask in reference["assistant_masks"]]
-
-
-def test_generation_prompt_opens_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    [(ids, labeled)] = encode_conversations(tokenizer, [DIALOG[:2]], generation_prompt=True)
-    reference = tokenizer.apply_chat_template(DIALOG[:2], add_generation_prompt=True)
-    assert ids == reference["input_ids"]
-    assert not any(labeled)
+    # For inference, the prompt opens an answer.
+    [(ids, labeled)] = encode_conversations(tokenizer, [messages[:-1]], generation_prompt=True)
+    reference = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    assert ids == reference["input_ids"] and not labeled[-1]
 
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -187,7 +178,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
 @repeatable
 @given(batch=st.lists(conversations(), min_size=1, max_size=3))
 def test_labels_are_the_answers_and_their_ends(
-    tokenizer: PreTrainedTokenizerFast, batch: list[list[dict[str, str]]]
+    tokenizer: Tokenizer, batch: list[list[dict[str, str]]]
 ) -> None:
     """Control tokens come from the template alone, whatever the contents say."""
     for messages, (ids, labeled) in zip(batch, encode_conversations(tokenizer, batch), strict=True):
@@ -203,24 +194,16 @@ def test_labels_are_the_answers_and_their_ends(
     assert tokenizer("<|im_end|>")["input_ids"] == [EOS]  # the tokenizer is left as it was
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "must hold each content once"),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "close an assistant turn with"),
-        ("{% for %}", "the chat template fails"),
-    ],
-)
-def test_unusable_chat_template_is_refused(template: str, reason: str) -> None:
+@pytest.mark.parametrize("content", ["", "{{ m['content'] }}\n"])
+def test_unusable_chat_template_is_refused(content: str) -> None:
+    """The template leaves the content out, or does not close an answer."""
     other = load_tokenizer()
-    other.chat_template = template
-    with pytest.raises(DataError, match=reason):
+    other.chat_template = f"{{% for m in messages %}}{content}{{% endfor %}}"
+    with pytest.raises(UserError, match="must hold each content once and close an assistant turn"):
         encode_conversations(other, [DIALOG])
 
 
-def test_truncation_and_lost_labels_are_counted(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     dialogs = [turns("Hi", "Yes"), turns("Hi", "word " * 40), turns("word " * 40, "Yes")]
     limit = len(tokenizer.apply_chat_template(dialogs[0])["input_ids"])
     opening = tokenizer.apply_chat_template(dialogs[0][:1], add_generation_prompt=True)
@@ -237,12 +220,12 @@ def test_truncation_and_lost_labels_are_counted(
     # One token more than the opening keeps one label; the opening alone keeps nothing.
     dataset = load_dataset("sft", [path], tokenizer, opening + 1, None, tmp_path / "cache")
     assert dataset.targets.tolist() == [1] * 4
-    with pytest.raises(DataError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
+    with pytest.raises(UserError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
         load_dataset("sft", [path], tokenizer, opening, None, tmp_path / "cache")
 
 
 def test_described_sample_puts_each_label_one_position_early(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"conversations": turns("Hi", "No")})
     dataset = load_dataset("sft", [path], tokenizer, 99, None, tmp_path / "cache")
@@ -259,7 +242,7 @@ def test_described_sample_puts_each_label_one_position_early(
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_second_load_reads_no_json_and_gives_the_same(
     tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
@@ -273,17 +256,15 @@ def test_second_load_reads_no_json_and_gives_the_same(
     assert second["tokens"].dtype == np.uint16
     [cached] = (tmp_path / "cache").iterdir()
     cached.write_bytes(cached.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"a damaged token cache \(.*delete the file"):
+    with pytest.raises(UserError, match=r"a damaged token cache \(.*delete the file"):
         load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
 
 
-def test_what_changes_the_tokens_changes_the_key(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_what_changes_the_tokens_changes_the_key(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cache = tmp_path / "cache"
     path = write_jsonl(tmp_path / "a.jsonl", {"conversations": DIALOG})
 
-    def files_after(tokens_of: PreTrainedTokenizerFast, max_seq_len: int) -> int:
+    def files_after(tokens_of: Tokenizer, max_seq_len: int) -> int:
         load_dataset("sft", [path], tokens_of, max_seq_len, None, cache)
         return len(list(cache.iterdir()))
 
@@ -303,7 +284,7 @@ def test_what_changes_the_tokens_changes_the_key(
 
 
 def test_another_process_may_write_the_same_file(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write_jsonl(tmp_path / "a.jsonl", {"text": "race"}), tmp_path / "cache"
     encode_files = lm_dataset.encode_files
@@ -322,9 +303,7 @@ def test_another_process_may_write_the_same_file(
 # ---------------------------------------------------------------- samples
 
 
-def test_packing_cuts_one_stream_of_documents(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Of several files, in order; a string that looks like a control token stays text."""
     texts = ["The first document.", "二 <|endoftext|>", "Third, and last of all."]
     encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
@@ -351,12 +330,12 @@ def test_packing_cuts_one_stream_of_documents(
     assert blocks[0][0].tolist() == stream
     other = load_tokenizer()
     other.bos_token = None
-    with pytest.raises(DataError, match="--wrap_documents: .* has no bos_token"):
+    with pytest.raises(UserError, match="--wrap_documents: .* has no bos_token"):
         load_dataset("pretrain_wrapped", paths, other, 999, None, tmp_path / "cache")
 
 
 def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     records = [{"conversations": turns(f"Say {i}", "yes " * (i % 7 + 1))} for i in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl", *records)
@@ -374,7 +353,7 @@ def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
     assert few.info["kept"]["labeled_tokens"] == sum(
         int((few[i][1] != IGNORE_INDEX).sum()) for i in range(10)
     )
-    with pytest.raises(DataError, match="--max_train_samples 41: the data have 40 samples"):
+    with pytest.raises(UserError, match="--max_train_samples 41: the data have 40 samples"):
         load_dataset("sft", [path], tokenizer, 64, 41, tmp_path / "cache")
 
 

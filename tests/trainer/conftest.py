@@ -9,16 +9,10 @@ from tests.trainer.runs import CPU, SHAPE_FLAGS, call, write_corpora
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small corpora; `pretrain/` and `cache/` are added to it."""
-    folder = tmp_path_factory.mktemp("training")
-    write_corpora(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base(home: Path) -> Path:
-    """A pretrained model."""
+    """A folder with small corpora, their tokens, and a model in `pretrain/`."""
+    home = tmp_path_factory.mktemp("training")
+    write_corpora(home)
     flags = f"{SHAPE_FLAGS} {CPU} --data_path {home}/text.jsonl --eval_data_path {home}/text.jsonl"
     flags += f" --save_dir {home} --max_seq_len 32 --batch_size 8 --epochs 3 --learning_rate 1e-2"
     assert call("pretrain", flags, home) == 0
-    return home / "pretrain"
+    return home

@@ -1,11 +1,16 @@
-"""Small runs of the three training scripts, for tests of different files."""
+"""Small runs of the three training scripts, here and in processes of their own."""
 
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dataset.lm_dataset import load_dataset
+from model.files import run_script
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
 
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
@@ -27,9 +33,12 @@ SHAPE = {
     "intermediate_size": 48,
 }
 SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
-CPU = "--device cpu --dtype float32 --log_interval 1"
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+# Answers take longer than the training of so small a model.
+CPU = "--device cpu --dtype float32 --log_interval 1 --show_answers 0"
 train = trainer_utils.train
+# A server imports the libraries once; each run is a fork of it, and has no thread of another.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.trainer.runs"])
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
@@ -51,9 +60,11 @@ def write_corpora(home: Path) -> None:
     write_jsonl(home / "valid.jsonl", answers(range(100, 140)))
 
 
-def call(
-    stage: str, flags: str, home: Path, on_step: Callable[[int], None] = lambda step: None
-) -> int:
+def do_nothing(step: int) -> None:
+    """Stand for no action after a step."""
+
+
+def call(stage: str, flags: str, home: Path, on_step: Callable[[int], None] = do_nothing) -> int:
     """Run `main()` of a stage as a fresh process would; return its exit code.
 
     Args:
@@ -80,17 +91,91 @@ class Killed(BaseException):
     """Stands for a process that ends without a chance to save."""
 
 
-def at_step(step: int, action: Callable[[], None]) -> Callable[[int], None]:
-    """Make an `on_step` that acts once, in step `step` of a run."""
-    return lambda now: action() if now == step else None
+def kill() -> None:
+    raise Killed
 
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def kill() -> None:
-    raise Killed
+def act_at(step: int, action: Callable[[], None], now: int) -> None:
+    if now == step:
+        action()
+
+
+def at_step(step: int, action: Callable[[], None]) -> Callable[[int], None]:
+    """Make an `on_step` that acts once, in step `step` of a run."""
+    return functools.partial(act_at, step, action)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def be_process(
+    stage: str,
+    flags: str,
+    environment: dict[str, str],
+    home: Path,
+    log: Path,
+    on_step: Callable[[int], None],
+) -> None:
+    """Do what the script of a stage does, as the head of a process group, with output to `log`."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of data processes
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    run_script(lambda: call(stage, flags, home, on_step))
+
+
+def start(
+    stage: str,
+    flags: str,
+    processes: int,
+    home: Path,
+    log: Path,
+    on_step: Callable[[int], None] = do_nothing,
+) -> list[BaseProcess]:
+    """Start a run's processes; with several, the environment is what torchrun would set.
+
+    Args:
+        on_step: of the last process.
+    """
+    log.unlink(missing_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in range(processes):
+        environment = {"RANK": rank, "LOCAL_RANK": rank} | group if processes > 1 else {}
+        environment = {name: str(value) for name, value in environment.items()}
+        acts = on_step if rank == processes - 1 else do_nothing
+        process = CONTEXT.Process(
+            target=be_process, args=(stage, flags, environment, home, log, acts)
+        )
+        process.start()
+        started.append(process)
+    return started
+
+
+def run_two(
+    stage: str, flags: str, home: Path, on_step: Callable[[int], None] = do_nothing
+) -> list[int]:
+    """Run a script on two processes of this machine; return their exit codes."""
+    processes = start(stage, flags, 2, home, home / "log", on_step)
+    until = time.monotonic() + 120
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+# ---------------------------------------------------------------- what a run leaves
 
 
 def record_of(run: Path) -> dict:

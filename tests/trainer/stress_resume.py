@@ -7,26 +7,21 @@ For each case a run of a tiny model goes undisturbed to its end. Then the same r
 killed with SIGKILL at a moment drawn uniformly from the time that the undisturbed one took,
 continued with --from_resume and killed again, until one comes to its end before its kill; then the
 next begins. Of two processes sometimes one alone is killed, and the other 1 s later, as torchrun
-does. Processes are forked from this one, which has imported the libraries already, so that most
-kills fall into training.
+does. Processes are forks of one that has imported the libraries, so that most kills fall into
+training.
 
 What must be equal, bit for bit: the final weights, all of the last resume file, every row of
 metrics.jsonl, and run.json, but for clocks, memory and the list of continuations.
 """
 
 import argparse
-import multiprocessing
-import os
 import random
 import shutil
-import signal
-import socket
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -34,35 +29,22 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model.files import run_script
-from tests.trainer.runs import SHAPE_FLAGS, call, record_of, rows_of, write_corpora
+from tests.trainer.runs import SHAPE_FLAGS, record_of, rows_of, start, write_corpora
 
 # Evaluations and saves come often, so that kills fall into them.
-COMMON = "--device cpu --log_interval 2 --eval_interval 4 --save_interval 3 --max_seq_len 64"
-COMMON += " --max_steps 40"
+COMMON = "--device cpu --dtype float32 --log_interval 2 --eval_interval 4 --save_interval 3"
+COMMON += " --max_seq_len 64 --max_steps 40 --show_answers 1"
 WAIT_SECONDS = 180  # for a process that should end by itself within seconds, on a busy machine
 CASES = {  # name -> (stage, flags, processes)
-    "pretrain, float32, accumulation": (
-        "pretrain",
-        "--dtype float32 --batch_size 4 --accumulation_steps 2",
-        1,
-    ),
+    "pretrain, float32, accumulation": ("pretrain", "--batch_size 4 --accumulation_steps 2", 1),
     "pretrain, bfloat16, 2 processes": ("pretrain", "--dtype bfloat16 --batch_size 4", 2),
-    "full_sft, float32, data processes": (
-        "full_sft",
-        "--dtype float32 --batch_size 8 --num_workers 2",
-        1,
-    ),
+    "full_sft, float32, data processes": ("full_sft", "--batch_size 8 --num_workers 2", 1),
     "full_sft, bfloat16, accumulation": (
         "full_sft",
         "--dtype bfloat16 --batch_size 2 --accumulation_steps 3",
         1,
     ),
-    "lora, float32, dropout, 2 processes": (
-        "lora",
-        "--dtype float32 --batch_size 4 --lora_dropout 0.2",
-        2,
-    ),
+    "lora, float32, dropout, 2 processes": ("lora", "--batch_size 4 --lora_dropout 0.2", 2),
     "lora, bfloat16, dropout": (
         "lora",
         "--dtype bfloat16 --batch_size 8 --lora_dropout 0.2 --loraplus_lr_ratio 4 "
@@ -80,35 +62,6 @@ def flags_of(stage: str, flags: str, home: Path, run: Path) -> str:
         data = f"{SHAPE_FLAGS} --data_path {home}/text.jsonl --eval_data_path {home}/text.jsonl"
     name_flag = "--lora_name" if stage == "lora" else "--run_name"
     return f"{COMMON} {data} {flags} --save_dir {run.parent} {name_flag} {run.name}"
-
-
-def be_process(stage: str, flags: str, environment: dict[str, str], home: Path, log: Path) -> None:
-    """Do, in a forked process, what the script of a stage does; its output goes to `log`."""
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    run_script(lambda: call(stage, flags, home))
-
-
-def start(stage: str, flags: str, processes: int, home: Path, log: Path) -> list[BaseProcess]:
-    """Start a run's processes; with several, the environment is what torchrun would set."""
-    log.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = []
-    for rank in range(processes):
-        environment = {"RANK": rank, "LOCAL_RANK": rank} | group if processes > 1 else {}
-        environment = {name: str(value) for name, value in environment.items()}
-        process = multiprocessing.get_context("fork").Process(
-            target=be_process, args=(stage, flags, environment, home, log)
-        )
-        process.start()
-        started.append(process)
-    return started
 
 
 def run_for(seconds: float, case: tuple, flags: str, home: Path, log: Path, alone: bool) -> bool:
@@ -220,18 +173,18 @@ def is_same(one: object, other: object) -> bool:
     return one == other
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Try the cases, and say how many kills were exact."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="all")
     parser.add_argument("--kills", type=int, default=10, help="of each case (10)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (1)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     exact = 0
     with tempfile.TemporaryDirectory(prefix="stress") as folder:
         home = Path(folder)
         write_corpora(home)
-        base = flags_of("pretrain", "--dtype float32 --batch_size 8", home, home / "base")
+        base = flags_of("pretrain", "--batch_size 8", home, home / "base")
         run_for(WAIT_SECONDS, ("pretrain", "", 1), base, home, home / "log", False)
         for name in args.case:
             survived, found = try_case(name, home, args.kills, random.Random(f"{args.seed} {name}"))
@@ -244,5 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

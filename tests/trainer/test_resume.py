@@ -9,28 +9,32 @@ import os
 import resource
 import signal
 import subprocess
-import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from pytest import CaptureFixture, MonkeyPatch
 
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model
-from model.files import REPO_DIR, UserError, run_script
+from model.files import UserError
+from tests.tiny import exit_code
+from tests.trainer import stress_resume
 from tests.trainer.runs import (
     CPU,
-    ONE_THREAD,
     WEIGHTS,
     Killed,
     at_step,
     bytes_of,
     call,
+    do_nothing,
     kill,
     record_of,
     rows_of,
     sha256,
+    start,
     terminate,
 )
 from tests.trainer.stress_resume import compare_runs
@@ -50,7 +54,7 @@ def flags_in(home: Path, out: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(base: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 10 steps left in peace."""
     out = tmp_path_factory.mktemp("whole")
     assert call("full_sft", flags_in(home, out), home) == 0
@@ -72,22 +76,20 @@ def saved_step(run: Path) -> int:
 
 
 def error_of(
-    capfd: pytest.CaptureFixture[str],
+    capfd: CaptureFixture,
     home: Path,
     flags: str,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], None] = do_nothing,
 ) -> str:
     """Return the line that a run refused with exit code 2 writes to standard error."""
     capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run_script(lambda: call("full_sft", flags, home, on_step))
+    assert exit_code(lambda words: call("full_sft", " ".join(words), home, on_step), [flags]) == 2
     lines = capfd.readouterr().err.splitlines()
-    assert caught.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
 
-def test_runs_that_differ_are_told_apart(home: Path, whole: Path, tmp_path: Path) -> None:
+def test_comparison_finds_another_run(home: Path, whole: Path, tmp_path: Path) -> None:
     """Another order of the data changes all that a run leaves; else no test here could fail."""
     assert call("full_sft", flags_in(home, tmp_path) + " --seed 43", home) == 0
     found = {line.partition(":")[0] for line in compare_runs(whole, tmp_path / "full_sft")}
@@ -100,7 +102,6 @@ def test_runs_that_differ_are_told_apart(home: Path, whole: Path, tmp_path: Path
 RESUMED = [
     ("full_sft", "--accumulation_steps 2 --batch_size 2 --weight_decay 0.1", "float32"),
     ("full_sft", "--accumulation_steps 2 --batch_size 4 --keep_checkpoints 3", "bfloat16"),
-    ("lora", "--lora_dropout 0.2 --loraplus_lr_ratio 4", "float32"),
     (
         "lora",
         "--lora_dropout 0.2 --loraplus_lr_ratio 4 --train_tokens <|im_end|> "
@@ -111,41 +112,41 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("stage", "extra", "dtype"), RESUMED)
-@pytest.mark.parametrize("way", ["SIGTERM", "kill"])
 def test_resumed_run_equals_an_uninterrupted_one(
-    base: Path, home: Path, tmp_path: Path, stage: str, extra: str, dtype: str, way: str
+    home: Path, tmp_path: Path, stage: str, extra: str, dtype: str
 ) -> None:
     flags = f"{flags_in(home, tmp_path / 'whole')} {extra} --dtype {dtype} --warmup_ratio 0.2"
     flags += " --log_interval 3 --save_interval 4"
     assert call(stage, flags, home) == 0
-    flags = flags.replace("whole", "parts")
-    whole, parts = tmp_path / "whole" / stage, tmp_path / "parts" / stage
-    if way == "SIGTERM":
-        assert call(stage, flags, home, at_step(5, terminate)) == 130
-        assert (record_of(parts)["status"], record_of(parts)["step"]) == ("interrupted", 5)
-    else:
-        # Dies in step 7, after the state of step 4 and the log line of step 6; and, as if it had
-        # come further, with rows that the state knows nothing of, the last one cut short.
-        with pytest.raises(Killed):
-            call(stage, flags, home, at_step(7, kill))
-        with (parts / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')
-        assert saved_step(parts) == 4
-    assert call(stage, flags + " --from_resume", home) == 0
-    assert bytes_of(whole / WEIGHTS[stage]) == bytes_of(parts / WEIGHTS[stage])
-    assert list(compare_runs(whole, parts)) == []
-    # Once more has nothing to do, and does nothing.
-    before = hashes(parts)
-    assert call(stage, flags + " --from_resume", home) == 0
+    whole = tmp_path / "whole" / stage
+    for way in ("stopped", "killed"):
+        given, parts = flags.replace("whole", way), tmp_path / way / stage
+        if way == "stopped":
+            assert call(stage, given, home, at_step(5, terminate)) == 130
+            assert (record_of(parts)["status"], record_of(parts)["step"]) == ("interrupted", 5)
+        else:
+            # Dies in step 7, after the state of step 4 and the log line of step 6; and, as if it
+            # had come further, with rows that the state does not know, the last one cut short.
+            with pytest.raises(Killed):
+                call(stage, given, home, at_step(7, kill))
+            with (parts / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')
+            assert saved_step(parts) == 4
+        assert call(stage, given + " --from_resume", home) == 0
+        assert bytes_of(whole / WEIGHTS[stage]) == bytes_of(parts / WEIGHTS[stage])
+        assert list(compare_runs(whole, parts)) == []
+    before = hashes(parts)  # a complete run has nothing to do, and does nothing
+    with pytest.raises(SystemExit, match="0"):
+        call(stage, given + " --from_resume", home)
     assert hashes(parts) == before
 
 
 @pytest.mark.parametrize("operation", range(3))
 def test_kill_at_any_operation_of_a_save(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int
+    home: Path, whole: Path, tmp_path: Path, monkeypatch: MonkeyPatch, operation: int
 ) -> None:
     """Of the third save: writing aside, flushing, moving into place."""
-    saves, steps = [], []
+    saves, steps, save = [], [], torch.save
     save_state = run_folder.RunFolder.save_state
 
     def watch(run: run_folder.RunFolder, state: dict) -> None:
@@ -165,7 +166,6 @@ def test_kill_at_any_operation_of_a_save(
 
         return perform
 
-    save = torch.save
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "save_state", watch)
         patch.setattr(torch, "save", counted(save))
@@ -179,7 +179,7 @@ def test_kill_at_any_operation_of_a_save(
 
 
 def test_kill_before_the_first_state_and_before_the_last_weights(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, whole: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     flags = flags_in(home, tmp_path)
     with pytest.raises(Killed):
@@ -194,12 +194,17 @@ def test_kill_before_the_first_state_and_before_the_last_weights(
 
 
 def test_record_keeps_its_origin_and_names_continuations(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, whole: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
+    """The run is continued from another folder, by paths relative to it."""
     assert call("full_sft", flags_in(home, tmp_path), home, at_step(5, terminate)) == 130
     before = record_of(tmp_path / "full_sft")
     monkeypatch.setattr(run_folder, "git_state", lambda: {"commit": "f00", "dirty": False})
-    assert finish(home, tmp_path, whole) == []
+    monkeypatch.chdir(home.parent)
+    flags = flags_in(Path(home.name), Path(tmp_path.name)) + " --from_resume"
+    assert call("full_sft", flags, Path(home.name)) == 0
+    weights = [run / WEIGHTS["full_sft"] for run in (whole, tmp_path / "full_sft")]
+    assert bytes_of(weights[0]) == bytes_of(weights[1])
     record = record_of(tmp_path / "full_sft")
     assert (record["git"], record["machine"]) == (before["git"], before["machine"])
     assert [(entry["step"], entry["git"]["commit"]) for entry in record["resumed"]] == [(5, "f00")]
@@ -207,7 +212,7 @@ def test_record_keeps_its_origin_and_names_continuations(
 
 @pytest.mark.parametrize("damage", ["cut", "one bit"])
 def test_damaged_state_is_refused(
-    home: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
+    home: Path, whole: Path, tmp_path: Path, capfd: CaptureFixture, damage: str
 ) -> None:
     assert call("full_sft", flags_in(home, tmp_path), home, at_step(5, terminate)) == 130
     path = tmp_path / "full_sft/resume.pt"
@@ -227,43 +232,28 @@ def test_damaged_state_is_refused(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_whole_group_saves_the_state(
-    home: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int
+    home: Path, tmp_path: Path, capfd: CaptureFixture, number: int
 ) -> None:
     """A terminal's Ctrl-C and a batch system's SIGTERM reach the data processes too."""
-    command = [
-        sys.executable,
-        "-c",
-        "from tests.trainer import runs; import sys; from pathlib import",
-    ]
-    command[-1] += (
-        " Path; sys.exit(runs.call('full_sft', ' '.join(sys.argv[2:]), Path(sys.argv[1])))"
-    )
-    flags = flags_in(home, tmp_path).split() + ["--num_workers", "1"]
-    flags[flags.index(str(STEPS))] = "100000"
-    with subprocess.Popen(
-        [*command, str(home), *flags],
-        cwd=REPO_DIR,
-        env=ONE_THREAD,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                # Another process of the same name is refused as long as this one lives.
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(run_folder, "LOCK_SECONDS", 0)
-                    error = error_of(capfd, home, flags_in(home, tmp_path) + " --overwrite")
-                assert "another process trains this run now" in error
-                os.killpg(process.pid, number)
-                break
-        out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "stopping: the state is saved first" in errors and "Traceback" not in errors
-    record = record_of(tmp_path / "full_sft")
+    flags, log = flags_in(home, tmp_path), tmp_path / "log"
+    endless = flags.replace(f"--max_steps {STEPS}", "--max_steps 100000 --num_workers 1")
+    [process] = start("full_sft", endless, 1, home, log)
+    until = time.monotonic() + 120
+    while not (log.exists() and "step 3/" in log.read_text()):
+        assert process.is_alive() and time.monotonic() < until
+        time.sleep(0.05)
+    # Another process of the same name is refused as long as this one lives.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "LOCK_SECONDS", 0)
+        error = error_of(capfd, home, flags + " --overwrite")
+    assert "another process trains this run now" in error
+    os.killpg(process.pid, number)
+    process.join(60)
+    text, record = log.read_text(), record_of(tmp_path / "full_sft")
+    assert process.exitcode == 130, text
+    assert "stopping: the state is saved first" in text and "Traceback" not in text
     assert record["status"] == "interrupted" and record["step"] >= 3
-    assert f"the state of step {record['step']} is kept: --from_resume" in out.splitlines()[-1]
+    assert f"the state of step {record['step']} is kept: --from_resume" in text.splitlines()[-1]
     assert saved_step(tmp_path / "full_sft") == record["step"]
 
 
@@ -287,21 +277,6 @@ def test_second_interrupt_stops_at_once(home: Path, whole: Path, tmp_path: Path)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def test_folder_made_in_the_meantime_is_not_overwritten(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another run took the name while this one read its data."""
-    load_data = train_full_sft.load_data
-
-    def load_slowly(*args: object) -> object:
-        (tmp_path / "full_sft").mkdir()
-        return load_data(*args)
-
-    monkeypatch.setattr(train_full_sft, "load_data", load_slowly)
-    with pytest.raises(FileExistsError):
-        call("full_sft", flags_in(home, tmp_path), home)
-
-
 # ---------------------------------------------------------------- disks, numbers, memory
 
 
@@ -317,7 +292,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_state_that_does_not_fit_leaves_the_previous_one(
-    home: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    home: Path, whole: Path, tmp_path: Path, capfd: CaptureFixture
 ) -> None:
     run, kept = tmp_path / "full_sft", {}
     with contextlib.ExitStack() as stack:
@@ -335,7 +310,7 @@ def test_state_that_does_not_fit_leaves_the_previous_one(
 
 
 def test_weights_that_do_not_fit_are_not_left_in_part(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, whole: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     run = tmp_path / "full_sft"
 
@@ -365,24 +340,20 @@ def test_what_is_not_finite_is_never_saved(
     home: Path,
     whole: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
     step: int,
     flags: str,
     reason: str,
 ) -> None:
-    models = []
-    select = train_full_sft.select_trainable
-    monkeypatch.setattr(
-        train_full_sft, "select_trainable", lambda m, *a: (models.append(m), select(m, *a))
-    )
+    models, run, select = [], tmp_path / "full_sft", train_full_sft.select_trainable
+    watch = lambda model, parts: (models.append(model), select(model, parts))  # noqa: E731
+    monkeypatch.setattr(train_full_sft, "select_trainable", watch)
 
     def break_weights() -> None:
-        with torch.no_grad():
-            models[0].model.norm.weight[3] = math.inf
+        models[0].model.norm.weight.data[3] = math.inf
 
     flags = flags_in(home, tmp_path) + flags
     assert call("full_sft", flags, home, at_step(step, break_weights)) == 3
-    run = tmp_path / "full_sft"
     record = record_of(run)
     assert (record["status"], record["step"]) == ("diverged", 6)
     assert record["reason"].startswith(reason) and "lower --learning_rate" in record["reason"]
@@ -391,27 +362,13 @@ def test_what_is_not_finite_is_never_saved(
     assert all(math.isfinite(row.get("eval_loss", 0)) for row in rows_of(run))
 
 
-def raise_error(error: BaseException) -> Callable[[], None]:
-    def act() -> None:
-        raise error
-
-    return act
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError  # CUDA's
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda: torch.empty(10**15),
-        raise_error(MemoryError()),
-        raise_error(torch.OutOfMemoryError()),
-    ],
-)
+@pytest.mark.parametrize("act", [lambda: torch.empty(10**15), run_out_of_memory])
 def test_out_of_memory(
-    home: Path,
-    whole: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    act: Callable[[], None],
+    home: Path, whole: Path, tmp_path: Path, capfd: CaptureFixture, act: Callable[[], None]
 ) -> None:
     error = error_of(capfd, home, flags_in(home, tmp_path), at_step(4, act))
     assert "out of memory in step 4: halve --batch_size" in error
@@ -423,26 +380,16 @@ def test_out_of_memory(
 # ---------------------------------------------------------------- other runs under the same name
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        ("--batch_size 4 --accumulation_steps 2", "--accumulation_steps was 1 and is 2 now"),
-        ("--max_steps 12", "--max_steps was 10 and is 12 now"),
-        ("--dtype bfloat16", "--dtype was float32 and is bfloat16 now"),
-        ("--trainable norms", "--trainable was all and is norms now"),
-        ("--keep_checkpoints 2", "--keep_checkpoints was 0 and is 2 now"),
-        ("--eval_data_path {home}/sft.jsonl", "eval_data was {{"),
-        ("--data_path {own}/sft.jsonl", "train_data was {{"),
-        ("--from_weight {own}/pretrain", "base_fingerprint was "),
-    ],
-)
+ANOTHER_RUN = {  # flags of the continuation -> the error's words
+    "--batch_size 4 --accumulation_steps 2": "--accumulation_steps was 1 and is 2 now",
+    "--keep_checkpoints 2": "--keep_checkpoints was 0 and is 2 now",
+    "--data_path {own}/sft.jsonl": "train_data was {{",
+    "--from_weight {own}/pretrain": "base_fingerprint was ",
+}
+
+
 def test_continuing_as_another_run_is_refused(
-    base: Path,
-    home: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    flags: str,
-    reason: str,
+    home: Path, tmp_path: Path, monkeypatch: MonkeyPatch, capfd: CaptureFixture
 ) -> None:
     """Of data and base their content counts, not how their paths are spelled."""
     out, own = tmp_path / "out", tmp_path / "own"
@@ -450,28 +397,22 @@ def test_continuing_as_another_run_is_refused(
     own.mkdir()
     lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
     (own / "sft.jsonl").write_text("".join(reversed(lines)))
-    model = load_model(base)
-    with torch.no_grad():
-        model.model.norm.weight[0] += 1
+    model = load_model(home / "pretrain")
+    model.model.norm.weight.data[0] += 1
     save_model(model, TOKENIZER_DIR, own / "pretrain")
     before = hashes(out)
-    flags = f"{flags_in(home, out)} {flags.format(home=home, own=own)} --from_resume"
-    error = error_of(capfd, home, flags)
-    assert f"--from_resume: {reason.format()}" in error and "start another run" in error
+    for flags, reason in ANOTHER_RUN.items():
+        given = f"{flags_in(home, out)} {flags.format(own=own)} --from_resume"
+        error = error_of(capfd, home, given)
+        assert f"--from_resume: {reason.format()}" in error and "start another run" in error
+    # `--use_compile auto` decides by the machine's compiler, too.
+    monkeypatch.setattr(trainer_utils, "compile_blocks", lambda *_: True)
+    error = error_of(capfd, home, flags_in(home, out) + " --from_resume")
+    assert "compiled was False and is True now" in error
     assert hashes(out) == before
 
 
-def test_compiling_changes_what_is_computed(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`--use_compile auto` decides by the machine's compiler too."""
-    assert call("full_sft", flags_in(home, tmp_path), home, at_step(1, terminate)) == 130
-    monkeypatch.setattr(trainer_utils, "compile_blocks", lambda *_: True)
-    with pytest.raises(UserError, match="compiled was False and is True now"):
-        call("full_sft", flags_in(home, tmp_path) + " --from_resume", home)
-
-
-def test_code_is_dirty_when_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_dirty_when_it_was_changed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Results beside the code do not make it another."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     monkeypatch.setattr(run_folder, "REPO_DIR", tmp_path)
@@ -488,9 +429,5 @@ def test_code_is_dirty_when_it_was_changed(tmp_path: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------- random kills
 
 
-def test_a_few_random_kills(tmp_path: Path) -> None:
-    command = [sys.executable, "tests/trainer/stress_resume.py", "--kills", "2"]
-    command += ["--case", "lora, bfloat16, dropout"]
-    done = subprocess.run(command, cwd=REPO_DIR, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("2 of 2 kills")
+def test_a_few_random_kills() -> None:
+    assert stress_resume.main(["--kills", "2", "--case", "full_sft, float32, data processes"]) == 0
