@@ -284,10 +284,12 @@ def train(
             generator=torch.Generator(),
         )
         micro_batches, losses = iter(loader), []  # losses stay on the device between log lines
+        hidden = None if accelerator.is_main_process else True  # None: if this is no terminal
+        bar = tqdm(todo, args.run_name, steps, initial=progress.step, disable=hidden)
         stop = stop_on_signals(processes)
         wrapped.train()
         clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
-        for step in todo:
+        for step in bar:
             schedule = (args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
             rate = learning_rate_at(step, steps, args.learning_rate, *schedule)
             for group in optimizer.param_groups:
@@ -331,10 +333,11 @@ def train(
             if logs:
                 row = run.log_step(norm.item(), rate)
                 accelerator.log(row, step=now)
-                speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-                left = tqdm.format_interval((steps - now) * progress.seconds / now)
-                text = f"step {now}/{steps}: loss {row['loss']:.4f}, {speed}, {left} left"
-                accelerator.print(text, flush=True)
+                text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+                bar.set_postfix_str(text, refresh=False)
+                if bar.disable:
+                    left = tqdm.format_interval((steps - now) * progress.seconds / now)
+                    accelerator.print(f"step {now}/{steps}: {text}, {left} left", flush=True)
             if evaluates:
                 eval_loss = evaluate(model, eval_set, args.batch_size, accelerator)
                 if not math.isfinite(eval_loss):
