@@ -41,7 +41,10 @@ def test_default_shape_has_minimind2_smalls_parameters() -> None:
     ("shape", "message"),
     [
         ({"hidden_size": 65}, "hidden_size 65"),
-        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads .4., and these of num_key_value_heads .3.",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(shape: dict, message: str) -> None:
