@@ -62,11 +62,12 @@ def test_files_are_written_whole_or_not_at_all(
     assert read_json(path) == {"a": [1]}
     assert file_sha256(path) == hashlib.sha256(b'{\n  "a": [\n    1\n  ]\n}\n').hexdigest()
 
-    def fill_disk(self: Path, text: str, encoding: str) -> None:
-        self.write_bytes(text.encode()[:2])
+    def fill_disk(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fill_disk)
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "another")
     assert read_json(path) == {"a": [1]}
