@@ -15,8 +15,8 @@ from model.checkpoint import (
     weights_fingerprint,
 )
 from model.files import UserError, file_sha256
-from model.model_lora import LoraSettings, apply_lora, save_lora
-from tests.model.small import compute_logits, make_model, move_parameters
+from model.model_lora import LoraSettings
+from tests.model.small import compute_logits, make_model, save_adapter
 from trainer import convert_minimind, merge_lora
 
 
@@ -100,12 +100,8 @@ def test_files_that_are_not_minimind_s_are_refused(
 
 
 def test_adapter_is_merged_into_a_plain_checkpoint(base: Path) -> None:
-    model, settings = load_model(base), LoraSettings(rank=8, alpha=8, targets="q_proj")
-    fingerprint = weights_fingerprint(model)
-    apply_lora(model, settings)
-    move_parameters(model)
     adapter, out = base.parent / "adapter", base.parent / "merged"
-    save_lora(model, settings, adapter, str(base), fingerprint)
+    model = save_adapter(base, LoraSettings(rank=8, alpha=8, targets="q_proj"), adapter)
     # A base of the hub often has no chat template: the tokenizer is copied as it is.
     (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     words = ["--adapter", str(adapter), "--output_dir", str(out)]
@@ -116,7 +112,7 @@ def test_adapter_is_merged_into_a_plain_checkpoint(base: Path) -> None:
         assert (out / name).read_bytes() == (base / name).read_bytes()
     record = json.loads((out / "run.json").read_text())
     assert (record["status"], record["stage"]) == ("completed", "merge_lora")
-    assert record["base_fingerprint"] == fingerprint
+    assert record["base_fingerprint"] == weights_fingerprint(load_model(base))
     assert record["adapter_sha256"] == file_sha256(adapter / "adapter_model.safetensors")
     assert record["settings"]["adapter"]["alpha"] == 8
     with pytest.raises(UserError, match="merged: exists; name another folder"):
