@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model
@@ -297,9 +296,6 @@ def test_merging_into_a_tied_head_is_refused(base: Path) -> None:
     with pytest.raises(UserError, match="lm_head is tied to the embedding"):
         merge_lora(model)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
-    loss = model(IDS, labels=IDS).loss  # the adapter on the head counts in the loss too
-    expected = cross_entropy(compute_logits(model)[0, :-1], IDS[0, 1:])
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 # ---------------------------------------------------------------- refusals
