@@ -310,9 +310,9 @@ def build_merged(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 NO_TARGETS = "dummy-target-modules"  # PEFT's name for none; an empty list it refuses
-# Values of PEFT's settings that are computed here. Other settings show in the tensors, or change
-# nothing; other ways to initialize change the base's weights.
-COMPUTED = {
+# Values of PEFT's settings that are computed here. Settings not listed change nothing, or show in
+# the tensors' names and shapes. PiSSA and other initializations change the base's weights.
+PEFT_VALUES = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
     "alpha_pattern": ({},),
@@ -398,7 +398,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     settings = find_settings(Path(folder) / ADAPTER_CONFIG, tensors)
     try:
         apply_lora(model, settings)
-    except UserError as error:  # which names a flag, not the file that asks for it
+    except UserError as error:  # the message names a flag, not the file
         raise UserError(f"{path}: does not fit this model: {error}") from error
     fill_adapter(model, tensors, path)
     return settings
@@ -411,7 +411,7 @@ def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
         UserError: the config is missing or broken, or asks for what this module does not compute.
     """
     config = read_json(path)
-    for name, values in COMPUTED.items():
+    for name, values in PEFT_VALUES.items():
         if config.get(name) not in (None, *values):
             remedy = "merge the adapter with PEFT and use the merged model"
             raise UserError(f"{path}: {name} {config[name]!r} is not computed here; {remedy}")
