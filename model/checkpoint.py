@@ -1,20 +1,19 @@
 """Checkpoints: saved in transformers' layout, and loaded strictly, with their tokenizer.
 
-No code in a checkpoint is run. What the model would compute otherwise than `config.json` says is
-refused.
+No code in a checkpoint is run. A config that the model does not compute is refused.
 """
 
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 from transformers.utils import cached_file
 
-from model.files import REPO_DIR, UserError, read_json, write_json, write_text
-from model.model_lora import ADAPTER_CONFIG, load_lora, save_tensors
-from model.model_minimind import MiniMindForCausalLM
+from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json, write_text
+from model.model_lora import ADAPTER_CONFIG, load_lora
+from model.model_minimind import Config, MiniMindForCausalLM
 from model.model_minimind import weights_fingerprint as weights_fingerprint  # for importers
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
@@ -22,9 +21,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 # Values of config.json that the model computes; others are refused.
-COMPUTED = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-COMPUTED |= {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
-COMPUTED_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
+COMPUTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+COMPUTED |= {"use_sliding_window": False, "quantization_config": None}
+COMPUTED |= {"rope_type": "default", "partial_rotary_factor": 1.0}
 
 
 def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Path) -> None:
@@ -32,15 +31,12 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
 
     Args:
         tokenizer_dir: a folder, whose files are copied, or a hub id.
-
-    Raises:
-        OSError: the disk is full, for instance.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors[HEAD_WEIGHT]
-    save_tensors(tensors, folder / WEIGHTS_FILE, {})
+    write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     write_json(folder / "config.json", dict(sorted(config.items())))
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -77,7 +73,7 @@ def find_file(source: str | Path, name: str) -> Path:
     return path
 
 
-def read_config(source: str | Path) -> LlamaConfig | Qwen3Config:
+def read_config(source: str | Path) -> Config:
     """Read a config, refused unless model_minimind.py computes what it describes."""
     path = find_file(source, "config.json")
     content = read_json(path)
@@ -85,18 +81,17 @@ def read_config(source: str | Path) -> LlamaConfig | Qwen3Config:
     if content.get("model_type") not in kinds:
         raise UserError(f"{path}: model_type {content.get('model_type')!r}; llama or qwen3 is read")
     config = kinds[content["model_type"]].from_dict(content)
-    rope = {name: config.rope_parameters.get(name, COMPUTED_ROPE[name]) for name in COMPUTED_ROPE}
-    values = {name: content.get(name, computed) for name, computed in COMPUTED.items()} | rope
-    for name, computed in (COMPUTED | COMPUTED_ROPE).items():
-        if values[name] not in (computed, None):
-            raise UserError(f"{path}: {name} {values[name]!r} is not computed by this model")
+    found = content | config.rope_parameters
+    for name, computed in COMPUTED.items():
+        if found.get(name) not in (computed, None):
+            raise UserError(f"{path}: {name} {found[name]!r} is not computed by this model")
     return config
 
 
 def load_model(source: str | Path) -> MiniMindForCausalLM:
     """Load a model in float32 from a saved folder or a hub id, strictly.
 
-    Not by `from_pretrained`, which reports what does not fit and goes on.
+    `from_pretrained` would report weights that do not fit, and go on.
 
     Raises:
         UserError: a file is missing, broken, or does not fit the config.
@@ -110,10 +105,8 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
     if config.tie_word_embeddings and EMBEDDING_WEIGHT in tensors:
         head = tensors.setdefault(HEAD_WEIGHT, tensors[EMBEDDING_WEIGHT])
         if not torch.equal(head, tensors[EMBEDDING_WEIGHT]):
-            raise UserError(
-                f"{path}: {HEAD_WEIGHT} differs from the embedding that it is tied to; untie it in "
-                "config.json (tie_word_embeddings: false)"
-            )
+            remedy = "set tie_word_embeddings to false in config.json"
+            raise UserError(f"{path}: {HEAD_WEIGHT} differs from the embedding; {remedy}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:  # names what is missing, unexpected or of another shape
@@ -142,10 +135,8 @@ def load_tokenizer(
     if None in (tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token):
         raise UserError(f"{source}: a chat template, end or padding token is missing; add it")
     if vocab_size is not None and len(tokenizer) > vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}; give "
-            "the model's own"
-        )
+        sizes = f"{len(tokenizer)} tokens, the model {vocab_size}"
+        raise UserError(f"{source}: the tokenizer has {sizes}; give the model's own")
     return tokenizer
 
 

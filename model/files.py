@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NoReturn
 
 REPO_DIR = Path(__file__).resolve().parents[1]
-INTERRUPTED = 130  # the exit code after Ctrl-C
 # Control, zero-width and direction characters: they could steer a terminal or hide text.
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -23,17 +22,16 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's `main` and exit; a user's error is one line on stderr and exit code 2."""
+    """Run a script's `main` and exit: 2 and one line after a user's error, 130 after Ctrl-C."""
     try:
-        code = main()
+        sys.exit(main())
     except (UserError, OSError) as error:
         line = escape_control(str(error)).replace("\n", "\\n").replace("\t", "\\t")
         print(f"error: {line}", file=sys.stderr)
-        code = 2
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+        sys.exit(130)
 
 
 def escape_control(text: str) -> str:
@@ -41,15 +39,20 @@ def escape_control(text: str) -> str:
     return UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and move it into place."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file aside and move it into place: a full disk leaves the file before."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-    except OSError:  # the disk is full: half of the file may be there
+        aside.write_bytes(content)
+    except OSError:  # half of the file may be there
         aside.unlink(missing_ok=True)
         raise
     replace_file(aside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -74,7 +77,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; mend the path or make the file again") from error
-    except (ValueError, RecursionError) as error:  # of JSON or UTF-8; nested without end
+    except ValueError as error:  # of JSON or UTF-8
         raise UserError(f"{path}: broken JSON ({error}); mend or copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")

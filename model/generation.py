@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from model.files import UserError
 from model.model_minimind import MiniMindForCausalLM
 
-# Tokens among which a nucleus is looked for first: to find these is faster than to sort all.
+# A nucleus is looked for among so many tokens first, which is faster than to sort all.
 LIKELY_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen: the most likely one at temperature 0, else sampled."""
+    """How the next token is chosen: the most likely one at temperature 0, else by sampling."""
 
     name: str
     temperature: float = 0.0
@@ -65,45 +67,39 @@ def continue_prompts(
     model: MiniMindForCausalLM,
     prompts: list[list[int]],
     decoding: Decoding,
-    draws: torch.Tensor,
+    draws: Tensor,
     end_ids: tuple[int, ...] = (),
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield, step by step, (index, token) of each prompt whose answer has not ended.
 
-    Leaves the model in evaluation mode.
-
-    Args:
-        draws: (B, steps) uniform numbers in [0, 1), one a token; see `choose_tokens`.
-        end_ids: tokens that end an answer.
+    Leaves the model in evaluation mode; `draws` is (B, steps), see `choose_tokens`.
     """
     model.eval()
     device = model.device
     draws, ends = draws.to(device), torch.tensor(end_ids, dtype=torch.long, device=device)
-    rows = torch.arange(len(prompts), device=device)  # of `prompts`, in the batch that is left
+    rows = torch.arange(len(prompts), device=device)  # prompts whose answers go on
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    padding = torch.tensor([width - len(p) for p in prompts], device=device)
-    mask = torch.arange(width, device=device) >= padding[:, None]
+    mask = torch.tensor([[i >= width - len(p) for i in range(width)] for p in prompts]).to(device)
     cache = DynamicCache(config=model.config)
     for step in range(draws.shape[1]):
         logits = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
         tokens = choose_tokens(logits.float(), decoding, draws[rows, step])
         yield list(zip(rows.tolist(), tokens.tolist(), strict=True))
         going = ~torch.isin(tokens, ends)
+        if not going.any():
+            return
         if not going.all():
             rows, tokens, mask = rows[going], tokens[going], mask[going]
             cache.batch_select_indices(going)
-        if len(rows) == 0:
-            return
-        ids, mask = tokens[:, None], torch.nn.functional.pad(mask, (0, 1), value=True)
+        ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=True)
 
 
-def choose_tokens(logits: torch.Tensor, decoding: Decoding, draws: torch.Tensor) -> torch.Tensor:
+def choose_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
     """Choose the next tokens, (B,) int64, from (B, V) logits.
 
-    Args:
-        draws: (B,) uniform numbers in [0, 1). A token is the place where the cumulated
-            probabilities reach its row's draw, so an answer depends on its own draws only.
+    A token is where the cumulated probabilities reach its row's draw, (B,), uniform in [0, 1): so
+    an answer depends on its own draws only.
     """
     if decoding.temperature == 0:
         return logits.argmax(dim=-1)
@@ -114,26 +110,21 @@ def choose_tokens(logits: torch.Tensor, decoding: Decoding, draws: torch.Tensor)
     reached = draws[:, None] * cumulated[:, -1:]
     # To the right of equal values: a token of probability 0 is never chosen.
     tokens = torch.searchsorted(cumulated, reached.contiguous(), right=True)[:, 0]
-    # Rounding may bring the product up to the sum itself; then the last possible token is meant.
-    last = (cumulated < cumulated[:, -1:]).sum(dim=-1)
-    return tokens.minimum(last)
+    # Rounding may bring the product up to the sum itself: then the last possible token is chosen.
+    return tokens.minimum((cumulated < cumulated[:, -1:]).sum(dim=-1))
 
 
-def cut_to_nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+def cut_to_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keep the most likely tokens that together reach `top_p`; 0 elsewhere, not renormalized.
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, eq. 3).
     """
-    likely = probabilities.topk(min(LIKELY_TOKENS, probabilities.shape[-1])).values
-    floor = find_least_kept(likely, top_p)
-    wide = likely.sum(dim=-1) < top_p
-    if wide.any():
-        floor[wide] = find_least_kept(probabilities[wide].sort(descending=True).values, top_p)
-    return probabilities.where(probabilities >= floor, 0.0)
-
-
-def find_least_kept(descending: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Find each row's least probability whose predecessors fall short of `top_p`, (B, 1)."""
-    before = descending.cumsum(dim=-1) - descending
-    kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    return descending.gather(-1, kept - 1)
+    vocab_size = probabilities.shape[-1]
+    for count in (min(LIKELY_TOKENS, vocab_size), vocab_size):
+        likely = probabilities.topk(count).values
+        cumulated = likely.cumsum(dim=-1)
+        if (cumulated[:, -1] >= top_p).all():
+            break
+    # A token is kept if the more likely ones fall short of `top_p`; so is the most likely one.
+    kept = (cumulated - likely < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    return probabilities.where(probabilities >= likely.gather(-1, kept - 1), 0.0)

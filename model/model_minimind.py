@@ -5,8 +5,7 @@ saved folder says so in its `config.json`: `AutoModelForCausalLM.from_pretrained
 the same logits without this file.
 
 Shapes in the comments: B batch, T new tokens, S tokens seen (cached and new), D hidden size,
-H attention heads, K key/value heads, d head dimension (D / H if the config names none), V
-vocabulary.
+d head dimension (D / attention heads, if the config names none), V vocabulary.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,6 +23,9 @@ from model.files import UserError
 IGNORE_INDEX = -100  # the label of a position without a loss
 # Labeled positions whose logits exist at once: LOSS_CHUNK * V floats, which stay in a CPU's cache.
 LOSS_CHUNK = 512
+
+Config = LlamaConfig | Qwen3Config
+Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_tables`
 
 
 def minimind_config(
@@ -37,22 +39,16 @@ def minimind_config(
     rope_theta: float = 1e6,
     rms_norm_eps: float = 1e-5,
     qk_norm: bool = False,
-) -> LlamaConfig | Qwen3Config:
+) -> Config:
     """Describe a model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
 
     Raises:
         UserError: the heads do not divide the hidden size or each other.
     """
-    head_dim = hidden_size // num_attention_heads
-    if hidden_size % num_attention_heads or head_dim % 2:
+    if hidden_size % (2 * num_attention_heads) or num_attention_heads % num_key_value_heads:
         raise UserError(
-            f"hidden_size {hidden_size}: must be a multiple of twice num_attention_heads "
-            f"{num_attention_heads}"
-        )
-    if num_attention_heads % num_key_value_heads:
-        raise UserError(
-            f"num_attention_heads {num_attention_heads}: must be a multiple of "
-            f"num_key_value_heads {num_key_value_heads}"
+            f"hidden_size {hidden_size}: must be a multiple of 2 * num_attention_heads "
+            f"({num_attention_heads}), and these of num_key_value_heads ({num_key_value_heads})"
         )
     config_class = Qwen3Config if qk_norm else LlamaConfig
     return config_class(
@@ -61,7 +57,7 @@ def minimind_config(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=hidden_size // num_attention_heads,
         intermediate_size=intermediate_size,
         max_position_embeddings=max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
@@ -74,19 +70,11 @@ def minimind_config(
     )
 
 
-def rope_tables(
-    position_ids: torch.Tensor, head_dim: int, theta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> Rope:
     """Compute cos and sin of the rotary embedding (Su et al. 2021, arXiv 2104.09864, eq. 15).
 
-    Computed in float32 from the positions, once a forward pass: a cast of the model to half
-    precision rounds no buffer.
-
-    Args:
-        position_ids: (B or 1, T) int64.
-
-    Returns:
-        Two tensors (B or 1, 1, T, d), float32; the two halves of the last axis are equal.
+    (B or 1, T) int64 -> two (B or 1, 1, T, d) float32; the two halves of the last axis are equal.
+    Computed at each forward pass: a buffer would be rounded when the model is cast to half.
     """
     powers = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     inverse_frequency = 1.0 / theta ** (powers / head_dim)
@@ -95,36 +83,26 @@ def rope_tables(
     return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate (B, heads, T, d) by the tables of `rope_tables`, in the layout of Llama."""
-    first, second = x.chunk(2, dim=-1)
+    (cos, sin), (first, second) = rope, x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def find_visible_keys(
-    attention_mask: torch.Tensor | None, new: int, seen: int, device: torch.device
-) -> torch.Tensor:
-    """Mark which of `seen` keys each of the last `new` queries may attend to.
+def find_visible_keys(attention_mask: Tensor, new: int) -> Tensor:
+    """Mark the keys that each of the last `new` queries may attend to: (B, S) -> (B, 1, T, S).
 
-    Args:
-        attention_mask: (B, S), 1 for real tokens and 0 for padding, or None.
-
-    Returns:
-        (B or 1, 1, T, S) bool.
+    A query sees real tokens up to its own, and itself: without any key its row would be NaN.
     """
-    queries = torch.arange(seen - new, seen, device=device)[:, None]
-    keys = torch.arange(seen, device=device)[None, :]
-    visible = (keys <= queries)[None, None]
-    if attention_mask is None:
-        return visible
-    # A padding query sees itself: a row without any key would be NaN, and poison the cache.
-    return visible & (attention_mask[:, None, None, :].bool() | (keys == queries))
+    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    queries = keys[-new:, None]
+    return (keys <= queries) & (attention_mask[:, None, None, :].bool() | (keys == queries))
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
 
-    def __init__(self, config: LlamaConfig | Qwen3Config, layer_index: int):
+    def __init__(self, config: Config, layer_index: int):
         super().__init__()
         size, self.head_dim = config.hidden_size, config.head_dim
         self.layer_index = layer_index
@@ -133,30 +111,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
         self.grouped = config.num_attention_heads != config.num_key_value_heads
-        self.qk_norm = config.model_type == "qwen3"
-        if self.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        make_norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_norm = make_norm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = make_norm(self.head_dim, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        cache: Cache | None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """(B, T, D) -> (B, T, D); adds this layer's keys and values to `cache`.
 
         Args:
             mask: (B or 1, 1, T, S), or None where every query sees all keys up to its own.
         """
         batch, new, _ = x.shape
-        q = self.q_proj(x).view(batch, new, -1, self.head_dim)
-        k = self.k_proj(x).view(batch, new, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(batch, new, -1, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(batch, new, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(batch, new, -1, self.head_dim).transpose(1, 2)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
+        q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
         out = F.scaled_dot_product_attention(
@@ -168,13 +137,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
-    def __init__(self, config: LlamaConfig | Qwen3Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -182,20 +151,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer layer; RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) before each part."""
 
-    def __init__(self, config: LlamaConfig | Qwen3Config, layer_index: int):
+    def __init__(self, config: Config, layer_index: int):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_index)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """(B, T, D) -> (B, T, D), as `Attention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -204,7 +167,7 @@ class Block(nn.Module):
 class MiniMindModel(nn.Module):
     """Embedding, blocks and final norm: token ids to hidden states."""
 
-    def __init__(self, config: LlamaConfig | Qwen3Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -213,21 +176,20 @@ class MiniMindModel(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for batches padded on the left."""
         new, device = input_ids.shape[1], input_ids.device
         seen = new + (cache.get_seq_length() if cache is not None else 0)
-        if position_ids is None and attention_mask is None:
-            position_ids = torch.arange(seen - new, seen, device=device)[None]
-        elif position_ids is None:
+        needs_mask = attention_mask is not None or seen > new
+        if attention_mask is None:
+            attention_mask = torch.ones(1, seen, dtype=torch.bool, device=device)
+        if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        mask = None
-        if attention_mask is not None or seen > new:
-            mask = find_visible_keys(attention_mask, new, seen, device)
+        mask = find_visible_keys(attention_mask, new) if needs_mask else None
         theta = self.config.rope_parameters["rope_theta"]
         rope = rope_tables(position_ids, self.config.head_dim, theta)
         x = self.embed_tokens(input_ids)
@@ -244,7 +206,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: LlamaConfig | Qwen3Config):
+    def __init__(self, config: Config):
         super().__init__(config)
         self.model = MiniMindModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -252,14 +214,14 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
-        labels: torch.Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
-        num_items_in_batch: int | torch.Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
         """Compute logits, or with `labels` the loss alone.
@@ -285,16 +247,16 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         items = labeled.sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / items, cache=cache)
 
-    def sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def sum_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum the cross-entropy in nats, float32, of (N, D) states and (N,) targets."""
         if torch.is_grad_enabled():
-            trained = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+            trained = [p for p in self.lm_head.parameters() if p.requires_grad]
             return ChunkedLoss.apply(self.lm_head, hidden, targets, *trained)
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
         return sum(sum_chunk(self.lm_head, states, ids) for states, ids in chunks)
 
 
-def sum_chunk(head: nn.Module, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def sum_chunk(head: nn.Module, states: Tensor, ids: Tensor) -> Tensor:
     """Sum the cross-entropy of a chunk; exponentials and sums are float32 under autocast, too."""
     return F.cross_entropy(head(states).float(), ids, reduction="sum")
 
@@ -307,9 +269,9 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *trained: nn.Parameter
-    ) -> torch.Tensor:
-        """(N, D) states and (N,) targets to a sum; `trained` are the head's weights that train."""
+        ctx, head: nn.Module, hidden: Tensor, targets: Tensor, *trained: nn.Parameter
+    ) -> Tensor:
+        """(N, D) states, (N,) targets -> the sum; `trained` are the head's trained parameters."""
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(tensor) for tensor in (hidden, *trained)]
         for start in range(0, len(targets), LOSS_CHUNK):
@@ -317,16 +279,15 @@ class ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 states = hidden[span].detach().requires_grad_()
                 loss = sum_chunk(head, states, targets[span])
-            first, *others = torch.autograd.grad(loss, [states, *trained])
-            gradients[0][span] = first
-            for gradient, part in zip(gradients[1:], others, strict=True):
+            parts = torch.autograd.grad(loss, [states, *trained])
+            for gradient, part in zip([gradients[0][span], *gradients[1:]], parts, strict=True):
                 gradient += part
             total += loss.detach()
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that `forward` took."""
         of_hidden, *of_trained = (gradient * grad for gradient in ctx.saved_tensors)
         return None, of_hidden, None, *of_trained

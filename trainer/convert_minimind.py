@@ -5,9 +5,8 @@
     python trainer/convert_minimind.py lora_medical_512.pth --base out/minimind_sft \
         --output_dir out/minimind_medical
 
-A model's .pth holds neither its tokenizer nor its number of heads: name the folder of the one that
-it was trained with, and --num_attention_heads if it is not 8. An adapter's needs the folder of its
-base. Code inside a .pth is refused, not run.
+A model's .pth holds neither tokenizer nor number of heads: name its tokenizer's folder, and
+--num_attention_heads if it is not 8. An adapter's needs its base. Code in a .pth is not run.
 """
 
 import argparse
@@ -18,12 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import LlamaConfig, Qwen3Config
 
 from model.checkpoint import load_model, load_tokenizer, save_model, weights_fingerprint
 from model.files import UserError, escape_control, run_script
-from model.model_lora import LoraSettings, apply_lora, lora_layers, save_lora
-from model.model_minimind import MiniMindForCausalLM, minimind_config
+from model.model_lora import LoraSettings, apply_lora, save_lora
+from model.model_minimind import Config, MiniMindForCausalLM, minimind_config
 
 MATRICES = ("embed_tokens", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj")
 
@@ -33,32 +31,27 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path}: not a plain file of tensors, or damaged ({type(error).__name__}); nothing in "
-            "it was run; save it again as a state dict"
-        ) from error
+        problem = f"not a plain file of tensors, or damaged ({type(error).__name__})"
+        raise UserError(f"{path}: {problem}; save it again as a state dict") from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path}: expected a state dict, names to tensors; save it as one")
     # MiniMind stores its rotary tables with the weights; they are computed here.
     return {k: v.float() for k, v in tensors.items() if not k.startswith("model.freqs_")}
 
 
-def find_config(
-    tensors: dict[str, torch.Tensor], num_attention_heads: int, path: Path
-) -> LlamaConfig | Qwen3Config:
-    """Find the shape that a MiniMind model's tensors imply."""
+def find_config(tensors: dict[str, torch.Tensor], heads: int, path: Path) -> Config:
+    """Find the shape that a MiniMind model's tensors and its number of heads imply."""
     names = [f"model.{name}.weight" for name in MATRICES]
     if missing := [name for name in names if name not in tensors]:
         raise UserError(f"{path}: no {missing[0]}; a dense model or an adapter (--base) is read")
     (vocab_size, hidden_size), (key_size, _), (inner_size, _) = (tensors[n].shape for n in names)
-    head_size = max(1, hidden_size // num_attention_heads)
     qk_norm = "model.layers.0.self_attn.q_norm.weight" in tensors
     return minimind_config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=len({n.split(".")[2] for n in tensors if n.startswith("model.layers.")}),
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=max(1, key_size // head_size),
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, key_size * heads // hidden_size),
         intermediate_size=inner_size,
         qk_norm=qk_norm,
         # Not in the file: MiniMind changed it with the version that brought q_norm.
@@ -67,33 +60,29 @@ def find_config(
 
 
 def fill_model(model: MiniMindForCausalLM, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copy tensors into the parameters of these names."""
-    own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wrong = sorted(own ^ (tensors.keys() - {"lm_head.weight"}))
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]} is missing or unknown; not a file of MiniMind's")
+    """Copy tensors into the model, all of them and no others."""
     try:
-        model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:  # a shape: of another number of heads, for instance
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # names what is missing, unexpected or of another shape
         raise UserError(f"{path}: does not fit: {' '.join(str(error).split())}") from error
 
 
 def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, folder: Path) -> None:
     """Write a MiniMind adapter as a folder: scaling 1, as its scripts compute it."""
     model = load_model(base)
-    fingerprint = weights_fingerprint(model)
-    plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    renamed = {name.replace(".lora.", ".lora_"): tensor for name, tensor in plain.items()}
+    fingerprint, frozen = weights_fingerprint(model), model.state_dict()
+    names = [name.removeprefix("module.").replace(".lora.", ".lora_") for name in tensors]
+    renamed = dict(zip(names, tensors.values(), strict=True))
     first = next((name for name in renamed if name.endswith(".lora_A.weight")), None)
     if first is None:
         raise UserError(f"{path}: no matrix named ...lora.A.weight; leave out --base for a model")
     rank = renamed[first].shape[0]
-    targets = ",".join(dict.fromkeys(name.partition(".lora_")[0] for name in renamed))
+    targets = ",".join({name.partition(".lora_")[0] for name in names})
     settings = LoraSettings(rank=rank, alpha=rank, targets=targets, init="gaussian")
-    apply_lora(model, settings)
-    fill_model(model, renamed, path)
+    adapted = apply_lora(model, settings)
+    fill_model(model, frozen | renamed, path)
     save_lora(model, settings, folder, base, fingerprint)
-    print(escape_control(f"{path}: {len([*lora_layers(model)])} matrices, r={rank}: {folder}"))
+    print(escape_control(f"{path}: {len(adapted)} matrices, r={rank}: {folder}"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         convert_adapter(tensors, args.base, args.pth, args.output_dir)
         return 0
     model = MiniMindForCausalLM(find_config(tensors, args.num_attention_heads, args.pth))
-    fill_model(model, tensors, args.pth)
+    tied = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    fill_model(model, tied | tensors, args.pth)
     load_tokenizer(args.tokenizer_path, model.config.vocab_size)
     save_model(model, args.tokenizer_path, args.output_dir)
     print(escape_control(f"{args.pth}: {model.num_parameters():,} parameters: {args.output_dir}"))

@@ -1,8 +1,12 @@
-"""Small random models for the tests of this folder."""
+"""Small random models and adapters for the tests of this folder."""
+
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from model.checkpoint import load_model, weights_fingerprint
+from model.model_lora import LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 SMALL = {
@@ -39,3 +43,15 @@ def move_parameters(model: nn.Module, seed: int = 1) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def save_adapter(
+    base: Path, settings: LoraSettings, folder: Path, named: str = ""
+) -> MiniMindForCausalLM:
+    """Put an adapter on a saved base, move and save it; return the adapted model."""
+    model = load_model(base)
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, settings)
+    move_parameters(model)
+    save_lora(model, settings, folder, named or str(base), fingerprint)
+    return model

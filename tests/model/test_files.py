@@ -1,7 +1,6 @@
 """Errors as one line, and files written whole or not at all."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,32 +16,24 @@ from model.files import (
 )
 
 
-def raise_error(error: BaseException) -> Callable[[], int]:
-    """Build a `main` that raises."""
-
-    def main() -> int:
-        raise error
-
-    return main
-
-
 @pytest.mark.parametrize(
-    ("main", "code", "line"),
+    ("error", "code", "line"),
     [
-        (lambda: 0, 0, ""),
-        (raise_error(UserError("a\n\x9bb\t: mend")), 2, "error: a\\n\\u009bb\\t: mend\n"),
-        (
-            raise_error(OSError(28, "No space left", "x")),
-            2,
-            "error: [Errno 28] No space left: 'x'\n",
-        ),
-        (raise_error(KeyboardInterrupt()), 130, "interrupted\n"),
+        (None, 0, ""),
+        (UserError("a\n\x9bb\t: mend"), 2, "error: a\\n\\u009bb\\t: mend\n"),
+        (OSError(28, "No space left", "x"), 2, "error: [Errno 28] No space left: 'x'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=["done", "user", "disk", "ctrl-c"],
 )
 def test_scripts_end_in_one_line(
-    main: Callable, code: int, line: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException | None, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def main() -> int:
+        if error:
+            raise error
+        return 0
+
     with pytest.raises(SystemExit) as caught:
         run_script(main)
     assert caught.value.code == code
@@ -62,24 +53,22 @@ def test_files_are_written_whole_or_not_at_all(
     assert read_json(path) == {"a": [1]}
     assert file_sha256(path) == hashlib.sha256(b'{\n  "a": [\n    1\n  ]\n}\n').hexdigest()
 
-    def fill_disk(self: Path, text: str, encoding: str) -> None:
-        self.write_bytes(text.encode()[:2])
+    def fill_disk(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fill_disk)
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "another")
     assert read_json(path) == {"a": [1]}
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"{", "broken JSON"), (b"[1]", "expected a JSON object"), (b"\xff", "broken JSON")],
-)
-def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(UserError, match=f"x.json: {message}"):
-        read_json(tmp_path / "x.json")
+def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for content, message in ((b"{", "broken"), (b"\xff", "broken"), (b"[1]", "expected a JSON")):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match=f"x.json: {message}"):
+            read_json(tmp_path / "x.json")
     with pytest.raises(UserError, match="y.json: missing"):
         read_json(tmp_path / "y.json")

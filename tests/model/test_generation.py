@@ -7,7 +7,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from model import generation
 from model.files import UserError
-from model.generation import Decoding, choose_tokens, continue_prompts, cut_to_nucleus, generate
+from model.generation import Decoding, choose_tokens, cut_to_nucleus, generate
 from model.model_lora import LoraSettings, apply_lora, merge_lora
 from tests.model.small import make_model, move_parameters
 
@@ -49,13 +49,6 @@ def test_a_sampled_answer_depends_on_seed_and_place_not_on_its_batch() -> None:
         assert generate(model, PROMPTS, SAMPLED, 3, 12, batch_size) == together
     assert generate(model, PROMPTS[:2], SAMPLED, 3, 12, 5) == together[:2]
     assert generate(model, PROMPTS, SAMPLED, 4, 12, 5) != together
-
-
-def test_an_answer_streams_token_by_token() -> None:
-    model, draws = make_model(), torch.rand(1, 5)
-    steps = list(continue_prompts(model, PROMPTS[:1], GREEDY, draws))
-    [answer] = generate(model, PROMPTS[:1], GREEDY, 0, 5, 1)
-    assert steps == [[(0, token)] for token in answer]
 
 
 def test_an_adapted_model_answers_the_same_merged_or_not() -> None:
