@@ -45,7 +45,7 @@ def to_table(frame: pd.DataFrame) -> str:
     """Return a data frame as a Markdown table; a dash where nothing was measured."""
     if frame.empty:
         return "Not run yet."
-    text = frame.fillna("-").to_markdown(index=False, disable_numparse=True)
+    text = frame.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True)
     return re.sub(r"-{3,}", "---", re.sub(r" +\|", " |", text))  # without padding
 
 

@@ -13,7 +13,7 @@ from evaluation.study.settings import MAIN_BASE, read_study
 
 STUDY = read_study()
 SETS = ("combinations", "unseen")
-PROMPTS = 400  # of each set, every tenth in the tuning half
+PROMPTS = 200  # of each set, every tenth in the tuning half
 ORDER = np.random.default_rng(0).permutation(PROMPTS)  # in which prompts become correct
 CELL = re.compile(
     r"(\w+)(?:\*([\d.e-]+))?(?:/(\d+))?(?:~(\d+))?(?:@(\w+))?(?:\^(\w+))?(?:#(\w+))?(?::(\w+))?"
@@ -23,7 +23,14 @@ CELL = re.compile(
 def write_prompts(folder: Path) -> None:
     """Write prompts.csv: things with two prompts each, in two skills."""
     rows = [
-        (f"{name}-{i}", name, "test" if i % 10 else "tune", f"skill {i % 2}", f"thing {i // 2}", 0.1)
+        (
+            f"{name}-{i}",
+            name,
+            "test" if i % 10 else "tune",
+            f"skill {i % 2}",
+            f"thing {i // 2}",
+            0.1,
+        )
         for name in SETS
         for i in range(PROMPTS)
     ]
@@ -50,15 +57,24 @@ def find_runs(cell: str) -> list[Run]:
     return [replace(run, seed=seed) for seed in size.seeds]
 
 
+def list_grid(run: Run) -> list[float]:
+    """Return the learning rates that are tried for a run's arm; none if it has fixed ones."""
+    return STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []
+
+
 def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: float) -> dict:
-    """Return a line of runs.jsonl, with the same outcomes under both decodings."""
+    """Return a line of runs.jsonl, with the same outcomes under both decodings.
+
+    The middle rate of a grid is the best on the tuning half.
+    """
     decodings = {"greedy": 1, "t0.85p0.85": 3}
     costs = ("trainable_parameters", "steps", "tokens", "flops", "train_seconds")
     line = asdict(run) | {"base": run.base_id, "edition": 2, "status": "completed"}
     line |= {"id": f"{run.id}@{step}" if step else run.id, "step": step or 1000}
     line |= {"weights": "w", "base_fingerprint": "w", "train_data": {"tokens": 1}}
     line["cost"] = dict.fromkeys((*costs, "peak_memory_bytes"), 1e9)
-    line["scalars"] = {"tune_correct": 0.6, "tune_nll": 1.0, "nll_text": 3.0} | scalars
+    best = 0.6 if run.learning_rate in list_grid(run)[1:2] else 0.5
+    line["scalars"] = {"tune_correct": best, "tune_nll": 1.0, "nll_text": 3.0} | scalars
     line["outcomes"] = {
         name: {decoding: " ".join([text] * n) for decoding, n in decodings.items()}
         for name, text in outcomes.items()
@@ -70,28 +86,24 @@ def write_runs(folder: Path, shares: dict[str, float | list | dict]) -> None:
     """Write prompts.csv and runs.jsonl.
 
     Args:
-        shares: by cell, the share of correct answers; or scalars; or (combinations, unseen) of each
-            checkpoint. Keys of scalars that are sets' names or "endless" are shares of answers.
+        shares: by cell, the share of correct answers; or pairs of shares of combinations and unseen
+            things, of each checkpoint; or scalars, where `endless` is a share of answers.
     """
     write_prompts(folder)
-    lines = {}
+    lines = []
     for cell, value in shares.items():
         for run in find_runs(cell):
-            arm, grid = run.arm, STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []
-            for rate in grid:
-                trial = make_tuning_run(STUDY, run.size, arm, rate)
-                line = make_line(trial, {}, tune_correct=0.6 if rate == grid[1] else 0.5)
-                lines.setdefault(line["id"], line)
+            trials = [make_tuning_run(STUDY, run.size, run.arm, rate) for rate in list_grid(run)]
+            lines += [make_line(trial, {}) for trial in trials]
             if isinstance(value, list):
-                for i, pair in enumerate(value, start=1):
+                steps = [100 * i for i in range(1, len(value))] + [0]
+                for step, pair in zip(steps, value, strict=True):
                     texts = dict(zip(SETS, map(spell_outcomes, pair), strict=True))
-                    line = make_line(run, texts, 100 * i * (i < len(value)))
-                    lines[line["id"]] = line
-                continue
-            scalars = value if isinstance(value, dict) else {}
-            share = 1 - scalars["endless"] if "endless" in scalars else value
-            text = spell_outcomes(0.0 if isinstance(share, dict) else share, "e")
-            line = make_line(run, dict.fromkeys(SETS, text), **scalars)
-            lines[line["id"]] = line
-    text = "".join(json.dumps(line) + "\n" for line in lines.values())
-    (folder / "runs.jsonl").write_text(text)
+                    lines.append(make_line(run, texts, step))
+            else:
+                scalars = value if isinstance(value, dict) else {"endless": 1 - value}
+                text = spell_outcomes(1 - scalars.get("endless", 1), "e")
+                lines.append(make_line(run, dict.fromkeys(SETS, text), **scalars))
+    lines.sort(key=lambda line: line["outcomes"] == {}, reverse=True)  # trials give way to runs
+    last = {line["id"]: json.dumps(line) + "\n" for line in lines}
+    (folder / "runs.jsonl").write_text("".join(last.values()))

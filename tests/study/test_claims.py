@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.study.analysis import load_evidence
-from evaluation.study.claims import judge_claims
+from evaluation.study.analysis import Estimate, load_evidence
+from evaluation.study.claims import is_satisfied, judge_claims
+from evaluation.study.settings import Condition
 from tests.study.synthetic import STUDY, write_runs
 
 FACTS = "/100#facts16000"
@@ -47,9 +48,9 @@ def make_endings(bounds: list[float], endless: list[float]) -> dict[str, dict]:
 FALLING = [0.5, 0.3, 0.2, 0.1]
 CASES = {  # shares that make a claim supported, refuted, open
     "C1": [
-        {"fft": 0.8, "seed": 0.05, "seed/1": 0.02, "seed/10": 0.06},
+        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.05},
         {"fft": 0.8, "seed": 0.77, "seed/1": 0.5, "seed/10": 0.8},
-        {"fft": 0.8, "seed": 0.05, "seed/1": 0.02, "seed/10": 0.3},
+        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.3},
     ],
     "C2": [
         {"fft_script*5e-7": 0.0, "fft_script*1e-6": 0.01, "fft_script*1e-5": 0.05},
@@ -107,10 +108,9 @@ def test_a_side_needs_all_its_cells(tmp_path: Path) -> None:
     assert judge(tmp_path, "C1") == "open, not all run"
 
 
-def test_each_seed_must_agree(tmp_path: Path) -> None:
-    """Two seeds above a bound do not make up for one below it."""
-    write_runs(tmp_path, CASES["C3"][0])
-    path = tmp_path / "runs.jsonl"
-    *lines, last = path.read_text().splitlines()
-    assert '"seed": 3' in last  # the study's LoRA, third seed
-    path.write_text("\n".join([*lines, last.replace("e", "c").replace('"c', '"e')]) + "\n")
+def test_a_condition_needs_interval_and_seeds() -> None:
+    """All are within the bounds, unless the condition speaks of the estimate alone."""
+    found = Estimate(0.3, 0.25, 0.35, (0.31, 0.19))
+    assert not is_satisfied(Condition(estimate="fft", at_least=0.2), found)
+    assert is_satisfied(Condition(estimate="fft", at_least=0.2, whole=False), found)
+    assert is_satisfied(Condition(estimate="fft", at_least=0.1, at_most=0.35), found)
