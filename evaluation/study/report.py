@@ -82,7 +82,9 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     )
     estimates = estimates.assign(value=estimates.value.map(str), seeds=seeds)
     lost = evidence.runs.query("status != 'completed'")[["id", "status"]]
-    endings = list_endings(evidence).round({"bound": 2, "endless": 2})
+    endings = list_endings(evidence)
+    endings["bound"] = endings.bound.map("{:.2f}".format)
+    endings["endless"] = endings.endless.map("{:.0%}".format)
     tables = {"claims": [claims], "estimates": [estimates], "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
     if cells.empty:

@@ -8,7 +8,7 @@ import pytest
 from evaluation.study.plan import (
     Run,
     list_rates,
-    make_flags,
+    make_command,
     make_tuning_run,
     plan_runs,
     tune_rate,
@@ -17,12 +17,13 @@ from evaluation.study.settings import read_study
 from model.files import UserError
 
 STUDY = read_study()
-COLUMNS = ["id", "tune_correct", "tune_nll"]
+COLUMNS = ["id", "tune_correct", "tune_nll", "status"]
 
 
 def make_done(results: dict[float, tuple[float, float]], arm: str = "fft") -> pd.DataFrame:
     """Return tuning runs at xs with (share correct, NLL) by learning rate."""
-    rows = [(make_tuning_run(STUDY, "xs", arm, rate).id, *pair) for rate, pair in results.items()]
+    ids = [make_tuning_run(STUDY, "xs", arm, rate).id for rate in results]
+    rows = [(name, *pair, "completed") for name, pair in zip(ids, results.values(), strict=True)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -79,17 +80,25 @@ def test_arms_start_from_their_base_or_a_tuned_arm() -> None:
     assert not [run for run in plan_runs(STUDY, make_done({})) if run.start == "fft"]
 
 
-def test_flags_of_a_run() -> None:
+def test_command_of_a_run() -> None:
     """The adapter's flags, the start, and the data come together."""
-    run = Run("m26", "wrapped42", "all_r8", 1e-3, 2, 2.0, start_id="m26-world-wrapped42")
-    script, flags = make_flags(STUDY, run, {"sft": Path("sft.jsonl")}, Path("out"))
-    assert script == "train_lora"
-    assert flags["lora_name"] == "m26-world-wrapped42-all_r8-e2-lr0.001-s2"
-    assert flags["from_weight"] == Path("out/m26-world-wrapped42")
-    assert (flags["lora_rank"], flags["seed"], flags["epochs"]) == (8, 2, 2.0)
-    script, flags = make_flags(STUDY, Run("xs", "wrapped43"), {"pretrain": Path("p")}, Path("out"))
-    assert script == "train_pretrain"
-    assert (flags["seed"], flags["hidden_size"], flags["wrap_documents"]) == (43, 128, True)
+    run = Run("m26", "wrapped42", "all_r8_rows", 1e-3, 2, 2.0, start_id="m26-world-wrapped42")
+    words = " ".join(make_command(STUDY, run, {"sft": Path("sft.jsonl")}, Path("out")))
+    assert words.startswith("trainer/train_lora.py --max_seq_len 340")
+    assert "--lora_name m26-world-wrapped42-all_r8_rows-e2-lr0.001-s2 " in words
+    assert "--train_tokens <|im_start|> <|im_end|> " in words
+    assert "--from_weight out/m26-world-wrapped42 --seed 2 --epochs 2.0 " in words
+    words = make_command(STUDY, Run("xs", "wrapped43"), {"pretrain": Path("p")}, Path("out"))
+    assert words[0] == "trainer/train_pretrain.py"
+    assert words[-6:] == [
+        "--run_name",
+        "xs-world-wrapped43-float32",
+        "--seed",
+        "43",
+        "--data_path",
+        "p",
+    ]
+    assert words[words.index("--wrap_documents") + 1] == "--epochs"
 
 
 def test_arms_without_a_grid_at_a_size_have_no_rate() -> None:
