@@ -67,21 +67,14 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
-    @property
-    def percent(self) -> str:
-        """Spell a share with its interval in percent."""
-        return f"{100 * self.value:.0f} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
-
 
 def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     """Read study.toml, the runs of its edition in its order, and the prompts."""
     study, path = read_study(), folder / "prompts.csv"
     runs = read_runs(folder, study.edition)
-    places = {name: i for i, name in enumerate([*study.sizes, "base", *study.arms])}
-    runs = runs.sort_values(
-        ["size", "arm", "seed"],
-        key=lambda c: c.map(lambda one: places.get(one, one)),
-        kind="stable",
+    order = [*study.sizes, "base", *study.arms]
+    runs = runs.sort_values("seed", kind="stable").sort_values(
+        ["size", "arm"], key=lambda names: names.map(order.index), kind="stable"
     )
     pairs = runs[["size", "arm"]].drop_duplicates().itertuples(index=False)
     rates = {pair: list_rates(study, *pair, runs) for pair in map(tuple, pairs)}
@@ -165,11 +158,6 @@ def draw_shares(
     return np.concatenate([[marks.mean()], marks.mean(axis=1)[:alone], draws])
 
 
-def to_log_odds(shares: np.ndarray) -> np.ndarray:
-    """Return log(p / (1 - p)), with p kept half a prompt of 1,000 away from 0 and 1."""
-    return special.logit(np.clip(shares, 5e-4, 1 - 5e-4))
-
-
 def estimate_sum(
     evidence: Evidence, condition: Condition, size: str, decoding: str, prompts: pd.DataFrame
 ) -> tuple[Estimate, int] | None:
@@ -180,23 +168,23 @@ def estimate_sum(
     cells = [evidence.find_cell(cell, size) for _, cell in condition.terms]
     if any(runs.empty for runs in cells):
         return None
+    sizes = [runs["size"].iloc[0] for runs in cells]
     seeds: dict[str, set] = {}
-    for runs in cells:
-        of_size = runs["size"].iloc[0]
-        seeds[of_size] = seeds.get(of_size, set(runs.seed)) & set(runs.seed)
-    alone = min(map(len, seeds.values()))
-    if not alone:
+    for one, runs in zip(sizes, cells, strict=True):
+        seeds[one] = seeds.get(one, set(runs.seed)) & set(runs.seed)
+    if not (alone := min(map(len, seeds.values()))):
         return None
     total = 0.0
-    for (factor, _), runs in zip(condition.terms, cells, strict=True):
-        of_size = runs["size"].iloc[0]
-        runs, chosen = runs[runs.seed.isin(seeds[of_size])], prompts
+    for (factor, _), one, runs in zip(condition.terms, sizes, cells, strict=True):
+        runs, chosen = runs[runs.seed.isin(seeds[one])], prompts
         if condition.scalar:
             marks, chosen = runs[[condition.scalar]].to_numpy(float), prompts.iloc[:1]
         else:
             marks = mark_answers(runs, prompts, decoding)
-        shares = draw_shares(marks, chosen, of_size, alone)
-        total = total + factor * (to_log_odds(shares) if condition.log_odds else shares)
+        shares = draw_shares(marks, chosen, one, alone)
+        if condition.log_odds:
+            shares = special.logit(np.clip(shares, 5e-4, 1 - 5e-4))  # half a prompt of 1,000
+        total = total + factor * shares
     return Estimate.of(total), pd.concat(cells).base.nunique()
 
 
@@ -236,8 +224,8 @@ def tabulate_nll(evidence: Evidence, name: str = "combinations") -> pd.DataFrame
         return pd.DataFrame(columns=["answer", "end"], dtype=float)
     table = read_nll(evidence.folder, evidence.study.edition).query("set == @name").set_index("id")
     places = evidence.choose_prompts(name).index
-    columns = {"nats": 0, "end_nats": 0, "tokens": 0, "ends": 0}
-    sums = table[[*columns]].map(lambda values: np.array(values)[places].sum(), na_action="ignore")
+    table = table[["nats", "end_nats", "tokens", "ends"]]
+    sums = table.map(lambda values: np.array(values)[places].sum(), na_action="ignore")
     counts, sums = sums.loc[""], sums.drop("")
     answer = (sums.nats - sums.end_nats) / (counts.tokens - counts.ends)
     return pd.DataFrame({"answer": answer, "end": sums.end_nats / counts.ends})

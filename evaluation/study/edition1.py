@@ -1,6 +1,7 @@
 """The first edition's tables, from edition1.csv and saved outputs.
 
-edition1.toml names the cells of each table. R counts all response tokens; R without ends leaves the end tokens out.
+edition1.toml names the cells of each table. R counts all response tokens, R without ends all but
+the end tokens.
 """
 
 import tomllib

@@ -113,7 +113,9 @@ def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     table = list_endings(evidence)
     table = table.assign(panel="", series="edition " + table.edition.map(str), path=table.base)
     table = table.rename(columns={"bound": "x", "endless": "y", "base": "note"})
-    return title, draw_panels(title, table, "bound of the end token's probability", "endless answers")
+    return title, draw_panels(
+        title, table, "bound of the end token's probability", "endless answers"
+    )
 
 
 FIGURES = {

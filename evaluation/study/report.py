@@ -9,7 +9,7 @@ it has one, and its tables. Files whose content does not change are not written.
 import os
 import re
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,16 +28,17 @@ from model.files import REPO_DIR, UserError, run_script, write_text
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 HEADLINE = ["base", "seed", "all_r8", "all_r8_vocabulary", "fft"]
-MEANS = {  # columns of the tables of likelihood and of cost, with their formats
-    "nll": {"answer": "{:.3f}", "end": "{:.3f}", "nll_text": "{:.3f}"},
-    "costs": {
-        "parameters": "{:,.0f}",
-        "steps": "{:,.0f}",
-        "M tokens": "{:.1f}",
-        "TFLOP": "{:.0f}",
-        "minutes": "{:.0f}",
-        "peak GB": "{:.2f}",
-    },
+CELL = ["size", "title", "learning_rate"]
+MEANS = {  # over the runs of a cell: column, divisor, digits
+    "NLL of answers": ("answer", 1, 3),
+    "NLL of end tokens": ("end", 1, 3),
+    "NLL of text": ("nll_text", 1, 3),
+    "weights": ("trainable_parameters", 1, 0),
+    "steps": ("steps", 1, 0),
+    "M tokens": ("tokens", 1e6, 1),
+    "TFLOP": ("flops", 1e12, 0),
+    "minutes": ("train_seconds", 60, 0),
+    "peak GB": ("peak_memory_bytes", 1e9, 2),
 }
 
 
@@ -51,7 +52,8 @@ def to_table(frame: pd.DataFrame) -> str:
 
 def spread(cells: pd.DataFrame, index: list[str], names: list[str]) -> pd.DataFrame:
     """Return a row a cell, and a column for each of `names` and each decoding: percent correct."""
-    texts = cells.assign(text=[share.percent for share in cells.share])
+    numbers = [(100 * one.value, 100 * one.low, 100 * one.high) for one in cells.share]
+    texts = cells.assign(text=["{:.0f} [{:.0f}, {:.0f}]".format(*three) for three in numbers])
     texts["column"] = texts[names].agg(" ".join, axis=1) + ", " + texts.decoding.map(DECODINGS)
     wide = texts.pivot_table("text", index, "column", aggfunc="first", sort=False, observed=True)
     return wide.reset_index()
@@ -77,10 +79,9 @@ def tabulate_rates(evidence: Evidence) -> pd.DataFrame:
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
     """Return the tables of every block by its name."""
     claims, estimates = judge_claims(evidence)
-    seeds = estimates.value.map(
-        lambda one: one.by_seed and f"{min(one.by_seed):.2f} to {max(one.by_seed):.2f}"
-    )
-    estimates = estimates.assign(value=estimates.value.map(str), seeds=seeds)
+    seeds = [one.by_seed or (one.value,) for one in estimates.value]
+    ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in seeds]
+    estimates = estimates.assign(value=estimates.value.map(str), seeds=ranges)
     lost = evidence.runs.query("status != 'completed'")[["id", "status"]]
     endings = list_endings(evidence)
     endings["bound"] = endings.bound.map("{:.2f}".format)
@@ -88,28 +89,38 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables = {"claims": [claims], "estimates": [estimates], "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
     if cells.empty:
-        return tables | dict.fromkeys(["headline", "shares", "kinds", "keeping", *MEANS], [cells])
-    main = cells[cells["set"].isin(["combinations", "unseen"])]
-    columns = ["size", "title", "learning_rate", "seeds", "diverged"]
-    taught = cells[cells["set"] == "combinations"].groupby(["size", "title"], sort=False)
+        return tables | dict.fromkeys(["headline", "shares", "kinds", "keeping", "costs"], [cells])
+    main = cells[cells["set"].isin(["combinations", "unseen"]) & cells.cell.isin(HEADLINE)]
+    taught = cells[cells["set"] == "combinations"].groupby(CELL, sort=False)
     kinds = taught[[*KINDS, "above_chance"]].agg(lambda v: " / ".join(f"{100 * x:.0f}" for x in v))
     runs = evidence.final.merge(cells[["size", "cell"]].drop_duplicates())
     runs = runs.join(pd.json_normalize(runs.cost)).join(tabulate_nll(evidence), "id")
-    runs = runs.assign(parameters=runs.trainable_parameters, minutes=runs.train_seconds / 60)
-    runs = runs.assign(TFLOP=runs.flops / 1e12, **{"M tokens": runs.tokens / 1e6})
-    runs = runs.assign(**{"peak GB": runs.peak_memory_bytes / 1e9})
-    means = runs.groupby(["size", "title"], sort=False)
-    for name, formats in MEANS.items():
-        table = means[[*formats]].mean()
-        for column, form in formats.items():
-            table[column] = table[column].map(form.format)
-        tables[name] = [table.reset_index()]
+    means = runs.groupby(CELL, sort=False)
+    costs = {
+        title: (means[column].mean() / divisor).map(f"{{:,.{digits}f}}".format)
+        for title, (column, divisor, digits) in MEANS.items()
+    }
     return tables | {
-        "headline": [spread(main[main.cell.isin(HEADLINE)], ["title"], ["size", "set"])],
-        "shares": [spread(cells, columns, ["set"])],
+        "headline": [spread(main, ["title"], ["size", "set"])],
+        "shares": [spread(cells, [*CELL, "seeds", "diverged"], ["set"])],
         "kinds": [kinds.reset_index()],
         "keeping": [],
+        "costs": [pd.DataFrame(costs).reset_index()],
     }
+
+
+def fill_block(found: re.Match[str], tables: dict, titles: dict, place: str) -> str:
+    """Return a block of a file made anew.
+
+    Args:
+        place: of the figures, as the file links it.
+    """
+    name = found[1]
+    if name not in tables:
+        raise UserError(f"no block {name!r}; there are {', '.join(tables)}")
+    parts = [f"![{titles[name]}]({place}/{name}.svg)"] if name in titles else []
+    parts += map(to_table, tables[name])
+    return "\n".join([f"<!-- study:{name} -->", "\n\n".join(parts), f"<!-- /study:{name} -->"])
 
 
 def make_report(root: Path, folder: Path) -> dict[Path, str]:
@@ -121,30 +132,11 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
     for name, draw in FIGURES.items():
         if found := draw(evidence, cells):
             titles[name], files[folder / "figures" / f"{name}.svg"] = found
-    for file in FILES:
-        path = root / file
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            files[path] = BLOCK.sub(make_filler(tables, titles, folder, path), text)
+    for path in filter(Path.is_file, map(root.joinpath, FILES)):
+        place = os.path.relpath(folder / "figures", path.parent)
+        fill = partial(fill_block, tables=tables, titles=titles, place=place)
+        files[path] = BLOCK.sub(fill, path.read_text(encoding="utf-8"))
     return files
-
-
-def make_filler(tables: dict, titles: dict, folder: Path, path: Path) -> Callable:
-    """Return what makes a block of a file anew, from the match of its marks."""
-
-    def fill(found: re.Match[str]) -> str:
-        name = found[1]
-        if name not in tables:
-            raise UserError(f"{path.name}: no block {name!r}; there are {', '.join(tables)}")
-        parts = [to_table(table) for table in tables[name]]
-        if name in titles:
-            figure = os.path.relpath(folder / "figures" / f"{name}.svg", path.parent)
-            parts.insert(0, f"![{titles[name]}]({figure})")
-        return "\n".join(
-            [found[0].partition("\n")[0], "\n\n".join(parts), f"<!-- /study:{name} -->"]
-        )
-
-    return fill
 
 
 def main() -> None:
