@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from evaluation.study.analysis import load_evidence, tabulate_cells, tabulate_nll
-from evaluation.study.claims import compare_frontiers
 from evaluation.study.report import make_report
 from evaluation.study.results import append_run
 from evaluation.study.settings import Condition
@@ -80,17 +79,6 @@ def test_nll_leaves_end_tokens_out(folder: Path) -> None:
     table = tabulate_nll(load_evidence(folder))
     assert table.answer.tolist() == [0.5] * len(table)
     assert table.end.tolist() == [0.5] * len(table)
-
-
-def test_frontiers(tmp_path: Path) -> None:
-    """LoRA that keeps 20 points more of unseen things is ahead at every level both reach."""
-    paths = {"fft": [(0.3, 0.2), (0.65, 0.2)], "all_r8": [(0.3, 0.6), (0.55, 0.4), (0.9, 0.1)]}
-    write_runs(tmp_path, paths)
-    gaps = compare_frontiers(load_evidence(tmp_path), "xs", "greedy")
-    values = {level: round(gap.value, 1) for level, gap in gaps.items()}
-    expected = {"0.40": 0.2, "0.45": 0.2, "0.50": 0.2, "0.55": -0.1, "0.60": -0.1}
-    assert values == {f"all_r8 - fft at {level}": gap for level, gap in expected.items()}
-    assert all(len(gap.by_seed) == 3 for gap in gaps.values())
 
 
 def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:

@@ -86,18 +86,13 @@ def judge(folder: Path, claim: str) -> str:
     return judge_claims(replace(evidence, study=study))[0].verdict[0]
 
 
-@pytest.mark.parametrize("claim", CASES)
+@pytest.mark.parametrize("claim", [claim.name for claim in STUDY.claims])
 def test_a_rule_has_three_outcomes(claim: str, tmp_path: Path) -> None:
     """The rule decides by the shares of the runs; without runs it decides nothing."""
     assert judge(tmp_path, claim) == "not run"
     for shares, expected in zip(CASES[claim], ("supported", "refuted", "open"), strict=True):
         write_runs(tmp_path, shares)
         assert judge(tmp_path, claim) == expected, shares
-
-
-def test_every_claim_has_cases() -> None:
-    """A new claim needs cases here."""
-    assert {claim.name for claim in STUDY.claims} == set(CASES)
 
 
 def test_a_side_needs_all_its_cells(tmp_path: Path) -> None:
