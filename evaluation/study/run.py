@@ -70,13 +70,17 @@ class Runner:
             how = {"stdout": out, "stderr": out, "env": environment, "cwd": REPO_DIR}
             process = subprocess.Popen(command, **how)
             while process.poll() is None:
-                if self.stop.is_set() or time.monotonic() > self.deadline:
-                    self.stop.set()
+                if self.is_over():
                     process.terminate()  # the training scripts save their state and end
                     process.wait()
-                    raise Stopped
                 time.sleep(0.5)
+        if self.is_over():
+            raise Stopped
         return process.returncode == 0
+
+    def is_over(self) -> bool:
+        """Say whether no new process may start."""
+        return self.stop.is_set() or time.monotonic() > self.deadline
 
     def train(self, run: Run, folder: Path) -> dict:
         """Train in `folder`, from its saved state if it has one, and return its run.json.
@@ -149,7 +153,7 @@ class Runner:
                     self.file(run, checkpoint, record, step)
             self.file(run, folder, record)
         except Stopped:
-            return
+            pass
         except UserError as error:
             self.errors.append(str(error))
             with self.lock:
@@ -179,8 +183,7 @@ class Runner:
             while True:
                 missing, starts = self.list_missing()
                 ready = [r for r in missing if r.id not in started and r.start_id in starts]
-                has_ended = self.stop.is_set() or time.monotonic() > self.deadline
-                for run in [] if has_ended else ready[: jobs - len(running)]:
+                for run in [] if self.is_over() else ready[: jobs - len(running)]:
                     print(f"{time.strftime('%H:%M:%S')} {run.id} ({len(missing)} missing)")
                     started.add(run.id)
                     running.add(pool.submit(self.perform, run))
@@ -195,7 +198,7 @@ class Runner:
                     if future.exception():
                         self.stop.set()
                     future.result()
-        print(f"{len(missing)} runs are missing" if missing else "nothing is missing")
+        print("missing:", ", ".join(run.id for run in missing) or "nothing")
         if self.errors:
             raise UserError("\n".join(self.errors))
 

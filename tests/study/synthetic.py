@@ -40,7 +40,7 @@ def write_prompts(folder: Path) -> None:
 
 def spell_outcomes(share: float, wrong: str = "f") -> str:
     """Return letters of which `share` are c; a larger share has the same and more."""
-    return "".join(np.where(ORDER < round(share * PROMPTS), "c", wrong))
+    return "".join(np.where(round(share * PROMPTS) > ORDER, "c", wrong))
 
 
 def find_runs(cell: str) -> list[Run]:
