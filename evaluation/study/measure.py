@@ -20,7 +20,7 @@ from dataset.lm_dataset import encode_conversations, read_jsonl
 from dataset.world.generate import PROBES, ensure_world
 from evaluation.probe.answers import Checkpoint, probe
 from evaluation.probe.likelihood import measure_nll, sum_nats
-from evaluation.probe.prompts import Prompt
+from evaluation.probe.prompts import Prompt, encode_prompts, read_prompts
 from evaluation.study.results import LETTERS, RESULTS_DIR
 from evaluation.study.settings import STUDY_FILE, ProbeSettings, read_study
 from model.checkpoint import load_checkpoint
@@ -29,12 +29,6 @@ from model.model_minimind import IGNORE_INDEX, weights_fingerprint
 from model.reachability import reachable_probability
 
 MOST_DONORS = 20  # answers to other prompts of the skill, for the chance level
-
-
-def read_probe_files(data: dict[str, Path]) -> list[dict]:
-    """Read the world's probe files, set by set, the tuning half first."""
-    paths = [data[f"{name}_{half}"] for name in PROBES for half in ("tune", "test")]
-    return [record for path in paths for _, record in read_jsonl(path)]
 
 
 def find_chance(record: dict, others: list[dict]) -> float:
@@ -51,14 +45,13 @@ def find_chance(record: dict, others: list[dict]) -> float:
 
 def list_prompts(records: list[dict]) -> pd.DataFrame:
     """Describe the prompts: set, half, skill, cluster (thing, or thing and skill), chance."""
-    by_skill: dict[tuple, list[dict]] = {}
-    for record in records:
-        by_skill.setdefault((record["set"], record["skill"]), []).append(record)
     table = pd.DataFrame(records)[["id", "set", "half", "skill"]]
     table["thing"] = ["+".join(record["things"]) for record in records]
     is_pair = table["set"] == "combinations"
     table["cluster"] = table.thing.where(~is_pair, table.thing + ":" + table.skill)
-    table["chance"] = [find_chance(r, by_skill[r["set"], r["skill"]]) for r in records]
+    for _, group in table.groupby(["set", "skill"]):
+        others = [records[i] for i in group.index]
+        table.loc[group.index, "chance"] = [find_chance(one, others) for one in others]
     return table
 
 
@@ -73,51 +66,35 @@ def check_prompts(records: list[dict], path: Path) -> pd.DataFrame:
 
 
 def ask_prompts(
-    checkpoint: Checkpoint, records: list[dict], draws: dict, study: ProbeSettings
-) -> dict:
-    """Return, by decoding, a string a draw with one letter of `LETTERS` a prompt."""
-    prompts = [
-        Prompt(
-            record["id"],
-            record["set"],
-            record["conversations"][:-1],
-            check=record["check"] or {"about": []},
-            reference=record["conversations"][-1]["content"],
-        )
-        for record in records
-    ]
+    checkpoint: Checkpoint, prompts: list[Prompt], draws: dict[str, int], probing: ProbeSettings
+) -> dict[str, np.ndarray]:
+    """Return, by decoding, letters of `LETTERS`: (draws, prompts)."""
     letters = {}
     for name, count in draws.items():
-        seeds, settings = range(1, count + 1), (study.max_new_tokens, study.batch_size)
-        samples = probe(checkpoint, prompts, [name], seeds, *settings)
-        found = "".join(LETTERS[sample["outcome"]] for sample in samples)  # draw by draw
-        letters[name] = [found[i : i + len(prompts)] for i in range(0, len(found), len(prompts))]
+        settings = range(1, count + 1), probing.max_new_tokens, probing.batch_size
+        samples = probe(checkpoint, prompts, [name], *settings)  # draw by draw
+        found = np.array([LETTERS[sample["outcome"]] for sample in samples])
+        letters[name] = found.reshape(count, len(prompts))
     return letters
 
 
-def measure_references(
-    checkpoint: Checkpoint, records: list[dict], batch_size: int
-) -> pd.DataFrame:
+def measure_references(checkpoint: Checkpoint, prompts: list[Prompt], batch_size: int) -> dict:
     """Return nats, end_nats, tokens and ends of each prompt's reference answer, its last turn."""
     model, tokenizer = checkpoint
-    whole = [record["conversations"] for record in records]
-    opened = encode_conversations(tokenizer, [c[:-1] for c in whole], generation_prompt=True)
-    samples = []
-    for (ids, labeled), (prompt, _) in zip(
-        encode_conversations(tokenizer, whole), opened, strict=True
-    ):
-        counted = np.array(labeled) & (np.arange(len(ids)) >= len(prompt))
-        samples.append((np.array(ids), np.where(counted, ids, IGNORE_INDEX)))
-    end = tokenizer.eos_token_id
-    nats = sum_nats(model, samples, batch_size, end)
-    table = pd.DataFrame(nats, columns=["nats", "end_nats"])
-    table["tokens"] = [int((labels != IGNORE_INDEX).sum()) for _, labels in samples]
-    table["ends"] = [int((labels == end).sum()) for _, labels in samples]
-    return table
+    whole = encode_conversations(tokenizer, [one.record["conversations"] for one in prompts])
+    before = encode_prompts(tokenizer, prompts)
+    samples, end = [], tokenizer.eos_token_id
+    for (ids, labeled), prompt in zip(whole, before, strict=True):
+        is_answer = np.array(labeled) & (np.arange(len(ids)) >= len(prompt))
+        samples.append((np.array(ids), np.where(is_answer, ids, IGNORE_INDEX)))
+    nats, end_nats = sum_nats(model, samples, batch_size, end).T
+    tokens = [(labels != IGNORE_INDEX).sum() for _, labels in samples]
+    ends = [(labels == end).sum() for _, labels in samples]
+    return {"nats": nats, "end_nats": end_nats, "tokens": tokens, "ends": ends}
 
 
 def measure_checkpoint(
-    folder: Path, prompts_csv: Path, only_tune: bool, study: ProbeSettings
+    folder: Path, prompts_csv: Path, only_tune: bool, probing: ProbeSettings
 ) -> dict:
     """Return outcomes, nats and scalars of a checkpoint.
 
@@ -126,40 +103,37 @@ def measure_checkpoint(
         only_tune: ask the tuning half alone, greedily; other prompts have the letter "-".
     """
     data = ensure_world()
-    records = read_probe_files(data)
-    prompts = check_prompts(records, prompts_csv)
+    paths = [data[f"{name}_{half}"] for name in PROBES for half in ("tune", "test")]
+    table = check_prompts([record for path in paths for _, record in read_jsonl(path)], prompts_csv)
     model, tokenizer = checkpoint = load_checkpoint(folder)
-    model.eval()
-    asked = prompts.index[prompts.half == "tune"] if only_tune else prompts.index
-    chosen = [records[i] for i in asked]
-    letters = ask_prompts(checkpoint, chosen, {"greedy": 1} if only_tune else study.draws, study)
-    nll = measure_references(checkpoint, chosen, study.batch_size).set_axis(asked)
-    is_tuning = (prompts["set"] == "combinations") & (prompts.half == "tune")
-    tuning = nll[is_tuning[asked]].sum()
-    greedy = pd.Series(list(letters["greedy"][0]), asked)[is_tuning[asked]]
-    text = measure_nll(checkpoint, "pretrain", [data["pretrain_valid"]], 340, 32)
-    bound = reachable_probability(model, [tokenizer.eos_token_id])
-    outcomes, nats = {}, {}
-    for name, group in prompts.groupby("set", sort=False):
-        of_set = {
-            decoding: [
-                pd.Series(list(draw), asked).reindex(group.index, fill_value="-") for draw in draws
-            ]
-            for decoding, draws in letters.items()
-        }
-        outcomes[name] = {key: " ".join(map("".join, draws)) for key, draws in of_set.items()}
-        nats[name] = nll.reindex(group.index).to_dict("list")
-    return {
-        "weights": weights_fingerprint(model),
-        "outcomes": outcomes,
-        "scalars": {
-            "tune_correct": float((greedy == "c").mean()),
-            "tune_nll": (tuning.nats - tuning.end_nats) / (tuning.tokens - tuning.ends),
-            "nll_text": text["nats_per_token"],
-            "reachable_end": float(bound[0]),
-        },
-        "nll": nats,
+    rows = table.index[(table.half == "tune") | (not only_tune)]
+    prompts = [prompt for path in paths for prompt in read_prompts(path)]
+    prompts = [prompts[row] for row in rows]
+    draws = {"greedy": 1} if only_tune else probing.draws
+    letters = {
+        name: pd.DataFrame(found, columns=rows).reindex(columns=table.index, fill_value="-")
+        for name, found in ask_prompts(checkpoint, prompts, draws, probing).items()
     }
+    nll = pd.DataFrame(measure_references(checkpoint, prompts, probing.batch_size), rows)
+    nll = nll.reindex(table.index)
+    is_tuning = (table["set"] == "combinations") & (table.half == "tune")
+    tuning = nll[is_tuning].sum()
+    text = measure_nll(checkpoint, "pretrain", [data["pretrain_valid"]], 340, 32)
+    outcomes, nats = {}, {}
+    for name, group in table.groupby("set", sort=False):
+        nats[name] = nll.loc[group.index].to_dict("list")
+        outcomes[name] = {
+            decoding: " ".join(found[group.index].sum(axis=1))
+            for decoding, found in letters.items()
+        }
+    scalars = {
+        "tune_correct": float((letters["greedy"].loc[0, is_tuning] == "c").mean()),
+        "tune_nll": (tuning.nats - tuning.end_nats) / (tuning.tokens - tuning.ends),
+        "nll_text": text["nats_per_token"],
+        "reachable_end": float(reachable_probability(model, [tokenizer.eos_token_id])[0]),
+    }
+    weights = weights_fingerprint(model)
+    return {"weights": weights, "outcomes": outcomes, "scalars": scalars, "nll": nats}
 
 
 def main() -> None:
@@ -171,8 +145,8 @@ def main() -> None:
     parser.add_argument("--prompts_csv", type=Path, default=RESULTS_DIR / "prompts.csv")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     args = parser.parse_args()
-    settings = read_study(args.study).probe
-    record = measure_checkpoint(args.folder, args.prompts_csv, args.only_tune, settings)
+    probing = read_study(args.study).probe
+    record = measure_checkpoint(args.folder, args.prompts_csv, args.only_tune, probing)
     write_json(args.output, record)
 
 

@@ -21,11 +21,11 @@ SCRIPTS = {"pretrain": "train_pretrain", "full_sft": "train_full_sft", "lora": "
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; a base has no arm, and its seed ends its name."""
+    """One training run; a base has the arm `base`, and its seed ends its name."""
 
     size: str
     base: str
-    arm: str | None = None
+    arm: str = "base"
     learning_rate: float = 0.0
     seed: int = 0
     epochs: float = 0.0
@@ -43,7 +43,7 @@ class Run:
     @property
     def id(self) -> str:
         """Name the run, as its folder and its line in runs.jsonl are named."""
-        if self.arm is None:
+        if self.arm == "base":
             return self.base_id
         words = [self.base_id, self.arm]
         words += [f"from_{self.start}"] if self.start != "base" else []
@@ -59,14 +59,13 @@ class Sweep:
     best: float | None  # None while runs are missing
     missing: list[float]
     is_interior: bool
-    shares: dict[float, float]  # correct on the tuning half, by rate
+    shares: pd.Series  # correct on the tuning half, by rate; nan where a run diverged
 
 
 def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
     """Return the run by which a rate of an arm is judged."""
     shape = study.sizes[size]
-    place = (shape.seeds[0], shape.tuning_epochs, study.arms[arm].data)
-    run = Run(size, MAIN_BASE, arm, rate, *place)
+    run = Run(size, MAIN_BASE, arm, rate, shape.seeds[0], shape.tuning_epochs, study.arms[arm].data)
     return replace(run, start_id=run.base_id)
 
 
@@ -74,70 +73,56 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     """Choose the best rate of an arm's grid, or name the rates that must run first.
 
     Args:
-        done: runs of this edition, with `id`, `tune_correct` and `tune_nll`.
+        done: runs of this edition, with `id`, `status`, `tune_correct` and `tune_nll`.
     """
     grid = sorted(study.arms[arm].rates[size])
-    ratio = grid[1] / grid[0]
-    found = done.set_index("id")[["tune_correct", "tune_nll"]]
-
-    def look_up(rates: list[float]) -> dict[float, tuple[float, float]]:
-        ids = {rate: make_tuning_run(study, size, arm, rate).id for rate in rates}
-        return {rate: tuple(found.loc[name]) for rate, name in ids.items() if name in found.index}
-
-    steps = range(1, MOST_EXTENSIONS + 1)
+    ratio, steps = grid[1] / grid[0], range(1, MOST_EXTENSIONS + 1)
     below = [float(f"{grid[0] / ratio**step:.3g}") for step in steps]
     above = [float(f"{grid[-1] * ratio**step:.3g}") for step in steps]
-    known = look_up(grid)
-    if missing := [rate for rate in grid if rate not in known]:
-        return Sweep(None, missing, False, {rate: known[rate][0] for rate in known})
-    known |= look_up(below + above)
-    table = pd.DataFrame(known, index=["share", "nll"]).T.fillna({"share": -1, "nll": float("inf")})
-    best = float(table[table.share >= table.share.max() - study.tie].nll.idxmin())
-    beyond = {min(known): below, max(known): above}.get(best, [])
-    missing = [rate for rate in beyond if rate not in known][:1]
-    return Sweep(None if missing else best, missing, not beyond, table.share.sort_index().to_dict())
+    ids = {make_tuning_run(study, size, arm, r).id: r for r in sorted(grid + below + above)}
+    ended = done[done.id.isin(ids) & (done.status != "failed")]
+    table = ended.set_index(ended.id.map(ids))[["tune_correct", "tune_nll"]].sort_index()
+    shares = table.tune_correct.astype(float)
+    if missing := [rate for rate in grid if rate not in table.index]:
+        return Sweep(None, missing, False, shares)
+    ties = table[shares.fillna(-1) >= shares.fillna(-1).max() - study.tie]
+    best = float(ties.tune_nll.astype(float).fillna(float("inf")).idxmin())
+    beyond = {shares.index[0]: below, shares.index[-1]: above}.get(best, [])
+    missing = [rate for rate in beyond if rate not in table.index][:1]
+    return Sweep(None if missing else best, missing, not beyond, shares)
 
 
 def list_rates(study: Study, size: str, arm: str, done: pd.DataFrame) -> list[float]:
     """Return the rates at which an arm is reported; none while its best rate is unknown."""
-    if study.arms[arm].fixed or size not in study.arms[arm].rates:
-        return study.arms[arm].fixed
+    if arm not in study.arms or size not in study.arms[arm].rates:
+        return study.arms[arm].fixed if arm in study.arms else []
     best = tune_rate(study, size, arm, done).best
     return [] if best is None else [best]
 
 
 def plan_experiment(study: Study, experiment: Experiment, done: pd.DataFrame) -> Iterator[Run]:
     """Yield an experiment's runs as far as their rates are known, those that tune first."""
+    rates = {}
     for size, arm in product(experiment.sizes, experiment.arms):
-        if not study.arms[arm].fixed:
-            known = tune_rate(study, size, arm, done).missing or study.arms[arm].rates[size]
-            yield from (make_tuning_run(study, size, arm, rate) for rate in known)
+        rates[size, arm] = list_rates(study, size, arm, done)
+        if grid := study.arms[arm].rates.get(size):
+            for rate in tune_rate(study, size, arm, done).missing or grid:
+                yield make_tuning_run(study, size, arm, rate)
+            if experiment.grid and rates[size, arm]:
+                rates[size, arm] = grid
     for size, base, arm, start in product(
         experiment.sizes, experiment.bases, experiment.arms, experiment.starts
     ):
-        rates = list_rates(study, size, arm, done)
-        if experiment.grid and rates:
-            rates = study.arms[arm].rates[size]
-        seeds = experiment.seeds or study.sizes[size].seeds
-        for seed, rate in product(seeds, rates):
-            run = Run(
-                size,
-                base,
-                arm,
-                rate,
-                seed,
-                experiment.epochs or study.sizes[size].epochs,
-                experiment.data or study.arms[arm].data,
-                start,
-                experiment.samples,
-                experiment.checkpoints,
-            )
-            first = list_rates(study, size, start, done) if start != "base" else []
-            if first:
-                origin = Run(size, base, start, first[0], seed, study.sizes[size].epochs)
-                yield replace(run, start_id=origin.id)
-            elif start == "base":
-                yield replace(run, start_id=run.base_id)
+        shape, data = study.sizes[size], experiment.data or study.arms[arm].data
+        epochs = experiment.epochs or shape.epochs
+        first = list_rates(study, size, start, done)
+        for seed, rate in product(experiment.seeds or shape.seeds, rates[size, arm]):
+            run = Run(size, base, arm, rate, seed, epochs, data, start, experiment.samples)
+            run = replace(run, checkpoints=experiment.checkpoints, start_id=run.base_id)
+            if start == "base":
+                yield run
+            elif first:
+                yield replace(run, start_id=Run(size, base, start, *first, seed, shape.epochs).id)
 
 
 def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
@@ -150,32 +135,28 @@ def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
         for run in plan_experiment(study, experiment, done):
             base = Run(run.size, run.base)
             runs.setdefault(base.id, base)
-            kept = max(run.checkpoints, runs.get(run.id, run).checkpoints)
-            runs[run.id] = replace(run, checkpoints=kept)
+            most = max(run.checkpoints, runs.get(run.id, run).checkpoints)
+            runs[run.id] = replace(run, checkpoints=most)
     return list(runs.values())
 
 
-def make_flags(study: Study, run: Run, data: dict[str, Path], save_dir: Path) -> tuple[str, dict]:
-    """Return the script of a run and its flags."""
-    size = study.sizes[run.size]
-    flags = study.common | {"save_dir": save_dir, "run_name": run.id}
-    if run.arm is None:
-        name = run.base.rstrip("0123456789")
-        base, seed = study.bases[name], int(run.base[len(name) :])
-        own = {"learning_rate": size.learning_rate, "epochs": base.epochs, "seed": seed}
-        return SCRIPTS["pretrain"], flags | size.shape | base.flags | own | {
-            "run_name": f"{run.id}-float32",
-            "data_path": data["pretrain"],
-        }
-    arm = study.arms[run.arm]
-    own = {
-        "from_weight": save_dir / run.start_id,
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
-    }
-    own |= {"epochs": run.epochs, "data_path": data[run.data]}
-    own |= {"max_train_samples": run.samples} if run.samples else {}
-    own |= {"keep_checkpoints": run.checkpoints} if run.checkpoints else {}
-    if arm.stage == "lora":
-        own["lora_name"] = flags.pop("run_name")
-    return SCRIPTS[arm.stage], flags | arm.flags | own
+def make_command(study: Study, run: Run, data: dict[str, Path], save_dir: Path) -> list[str]:
+    """Return the command that trains a run: the script and its flags."""
+    flags = {**study.common, "save_dir": save_dir, "learning_rate": run.learning_rate}
+    if run.arm == "base":
+        name, size = run.base.rstrip("0123456789"), study.sizes[run.size]
+        stage, seed = "pretrain", int(run.base[len(name) :])
+        flags |= {**size.shape, **study.bases[name], "learning_rate": size.learning_rate}
+        flags |= {"run_name": f"{run.id}-float32", "seed": seed, "data_path": data["pretrain"]}
+    else:
+        arm = study.arms[run.arm]
+        stage, name = arm.stage, "lora_name" if arm.stage == "lora" else "run_name"
+        flags |= {**arm.flags, name: run.id, "from_weight": save_dir / run.start_id}
+        flags |= {"seed": run.seed, "epochs": run.epochs, "data_path": data[run.data]}
+        flags |= {"max_train_samples": run.samples} if run.samples else {}
+        flags |= {"keep_checkpoints": run.checkpoints} if run.checkpoints else {}
+    words = [f"trainer/{SCRIPTS[stage]}.py"]
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dataset.checks import KINDS
 from dataset.lm_dataset import read_jsonl
@@ -13,18 +12,16 @@ from model.files import replace_file, write_text
 
 RESULTS_DIR = Path(__file__).parent
 LETTERS = dict(zip(KINDS, "cbelofw", strict=True))  # of the outcome strings
+COLUMNS = ["id", "size", "base", "arm", "learning_rate", "seed", "status", "start", "data"]
+COLUMNS += ["epochs", "samples", "step", "cost", "outcomes", "train_data", "weights"]
+COLUMNS += ["base_fingerprint", "tune_correct", "tune_nll", "nll_text", "reachable_end"]
 # The row without an id holds what is the same for all runs: tokens and end tokens by sequence.
+KEYS = ["id", "edition", "set", "part"]  # part: of the update; "" is the whole run
 SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("edition", pa.int8()),
-        ("set", pa.string()),
-        ("part", pa.string()),  # of the update; "" is the whole run
-        ("nats", pa.list_(pa.float32())),
-        ("end_nats", pa.list_(pa.float32())),  # those of the end tokens among them
-        ("tokens", pa.list_(pa.int32())),
-        ("ends", pa.list_(pa.int32())),
-    ]
+    dict.fromkeys(KEYS, pa.string())
+    | {"edition": pa.int8()}
+    | dict.fromkeys(["nats", "end_nats"], pa.list_(pa.float32()))
+    | dict.fromkeys(["tokens", "ends"], pa.list_(pa.int32()))
 )
 PACKING = {
     "compression": "zstd",
@@ -40,11 +37,8 @@ def read_runs(folder: Path, edition: int) -> pd.DataFrame:
     lines = [line for _, line in read_jsonl(path)] if path.is_file() else []
     rows = [line | line.get("scalars", {}) for line in lines if line["edition"] == edition]
     table = pd.DataFrame(rows)
-    needed = ["id", "size", "base", "arm", "learning_rate", "seed", "status", "start", "data"]
-    needed += ["epochs", "samples", "tune_correct", "tune_nll"]
-    needed += ["train_data", "weights", "base_fingerprint"]
-    table = table.reindex(columns=[*table, *(name for name in needed if name not in table)])
-    return table.astype({"id": str, "status": str})
+    table = table.reindex(columns=[*table, *(name for name in COLUMNS if name not in table)])
+    return table.astype({"id": str, "status": str, "samples": float})
 
 
 def read_nll(folder: Path, edition: int) -> pd.DataFrame:
@@ -55,19 +49,23 @@ def read_nll(folder: Path, edition: int) -> pd.DataFrame:
 def append_run(folder: Path, line: dict, nll: list[dict]) -> None:
     """Add a run: its nats first, so that no line of runs.jsonl is without them.
 
+    The line takes the place of an earlier failure of the same run.
+
     Args:
         nll: rows of `SCHEMA`; a row without an id is added once a set.
     """
     path = folder / "nll.parquet"
-    table = pq.read_table(path, schema=SCHEMA) if path.is_file() else SCHEMA.empty_table()
-    keys = [column.to_pylist() for column in table.select(["edition", "id", "set", "part"])]
-    known = set(zip(*keys, strict=True))
-    fresh = [r for r in nll if (r["edition"], r["id"], r["set"], r["part"]) not in known]
-    if fresh:
-        table = pa.concat_tables([table, pa.Table.from_pylist(fresh, schema=SCHEMA)])
+    if nll:
+        tables = [pd.read_parquet(path)] if path.is_file() else []
+        table = pd.concat([*tables, pd.DataFrame(nll)]).drop_duplicates(KEYS)
         aside = path.with_name(f"{path.name}.tmp")
-        pq.write_table(table, aside, **PACKING)
+        table.to_parquet(aside, index=False, schema=SCHEMA, **PACKING)
         replace_file(aside, path)
     path = folder / "runs.jsonl"
-    lines = path.read_text(encoding="utf-8") if path.is_file() else ""
-    write_text(path, lines + json.dumps(line, ensure_ascii=False) + "\n")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = []
+    for old in filter(None, text.split("\n")):
+        found = json.loads(old)
+        if (found["id"], found["status"]) != (line["id"], "failed"):
+            lines.append(old)
+    write_text(path, "\n".join([*lines, json.dumps(line, ensure_ascii=False)]) + "\n")

@@ -6,8 +6,8 @@
 
 Each training and each measurement is a process of its own with one thread. Weights and logs go to
 --save_dir, results to runs.jsonl and nll.parquet beside this file. A run that is stopped, by
---max_hours or Ctrl-C, keeps its state, and the next call continues it. A rate that becomes known
-adds runs on the way.
+--max_hours or Ctrl-C, keeps its state, and the next call continues it. A run that diverged or
+failed has its line, too; the next call repeats a failed one. A rate that becomes known adds runs.
 """
 
 import argparse
@@ -20,13 +20,14 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.world.generate import ensure_world
-from evaluation.study.plan import Run, make_flags, plan_runs
+from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import RESULTS_DIR, append_run, read_runs
 from evaluation.study.settings import STUDY_FILE, Study, read_study
 from model.checkpoint import load_model, save_model
@@ -34,70 +35,177 @@ from model.files import REPO_DIR, UserError, read_json, run_script
 
 COST = ("steps", "tokens", "labeled_tokens", "flops", "train_seconds", "tokens_per_second")
 COST += ("peak_memory_bytes", "parameters", "trainable_parameters")
-LOCK = threading.Lock()  # of the result files, which all jobs append to
-STOP = threading.Event()  # no new process starts after it
+ENDED = ("completed", "diverged")
 
 
 class Stopped(Exception):
-    """A run that was told to stop; its state is kept."""
+    """A run that was stopped from outside; its state is kept."""
 
 
-def call_script(words: list, log: Path, deadline: float, may_fail: bool = False) -> None:
-    """Run a script with one thread, its output appended to `log`; stop it at the deadline.
+@dataclass
+class Runner:
+    """Train and measure runs of a study, and file their results."""
 
-    Raises:
-        UserError: the script failed.
-        Stopped: the deadline came first.
-    """
-    command = [sys.executable, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-        file.flush()
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=REPO_DIR)
-        while process.poll() is None:
-            if STOP.is_set() or time.monotonic() > deadline:
-                STOP.set()
-                process.terminate()  # the training scripts save their state and end
-                process.wait()
-                raise Stopped
-            time.sleep(0.5)
-    if process.returncode and not may_fail:
-        raise UserError(f"{words[0]} failed for {log.stem}; see {log}")
+    study: Study
+    data: dict[str, Path]  # the world's files
+    save_dir: Path
+    results_dir: Path
+    only: list[str]  # names of runs, with * and ?
+    study_file: Path = STUDY_FILE
+    deadline: float = float("inf")  # of time.monotonic()
+    stop: threading.Event = field(default_factory=threading.Event)  # starts nothing after it
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the result files
+    errors: list[str] = field(default_factory=list)  # of the runs that failed
+
+    def call(self, words: list, run_id: str) -> bool:
+        """Run a script with one thread, its output appended to the run's log; say if it succeeded.
+
+        Raises:
+            Stopped: the deadline or a signal came first.
+        """
+        command, log = [sys.executable, *map(str, words)], self.save_dir / f"{run_id}.log"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with log.open("a", encoding="utf-8") as out:
+            print("$", shlex.join(command), file=out, flush=True)
+            how = {"stdout": out, "stderr": out, "env": environment, "cwd": REPO_DIR}
+            process = subprocess.Popen(command, **how)
+            while process.poll() is None:
+                if self.is_over():
+                    process.terminate()  # the training scripts save their state and end
+                    process.wait()
+                time.sleep(0.5)
+        if self.is_over():
+            raise Stopped
+        return process.returncode == 0
+
+    def is_over(self) -> bool:
+        """Say whether no new process may start."""
+        return self.stop.is_set() or time.monotonic() > self.deadline
+
+    def train(self, run: Run, folder: Path) -> dict:
+        """Train in `folder`, from its saved state if it has one, and return its run.json.
+
+        Raises:
+            UserError: training failed; a run that diverged is a result, not a failure.
+        """
+        path = folder / "run.json"
+        if run.data not in self.data:
+            raise UserError(f"{run.id}: the world has no data {run.data!r}")
+        if read_status(path) not in ENDED:
+            resumes = (folder / "resume.pt").is_file()
+            how = ["--from_resume"] if resumes else ["--overwrite"] if folder.exists() else []
+            self.call([*make_command(self.study, run, self.data, self.save_dir), *how], run.id)
+        if read_status(path) not in ENDED:
+            raise UserError(f"{run.id}: training failed; see {self.save_dir / run.id}.log")
+        return read_json(path)
+
+    def prepare_base(self, run: Run) -> dict:
+        """Put a base into --save_dir, rounded to bfloat16, unless it is there."""
+        folder = self.save_dir / run.id
+        if not folder.is_dir():
+            trained = folder.with_name(f"{run.id}-float32")
+            if self.train(run, trained)["status"] != "completed":
+                raise UserError(f"{run.id}: pretraining diverged; lower its rate in study.toml")
+            round_base(trained, folder)
+        return read_json(folder / "run.json")
+
+    def file(self, run: Run, folder: Path, record: dict, step: int | None = None) -> None:
+        """Measure a checkpoint of a run, if it completed, and append its line."""
+        name, settings = f"{run.id}@{step}" if step else run.id, record["settings"]
+        keys = ("learning_rate", "seed", "dtype", "device")
+        line = describe_run(self.study, run, record["status"])
+        line |= {"id": name, "step": step or record.get("step")}
+        line |= {key: settings[key] for key in keys}
+        line["settings"] = {k: v for k, v in settings.items() if v not in (None, False, "")}
+        line["cost"] = {key: record[key] for key in COST if key in record}
+        keys = ("base_fingerprint", "train_data", "git", "machine")
+        line |= {key: record.get(key) for key in keys}
+        nll = []
+        if record["status"] == "completed":
+            output = self.save_dir / "measured" / f"{name}.json"
+            output.parent.mkdir(exist_ok=True)
+            words = ["evaluation/study/measure.py", folder, "--output", output]
+            words += ["--study", self.study_file]
+            words += ["--prompts_csv", self.results_dir / "prompts.csv"]
+            only_tune = serves_tuning_alone(self.study, run)
+            if not self.call(words + ["--only_tune"] * only_tune, run.id):
+                raise UserError(f"{name}: measuring failed; see {self.save_dir / run.id}.log")
+            measured = read_json(output)
+            line |= {key: measured[key] for key in ("weights", "scalars", "outcomes")}
+            for one, found in measured["nll"].items():
+                row = {"edition": self.study.edition, "set": one, "part": ""}
+                nll.append(row | {"id": name} | {key: found[key] for key in ("nats", "end_nats")})
+                if not only_tune:
+                    nll.append(row | {"id": ""} | {key: found[key] for key in ("tokens", "ends")})
+        with self.lock:
+            append_run(self.results_dir, line, nll)
+
+    def perform(self, run: Run) -> None:
+        """Train a run, and file its kept checkpoints and itself; a failure is filed as well."""
+        folder = self.save_dir / run.id
+        try:
+            record = self.prepare_base(run) if run.arm == "base" else self.train(run, folder)
+            known = set(read_runs(self.results_dir, self.study.edition).id)
+            for checkpoint in folder.glob("checkpoints/step_*"):
+                step = int(checkpoint.name.removeprefix("step_"))
+                is_new = step < record.get("steps", 0) and f"{run.id}@{step}" not in known
+                if is_new and record["status"] == "completed":
+                    self.file(run, checkpoint, record, step)
+            self.file(run, folder, record)
+        except Stopped:
+            pass
+        except UserError as error:
+            self.errors.append(str(error))
+            with self.lock:
+                line = describe_run(self.study, run, "failed") | {"error": str(error)}
+                append_run(self.results_dir, line, [])
+
+    def list_missing(self) -> tuple[list[Run], set[str | None]]:
+        """Return the runs that --only names and that have not ended, and what they can start from.
+
+        A run can start from nothing (None) or from the weights of a completed run.
+        """
+        done = read_runs(self.results_dir, self.study.edition)
+        ended = set(done.id[done.status != "failed"])
+        missing = [run for run in plan_runs(self.study, done) if run.id not in ended]
+        missing = [run for run in missing if any(fnmatch(run.id, name) for name in self.only)]
+        return missing, {None, *done.id[done.status == "completed"]}
+
+    def run_all(self, jobs: int) -> None:
+        """Start runs, `jobs` at once and each once, until none is missing that can start.
+
+        Raises:
+            UserError: some runs failed; the others went on.
+        """
+        started: set[str] = set()
+        running: set[Future] = set()
+        with ThreadPoolExecutor(jobs) as pool:
+            while True:
+                missing, starts = self.list_missing()
+                ready = [r for r in missing if r.id not in started and r.start_id in starts]
+                for run in [] if self.is_over() else ready[: jobs - len(running)]:
+                    print(f"{time.strftime('%H:%M:%S')} {run.id} ({len(missing)} missing)")
+                    started.add(run.id)
+                    running.add(pool.submit(self.perform, run))
+                if not running:
+                    break
+                try:
+                    ended, running = wait(running, return_when=FIRST_COMPLETED)
+                except KeyboardInterrupt:  # the training scripts save their state and end
+                    self.stop.set()
+                    ended, running = wait(running)
+                for future in ended:
+                    if future.exception():
+                        self.stop.set()
+                    future.result()
+        print("missing:", ", ".join(run.id for run in missing) or "nothing")
+        if self.errors:
+            raise UserError("\n".join(self.errors))
 
 
-def spell_flags(flags: dict) -> list[str]:
-    """Return flags as words of a command line: a list takes several, true stands bare."""
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name}"]
-        if value is not True:
-            words += map(str, value) if isinstance(value, list) else [str(value)]
-    return words
-
-
-def make_command(study: Study, run: Run, data: dict[str, Path], save_dir: Path) -> list[str]:
-    """Return the command that trains a run."""
-    if run.arm and run.data not in data:
-        raise UserError(f"{run.id}: the world has no data {run.data!r}; it has {', '.join(data)}")
-    script, flags = make_flags(study, run, data, save_dir)
-    return [f"trainer/{script}.py", *spell_flags(flags)]
-
-
-def train_run(command: list[str], folder: Path, log: Path, deadline: float) -> dict:
-    """Train in `folder`, from its saved state if one is there, and return its run.json.
-
-    Raises:
-        UserError: training failed; a run that diverged is a result, not a failure.
-    """
-    record = folder / "run.json"
-    if not record.is_file() or read_json(record)["status"] not in ("completed", "diverged"):
-        resumes = (folder / "resume.pt").is_file()
-        how = ["--from_resume"] if resumes else ["--overwrite"] if folder.exists() else []
-        call_script([*command, *how], log, deadline, may_fail=True)
-    if not record.is_file() or read_json(record)["status"] not in ("completed", "diverged"):
-        raise UserError(f"{folder.name}: training failed; see {log}")
-    return read_json(record)
+def read_status(path: Path) -> str:
+    """Return the status of a run.json; nothing before the run began."""
+    return read_json(path)["status"] if path.is_file() else ""
 
 
 def round_base(trained: Path, folder: Path) -> None:
@@ -112,142 +220,18 @@ def round_base(trained: Path, folder: Path) -> None:
     os.replace(aside, folder)
 
 
-def prepare_base(study: Study, run: Run, args: argparse.Namespace, deadline: float) -> dict:
-    """Put a base into --save_dir: the published one, or one that is trained now."""
-    folder = args.save_dir / run.id
-    published = study.bases[run.base.rstrip("0123456789")].published.get(run.id)
-    if not folder.is_dir() and published:
-        shutil.copytree(REPO_DIR / published, folder)
-    if not folder.is_dir():
-        command = make_command(study, run, ensure_world(), args.save_dir)
-        trained = folder.with_name(f"{run.id}-float32")
-        record = train_run(command, trained, args.save_dir / f"{run.id}.log", deadline)
-        if record["status"] != "completed":
-            raise UserError(f"{run.id}: pretraining diverged; lower its rate in {STUDY_FILE.name}")
-        round_base(trained, folder)
-    return read_json(folder / "run.json")
+def describe_run(study: Study, run: Run, status: str) -> dict:
+    """Return the part of a line of runs.jsonl that the plan knows."""
+    line = {"id": run.id, "edition": study.edition, "status": status} | asdict(run)
+    line |= {"base": run.base_id, "data": run.data if run.arm != "base" else "pretrain"}
+    return {key: line[key] for key in line if key not in ("checkpoints", "start_id")}
 
 
-def is_only_tuning(study: Study, run: Run) -> bool:
+def serves_tuning_alone(study: Study, run: Run) -> bool:
     """Say whether a run serves the choice of a rate alone, so that no test prompt is asked."""
     size = study.sizes[run.size]
-    return bool(run.arm) and run.epochs == size.tuning_epochs != size.epochs and run.data == "sft"
-
-
-def file_checkpoint(
-    study: Study, run: Run, folder: Path, record: dict, args: argparse.Namespace, deadline: float
-) -> None:
-    """Measure a checkpoint of a run and append its line."""
-    step = folder.name.removeprefix("step_") if folder.name != run.id else ""
-    name = f"{run.id}@{step}" if step else run.id
-    line = {
-        "id": name,
-        "edition": study.edition,
-        "size": run.size,
-        "base": run.base_id if run.arm else None,
-        "arm": run.arm or "base",
-        "learning_rate": record["settings"]["learning_rate"],
-        "seed": record["settings"]["seed"],
-        "dtype": record["settings"]["dtype"],
-        "device": record["settings"]["device"],
-        "status": record["status"],
-        "epochs": run.epochs,
-        "data": run.data if run.arm else "pretrain",
-        "start": run.start,
-        "samples": run.samples,
-        "step": int(step) if step else record.get("step"),
-        "settings": {k: v for k, v in record["settings"].items() if v not in (None, False, "")},
-        "cost": {key: record[key] for key in COST if key in record},
-        "base_fingerprint": record.get("base_fingerprint"),
-        "train_data": record.get("train_data"),
-        "git": record.get("git"),
-        "machine": record.get("machine"),
-    }
-    nll = []
-    if record["status"] == "completed":
-        output = args.save_dir / "measured" / f"{name}.json"
-        output.parent.mkdir(exist_ok=True)
-        words = ["evaluation/study/measure.py", folder, "--output", output, "--study", args.study]
-        words += ["--prompts_csv", args.results_dir / "prompts.csv"]
-        words += ["--only_tune"] if is_only_tuning(study, run) else []
-        call_script(words, args.save_dir / f"{run.id}.log", deadline)
-        measured = read_json(output)
-        line |= {key: measured[key] for key in ("weights", "scalars", "outcomes")}
-        for name_of_set, found in measured["nll"].items():
-            place = {"edition": study.edition, "set": name_of_set, "part": ""}
-            nats = {key: found[key] for key in ("nats", "end_nats")}
-            nll.append(place | nats | {"id": name})
-            if "--only_tune" not in words:
-                counts = {key: found[key] for key in ("tokens", "ends")}
-                nll.append(place | counts | {"id": ""})
-    with LOCK:
-        append_run(args.results_dir, line, nll)
-
-
-def perform_run(study: Study, run: Run, args: argparse.Namespace, deadline: float) -> None:
-    """Train a run, and file its kept checkpoints and itself."""
-    folder = args.save_dir / run.id
-    if run.arm is None:
-        record = prepare_base(study, run, args, deadline)
-    else:
-        command = make_command(study, run, ensure_world(), args.save_dir)
-        record = train_run(command, folder, args.save_dir / f"{run.id}.log", deadline)
-    known = set(read_runs(args.results_dir, study.edition).id)
-    if record["status"] == "completed":
-        for checkpoint in folder.glob("checkpoints/step_*"):
-            step = checkpoint.name.removeprefix("step_")
-            if int(step) < record["steps"] and f"{run.id}@{step}" not in known:
-                file_checkpoint(study, run, checkpoint, record, args, deadline)
-    file_checkpoint(study, run, folder, record, args, deadline)
-
-
-def list_missing(study: Study, args: argparse.Namespace) -> tuple[list[Run], set[str]]:
-    """Return the runs without a result that are named by --only, and the ids that have one."""
-    done = read_runs(args.results_dir, study.edition)
-    known = set(done.id)
-    wanted = [run for run in plan_runs(study, done) if run.id not in known]
-    missing = [run for run in wanted if any(fnmatch(run.id, name) for name in args.only)]
-    return missing, set(done.id[done.status == "completed"])
-
-
-def run_all(study: Study, args: argparse.Namespace) -> None:
-    """Start runs, --jobs at once, until none is missing that can start."""
-    deadline = time.monotonic() + 3600 * args.max_hours
-    running: dict[Future, Run] = {}
-    failed: dict[str, Exception] = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        while True:
-            missing, completed = list_missing(study, args)
-            busy = {run.id for run in running.values()} | failed.keys()
-            ready = [
-                run
-                for run in missing
-                if run.id not in busy and (run.start_id is None or run.start_id in completed)
-            ]
-            if STOP.is_set() or time.monotonic() > deadline:
-                ready = []
-            for run in ready[: args.jobs - len(running)]:
-                print(f"{time.strftime('%H:%M:%S')} {run.id} ({len(missing)} missing)", flush=True)
-                running[pool.submit(perform_run, study, run, args, deadline)] = run
-            if not running:
-                break
-            try:
-                ended = wait(running, return_when=FIRST_COMPLETED).done
-            except KeyboardInterrupt:  # the training scripts save their state and end
-                STOP.set()
-                ended = wait(running).done
-            for future in ended:
-                run = running.pop(future)
-                error = future.exception()
-                if isinstance(error, UserError | Stopped):
-                    failed[run.id] = error
-                elif error:
-                    STOP.set()
-                    raise error
-    left = len(list_missing(study, args)[0])
-    print(f"{left} runs are missing" if left else "nothing is missing")
-    if broken := [str(error) for error in failed.values() if isinstance(error, UserError)]:
-        raise UserError("\n".join(broken))
+    is_shorter = run.epochs == size.tuning_epochs != size.epochs
+    return run.arm != "base" and is_shorter and run.data == "sft"
 
 
 def main() -> None:
@@ -263,18 +247,19 @@ def main() -> None:
     parser.add_argument("--max_hours", type=float, default=1e6, help="stop runs after this time")
     parser.add_argument("--dry_run", action="store_true", help="print the commands alone")
     args = parser.parse_args()
-    study = read_study(args.study)
+    deadline = time.monotonic() + 3600 * args.max_hours
+    study, data, study_file = read_study(args.study), ensure_world(), args.study.resolve()
+    folders = args.save_dir.resolve(), args.results_dir.resolve()
+    runner = Runner(study, data, *folders, args.only, study_file, deadline)
     if args.dry_run:
-        data = ensure_world()
-        for run in list_missing(study, args)[0]:
+        for run in runner.list_missing()[0]:
             print(f"# {run.id}")
-            if run.arm is None or run.data in data:
+            if run.data in data:
                 print(shlex.join(["python", *make_command(study, run, data, args.save_dir)]))
         return
-    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
-    args.save_dir = args.save_dir.resolve()
-    args.save_dir.mkdir(parents=True, exist_ok=True)
-    run_all(study, args)
+    signal.signal(signal.SIGTERM, lambda *_: runner.stop.set())
+    runner.save_dir.mkdir(parents=True, exist_ok=True)
+    runner.run_all(args.jobs)
 
 
 if __name__ == "__main__":

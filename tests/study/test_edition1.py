@@ -1,17 +1,24 @@
 """Ten recoveries of the first edition, recomputed from `nll.parquet`."""
 
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "evaluation" / "study"
-CELLS = pd.read_csv(FOLDER / "edition1.csv", dtype={"learning_rate": str})
-CELLS = CELLS.query("kind == 'cell'").set_index(["base", "cell"])
-NATS = pd.read_parquet(FOLDER / "nll.parquet")
-NATS = NATS[(NATS.edition == 1) & (NATS.part == "") & (NATS.set == "general")].set_index("id").nats
+from evaluation.study.edition1 import read_cells
+from evaluation.study.results import RESULTS_DIR, read_nll
+
+CELLS = read_cells()
+NATS = read_nll(RESULTS_DIR, 1).query("part == '' and set == 'general'").set_index("id").nats
 FULL = {"xs": "fft-lr2e-3", "s": "fft-lr5e-4"}  # full fine-tuning at its tuned rate, by size
+PLACES = """xs-plain42 minimind@1e-4/one_epoch
+xs-plain42 minimind@1e-2
+xs-plain42 all_r8@3e-3
+xs-plain42 fft_frozen_vocabulary@2e-3
+xs-plain42 all_r8_vocabulary@2e-3
+xs-plain43 all_r8@3e-3
+xs-short_wrapped42 all_r8@3e-3
+s-short42 all_r8@3e-3
+s-whole42 minimind@1e-4
+s-whole42 all_r8_vocabulary@2e-3"""
 
 
 def sum_nats(run_ids: list[str]) -> float:
@@ -19,29 +26,15 @@ def sum_nats(run_ids: list[str]) -> float:
     return np.mean([NATS[run_id][1::2].astype(float).sum() for run_id in run_ids])
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("xs-plain42", "minimind@1e-4/one_epoch"),
-        ("xs-plain42", "minimind@1e-2"),
-        ("xs-plain42", "all_r8@3e-3"),
-        ("xs-plain42", "fft_frozen_vocabulary@2e-3"),
-        ("xs-plain42", "all_r8_vocabulary@2e-3"),
-        ("xs-plain43", "all_r8@3e-3"),
-        ("xs-short_wrapped42", "all_r8@3e-3"),
-        ("s-short42", "all_r8@3e-3"),
-        ("s-whole42", "minimind@1e-4"),
-        ("s-whole42", "all_r8_vocabulary@2e-3"),
-    ],
-)
-def test_recovery(names: tuple[str, str]) -> None:
+@pytest.mark.parametrize("place", PLACES.splitlines())
+def test_recovery(place: str) -> None:
     """R = (L_base - L_arm) / (L_base - L_FFT), over the seeds that both arms have."""
-    base, cell = names
-    row = CELLS.loc[names]
-    variant = "" if row["variant"] == "main" else f"-{row['variant']}"
-    seeds = range(1, int(row["seeds"]) + 1)
-    arm = [f"{base}-{row['arm']}{variant}-lr{row['learning_rate']}-s{seed}" for seed in seeds]
+    base, cell = place.split()
+    row = CELLS.loc[(base, cell)]
+    variant = "" if row.variant == "main" else f"-{row.variant}"
+    seeds = range(1, int(row.seeds) + 1)
+    arm = [f"{base}-{row.arm}{variant}-lr{row.lr}-s{seed}" for seed in seeds]
     full = [f"{base}-{FULL[row['size']]}-s{seed}" for seed in seeds]
     start = sum_nats([base])
     recovery = (start - sum_nats(arm)) / (start - sum_nats(full))
-    assert recovery == pytest.approx(row["R"], abs=2e-4), cell
+    assert recovery == pytest.approx(row.recovery, abs=2e-4), cell

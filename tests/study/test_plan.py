@@ -1,110 +1,85 @@
-"""The plan: names of runs, tuned learning rates, flags."""
+"""The plan: names of runs, tuned learning rates, commands."""
 
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from evaluation.study.plan import (
-    Run,
-    list_rates,
-    make_flags,
-    make_tuning_run,
-    plan_runs,
-    tune_rate,
-)
-from evaluation.study.settings import read_study
+from evaluation.study.plan import Run, make_command, make_tuning_run, plan_runs, tune_rate
+from evaluation.study.settings import STUDY_FILE, read_study
 from model.files import UserError
 
 STUDY = read_study()
-COLUMNS = ["id", "tune_correct", "tune_nll"]
+MIDDLE = {5e-4: (0.6, 1.0), 1e-3: (0.8, 0.9), 2e-3: (0.7, 0.9)}  # (share correct, NLL) by rate
 
 
-def make_done(results: dict[float, tuple[float, float]], arm: str = "fft") -> pd.DataFrame:
-    """Return tuning runs at xs with (share correct, NLL) by learning rate."""
-    rows = [(make_tuning_run(STUDY, "xs", arm, rate).id, *pair) for rate, pair in results.items()]
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def test_a_grid_runs_first() -> None:
-    """Without results each rate of the grid is missing, and no other seed is planned."""
-    none = make_done({})
-    assert tune_rate(STUDY, "xs", "fft", none).missing == [5e-4, 1e-3, 2e-3]
-    runs = {run.id for run in plan_runs(STUDY, none)}
-    assert "xs-world-wrapped42-fft-e3-lr0.001-s1" in runs
-    assert not any("-fft-e3" in name and name.endswith("s2") for name in runs)
-    assert "xs-world-wrapped42-seed-e3-lr0.0001-s3" in runs  # a fixed rate needs no grid
-
-
-def test_the_best_rate_gets_all_seeds() -> None:
-    """An interior optimum ends the search; the other seeds run at that rate alone."""
-    done = make_done({5e-4: (0.6, 1.0), 1e-3: (0.8, 0.9), 2e-3: (0.7, 0.9)})
-    assert tune_rate(STUDY, "xs", "fft", done).best == 1e-3
-    assert tune_rate(STUDY, "xs", "fft", done).is_interior
-    runs = [run for run in plan_runs(STUDY, done) if run.arm == "fft" and run.size == "xs"]
-    main = {
-        (run.learning_rate, run.seed) for run in runs if run.epochs == 3 and not run.checkpoints
-    }
-    assert {(1e-3, 2), (1e-3, 3)} <= main
+def make_done(results: dict[float, tuple[float, float]]) -> pd.DataFrame:
+    """Return tuning runs of full fine-tuning at xs."""
+    rows = [
+        (make_tuning_run(STUDY, "xs", "fft", rate).id, *pair, "completed")
+        for rate, pair in results.items()
+    ]
+    return pd.DataFrame(rows, columns=["id", "tune_correct", "tune_nll", "status"])
 
 
 @pytest.mark.parametrize(
-    ("shares", "expected"),
+    ("results", "best", "missing"),
     [
-        ({5e-4: 0.6, 1e-3: 0.7, 2e-3: 0.8}, [4e-3]),
-        ({5e-4: 0.9, 1e-3: 0.7, 2e-3: 0.6}, [2.5e-4]),
-        ({5e-4: 0.6, 1e-3: 0.7, 2e-3: 0.8, 4e-3: 0.9}, [8e-3]),
-        ({5e-4: 0.6, 1e-3: 0.7, 2e-3: 0.8, 4e-3: float("nan")}, []),  # diverged
+        ({}, None, [5e-4, 1e-3, 2e-3]),
+        (MIDDLE, 1e-3, []),
+        (MIDDLE | {2e-3: (0.83, 0.9)}, None, [4e-3]),  # the best rate is at the edge
+        (MIDDLE | {5e-4: (0.9, 0.9)}, None, [2.5e-4]),
+        (MIDDLE | {2e-3: (0.9, 0.9), 4e-3: (0.95, 1)}, None, [8e-3]),
+        (MIDDLE | {2e-3: (0.9, 0.9), 4e-3: (float("nan"),) * 2}, 2e-3, []),  # diverged
+        (MIDDLE | {2e-3: (0.81, 0.95)}, 1e-3, []),  # a tie: the lower NLL wins
     ],
 )
-def test_a_grid_is_extended(shares: dict[float, float], expected: list[float]) -> None:
-    """A best rate at the edge asks for the next octave; a diverged neighbor ends the search."""
-    done = make_done({rate: (share, 1.0) for rate, share in shares.items()})
-    assert tune_rate(STUDY, "xs", "fft", done).missing == expected
+def test_rates_are_tuned(results: dict, best: float | None, missing: list[float]) -> None:
+    """A grid runs first, is extended until its best rate lies inside, and breaks ties by NLL."""
+    sweep = tune_rate(STUDY, "xs", "fft", make_done(results))
+    assert (sweep.best, sweep.missing) == (best, missing)
 
 
-def test_near_ties_are_decided_by_likelihood() -> None:
-    """Shares within 2 points tie, and the lower NLL without end tokens wins."""
-    done = make_done({5e-4: (0.50, 0.5), 1e-3: (0.81, 0.7), 2e-3: (0.82, 0.8)})
-    assert tune_rate(STUDY, "xs", "fft", done).best == 1e-3
+def test_the_best_rate_gets_all_seeds() -> None:
+    """Other seeds wait for the best rate, unless the rate is fixed."""
+    ids = {run.id for run in plan_runs(STUDY, make_done({}))}
+    assert "xs-world-wrapped42-fft-e3-lr0.001-s1" in ids
+    assert "xs-world-wrapped42-fft-e3-lr0.001-s2" not in ids
+    assert "xs-world-wrapped42-seed-e3-lr0.0001-s3" in ids
+    ids = {run.id for run in plan_runs(STUDY, make_done(MIDDLE))}
+    assert {f"xs-world-wrapped42-fft-e3-lr0.001-s{seed}" for seed in (1, 2, 3)} <= ids
 
 
 def test_arms_start_from_their_base_or_a_tuned_arm() -> None:
     """A run after full fine-tuning waits for its rate and starts from the same seed."""
-    done = make_done({5e-4: (0.6, 1.0), 1e-3: (0.8, 0.9), 2e-3: (0.7, 0.9)})
-    medical = [run for run in plan_runs(STUDY, done) if run.data == "medical" and run.arm == "seed"]
-    starts = {(run.start, run.seed): run.start_id for run in medical}
+    runs = plan_runs(STUDY, make_done(MIDDLE))
+    starts = {(run.start, run.seed): run.start_id for run in runs if run.data == "medical"}
     assert starts["fft", 2] == "xs-world-wrapped42-fft-e3-lr0.001-s2"
     assert starts["base", 2] == "xs-world-wrapped42"
     assert not [run for run in plan_runs(STUDY, make_done({})) if run.start == "fft"]
 
 
-def test_flags_of_a_run() -> None:
+def test_commands() -> None:
     """The adapter's flags, the start, and the data come together."""
-    run = Run("m26", "wrapped42", "all_r8", 1e-3, 2, 2.0, start_id="m26-world-wrapped42")
-    script, flags = make_flags(STUDY, run, {"sft": Path("sft.jsonl")}, Path("out"))
-    assert script == "train_lora"
-    assert flags["lora_name"] == "m26-world-wrapped42-all_r8-e2-lr0.001-s2"
-    assert flags["from_weight"] == Path("out/m26-world-wrapped42")
-    assert (flags["lora_rank"], flags["seed"], flags["epochs"]) == (8, 2, 2.0)
-    script, flags = make_flags(STUDY, Run("xs", "wrapped43"), {"pretrain": Path("p")}, Path("out"))
-    assert script == "train_pretrain"
-    assert (flags["seed"], flags["hidden_size"], flags["wrap_documents"]) == (43, 128, True)
+    run = Run("m26", "wrapped42", "all_r8_rows", 1e-3, 2, 2.0, start_id="m26-world-wrapped42")
+    words = " ".join(make_command(STUDY, run, {"sft": Path("sft.jsonl")}, Path("out")))
+    assert words.startswith("trainer/train_lora.py --max_seq_len 340")
+    assert "--lora_name m26-world-wrapped42-all_r8_rows-e2-lr0.001-s2 " in words
+    assert "--train_tokens <|im_start|> <|im_end|> " in words
+    assert "--from_weight out/m26-world-wrapped42 --seed 2 --epochs 2.0 " in words
+    words = make_command(STUDY, Run("xs", "wrapped43"), {"pretrain": Path("p")}, Path("out"))
+    assert words[0] == "trainer/train_pretrain.py"
+    assert " ".join(words).endswith("xs-world-wrapped43-float32 --seed 43 --data_path p")
+    assert words[words.index("--wrap_documents") + 1] == "--epochs"
 
 
-def test_arms_without_a_grid_at_a_size_have_no_rate() -> None:
-    """A size that an arm does not run at has nothing to report."""
-    assert list_rates(STUDY, "m26", "all_r64", make_done({})) == []
-    assert list_rates(STUDY, "xs", "fft_script", make_done({})) == [5e-7, 1e-6, 1e-5]
-
-
-def test_unknown_keys_are_refused(tmp_path: Path) -> None:
-    """A misspelled key names its place in the file."""
-    text = (Path(__file__).parents[2] / "evaluation" / "study" / "study.toml").read_text()
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("tuning_epochs = 1", "tuning_epoch = 1"), ('["square_r36"]', '["square_r37"]')],
+)
+def test_unknown_names_are_refused(old: str, new: str, tmp_path: Path) -> None:
+    """A misspelled key or arm is named."""
     path = tmp_path / "study.toml"
-    path.write_text(text.replace("tuning_epochs = 1", "tuning_epoch = 1"))
-    with pytest.raises(UserError, match="sizes.m26.tuning_epoch"):
-        read_study(path)
-    path.write_text(text.replace('arms = ["square_r36"]', 'arms = ["square_r37"]'))
-    with pytest.raises(UserError, match="square_r37"):
+    path.write_text(STUDY_FILE.read_text().replace(old, new))
+    with pytest.raises(UserError, match=r"sizes.m26.tuning_epoch|no size 'xs' or arm 'square_r37'"):
         read_study(path)

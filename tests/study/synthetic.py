@@ -1,0 +1,109 @@
+"""Results of made-up runs whose shares of correct answers are known."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from evaluation.study.plan import Run, make_tuning_run
+from evaluation.study.settings import MAIN_BASE, read_study
+
+STUDY = read_study()
+SETS = ("combinations", "unseen")
+PROMPTS = 200  # of each set, every tenth in the tuning half
+ORDER = np.random.default_rng(0).permutation(PROMPTS)  # in which prompts become correct
+CELL = re.compile(
+    r"(\w+)(?:\*([\d.e-]+))?(?:/(\d+))?(?:~(\d+))?(?:@(\w+))?(?:\^(\w+))?(?:#(\w+))?(?::(\w+))?"
+)
+
+
+def write_prompts(folder: Path) -> None:
+    """Write prompts.csv: things with two prompts each, in two skills."""
+    rows = [
+        (
+            f"{name}-{i}",
+            name,
+            "test" if i % 10 else "tune",
+            f"skill {i % 2}",
+            f"thing {i // 2}",
+            0.1,
+        )
+        for name in SETS
+        for i in range(PROMPTS)
+    ]
+    table = pd.DataFrame(rows, columns=["id", "set", "half", "skill", "cluster", "chance"])
+    table.to_csv(folder / "prompts.csv", index=False)
+
+
+def spell_outcomes(share: float, wrong: str = "f") -> str:
+    """Return letters of which `share` are c; a larger share has the same and more."""
+    return "".join(np.where(round(share * PROMPTS) > ORDER, "c", wrong))
+
+
+def find_runs(cell: str) -> list[Run]:
+    """Return the runs of a cell, one a seed, at the middle rate of its arm's grid."""
+    arm, rate, epochs, samples, base, start, data, size = CELL.fullmatch(cell).groups()
+    size, place = STUDY.sizes[size or "xs"], size or "xs"
+    if arm == "base":
+        return [Run(place, base or MAIN_BASE)]
+    rates = STUDY.arms[arm].rates.get(place)
+    rate = float(rate) if rate else (rates[1] if rates else STUDY.arms[arm].fixed[0])
+    run = Run(place, base or MAIN_BASE, arm, rate, 0, float(epochs or size.epochs))
+    run = replace(run, data=data or STUDY.arms[arm].data, start=start or "base")
+    run = replace(run, samples=int(samples) if samples else None)
+    return [replace(run, seed=seed) for seed in size.seeds]
+
+
+def list_grid(run: Run) -> list[float]:
+    """Return the learning rates that are tried for a run's arm; none if it has fixed ones."""
+    return STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []
+
+
+def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: float) -> dict:
+    """Return a line of runs.jsonl, with the same outcomes under both decodings.
+
+    The middle rate of a grid is the best on the tuning half.
+    """
+    decodings = {"greedy": 1, "t0.85p0.85": 3}
+    costs = ("trainable_parameters", "steps", "tokens", "flops", "train_seconds")
+    line = asdict(run) | {"base": run.base_id, "edition": 2, "status": "completed"}
+    line |= {"id": f"{run.id}@{step}" if step else run.id, "step": step or 1000}
+    line |= {"weights": "w", "base_fingerprint": "w", "train_data": {"tokens": 1}}
+    line["cost"] = dict.fromkeys((*costs, "peak_memory_bytes"), 1e9)
+    best = 0.6 if run.learning_rate in list_grid(run)[1:2] else 0.5
+    line["scalars"] = {"tune_correct": best, "tune_nll": 1.0, "nll_text": 3.0} | scalars
+    line["outcomes"] = {
+        name: {decoding: " ".join([text] * n) for decoding, n in decodings.items()}
+        for name, text in outcomes.items()
+    }
+    return line
+
+
+def write_runs(folder: Path, shares: dict[str, float | list | dict]) -> None:
+    """Write prompts.csv and runs.jsonl.
+
+    Args:
+        shares: by cell, the share of correct answers; or pairs of shares of combinations and unseen
+            things, of each checkpoint; or scalars, where `endless` is a share of answers.
+    """
+    write_prompts(folder)
+    lines = []
+    for cell, value in shares.items():
+        for run in find_runs(cell):
+            trials = [make_tuning_run(STUDY, run.size, run.arm, rate) for rate in list_grid(run)]
+            lines += [make_line(trial, {}) for trial in trials]
+            if isinstance(value, list):
+                steps = [100 * i for i in range(1, len(value))] + [0]
+                for step, pair in zip(steps, value, strict=True):
+                    texts = dict(zip(SETS, map(spell_outcomes, pair), strict=True))
+                    lines.append(make_line(run, texts, step))
+            else:
+                scalars = value if isinstance(value, dict) else {"endless": 1 - value}
+                text = spell_outcomes(1 - scalars.get("endless", 1), "e")
+                lines.append(make_line(run, dict.fromkeys(SETS, text), **scalars))
+    lines.sort(key=lambda line: line["outcomes"] == {}, reverse=True)  # trials give way to runs
+    last = {line["id"]: json.dumps(line) + "\n" for line in lines}
+    (folder / "runs.jsonl").write_text("".join(last.values()))

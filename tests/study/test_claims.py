@@ -1,0 +1,111 @@
+"""Each claim of PROTOCOL.md can be supported, refuted and open by its rule."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evaluation.study.analysis import Estimate, load_evidence
+from evaluation.study.claims import is_satisfied, judge_claims
+from evaluation.study.settings import Condition
+from tests.study.synthetic import STUDY, write_runs
+
+FACTS = "/100#facts16000"
+SMALL = ["square_r1", "square_r2", "square_r4", "square_r8", "all_r1", "all_r2"]
+EXTRA = ["plain42", "plain64x42", "plain512x42", "plain4096x42"]
+
+
+def make_gaps(xs: float, m26: float, second_base: float | None = None) -> dict[str, float]:
+    """Return shares whose gap to full fine-tuning is known at 2 sizes, and at a second xs base."""
+    second = xs if second_base is None else second_base
+    return {
+        "fft": 0.8, "all_r8": 0.8 - xs, "fft:m26": 0.8, "all_r8:m26": 0.8 - m26,
+        "all_r32:m26": 0.8 - m26, "fft@wrapped43": 0.8, "all_r8@wrapped43": 0.8 - second,
+    }  # fmt: skip
+
+
+def make_paths(all_r8: float, fft: float) -> dict[str, list]:
+    """Return checkpoints that keep a share of unseen things at 50 and 70% of combinations."""
+    return {
+        arm: [(0.1, 0.9), (0.5, kept), (0.7, kept)]
+        for arm, kept in (("all_r8", all_r8), ("fft", fft))
+    }
+
+
+def make_facts(bits: float, stored: float) -> dict[str, dict]:
+    """Return what adapters of different sizes store of 16,000 facts."""
+    small = {f"{arm}{FACTS}": {"bits_per_parameter": bits, "stored": 0.1} for arm in SMALL}
+    return small | {f"{arm}{FACTS}": {"stored": stored} for arm in ("all_r8", "fft")}
+
+
+def make_endings(bounds: list[float], endless: list[float]) -> dict[str, dict]:
+    """Return the bounds and endless answers of plain bases with more and more unused rows."""
+    bases = {f"base@{base}": {"reachable_end": b} for base, b in zip(EXTRA, bounds, strict=True)}
+    pairs = zip(EXTRA, endless, strict=True)
+    return bases | {f"all_r8@{base}": {"endless": share} for base, share in pairs}
+
+
+FALLING = [0.5, 0.3, 0.2, 0.1]
+CASES = {  # shares that make a claim supported, refuted, open
+    "C1": [
+        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.05},
+        {"fft": 0.8, "seed": 0.77, "seed/1": 0.5, "seed/10": 0.8},
+        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.3},
+    ],
+    "C2": [
+        {"fft_script*5e-7": 0.0, "fft_script*1e-6": 0.01, "fft_script*1e-5": 0.05},
+        {"fft_script*5e-7": 0.6, "fft_script*1e-6": 0.7, "fft_script*1e-5": 0.8},
+        {"fft_script*5e-7": 0.0, "fft_script*1e-6": 0.01, "fft_script*1e-5": 0.35},
+    ],
+    "C3": [{"seed_tuned": a, "seed": 0.1} for a in (0.5, 0.12, 0.26)],
+    "C4": [{"all_r8": 0.6, "square_r36": b} for b in (0.4, 0.59, 0.5)],
+    "C5": [{"all_r64": a, "all_r8": 0.4} for a in (0.6, 0.41, 0.46)],
+    "C6": [
+        {"all_r8_rows@plain42": a, "all_r8@plain42": 0.1, "all_r8_rows": b, "all_r8": 0.5}
+        for a, b in ((0.5, 0.51), (0.11, 0.51), (0.5, 0.6))
+    ],
+    "C7": [{"all_r8_vocabulary": a, "all_r8": 0.4} for a in (0.6, 0.41, 0.5)],
+    "C8": [make_gaps(0.3, 0.1), make_gaps(0.2, 0.2), make_gaps(0.3, 0.1, second_base=0.1)],
+    "C9": [make_paths(0.5, 0.3), make_paths(0.3, 0.5), make_paths(0.5, 0.45)],
+    "C10": [{"fft": 0.8, "seed/10": a, "seed/50~16000": a} for a in (0.05, 0.5, 0.3)],
+    "C11": [make_facts(2.0, 0.95), make_facts(4.0, 0.95), make_facts(2.0, 0.9)],
+    "C12": [
+        make_endings(FALLING, [0.2, 0.4, 0.6, 0.95]),
+        make_endings(FALLING, [0.0, 0.0, 0.0, 0.0]),
+        make_endings(FALLING, [0.2, 0.6, 0.4, 0.95]),
+    ],
+    "C13": [{"fft": 0.8, "all_r8^fft#medical": b} for b in (0.5, 0.79, 0.72)],
+}
+
+
+def judge(folder: Path, claim: str) -> str:
+    """Return the verdict of one claim."""
+    claims = [one for one in STUDY.claims if one.name == claim]
+    evidence = load_evidence(folder)
+    study = evidence.study.model_copy(update={"claims": claims})
+    return judge_claims(replace(evidence, study=study))[0].verdict[0]
+
+
+@pytest.mark.parametrize("claim", [claim.name for claim in STUDY.claims])
+def test_a_rule_has_three_outcomes(claim: str, tmp_path: Path) -> None:
+    """The rule decides by the shares of the runs; without runs it decides nothing."""
+    assert judge(tmp_path, claim) == "not run"
+    for shares, expected in zip(CASES[claim], ("supported", "refuted", "open"), strict=True):
+        write_runs(tmp_path, shares)
+        assert judge(tmp_path, claim) == expected, shares
+
+
+def test_a_side_needs_all_its_cells(tmp_path: Path) -> None:
+    """One rate of three decides nothing, and a size that was not run is left out."""
+    write_runs(tmp_path, {"fft_script*1e-6": 0.0})
+    assert judge(tmp_path, "C2") == "open, not all run"
+    write_runs(tmp_path, CASES["C1"][0] | {"fft:s": 0.8})
+    assert judge(tmp_path, "C1") == "open, not all run"
+
+
+def test_a_condition_needs_interval_and_seeds() -> None:
+    """All are within the bounds, unless the condition speaks of the estimate alone."""
+    found = Estimate(0.3, 0.25, 0.35, (0.31, 0.19))
+    assert not is_satisfied(Condition(estimate="fft", at_least=0.2), found)
+    assert is_satisfied(Condition(estimate="fft", at_least=0.2, whole=False), found)
+    assert is_satisfied(Condition(estimate="fft", at_least=0.1, at_most=0.35), found)
