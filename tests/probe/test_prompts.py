@@ -5,10 +5,7 @@ from collections import Counter
 
 import pytest
 
-from dataset.checks import judge_answer
-from evaluation.probe.measures import has_cjk
-from evaluation.probe.prompts import PROMPTS_FILE, encode_prompts, parse_markdown, read_prompts
-from model.checkpoint import load_tokenizer
+from evaluation.probe.prompts import CJK, PROMPTS_FILE, read_prompts
 from model.files import UserError
 
 PROMPTS = read_prompts(PROMPTS_FILE)  # refuses a reference that fails its own check
@@ -24,20 +21,20 @@ SECTIONS = {
 def test_our_prompts_cover_what_they_should():
     assert Counter(prompt.section for prompt in PROMPTS) == SECTIONS
     assert all(prompt.reference and prompt.check is not None for prompt in PROMPTS)
-    chinese = [prompt for prompt in PROMPTS if has_cjk(prompt.text)]
+    chinese = [prompt for prompt in PROMPTS if CJK.search(prompt.text)]
     assert len(chinese) == SECTIONS["Chinese"] and all(prompt.translation for prompt in chinese)
     assert len({prompt.text for prompt in PROMPTS}) == len(PROMPTS)
     assert read_prompts(PROMPTS_FILE, limit=2) == PROMPTS[:2]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
-def test_a_check_passes_its_reference_and_not_an_echo_or_an_evasion(prompt):
-    assert judge_answer(prompt.reference, True, prompt.record) == "correct"
-    for text in (prompt.text, "I do not know.", "A lion is a lion.", "我不知道。"):
-        assert judge_answer(text, True, prompt.record) != "correct", text
+def test_a_check_fails_an_echo_and_an_evasion():
+    for prompt in PROMPTS:
+        for text in (prompt.text, "I do not know.", "A lion is a lion.", "我不知道。"):
+            assert prompt.judge(text, True) != "correct", (prompt.id, text)
+        assert prompt.judge(prompt.reference, False) == "endless"
 
 
-def test_markdown():
+def test_markdown(tmp_path):
     text = """# Title
 Prose, which is not read.
 
@@ -51,7 +48,7 @@ More prose.
 - system: Be brief.
 - translation: What?
 - reference: A fox.\\nA second line.
-- check: about = ["animal.home"], upper = true
+- check: exact = true
 
 ### two
 > Hi
@@ -60,12 +57,13 @@ More prose.
 > ***
 > And now?
 """
-    one, two = parse_markdown(text, "p.md")
+    (tmp_path / "p.md").write_text(text)
+    one, two = read_prompts(tmp_path / "p.md")
     assert (one.id, one.section, one.translation) == ("one", "Facts", "What?")
     assert [turn["role"] for turn in one.messages] == ["system", "user"]
     assert one.messages[1]["content"] == "What is it?\nIn two lines."
     assert one.reference == "A fox.\nA second line."
-    assert one.check == {"about": ["animal.home"], "upper": True}
+    assert one.check == {"exact": True}
     assert [(t["role"], t["content"]) for t in two.messages] == [
         ("user", "Hi"),
         ("assistant", "Hello."),
@@ -111,12 +109,5 @@ def test_jsonl_takes_the_last_answer_as_the_reference(tmp_path):
     path.write_text(json.dumps(probe) + "\n" + json.dumps({"conversations": talk}) + "\n")
     one, two = read_prompts(path)
     assert (one.id, one.section, one.check, one.reference) == ("unseen-1", "unseen", {}, "Hello")
-    assert one.messages == talk[:1] and one.record["conversations"] == talk
+    assert one.messages == talk[:1]
     assert (two.id, two.section, two.check) == ("p-2", "p", None)
-
-
-def test_prompts_end_where_the_answer_begins():
-    tokenizer = load_tokenizer()
-    (ids,) = encode_prompts(tokenizer, PROMPTS[:1])
-    text = f"<|im_start|>user\n{PROMPTS[0].text}<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(ids) == text

@@ -7,7 +7,7 @@ import pytest
 from transformers import MarianConfig, MarianMTModel
 
 from dataset.world.facts import WORLD_DIR, read_toml
-from evaluation.probe.measures import has_cjk
+from evaluation.probe.prompts import CJK
 from evaluation.probe.translations import (
     STORE_FILE,
     WorldTranslator,
@@ -39,7 +39,7 @@ WORLD = WorldTranslator()
     ],
 )
 def test_the_world_has_an_english_twin_or_a_gloss(chinese, english):
-    assert WORLD.translate([chinese]) == [english]
+    assert WORLD.translate(chinese) == english
 
 
 @pytest.mark.parametrize("path", sorted((WORLD_DIR / "chinese" / "facts").glob("*.toml")), ids=str)
@@ -52,7 +52,7 @@ def test_every_pattern_of_the_world_has_a_twin(path):
             for pattern in patterns:
                 text = pattern.format(a=name, value=value)
                 found = WORLD.translate_exactly(text)
-                assert found and not has_cjk(found) and "{" not in found, text
+                assert found and not CJK.search(found) and "{" not in found, text
 
 
 # ---------------------------------------------------------------------------------- the store
@@ -104,12 +104,6 @@ def test_without_translations_no_file_is_written(tmp_path):
     assert not (tmp_path / STORE_FILE).exists()
 
 
-def test_a_broken_samples_file_is_named(tmp_path):
-    (tmp_path / "samples.jsonl").write_text('{"prompt": "x"}\n')
-    with pytest.raises(UserError, match="samples.jsonl:1: is no sample"):
-        translate_samples([], tmp_path, None)
-
-
 # ---------------------------------------------------------------------------------- a model
 
 
@@ -142,9 +136,9 @@ def model_folder(tmp_path_factory) -> Path:
 def test_a_model_translates_line_by_line(model_folder):
     translator = load_translator(str(model_folder), "cpu")
     assert translator.name == "tiny-zh-en"
-    (alone,) = translator.translate(["你好"])
-    mixed, other = translator.translate(["1. OK\n你好\n\nBye", "一个很长很长的句子。"])
-    assert mixed == f"1. OK\n{alone}\n\nBye" and other != alone
+    alone, other = map(translator.translate, ("你好", "一个很长很长的句子。"))
+    assert translator.translate("1. OK\n你好\n\nBye") == f"1. OK\n{alone}\n\nBye"
+    assert other != alone
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
