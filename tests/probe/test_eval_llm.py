@@ -1,13 +1,16 @@
 """Probing from the command line, with tiny random models."""
 
 import hashlib
+import io
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from dataset.lm_dataset import read_jsonl
 from eval_llm import main
 from evaluation.probe.answers import make_sample, probe
 from evaluation.probe.prompts import Prompt, read_prompts
@@ -50,17 +53,12 @@ def home(tmp_path_factory) -> Path:
 
 
 def run_script(home: Path, output_dir: Path, *flags: str, models: tuple[str, ...] = ("one",)):
-    """Run the script; return the folder of the first model."""
+    """Run the script on models of `home`; return the folder of the first model."""
     words = [word for name in models for word in ("--model", str(home / name))]
     words += ["--max_new_tokens", "8", "--device", "cpu", "--output_dir", str(output_dir)]
     prompts = [] if "--no_generation" in flags else ["--prompts", str(home / "prompts.md")]
     main([*words, *prompts, *flags])
     return output_dir / models[0]
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Read JSON lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path, capsys):
@@ -72,7 +70,7 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     for name in names:
         assert (first / name).read_bytes() == (again / name).read_bytes()
 
-    samples = read_lines(first / "samples.jsonl")
+    samples = [record for _, record in read_jsonl(first / "samples.jsonl")]
     ids = ["facts-01", "facts-02", "chat-01"]
     rounds = [("greedy", None), ("t0.85p0.85", 0), ("t0.85p0.85", 1)]
     assert [(s["decoding"], s["seed"], s["id"]) for s in samples] == [
@@ -87,9 +85,8 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     results = json.loads((first / "results.json").read_text())
     assert results["training"]["title"] == "full fine-tuning"
     assert results["provenance"]["seeds"] == [0, 1] and results["nll"] == {}
-    row = {"decoding": "t0.85p0.85", "section": "all", "measure": "endless"}
-    (found,) = [r for r in results["summary"] if row.items() <= r.items()]
-    assert found["n"] == 6 and found["low"] <= found["value"] <= found["high"]
+    row = {"decoding": "t0.85p0.85", "section": "all", "measure": "endless", "value": 1.0, "n": 6}
+    assert any(row.items() <= found.items() for found in results["summary"])
     page = (first / "samples.md").read_text().splitlines()
     assert page[:4] == ["# Outputs of one", "", "- title: full fine-tuning", "- parts: all weights"]
     heads = [line for line in page if line.startswith("#")]
@@ -97,12 +94,8 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     *said, decodings, head, _, row = capsys.readouterr().out.splitlines()
     assert "prompt: What is the capital of France?" in said
     assert decodings == "greedy / t0.85p0.85:"
-    assert [cell.strip() for cell in head.split("|")[1:4]] == [
-        "model",
-        "correct, Facts",
-        "never ends",
-    ]
-    assert [cell.strip() for cell in row.split("|")[1:3]] == ["one", "0% / 0%"]
+    assert re.fullmatch(r"\| model +\| correct, Facts +\| never ends +\|", head)
+    assert row.startswith("| one ") and "0% / 0%" in row
 
 
 def test_nll_and_differences(home, tmp_path, capsys):
@@ -112,14 +105,13 @@ def test_nll_and_differences(home, tmp_path, capsys):
     two = run_script(home, tmp_path, "--no_generation", *data, models=("one", "two")).parent / "two"
     assert (tmp_path / "one" / "results.json").read_text() == "earlier"
     assert sorted(path.name for path in two.iterdir()) == ["minus_one.csv", "nll.json"]
-    saved = json.loads((tmp_path / "one" / "nll.json").read_text())
-    out = capsys.readouterr().out
+    saved, out = json.loads((two / "nll.json").read_text()), capsys.readouterr().out
     assert "two minus one, 95% intervals: nll " in out
     assert f"{saved['nll']['nats_per_token']:.3f}" in out
 
     run_script(home, tmp_path, *data, "--decoding", "greedy", models=("one", "two"))
-    results = json.loads((tmp_path / "one" / "results.json").read_text())
-    assert json.loads((tmp_path / "one" / "nll.json").read_text()) == saved
+    results = json.loads((two / "results.json").read_text())
+    assert json.loads((two / "nll.json").read_text()) == saved
     assert results["nll"]["nll"]["nats_per_token"] == saved["nll"]["nats_per_token"]
     table = pd.read_csv(two / "minus_one.csv").set_index("measure")
     assert {"nll", "text_nll", "correct", "endless", "tokens"} <= set(table.index)
@@ -134,7 +126,7 @@ def test_a_judge_and_a_translator_fill_their_fields(home, tmp_path):
     flags = ["--prompts", str(home / "judged.md"), "--decoding", "greedy"]
     flags += ["--judge", str(home / "two"), "--translator", "world"]
     folder = run_script(home, tmp_path, *flags)
-    samples = read_lines(folder / "samples.jsonl")
+    samples = [record for _, record in read_jsonl(folder / "samples.jsonl")]
     assert all(type(sample["off_topic"]) is bool for sample in samples)
     assert samples[3]["prompt_translation"] == "[lion 3?]"
     results = json.loads((folder / "results.json").read_text())
@@ -143,29 +135,14 @@ def test_a_judge_and_a_translator_fill_their_fields(home, tmp_path):
 
 def test_special_tokens_are_shown_and_not_measured():
     tokenizer = load_tokenizer()
-    prompt = Prompt("a", "A", [{"role": "user", "content": "Hi"}], reference="a dog")
+    prompt = Prompt("a", "A", [{"role": "user", "content": "Hi"}])
     ids = [0, tokenizer.eos_token_id]  # <|endoftext|> and the end
     sample = make_sample(tokenizer, prompt, [1], ids, "greedy", None)
     assert (sample["output"], sample["blank"], sample["endless"]) == ("<|endoftext|>", True, False)
     assert sample["tokens"] == 1 and sample["seq_rep_4"] is None
-
-
-@pytest.mark.parametrize(
-    "text, loop",
-    [
-        ("Well, the cat sat, the cat sat, the cat sat,", True),
-        ("the cat the cat", False),
-        ("It is red. It is red. It is blue.", False),
-        ("KKKKKKKKKKKKx", True),
-    ],
-)
-def test_loops_and_repetition(text, loop):
-    tokenizer = load_tokenizer()
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    prompt = Prompt("a", "A", [{"role": "user", "content": "Hi"}])
-    assert make_sample(tokenizer, prompt, [1], ids, "greedy", None)["loop"] == loop
-    repeated = make_sample(tokenizer, prompt, [1], [7] * 13, "greedy", None)
+    repeated = make_sample(tokenizer, prompt, [1], [77] * 13, "greedy", None)
     assert repeated["seq_rep_4"] == 0.9 and repeated["endless"]  # one unique 4-gram in ten
+    assert repeated["loop"] and not sample["loop"]
 
 
 def test_a_prompt_that_leaves_no_room_is_named(home):
@@ -177,35 +154,22 @@ def test_a_prompt_that_leaves_no_room_is_named(home):
 
 
 def test_list_shows_runs(tmp_path, capsys):
-    record = {
-        "stage": "lora",
-        "status": "running",
-        "steps": 1864,
-        "step": 500,
-        "eval_loss": 3.80423,
-    }
-    record["settings"] = {"lora_targets": "mlp", "lora_rank": 8, "from_weight": "out/pretrain_xs"}
-    record["settings"]["modules_to_save"] = []
+    settings = {"lora_targets": "mlp", "lora_rank": 8, "from_weight": "out/xs"}
+    record = {"stage": "lora", "steps": 90, "eval_loss": 3.80423, "settings": settings}
     for name in ("lora", "merged", "not_a_run"):
         (tmp_path / name).mkdir()
     (tmp_path / "lora" / "run.json").write_text(json.dumps(record))
     (tmp_path / "merged" / "config.json").write_text("{}")
     main(["--list", str(tmp_path)])
-    head, _, *rows = [row.strip("|").split("|") for row in capsys.readouterr().out.splitlines()]
-    found = [dict(zip(map(str.strip, head), map(str.strip, row), strict=True)) for row in rows]
-    assert [row["name"] for row in found] == ["lora", "merged"]
-    expected = {"base": "pretrain_xs", "status": "running", "step": "500", "eval_loss": "3.8042"}
-    assert expected.items() <= found[0].items() and found[1]["base"] == "-"
+    _, _, *rows = [row.replace("|", "").split() for row in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["lora", "xs", "lora", "-", "-", "-", "-", "90", "3.8042"]
+    assert rows[1] == ["merged", *"--------"]
     with pytest.raises(UserError, match="holds no run"):
         main(["--list", str(tmp_path / "nowhere")])
 
 
-@pytest.mark.parametrize("ending", [EOFError, KeyboardInterrupt])
-def test_chat_ends_cleanly(home, monkeypatch, ending):
-    def end(_: str) -> str:
-        raise ending
-
-    monkeypatch.setattr("builtins.input", end)
+def test_ctrl_d_ends_a_chat(home, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["--model", str(home / "one"), "--interactive", "--device", "cpu"]) == 0
 
 
@@ -227,17 +191,3 @@ def test_what_cannot_work_is_refused(flags, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])  # which has a folder called model
     with pytest.raises(UserError, match=message):
         main(flags)
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--limit", "0"], "0: must lie between 1 and"),
-        (["--no_generation", "--interactive"], "not allowed with argument"),
-        (["--device", "pigeon"], "invalid choice: 'pigeon'"),
-    ],
-)
-def test_flags_out_of_range(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        main(["--model", "x", *flags])
-    assert message in capsys.readouterr().err

@@ -28,17 +28,6 @@ def test_summary_by_hand():
     assert "off_topic" not in table.index.get_level_values("measure")
 
 
-def test_decodings_and_seeds_are_summarized_apart_and_together():
-    sampled = [
-        make_answer(i, "correct" if seed else "endless", decoding="t1.0", seed=seed)
-        for seed in (0, 1)
-        for i in range(3)
-    ]
-    table = summarize([make_answer(0, "correct"), *sampled])
-    shares = table[(table["measure"] == "correct") & (table["section"] == "all")]
-    assert dict(zip(shares["decoding"], shares["value"], strict=True)) == {"greedy": 1, "t1.0": 0.5}
-
-
 def arm(loops: str, **fields) -> list[dict]:
     """Make a sample for each letter: x loops, - does not."""
     return [make_answer(i, loop=mark == "x", **fields) for i, mark in enumerate(loops)]

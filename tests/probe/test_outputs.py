@@ -1,8 +1,7 @@
 """Saved outputs: what was trained, and hostile text that must stay inert."""
 
 import json
-
-import pytest
+import shutil
 
 from evaluation.probe.answers import make_sample
 from evaluation.probe.measures import summarize
@@ -24,42 +23,26 @@ RUN = {"stage": "lora", "steps": 250, "trainable_parameters": 49152, "settings":
 PEFT = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "me/b"}
 
 
-@pytest.mark.parametrize(
-    "file, content, title, expected",
-    [
-        ("x.json", {}, None, {"parts": "not known: no run.json beside the weights"}),
-        (
-            "run.json",
-            RUN,
-            "LoRA on q and o, r=8, and norms",
-            {"parts": "LoRA on square", "lora_alpha": 16.0, "steps": 250, "base": "base"}
-            | {"data": ["a.jsonl", "b.jsonl"], "learning_rate": 1e-4, "parameters": 49152},
-        ),
-        (
-            "run.json",
-            {"stage": "full_sft", "settings": SETTINGS | {"trainable": "mlp"}},
-            "fine-tuning of mlp",
-            {"parts": "mlp", "lora_rank": None, "base": "base"},
-        ),
-        (
-            "run.json",
-            {"stage": "pretrain", "settings": {"from_weight": "none"}},
-            "base",
-            {"parts": "all weights", "base": None, "stage": "pretrain"},
-        ),
-        (
-            "adapter_config.json",
-            PEFT,
-            "LoRA on q_proj, r=4",
-            {"parts": "LoRA on q_proj", "lora_rank": 4, "lora_alpha": 8, "base": "b"},
-        ),
-    ],
-)
-def test_what_was_trained(tmp_path, file, content, title, expected):
-    (tmp_path / file).write_text(json.dumps(content))
-    training = describe_training(tmp_path)
-    assert training["title"] == (title or tmp_path.name)
-    assert expected.items() <= training.items()
+def test_what_was_trained(tmp_path):
+    def describe(content: dict, file: str = "run.json", *keys: str) -> list:
+        folder = tmp_path / "mine"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / file).write_text(json.dumps(content))
+        training = describe_training(folder)
+        return [training[key] for key in ("title", "parts", "base", *keys)]
+
+    assert describe(RUN, "run.json", "lora_alpha", "steps", "data") == [
+        *("LoRA on q and o, r=8, and norms", "LoRA on square", "base", 16.0, 250),
+        ["a.jsonl", "b.jsonl"],
+    ]
+    run = {"stage": "full_sft", "settings": SETTINGS | {"trainable": "mlp"}}
+    assert describe(run) == ["fine-tuning of mlp", "mlp", "base"]
+    run = {"stage": "pretrain", "settings": {"from_weight": "none"}}
+    assert describe(run) == ["base", "all weights", None]
+    found = describe(PEFT, "adapter_config.json", "lora_rank", "lora_alpha")
+    assert found == ["LoRA on q_proj, r=4", "LoRA on q_proj", "b", 4, 8]
+    assert describe({}, "x.json")[:2] == ["mine", "not known: no run.json beside the weights"]
 
 
 def test_escapes():

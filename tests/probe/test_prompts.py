@@ -9,17 +9,12 @@ from evaluation.probe.prompts import CJK, PROMPTS_FILE, read_prompts
 from model.files import UserError
 
 PROMPTS = read_prompts(PROMPTS_FILE)  # refuses a reference that fails its own check
-SECTIONS = {
-    "Combinations": 30,
-    "Unseen things": 20,
-    "Medical": 15,
-    "Chinese": 15,
-    "Outside the world": 10,
-}
+SECTIONS = {"Combinations": 30, "Unseen things": 20, "Medical": 15, "Chinese": 15}
 
 
 def test_our_prompts_cover_what_they_should():
-    assert Counter(prompt.section for prompt in PROMPTS) == SECTIONS
+    sections = Counter(prompt.section for prompt in PROMPTS)
+    assert sections == SECTIONS | {"Outside the world": 10}
     assert all(prompt.reference and prompt.check is not None for prompt in PROMPTS)
     chinese = [prompt for prompt in PROMPTS if CJK.search(prompt.text)]
     assert len(chinese) == SECTIONS["Chinese"] and all(prompt.translation for prompt in chinese)
@@ -36,10 +31,8 @@ def test_a_check_fails_an_echo_and_an_evasion():
 
 def test_markdown(tmp_path):
     text = """# Title
-Prose, which is not read.
-
 ## Facts
-More prose.
+Prose, which is not read.
 
 ### one
 > What is it?
@@ -60,15 +53,9 @@ More prose.
     (tmp_path / "p.md").write_text(text)
     one, two = read_prompts(tmp_path / "p.md")
     assert (one.id, one.section, one.translation) == ("one", "Facts", "What?")
-    assert [turn["role"] for turn in one.messages] == ["system", "user"]
-    assert one.messages[1]["content"] == "What is it?\nIn two lines."
-    assert one.reference == "A fox.\nA second line."
-    assert one.check == {"exact": True}
-    assert [(t["role"], t["content"]) for t in two.messages] == [
-        ("user", "Hi"),
-        ("assistant", "Hello."),
-        ("user", "And now?"),
-    ]
+    assert one.text == "system: Be brief.\nuser: What is it?\nIn two lines."
+    assert (one.reference, one.check) == ("A fox.\nA second line.", {"exact": True})
+    assert two.messages[1] == {"role": "assistant", "content": "Hello."}
     assert two.text == "user: Hi\nassistant: Hello.\nuser: And now?" and two.check is None
 
 
@@ -91,15 +78,16 @@ def test_a_broken_prompt_is_named(tmp_path, body, message):
         read_prompts(path)
 
 
-def test_a_missing_or_empty_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        read_prompts(tmp_path / "x.md")
-    (tmp_path / "y.md").write_text("# Only prose\n")
-    with pytest.raises(UserError, match="holds no prompt"):
-        read_prompts(tmp_path / "y.md")
-    (tmp_path / "z.md").write_bytes("## Café\n".encode("latin-1"))
-    with pytest.raises(UserError, match="z.md: not UTF-8"):
-        read_prompts(tmp_path / "z.md")
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "no such file"), ("# Prose\n", "holds no prompt"), ("## Café\n", "not UTF-8")],
+)
+def test_a_file_without_prompts_is_named(tmp_path, content, message):
+    path = tmp_path / "p.md"
+    if content:
+        path.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=f"p.md: {message}"):
+        read_prompts(path)
 
 
 def test_jsonl_takes_the_last_answer_as_the_reference(tmp_path):

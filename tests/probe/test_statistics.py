@@ -1,35 +1,14 @@
-"""Intervals and tests against scipy, closed forms and brute force."""
+"""The two-level bootstrap against closed forms and brute force.
+
+The other intervals and tests are scipy's; test_measures.py compares them with values by hand.
+"""
 
 from itertools import product
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from evaluation.probe.statistics import mcnemar, most_unseen, paired_bootstrap, wilson_interval
-
-
-@pytest.mark.parametrize(
-    "k, n, low, high",
-    [  # by the formula, (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
-        (0, 10, 0.0, 0.2775327998628892),
-        (5, 10, 0.236593090512564, 0.7634069094874361),
-    ],
-)
-def test_wilson(k, n, low, high):
-    assert wilson_interval(k, n) == pytest.approx((low, high), abs=1e-12)
-
-
-def test_mcnemar_by_hand():
-    a = np.array([True] * 6 + [False, False, True, False])
-    b = np.array([False] * 5 + [True, True, False, True, False])
-    # Differ: five times a only, once b only: 2 * (C(6,0) + C(6,1)) / 2^6 = 14/64.
-    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(14 / 64)
-    assert mcnemar(a, a) == 1
-
-
-def test_most_unseen_solves_its_equation():
-    assert (1 - most_unseen(3)) ** 3 == pytest.approx(0.025)
+from evaluation.probe.statistics import paired_bootstrap
 
 
 def test_bootstrap_over_prompts_has_the_exact_distribution():
@@ -47,13 +26,6 @@ def test_two_level_bootstrap_agrees_with_enumeration():
     ]
     low, high = np.quantile(means, [0.1, 0.9])
     assert paired_bootstrap(differences, confidence=0.8) == pytest.approx((1.5, low, high), abs=0.2)
-
-
-def test_bootstrap_agrees_with_scipy_on_one_seed():
-    values = np.random.default_rng(5).normal(0.3, 1, size=200)
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999, rng=1)
-    expected = (theirs.confidence_interval.low, theirs.confidence_interval.high)
-    assert paired_bootstrap(values[None])[1:] == pytest.approx(expected, abs=0.01)
 
 
 def test_prompts_are_the_same_for_every_seed():
