@@ -7,11 +7,10 @@ r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat
     python eval_llm.py --model out/full_sft --no_generation --nll_data valid.jsonl
     python eval_llm.py --model out/full_sft --interactive
 
-A model is a folder that a training script wrote; an adapter names its base. All get the same
-prompts. evaluation/probe/outputs.py says what `evaluation/model_outputs/<name>/` receives, and
-evaluation/probe/measures.py what is measured. With several models, each one is compared with the
-first, prompt by prompt. The Wilson intervals in results.json take answers as independent; with
-several seeds, read the differences' intervals. Sampling seeds do not replicate the training.
+A model is a folder that a training script wrote; an adapter names its base. evaluation/probe/
+outputs.py lists the files in `evaluation/model_outputs/<name>/`, measures.py the measures. With
+several models, each one is compared with the first, prompt by prompt. Intervals in results.json
+take answers as independent. Sampling seeds do not replicate the training.
 """
 
 import argparse
@@ -36,9 +35,8 @@ from trainer.arguments import DEVICES, MAX_SEQ_LEN, bounded, choose_device
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     count, out = bounded(int, 1), REPO_DIR / "out"
     group = parser.add_argument_group("instead of probing")
     add = group.add_mutually_exclusive_group().add_argument
@@ -62,8 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
     add("--batch_size", type=count, default=32, help="prompts at once (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: auto)")
-    dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     add("--output_dir", type=Path, default=outputs.OUTPUT_DIR, help="evaluation/model_outputs")
     return parser
 
@@ -164,9 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         outputs.print_table(outputs.list_runs(args.list))
     elif args.interactive:
         torch.manual_seed(args.seeds[0])
-        decoding = Decoding.parse(args.decoding[-1])
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
-            chat(load(args.model[0], args), decoding, args.max_new_tokens)
+            chat(load(args.model[0], args), Decoding.parse(args.decoding[-1]), args.max_new_tokens)
     else:
         run_probes(args)
     return 0

@@ -61,8 +61,8 @@ def measure_nll(
         kind: "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
 
     Returns:
-        data, tokens, nats_per_token, and `sequences`: nats, tokens, nats of end tokens and end
-        tokens of each sequence. End tokens count for "sft" alone.
+        data, tokens, nats_per_token, and `sequences`: nats and tokens of each, and how much of
+        both is end tokens ("sft" alone).
     """
     model, tokenizer = checkpoint
     dataset = load_dataset(kind, paths, tokenizer, max_seq_len)
@@ -87,10 +87,7 @@ def measure_nll(
 
 
 def compare_nll(a: dict[str, dict], b: dict[str, dict]) -> pd.DataFrame:
-    """Compare B's NLLs with A's, sequence by sequence, in the columns of `measures.compare`.
-
-    On pretraining text the difference is forgetting, where A is the model before fine-tuning.
-    """
+    """Compare B's NLLs with A's, sequence by sequence, in the columns of `measures.compare`."""
     rows = []
     for name in a:
         one, other = a[name]["sequences"], b[name]["sequences"]

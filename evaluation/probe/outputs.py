@@ -62,7 +62,7 @@ def describe_training(folder: Path) -> dict:
         parts = settings.get("trainable", "all").replace("all", "all weights")
         tuned = "full fine-tuning" if parts == "all weights" else f"fine-tuning of {parts}"
         title = {"full_sft": tuned, "pretrain": "base"}.get(stage, folder.name)
-    base, data = settings["from_weight"], settings.get("data_path") or []
+    base = settings["from_weight"]
     keys = ("lora_rank", "lora_alpha", "modules_to_save", "train_tokens", "learning_rate")
     return {
         "title": title,
@@ -71,7 +71,7 @@ def describe_training(folder: Path) -> dict:
         **{key: settings.get(key) for key in keys},
         "steps": run.get("steps"),
         "base": None if base in (None, "none") else Path(base).name,
-        "data": [Path(path).name for path in ([data] if isinstance(data, str) else data)],
+        "data": [Path(path).name for path in settings.get("data_path") or []],
         "stage": stage,
     }
 
@@ -136,7 +136,7 @@ def print_answers(answers: dict[str, list[dict]], count: int) -> None:
         width = max(map(len, answers))
         for name, sample in zip(answers, samples, strict=True):
             outcome = f"  [{sample['outcome']}]" if sample["outcome"] else ""
-            text = " ".join(sample["output"].split())[:300]
+            text = " ".join(sample["output"].split())[:160]
             print(escape_control(f"  {name:<{width}}  {text}{outcome}"))
 
 
@@ -161,10 +161,10 @@ def write_differences(folder: Path, first: str, tables: list[pd.DataFrame]) -> N
     """Write the differences from the first model as CSV; print 4, under the first decoding."""
     table = pd.concat(tables)
     table.to_csv(folder / f"minus_{first}.csv", index=False, float_format="%.6g")
-    is_shown = table["measure"].isin(["correct", "endless", "nll", "text_nll"])
+    shown = table[table["measure"].isin(["correct", "endless", "nll", "text_nll"])]
     texts = [
         f"{row.measure} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-        for row in table[is_shown].drop_duplicates("measure").itertuples()
+        for row in shown.drop_duplicates("measure").itertuples()
     ]
     print(escape_control(f"{folder.name} minus {first}, 95% intervals: {', '.join(texts)}"))
 

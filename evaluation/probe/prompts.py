@@ -59,12 +59,7 @@ class Prompt:
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Read the prompts of a Markdown or JSONL file, at most `limit`.
-
-    Raises:
-        UserError: the file is missing, empty or broken, 2 prompts have one id, or a reference fails
-            its own check.
-    """
+    """Read at most `limit` prompts of a Markdown or JSONL file; references must pass their checks."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; check --prompts")
     is_markdown, lines = path.suffix == ".md", read_jsonl(path)

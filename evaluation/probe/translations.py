@@ -24,7 +24,7 @@ from evaluation.probe.prompts import CJK
 from model.files import UserError, escape_control, write_text
 
 STORE_FILE = "translations.jsonl"
-MAX_NEW_TOKENS = 256  # of a line that a model translates
+MAX_TOKENS = 256  # of a line that a model translates
 SLOT = re.compile(r"\\{(\w+)\\}")  # of a pattern that was escaped
 WORD_SLOTS = ("a", "name", "value", "word", "person", "p", "q")  # the others hold sentences
 PARTS = re.compile(r"((?:system|user|assistant): |\n)|([^。？！\n]+[。？！]*[”」]?)")
@@ -125,8 +125,7 @@ class ModelTranslator:
             if CJK.search(line):
                 options = {"truncation": True, "return_token_type_ids": False}
                 inputs = self.tokenizer(line, return_tensors="pt", **options).to(self.model.device)
-                limits = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
-                (ids,) = self.model.generate(**inputs, **limits)
+                (ids,) = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
                 lines[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
         return "\n".join(lines)
 

@@ -95,7 +95,7 @@ def test_nothing_is_lost_when_outputs_are_made_again(tmp_path):
 
 
 def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(translations, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(translations, "MAX_TOKENS", 8)
     folder, tokenizer = tmp_path / "tiny-zh-en", load_tokenizer()
     sizes = ("layers", "attention_heads", "ffn_dim")
     small = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in sizes}
