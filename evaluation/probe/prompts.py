@@ -59,7 +59,7 @@ class Prompt:
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Read at most `limit` prompts of a Markdown or JSONL file; references must pass their checks."""
+    """Read a Markdown or JSONL file, at most `limit` prompts; references must pass their checks."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; check --prompts")
     is_markdown, lines = path.suffix == ".md", read_jsonl(path)
