@@ -3,21 +3,18 @@ r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat
     python eval_llm.py --list
     python eval_llm.py --model out/full_sft
     python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora
-    python eval_llm.py --model out/lora --prompts dataset/data/world/probe_combinations_test.jsonl \
-        --seeds 0 1 2 --output_dir out/probes
+    python eval_llm.py --model out/lora --prompts my_prompts.md --seeds 0 1 2
     python eval_llm.py --model out/full_sft --no_generation --nll_data valid.jsonl
     python eval_llm.py --model out/full_sft --interactive
 
-A model is a folder that a training script wrote; an adapter names its base. All get the same
-prompts in the same chat template. For each one, `evaluation/model_outputs/<name>/` receives
-samples.jsonl, samples.md and results.json; evaluation/probe/measures.py defines the measures.
-
-With several models, each one is compared with the first, prompt by prompt. The Wilson intervals
-take answers as independent; with several seeds, read the differences' intervals. Sampling seeds do
-not replicate the training: one run an arm stays one run.
+A model is a folder that a training script wrote; an adapter names its base. evaluation/probe/
+outputs.py lists the files in `evaluation/model_outputs/<name>/`, measures.py the measures. With
+several models, each one is compared with the first, prompt by prompt. Intervals in results.json
+take answers as independent. Sampling seeds do not replicate the training.
 """
 
 import argparse
+import contextlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,19 +28,18 @@ from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
 from model.checkpoint import load_checkpoint, load_tokenizer
-from model.files import REPO_DIR, UserError, file_sha256, run_script, write_json
+from model.files import REPO_DIR, UserError, escape_control, file_sha256, run_script, write_json
 from model.generation import Decoding
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from trainer.arguments import DEVICES, MAX_SEQ_LEN, bounded, choose_device
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument_group("instead of probing").add_argument
-    out = REPO_DIR / "out"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    count, out = bounded(int, 1), REPO_DIR / "out"
+    group = parser.add_argument_group("instead of probing")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--list", type=Path, nargs="?", const=out, metavar="FOLDER", help="show the runs in out/")
     add("--interactive", action="store_true", help="chat with one model; an empty line ends it")
     add("--no_generation", action="store_true", help="measure NLL only")
@@ -51,55 +47,38 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
     add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
     add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
-    add("--show_answers", type=int, default=3, help="prompts whose answers are printed (3)")
-    add("--limit", type=int, help="only the first so many prompts")
+    add("--show_answers", type=bounded(int, 0), default=3, help="prompts to print answers to (3)")
+    add("--limit", type=count, help="only the first so many prompts")
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
-    add("--max_seq_len", type=int, default=340, help="tokens of an NLL sequence (%(default)s)")
+    add("--max_seq_len", type=count, default=MAX_SEQ_LEN, help="tokens of an NLL sequence (340)")
     add("--judge", type=Path, help="checkpoint, trained apart, that finds off-topic answers")
     add("--translator", help="'world', or a transformers model that translates into English")
     add = parser.add_argument_group("generation").add_argument
     add("--decoding", nargs="+", default=list(DECODINGS), help="greedy, t1.0, t0.85p0.85, ...")
-    add("--seeds", type=int, nargs="+", default=[0], help="of sampled decodings (default: 0)")
-    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
-    add("--batch_size", type=int, default=32, help="prompts at once (default: %(default)s)")
-    add("--device", type=find_device, default="auto", help="cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    add("--seeds", type=bounded(int, 0), nargs="+", default=[0], help="of sampled decodings (0)")
+    add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
+    add("--batch_size", type=count, default=32, help="prompts at once (default: %(default)s)")
+    add("--device", choices=DEVICES, default="auto", help="(default: auto)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     add("--output_dir", type=Path, default=outputs.OUTPUT_DIR, help="evaluation/model_outputs")
     return parser
 
 
-def find_device(name: str) -> str:
-    """Return the device to compute on; "auto" takes a GPU where there is one."""
-    accelerator = torch.accelerator.current_accelerator()
-    there = ["cpu", accelerator.type] if accelerator else ["cpu"]
-    if name not in ("auto", *there):
-        raise argparse.ArgumentTypeError(f"this machine has {' and '.join(there)}, not {name}")
-    return there[-1] if name == "auto" else name
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that cannot work, before anything is loaded."""
-    counts = ("limit", "max_new_tokens", "batch_size", "max_seq_len")
-    too_small = [name for name in counts if vars(args)[name] is not None and vars(args)[name] < 1]
     measured = [*(args.nll_data or []), *(args.text_nll_data or [])]
     missing = [path for path in (*args.model, *filter(None, [args.judge])) if not path.is_dir()]
     missing += [path for path in measured if not path.is_file()]
-    several = {"--model": [path.resolve().name for path in args.model]}
-    several |= {"--seeds": args.seeds, "--decoding": args.decoding}
-    twice = [flag for flag, values in several.items() if len(set(values)) < len(values)]
-    modes = (args.list is not None, args.interactive, args.no_generation)
+    names = {path.resolve().name for path in args.model}
+    is_other = args.list or args.interactive or args.no_generation
     asking = args.judge or args.translator or args.limit or args.prompts != PROMPTS_FILE
     problems = {
-        f"--{', --'.join(too_small)}: must be at least 1": too_small,
-        "--seeds: must not be negative": min(args.seeds) < 0,
-        f"{', '.join(twice)}: give each name or number once": twice,
-        "--list, --interactive and --no_generation exclude each other": sum(modes) > 1,
-        "--model: name a checkpoint; --list shows what is there": not any((args.list, args.model)),
+        "--model: name a checkpoint; --list shows what is there": not (args.list or args.model),
+        "--model: outputs have the folder's name; rename one of two": len(names) < len(args.model),
         "--interactive: chats with one --model": args.interactive and len(args.model) > 1,
         "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
-        "--judge, --translator, --limit, --prompts: are of probing; drop them": any(modes)
-        and asking,
+        "--judge, --translator, --limit, --prompts: are of probing; drop them": is_other and asking,
         f"{', '.join(map(str, missing))}: not there; train it or mend the path": missing,
     }
     for message, is_wrong in problems.items():
@@ -114,7 +93,7 @@ def load(path: Path, args: argparse.Namespace) -> Checkpoint:
     model, tokenizer = load_checkpoint(path)
     if args.tokenizer_path:
         tokenizer = load_tokenizer(args.tokenizer_path)
-    return model.to(args.device, DTYPES[args.dtype]).eval(), tokenizer
+    return model.to(choose_device(args.device), getattr(torch, args.dtype)).eval(), tokenizer
 
 
 def describe_probe(path: Path, args: argparse.Namespace) -> dict:
@@ -127,7 +106,7 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
         "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},
         "judge": args.judge and args.judge.resolve().name,
         **{key: vars(args)[key] for key in keys},
-        "device": args.device,
+        "device": choose_device(args.device),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -136,47 +115,43 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
 def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.judge:
         check_judge(args.judge, args.model)
-    judge = load(args.judge, args) if args.judge else None
-    translator = load_translator(args.translator, args.device) if args.translator else None
+        judge = load(args.judge, args)
+    translator = args.translator and load_translator(args.translator, choose_device(args.device))
     data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
-    results, answers = {}, {}
+    nll, answers, summaries = {}, {}, {}
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
         folder = args.output_dir / name
-        folder.mkdir(exist_ok=True)
-        nll = {
+        folder.mkdir(parents=True, exist_ok=True)
+        nll[name] = {
             key: measure_nll(checkpoint, kind, files, args.max_seq_len, args.batch_size)
             for key, (kind, files) in data.items()
             if files
         }
-        if nll:
-            write_json(folder / "nll.json", nll)
-        training = outputs.describe_training(path)
-        results[name] = {"training": training, "nll": nll, "summary": []}
+        if nll[name]:
+            write_json(folder / "nll.json", nll[name])
         if prompts:
             samples = answers[name] = probe(
                 checkpoint, prompts, args.decoding, args.seeds, args.max_new_tokens, args.batch_size
             )
-            if judge:
+            if args.judge:
                 add_topic_measures(judge, prompts, samples, args.batch_size)
             translate_samples(samples, folder, translator)
-            results[name]["summary"] = outputs.to_records(summarize(samples))
-            short = {key: found | {"sequences": "in nll.json"} for key, found in nll.items()}
-            saved = results[name] | {"nll": short, "provenance": describe_probe(path, args)}
-            outputs.write_outputs(folder, samples, saved)
-        print(f"wrote {folder}")
+            summaries[name] = summarize(samples)
+            short = {key: one | {"sequences": "in nll.json"} for key, one in nll[name].items()}
+            results = {"training": outputs.describe_training(path), "nll": short}
+            results["provenance"] = describe_probe(path, args)
+            outputs.write_outputs(folder, samples, summaries[name], results)
+        print(escape_control(f"wrote {folder}"))
     outputs.print_answers(answers, args.show_answers)
-    outputs.print_summaries(results)
-    first, *others = results
+    outputs.print_models(summaries, nll)
+    first, *others = nll
     for name in others:
-        print(f"\n{name} minus {first}, 95% intervals:")
-        if results[first]["nll"]:
-            outputs.print_table(compare_nll(results[first]["nll"], results[name]["nll"]))
-        if answers:
-            outputs.print_table(compare(answers[first], answers[name]))
+        tables = [compare(answers[first], answers[name])] if prompts else []
+        tables += [compare_nll(nll[first], nll[name])] if nll[first] else []
+        outputs.write_differences(args.output_dir / name, first, tables)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,11 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         outputs.print_table(outputs.list_runs(args.list))
     elif args.interactive:
         torch.manual_seed(args.seeds[0])
-        decoding = Decoding.parse(args.decoding[-1])
-        try:
-            chat(load(args.model[0], args), decoding, args.max_new_tokens)
-        except (EOFError, KeyboardInterrupt):
-            print()
+        with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
+            chat(load(args.model[0], args), Decoding.parse(args.decoding[-1]), args.max_new_tokens)
     else:
         run_probes(args)
     return 0

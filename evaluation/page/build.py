@@ -17,13 +17,12 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dataset.checks import LOOP
 from dataset.lm_dataset import read_jsonl
-from evaluation.probe.measures import find_loop
-from evaluation.probe.outputs import OUTPUT_DIR
+from evaluation.probe.outputs import FLAGS, OUTPUT_DIR
 from model.files import UserError, escape_control, read_json, run_script, write_text
 
 FOLDER = Path(__file__).resolve().parent
-FLAGS = ("blank", "endless", "loop", "off_topic")
 
 
 def build_page(outputs: Path) -> str:
@@ -31,22 +30,17 @@ def build_page(outputs: Path) -> str:
     folders = sorted(path.parent for path in outputs.glob("*/samples.jsonl"))
     if not folders:
         raise UserError(f"{outputs}: holds no outputs; probe a checkpoint with eval_llm.py first")
-    style, script = ((FOLDER / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    data = json.dumps(collect_data(folders), separators=(",", ":"))
-    parts = {"style": style, "script": script, "data": data.replace("<", "\\u003c")}
-    hashes = {f"{name}_hash": hash_source(parts[name]) for name in ("style", "script")}
-    return Template((FOLDER / "page.html").read_text("utf-8")).substitute(parts, **hashes)
-
-
-def hash_source(text: str) -> str:
-    """Name an inline script or style as a Content-Security-Policy does."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    parts = {"data": json.dumps(collect_data(folders)).replace("<", "\\u003c")}
+    for name, file in {"style": "page.css", "script": "page.js"}.items():
+        parts[name] = (FOLDER / file).read_text("utf-8")
+        digest = base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode()
+        parts[f"{name}_hash"] = f"sha256-{digest}"
+    return Template((FOLDER / "page.html").read_text("utf-8")).substitute(parts)
 
 
 def collect_data(folders: list[Path]) -> dict:
     """Collect prompts, arms and answers; an answer refers to its prompt by number."""
-    prompts: dict[tuple[str, str], dict] = {}
-    arms = []
+    prompts, arms = {}, []
     for folder in folders:
         answers = []
         for _, sample in read_jsonl(folder / "samples.jsonl"):
@@ -62,17 +56,16 @@ def collect_data(folders: list[Path]) -> dict:
 
 def describe_answer(sample: dict) -> dict:
     """Describe one answer: its text in 1 piece, or in 3 with the loop in the middle."""
-    output, flags = sample["output"], [flag for flag in FLAGS if sample.get(flag)]
-    start, end = (find_loop(output) if "loop" in flags else None) or (len(output), len(output))
-    outcome = sample.get("outcome")
+    output, outcome = sample["output"], sample.get("outcome")
+    kinds = dict.fromkeys(filter(None, [outcome, *(flag for flag in FLAGS if sample.get(flag))]))
+    loop = LOOP.search(output) if "loop" in kinds else None
+    start, end = loop.span() if loop else (len(output), len(output))
     return {
         "decoding": sample["decoding"],
         "seed": sample["seed"],
-        "text": [
-            escape_control(text) for text in (output[:start], output[start:end], output[end:])
-        ],
+        "text": [*map(escape_control, (output[:start], output[start:end], output[end:]))],
         "translation": escape_control(sample["output_translation"] or ""),
-        "kinds": [*([outcome] if outcome else []), *(f for f in flags if f != outcome)],
+        "kinds": list(kinds),
     }
 
 
@@ -81,13 +74,9 @@ def describe_arm(folder: Path) -> dict:
     path = folder / "results.json"
     results = read_json(path) if path.is_file() else {}
     training = results.get("training") or {"title": folder.name}
-    rate, base = training.get("learning_rate"), training.get("base")
-    stage = training.get("stage")
-    correct = [
-        row["value"]
-        for row in results.get("summary", [])
-        if (row["section"], row["measure"]) == ("all", "correct")
-    ]
+    rate, base, stage = map(training.get, ("learning_rate", "base", "stage"))
+    rows = reversed(results.get("summary", []))  # of several decodings the first counts
+    shares = {row["measure"]: row["value"] for row in rows if row["section"] == "all"}
     notes = [f"learning rate {rate:g}" if rate else "", f"from {base}" if base else ""]
     return {
         "name": escape_control(folder.name),
@@ -96,7 +85,7 @@ def describe_arm(folder: Path) -> dict:
         "family": folder.name if stage == "pretrain" else base or folder.name,
         "order": {"pretrain": 0, "lora": 1, "full_sft": 2}.get(stage, 3),
         "rate": rate or 0,
-        "correct": correct[0] if correct else 0,
+        "correct": shares.get("correct", 0),
     }
 
 
@@ -107,14 +96,11 @@ def choose_headline(arms: list[dict]) -> list[str]:
     """
     families = [arm["family"] for arm in arms]
     family = [arm for arm in arms if arm["family"] == max(families, key=families.count)]
-    adapters = [arm for arm in family if arm["order"] == 1]
-    chosen = [arm for arm in family if arm["order"] == 0][:1]
-    if adapters:
-        chosen.append(min(adapters, key=lambda arm: arm["rate"]))
-        chosen.append(max(adapters, key=lambda arm: (arm["correct"], arm["rate"])))
-    tuned = [arm for arm in family if arm["order"] == 2]
-    chosen += [max(tuned, key=lambda arm: arm["correct"])] if tuned else []
-    return list(dict.fromkeys(arm["name"] for arm in chosen or family[:4]))
+    base, adapters, tuned = ([a for a in family if a["order"] == order] for order in range(3))
+    slowest = sorted(adapters, key=lambda arm: arm["rate"])[:1]
+    best = [sorted(kind, key=lambda arm: arm["correct"])[-1:] for kind in (adapters, tuned)]
+    chosen = [*base[:1], *slowest, *best[0], *best[1]] or family[:4]
+    return list(dict.fromkeys(arm["name"] for arm in chosen))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,39 +16,30 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/* The answers to a prompt that are on the page: of the chosen models, under the chosen decoding. */
-function shownAnswers(prompt, arms) {
-  const decoding = byId("decoding").value;
-  return arms.map((arm) => ({
-    arm,
-    said: arm.answers.filter(
-      (a) => a.prompt === prompt.number && (decoding === "" || a.decoding === decoding),
-    ),
-  }));
-}
+const linkedId = () => decodeURIComponent(location.hash.slice(1));
+const isBad = (kind) => kind !== "correct";
 
 /* What two models can differ in: the kinds of answer, or the text where nothing was checked. */
 const signature = ({ said }) =>
   JSON.stringify(said.map((a) => (a.kinds.length ? a.kinds[0] : a.text.join(""))));
 
+/* Whether the filters let a prompt through; columns are the chosen models with their answers. */
 function isWanted(prompt, columns) {
-  const section = byId("section").value;
-  const kind = byId("kind").value;
+  const [section, kind] = [byId("section").value, byId("kind").value];
   const query = byId("query").value.trim().toLowerCase();
-  const said = columns.flatMap((column) => column.said);
-  if (section && prompt.section !== section) return false;
-  if (kind && !said.some((a) => (kind === "wrong" ? a.kinds.some(isBad) : a.kinds.includes(kind))))
-    return false;
-  if (byId("differs").checked) {
-    const asked = columns.filter((column) => column.said.length);
-    if (unique(asked.map(signature)).length < 2) return false;
-  }
+  const asked = columns.filter((column) => column.said.length);
+  const said = asked.flatMap((column) => column.said);
+  const isKind = (a) => (kind === "wrong" ? a.kinds.some(isBad) : a.kinds.includes(kind));
   const texts = [prompt.id, prompt.prompt, prompt.prompt_translation];
   texts.push(...said.flatMap((a) => [a.text.join(""), a.translation]));
-  return texts.some((text) => text.toLowerCase().includes(query));
+  return (
+    said.length > 0 &&
+    (!section || prompt.section === section) &&
+    (!kind || said.some(isKind)) &&
+    (!byId("differs").checked || unique(asked.map(signature)).length > 1) &&
+    texts.some((text) => text.toLowerCase().includes(query))
+  );
 }
-
-const isBad = (kind) => kind !== "correct";
 
 function drawAnswer(answer, isAlone) {
   const [before, loop, after] = answer.text;
@@ -76,9 +67,9 @@ function drawPrompt(prompt, columns) {
       said.length === 0 && make("p", { class: "soft" }, "not asked"),
     ),
   );
-  const card = make(
+  return make(
     "article",
-    {},
+    { class: prompt.id === linkedId() ? "current" : "" },
     link,
     make("span", { class: "soft" }, ` ${prompt.section}`),
     make("h2", {}, prompt.prompt),
@@ -86,21 +77,18 @@ function drawPrompt(prompt, columns) {
     prompt.reference && make("p", { class: "soft" }, `Reference: ${prompt.reference}`),
     make("div", { class: "answers" }, ...boxes),
   );
-  card.dataset.id = prompt.id;
-  card.classList.toggle("current", prompt.id === linkedId());
-  return card;
 }
 
-const linkedId = () => decodeURIComponent(location.hash.slice(1));
-
 function render() {
-  const chosen = unique([...byId("arms").querySelectorAll("input:checked")].map((box) => box.value));
-  const arms = data.arms.filter((arm) => chosen.includes(arm.name));
+  const boxes = [...byId("arms").querySelectorAll("input:checked")];
+  const arms = data.arms.filter((arm) => boxes.some((box) => box.value === arm.name));
+  const decoding = byId("decoding").value;
+  const isShown = (a) => decoding === "" || a.decoding === decoding;
   const cards = [];
   for (const prompt of data.prompts) {
-    const columns = shownAnswers(prompt, arms);
-    if (columns.some(({ said }) => said.length) && isWanted(prompt, columns))
-      cards.push(drawPrompt(prompt, columns));
+    const isAnswer = (a) => a.prompt === prompt.number && isShown(a);
+    const columns = arms.map((arm) => ({ arm, said: arm.answers.filter(isAnswer) }));
+    if (isWanted(prompt, columns)) cards.push(drawPrompt(prompt, columns));
   }
   byId("prompts").replaceChildren(...cards);
   byId("count").textContent = `${cards.length} of ${data.prompts.length} prompts`;

@@ -1,13 +1,14 @@
 """Ask a checkpoint prompts: each answer with its measures is a sample, a line of samples.jsonl."""
 
+import hashlib
 from collections.abc import Sequence
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.checks import judge_answer
-from evaluation.probe.measures import content_recall, find_loop, hash_text, seq_rep_n
-from evaluation.probe.prompts import Prompt, encode_prompts
+from dataset.checks import LOOP
+from dataset.lm_dataset import encode_conversations
+from evaluation.probe.prompts import Prompt
 from model.files import UserError
 from model.generation import Decoding, generate
 from model.model_minimind import MiniMindForCausalLM
@@ -25,7 +26,7 @@ def probe(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
 ) -> list[dict]:
-    """Ask every prompt once per decoding and seed; greedy decoding runs once.
+    """Ask every prompt once per decoding and seed; greedy decoding draws nothing and runs once.
 
     Returns:
         Samples (see `make_sample`), in the order decoding, seed, prompt.
@@ -34,25 +35,20 @@ def probe(
         UserError: a prompt leaves no room for its answer.
     """
     model, tokenizer = checkpoint
-    encoded = encode_prompts(tokenizer, prompts)
+    opened = encode_conversations(tokenizer, [prompt.messages for prompt in prompts], True)
+    encoded = [ids for ids, _ in opened]
     limit = model.config.max_position_embeddings - max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) > limit:
-            raise UserError(
-                f"{prompt.id}: the prompt has {len(ids)} tokens, and {limit} leave room for the "
-                "answer; shorten it or lower --max_new_tokens"
-            )
-    rounds = [
-        (name, seed) for name in decodings for seed in (seeds if name != "greedy" else [None])
-    ]
+            what = f"{prompt.id}: the prompt has {len(ids)} tokens, more than the {limit} that fit"
+            raise UserError(f"{what}; shorten it or lower --max_new_tokens")
+    rounds = dict.fromkeys((d, None if d == "greedy" else s) for d in decodings for s in seeds)
     samples = []
     for name, seed in tqdm(rounds, desc="probing", unit="round", disable=None, leave=False):
         decoding, ends = Decoding.parse(name), (tokenizer.eos_token_id,)
         answers = generate(model, encoded, decoding, seed or 0, max_new_tokens, batch_size, ends)
-        samples += [
-            make_sample(tokenizer, prompt, ids, answer, name, seed)
-            for prompt, ids, answer in zip(prompts, encoded, answers, strict=True)
-        ]
+        for prompt, prompt_ids, ids in zip(prompts, encoded, answers, strict=True):
+            samples.append(make_sample(tokenizer, prompt, prompt_ids, ids, name, seed))
     return samples
 
 
@@ -64,16 +60,15 @@ def make_sample(
     decoding: str,
     seed: int | None,
 ) -> dict:
-    """Make a line of samples.jsonl: what was asked, what was answered, and its measures.
+    """Make a line of samples.jsonl: the prompt, the answer and its measures (measures.py).
 
     `output` shows every token but the end token. The measures leave special tokens out: an answer
-    of <|endoftext|> alone is blank. `outcome` is `judge_answer`'s, for prompts with a check.
+    of <|endoftext|> alone is blank.
     """
     ended = answer_ids[-1:] == [tokenizer.eos_token_id]
     ids = answer_ids[:-1] if ended else answer_ids
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    repeated = seq_rep_n(ids)
-    recall = content_recall(text, prompt.reference) if prompt.reference else None
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return {
         "id": prompt.id,
         "section": prompt.section,
@@ -85,13 +80,12 @@ def make_sample(
         "output_translation": None,
         "reference": prompt.reference,
         "check": prompt.check,
-        "outcome": None if prompt.check is None else judge_answer(text, ended, prompt.record),
+        "outcome": None if prompt.check is None else prompt.judge(text, ended),
         "blank": not text.strip(),
         "endless": not ended,
-        "loop": find_loop(text) is not None,
+        "loop": LOOP.search(text) is not None,
         "off_topic": None,  # a judge model fills it
         "tokens": len(ids),
-        "seq_rep_4": None if repeated is None else round(repeated, 6),
-        "recall": None if recall is None else round(recall, 6),
-        "prompt_sha256": hash_text(tokenizer.decode(prompt_ids)),
+        "seq_rep_4": round(1 - len(set(grams)) / len(grams), 6) if grams else None,
+        "prompt_sha256": hashlib.sha256(tokenizer.decode(prompt_ids).encode()).hexdigest(),
     }

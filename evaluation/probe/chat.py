@@ -24,39 +24,31 @@ class SafeStreamer(TextStreamer):
 
 
 def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> None:
-    """Answer line by line and remember the conversation."""
+    """Answer line by line and remember the conversation, until it fills the model's context."""
+    model, tokenizer = checkpoint
+    streamer, ends = SafeStreamer(tokenizer, skip_special_tokens=True), (tokenizer.eos_token_id,)
+    system, turns = [], []
     print(HELP)
-    messages: list[dict[str, str]] = []
     while line := input("> ").strip():
         command, _, rest = line.partition(" ")
-        system = [turn for turn in messages if turn["role"] == "system"]
         if command == "/reset":
-            messages = system
+            turns = []
         elif command == "/system":
-            messages = [{"role": "system", "content": rest}] if rest else []
-        elif command == "/retry" and messages[-1:] != system:
-            messages = answer_messages(checkpoint, messages[:-1], decoding, max_new_tokens)
-        elif command.startswith("/"):
+            system, turns = [{"role": "system", "content": rest}] if rest else [], []
+        elif command.startswith("/") and (command != "/retry" or not turns):
             print(HELP)
         else:
-            messages = [*messages, {"role": "user", "content": line}]
-            messages = answer_messages(checkpoint, messages, decoding, max_new_tokens)
-
-
-def answer_messages(
-    checkpoint: Checkpoint, messages: list[dict[str, str]], decoding: Decoding, max_new_tokens: int
-) -> list[dict[str, str]]:
-    """Print the answer to messages; return them with it, or [] where they fill the context."""
-    model, tokenizer = checkpoint
-    ((ids, _),) = encode_conversations(tokenizer, [messages], generation_prompt=True)
-    if len(ids) > model.config.max_position_embeddings - max_new_tokens:
-        print("(the conversation fills the model's context: it begins anew)")
-        return []
-    streamer = SafeStreamer(tokenizer, skip_special_tokens=True)
-    draws, answer = torch.rand(1, max_new_tokens), []
-    for ((_, token),) in continue_prompts(model, [ids], decoding, draws, (tokenizer.eos_token_id,)):
-        streamer.put(torch.tensor([token]))
-        answer.append(token)
-    streamer.end()
-    text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-    return [*messages, {"role": "assistant", "content": text}]
+            new = {"role": "user", "content": line}
+            turns = turns[:-1] if command == "/retry" else [*turns, new]
+            ((ids, _),) = encode_conversations(tokenizer, [[*system, *turns]], True)
+            if len(ids) > model.config.max_position_embeddings - max_new_tokens:
+                print("(the conversation fills the model's context: it begins anew)")
+                turns = []
+                continue
+            answer, draws = [], torch.rand(1, max_new_tokens)
+            for ((_, token),) in continue_prompts(model, [ids], decoding, draws, ends):
+                streamer.put(torch.tensor([token]))
+                answer.append(token)
+            streamer.end()
+            text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+            turns.append({"role": "assistant", "content": text})

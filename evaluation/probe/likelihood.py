@@ -15,15 +15,14 @@ from tqdm import tqdm
 
 from dataset.lm_dataset import collate, encode_conversations, load_dataset
 from evaluation.probe.answers import Checkpoint
-from evaluation.probe.measures import COMPARISON, has_cjk
-from evaluation.probe.prompts import Prompt, encode_prompts
+from evaluation.probe.measures import COMPARISON
+from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
 from model.checkpoint import load_checkpoint, weights_fingerprint
 from model.files import UserError, file_sha256, read_json
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others
-CANDIDATE_SEED = 0
 
 
 @torch.inference_mode()
@@ -47,10 +46,8 @@ def sum_nats(
         batch = collate([samples[i] for i in rows], model.config.pad_token_id or 0)
         logits = model(batch["input_ids"].to(model.device)).logits[:, :-1]
         targets = batch["labels"][:, 1:].to(model.device)
-        for i, scores, ids in zip(rows, logits, targets, strict=True):
-            losses = F.cross_entropy(
-                scores.float(), ids, ignore_index=IGNORE_INDEX, reduction="none"
-            )
+        for i, row, ids in zip(rows, logits, targets, strict=True):
+            losses = F.cross_entropy(row.float(), ids, ignore_index=IGNORE_INDEX, reduction="none")
             nats[i] = losses.sum().item(), losses[ids == end_id].sum().item() if end_id else 0
     return nats
 
@@ -64,8 +61,8 @@ def measure_nll(
         kind: "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
 
     Returns:
-        data, tokens, nats_per_token, and `sequences`: nats, tokens, nats of end tokens and end
-        tokens of each sequence. End tokens count for "sft" alone.
+        data, tokens, nats_per_token, and `sequences`: nats and tokens of each, and how much of
+        both is end tokens ("sft" alone).
     """
     model, tokenizer = checkpoint
     dataset = load_dataset(kind, paths, tokenizer, max_seq_len)
@@ -90,24 +87,17 @@ def measure_nll(
 
 
 def compare_nll(a: dict[str, dict], b: dict[str, dict]) -> pd.DataFrame:
-    """Compare B's NLLs with A's, sequence by sequence, in the columns of `measures.compare`.
-
-    On pretraining text the difference is forgetting, where A is the model before fine-tuning.
-    """
+    """Compare B's NLLs with A's, sequence by sequence, in the columns of `measures.compare`."""
     rows = []
     for name in a:
-        one, other = (
-            np.array([x["sequences"]["nats"], x["sequences"]["tokens"]]) for x in (a[name], b[name])
-        )
-        if not np.array_equal(one[1], other[1]):
+        one, other = a[name]["sequences"], b[name]["sequences"]
+        if one["tokens"] != other["tokens"]:
             raise UserError(f"--{name}_data: two models have other tokenizers; measure them apart")
-        found = paired_bootstrap(((other[0] - one[0]) / one[1])[None], one[1][None])
+        tokens = np.array([one["tokens"]])
+        found = paired_bootstrap(np.subtract([other["nats"]], [one["nats"]]) / tokens, tokens)
         means = (a[name]["nats_per_token"], b[name]["nats_per_token"])
-        rows.append(["-", name, *means, found.estimate, found.low, found.high, None])
+        rows.append(["-", name, *means, *found, None])
     return pd.DataFrame(rows, columns=COMPARISON)
-
-
-# ---------------------------------------------------------------------------------- off topic
 
 
 def check_judge(path: Path, probed: list[Path]) -> None:
@@ -116,21 +106,19 @@ def check_judge(path: Path, probed: list[Path]) -> None:
     for other in probed:
         run = read_json(other / "run.json") if (other / "run.json").is_file() else {}
         if path.resolve() == other.resolve() or run.get("base_fingerprint") == fingerprint:
-            raise UserError(
-                f"--judge {path}: is the probed {other.name} or its base; give a checkpoint that "
-                "was trained apart from it"
-            )
+            what = f"--judge {path}: is the probed {other.name} or its base"
+            raise UserError(f"{what}; give a checkpoint that was trained apart from it")
 
 
 def draw_candidates(prompts: list[Prompt]) -> list[list[int]]:
     """Draw for each prompt its own index and 9 others', of the same script where there are 9."""
     if len({prompt.text for prompt in prompts}) < CANDIDATES:
         raise UserError(f"--judge: needs {CANDIDATES} different prompts; ask more")
-    candidates = []
+    is_latin, candidates = [CJK.search(prompt.text) is None for prompt in prompts], []
     for own, prompt in enumerate(prompts):
         others = [i for i, other in enumerate(prompts) if other.text != prompt.text]
-        np.random.default_rng([CANDIDATE_SEED, own]).shuffle(others)
-        others.sort(key=lambda i: has_cjk(prompts[i].text) != has_cjk(prompt.text))  # stable
+        np.random.default_rng([0, own]).shuffle(others)
+        others.sort(key=lambda i: is_latin[i] != is_latin[own])  # stable
         candidates.append([own, *others[: CANDIDATES - 1]])
     return candidates
 
@@ -142,18 +130,17 @@ def add_topic_measures(
     model, tokenizer = judge
     candidates = draw_candidates(prompts)
     index = {prompt.id: i for i, prompt in enumerate(prompts)}
-    begins = [len(ids) for ids in encode_prompts(tokenizer, prompts)]
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     pairs = []
     for sample in samples:
         answer = {"role": "assistant", "content": special.sub("", sample["output"])}
-        asked = candidates[index[sample["id"]]]
-        talks = [[*prompts[i].messages, answer] for i in asked]
-        for i, (ids, labeled) in zip(asked, encode_conversations(tokenizer, talks), strict=True):
+        talks = [[*prompts[i].messages, answer] for i in candidates[index[sample["id"]]]]
+        for ids, labeled in encode_conversations(tokenizer, talks):
+            ids, labels = np.array(ids), np.full(len(ids), IGNORE_INDEX)
             end = np.flatnonzero(labeled)[-1]  # left out: not all answers have an end token
-            places = np.arange(len(ids))
-            is_answer = (places >= begins[i]) & (places < end)
-            pairs.append((np.array(ids), np.where(is_answer, ids, IGNORE_INDEX)))
+            start = np.flatnonzero(np.invert(labeled[:end]))[-1] + 1  # of the last answer
+            labels[start:end] = ids[start:end]
+            pairs.append((ids, labels))
     scores = sum_nats(model, pairs, batch_size)[:, 0].reshape(-1, CANDIDATES)
     for sample, nats in zip(samples, scores, strict=True):
         sample["off_topic"] = bool(nats[0] >= nats[1:].min())

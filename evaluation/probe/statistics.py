@@ -4,7 +4,6 @@ Wilson's interval and McNemar's test are scipy's. scipy lacks the two-level boot
 few lines of numpy over resampling counts, whose row d counts how often draw d takes each unit.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,20 +14,9 @@ CONFIDENCE = 0.95
 SEED = 0  # of the resampling: the same data give the same interval
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and the interval around it."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-def wilson_interval(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Compute the Wilson score interval of a share of k in n; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    interval = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+def wilson_interval(k: int, n: int) -> tuple[float, float]:
+    """Compute the 95% Wilson score interval of a share of k in n."""
+    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -36,6 +24,11 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """Compute the two-sided p-value of McNemar's exact test on paired outcomes, (n,) bool each."""
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def most_unseen(n: int) -> float:
+    """Bound a share of which n trials showed not one (Clopper-Pearson); resampling says 0 there."""
+    return float(stats.binomtest(0, n).proportion_ci(CONFIDENCE, method="exact").high)
 
 
 @lru_cache(maxsize=8)
@@ -47,13 +40,9 @@ def resampling_counts(units: int, draws: int = DRAWS, seed: int = SEED) -> np.nd
 
 
 def paired_bootstrap(
-    differences: np.ndarray,
-    weights: np.ndarray | None = None,
-    confidence: float = CONFIDENCE,
-    draws: int = DRAWS,
-    seed: int = SEED,
-) -> Interval:
-    """Compute the percentile interval of a weighted mean difference over seeds and prompts.
+    differences: np.ndarray, weights: np.ndarray | None = None, confidence: float = CONFIDENCE
+) -> tuple[float, float, float]:
+    """Compute a weighted mean difference over seeds and prompts, and its percentile interval.
 
     Each draw takes seeds with replacement, and prompts with replacement, the same prompts for every
     seed: prompts are crossed with seeds (Owen 2007, "The pigeonhole bootstrap", arXiv 0712.1111).
@@ -62,6 +51,9 @@ def paired_bootstrap(
     Args:
         differences: (seeds, prompts), arm A minus arm B.
         weights: (seeds, prompts), such as tokens for a mean per token; 0 leaves a cell out.
+
+    Returns:
+        The mean, and the interval's low and high end.
 
     Raises:
         ValueError: no cell has weight.
@@ -72,16 +64,11 @@ def paired_bootstrap(
         raise ValueError("nothing to compare: every cell has weight 0")
     weights = weights[rows][:, columns]
     sums = differences[rows][:, columns] * weights
-    of_seeds = resampling_counts(len(sums), draws, seed)
-    of_prompts = resampling_counts(sums.shape[1], draws, seed + 1)
+    of_seeds = resampling_counts(len(sums))
+    of_prompts = resampling_counts(sums.shape[1], seed=SEED + 1)
     totals = (of_seeds * (of_prompts @ sums.T)).sum(axis=1)
     weight = (of_seeds * (of_prompts @ weights.T)).sum(axis=1)
     drawn = weight > 0
     means = totals[drawn] / weight[drawn]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(sums.sum() / weights.sum()), float(low), float(high))
-
-
-def most_unseen(n: int, confidence: float = CONFIDENCE) -> float:
-    """Bound a share of which n trials showed not one (Clopper-Pearson); resampling says 0 there."""
-    return float(stats.binomtest(0, n).proportion_ci(confidence, method="exact").high)
+    return float(sums.sum() / weights.sum()), float(low), float(high)

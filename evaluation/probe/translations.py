@@ -2,10 +2,8 @@
 
 samples.jsonl has a slot for each: `prompt_translation` and `output_translation`. `eval_llm.py
 --translator` fills them; an output's can also be written by hand in samples.jsonl.
-translations.jsonl beside it keeps each translation by its text: none is lost when outputs are made
-again. A line is
-
-    {"text": ..., "translation": ..., "by": "hand" or the translator's name}
+translations.jsonl beside it keeps each translation by its text, with its author ("hand" or the
+translator's name): none is lost when outputs are made again.
 
 `--translator world` needs no model: a sentence that a pattern of `dataset/world/chinese/` produces
 gets that pattern's English twin; another one gets a word-by-word gloss in brackets. Any other name
@@ -14,6 +12,7 @@ is a folder or a hub id of a transformers model that translates, such as Helsink
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,12 +20,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, capitalize, read_toml, with_article
-from evaluation.probe.measures import has_cjk
+from evaluation.probe.prompts import CJK
 from model.files import UserError, escape_control, write_text
 
 STORE_FILE = "translations.jsonl"
-SLOTS = {"prompt_translation": "prompt", "output_translation": "output"}
-MAX_NEW_TOKENS = 256  # of a line that a model translates
+MAX_TOKENS = 256  # of a line that a model translates
 SLOT = re.compile(r"\\{(\w+)\\}")  # of a pattern that was escaped
 WORD_SLOTS = ("a", "name", "value", "word", "person", "p", "q")  # the others hold sentences
 PARTS = re.compile(r"((?:system|user|assistant): |\n)|([^。？！\n]+[。？！]*[”」]?)")
@@ -38,22 +36,22 @@ class WorldTranslator:
     name = "world"
 
     def __init__(self, folder: Path = WORLD_DIR / "chinese"):
-        self.words, pairs = {"____": "____"}, []
-        for path in sorted((folder / "facts").glob("*.toml")):
-            category = read_toml(path)
-            self.words |= category["english"]
-            for attribute in category["attributes"].values():
-                pairs += pair_lists(attribute, attribute["english"])
-        for skill in read_toml(folder / "skills.toml")["skill"].values():
-            pairs += pair_lists(skill, skill["english"])
-            words = zip(skill.get("words", []), skill["english"].get("words", []), strict=True)
-            self.words |= dict(words)
+        facts = [read_toml(path) for path in sorted((folder / "facts").glob("*.toml"))]
         stories = read_toml(folder / "stories.toml")
+        lists = [one for category in facts for one in category["attributes"].values()]
+        lists += read_toml(folder / "skills.toml")["skill"].values()
+        twins = [(chinese, chinese["english"]) for chinese in lists]
+        twins.append((stories, {key[:-3]: stories[key] for key in stories if key.endswith("_en")}))
+        self.words, pairs = {"____": "____"}, []
+        for names in (category["english"] for category in facts):
+            self.words |= names
         self.words |= {name: english for name, *_, english in stories["people"]}
-        english = {key[:-3]: twins for key, twins in stories.items() if key.endswith("_en")}
-        pairs += pair_lists(stories, english)
-        longest_first = sorted(self.words, key=len, reverse=True)
-        self.word = "|".join(map(re.escape, longest_first))
+        for chinese, english in twins:
+            for key in english:  # a pattern, or a list of patterns or of words
+                both = ([v] if isinstance(v, str) else v for v in (chinese[key], english[key]))
+                pairs += (found := list(zip(*both, strict=True)))
+                self.words |= dict(found if key == "words" else ())
+        self.word = "|".join(map(re.escape, sorted(self.words, key=len, reverse=True)))
         self.patterns = [
             (re.compile(SLOT.sub(self.make_group, re.escape(chinese)), re.DOTALL), english)
             for chinese, english in pairs
@@ -63,6 +61,19 @@ class WorldTranslator:
     def make_group(self, slot: re.Match) -> str:
         """Make the group of a regular expression that matches what a slot may hold."""
         return f"(?P<{slot[1]}>{self.word if slot[1].lower() in WORD_SLOTS else '.+'})"
+
+    def translate(self, text: str) -> str:
+        """Translate a whole text, or else sentence by sentence; gloss other Chinese in brackets."""
+        if whole := self.translate_exactly(text.strip()):
+            return whole
+        parts = []
+        for mark, sentence in PARTS.findall(text):
+            if CJK.search(sentence):
+                words = filter(None, map(str.strip, re.split(f"({self.word})", sentence)))
+                gloss = f"[{' '.join(self.words.get(word, word) for word in words)}]"
+                sentence = (self.translate_exactly(sentence) or gloss) + " "
+            parts.append(mark or sentence)
+        return "".join(parts).replace(" \n", "\n").strip()
 
     def translate_exactly(self, text: str) -> str | None:
         """Return the English twin of a text that a pattern produces; None for another text."""
@@ -92,36 +103,6 @@ class WorldTranslator:
                 slots[slot] = text
         return slots | {capitalize(slot): capitalize(text) for slot, text in slots.items()}
 
-    def gloss(self, text: str) -> str:
-        """Translate the words that are known, and leave the rest, in brackets."""
-        parts = [part.strip() for part in re.split(f"({self.word})", text) if part.strip()]
-        return f"[{' '.join(self.words.get(part, part) for part in parts)}]"
-
-    def translate_text(self, text: str) -> str:
-        """Translate a whole text, or else sentence by sentence; keep what is not Chinese."""
-        whole = self.translate_exactly(text.strip())
-        if whole:
-            return whole
-        parts = []
-        for mark, sentence in PARTS.findall(text):
-            if has_cjk(sentence):
-                sentence = (self.translate_exactly(sentence) or self.gloss(sentence)) + " "
-            parts.append(mark or sentence)
-        return "".join(parts).replace(" \n", "\n").strip()
-
-    def translate(self, texts: list[str]) -> list[str]:
-        """Translate texts one by one."""
-        return [self.translate_text(text) for text in texts]
-
-
-def pair_lists(chinese: dict, english: dict) -> list[tuple[str, str]]:
-    """Pair each pattern with its English twin; a value is a pattern or a list of them."""
-    pairs = []
-    for key, twins in english.items():
-        both = ([v] if isinstance(v, str) else v for v in (chinese[key], twins))
-        pairs += zip(*both, strict=True)
-    return pairs
-
 
 class ModelTranslator:
     """Translate with a sequence-to-sequence model of one direction; no code of its is run."""
@@ -137,66 +118,49 @@ class ModelTranslator:
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
-    def translate(self, texts: list[str]) -> list[str]:
-        """Translate texts line by line, so that lists stay lists; keep lines without Chinese."""
-        lines = sorted({line for text in texts for line in text.splitlines() if has_cjk(line)})
-        english: dict[str, str] = {}
-        for start in range(0, len(lines), 16):
-            batch = lines[start : start + 16]
-            inputs = self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
-            output = self.model.generate(
-                input_ids=inputs["input_ids"].to(self.model.device),
-                attention_mask=inputs["attention_mask"].to(self.model.device),
-                do_sample=False,
-                max_new_tokens=MAX_NEW_TOKENS,
-            )
-            decoded = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-            english |= dict(zip(batch, decoded, strict=True))
-        return ["\n".join(english.get(line, line) for line in text.splitlines()) for text in texts]
+    def translate(self, text: str) -> str:
+        """Translate a text line by line, so that lists stay lists; keep lines without Chinese."""
+        lines = text.splitlines()
+        for i, line in enumerate(lines):
+            if CJK.search(line):
+                options = {"truncation": True, "return_token_type_ids": False}
+                inputs = self.tokenizer(line, return_tensors="pt", **options).to(self.model.device)
+                (ids,) = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
+                lines[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return "\n".join(lines)
 
 
-Translator = WorldTranslator | ModelTranslator
-
-
-def load_translator(name: str, device: str) -> Translator:
+def load_translator(name: str, device: str) -> WorldTranslator | ModelTranslator:
     """Load the world's translator, or a transformers model."""
     return WorldTranslator() if name == "world" else ModelTranslator(name, device)
 
 
-# ---------------------------------------------------------------------------------- the store
-
-
-def translate_samples(samples: list[dict], folder: Path, translator: Translator | None) -> None:
+def translate_samples(
+    samples: list[dict], folder: Path, translator: WorldTranslator | ModelTranslator | None
+) -> None:
     """Fill the empty slots of samples from `folder`'s store, then by a translator; keep the store.
 
     A prompt's own translation, from its file, goes first.
     """
     store = read_store(folder)
-    texts = {s[field]: None for s in samples for slot, field in SLOTS.items() if not s[slot]}
-    if translator:
-        missing = [text for text in texts if has_cjk(text) and text not in store]
-        for text, english in zip(missing, translator.translate(missing), strict=True):
-            store[text] = {"translation": english, "by": translator.name}
-    for sample in samples:
-        for slot, field in SLOTS.items():
-            if not sample[slot] and sample[field] in store:
-                sample[slot] = store[sample[field]]["translation"]
-    lines = (json.dumps({"text": t} | made, ensure_ascii=False) for t, made in store.items())
+    for sample, field in product(samples, ("prompt", "output")):
+        text, slot = sample[field], f"{field}_translation"
+        if not sample[slot]:
+            if translator and text not in store and CJK.search(text):
+                english = translator.translate(text)
+                store[text] = {"text": text, "translation": english, "by": translator.name}
+            sample[slot] = store.get(text, {}).get("translation")
+    lines = (escape_control(json.dumps(line, ensure_ascii=False)) for line in store.values())
     if store:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / STORE_FILE, "".join(escape_control(line) + "\n" for line in lines))
+        write_text(folder / STORE_FILE, "".join(line + "\n" for line in lines))
 
 
 def read_store(folder: Path) -> dict[str, dict[str, str]]:
-    """Read the translations that `folder` has; a slot changed in samples.jsonl is by hand."""
-    store, path = {}, folder / STORE_FILE
-    for _, line in read_jsonl(path) if path.is_file() else ():
-        store[line["text"]] = {"translation": line["translation"], "by": line["by"]}
-    path = folder / "samples.jsonl"
-    for where, sample in read_jsonl(path) if path.is_file() else ():
-        if not {"output", "output_translation"} <= sample.keys():
-            raise UserError(f"{where}: is no sample; mend the line or move the file away")
+    """Read `folder`'s translations by text; a slot changed in samples.jsonl is by hand."""
+    path, samples = folder / STORE_FILE, folder / "samples.jsonl"
+    store = {line["text"]: line for _, line in read_jsonl(path)} if path.is_file() else {}
+    for _, sample in read_jsonl(samples) if samples.is_file() else ():
         text, english = sample["output"], sample["output_translation"]
         if english and english != store.get(text, {}).get("translation"):
-            store[text] = {"translation": english, "by": "hand"}
+            store[text] = {"text": text, "translation": english, "by": "hand"}
     return store

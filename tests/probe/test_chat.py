@@ -4,7 +4,6 @@ import pytest
 
 from dataset.lm_dataset import encode_conversations
 from evaluation.probe import chat as chat_module
-from evaluation.probe.chat import answer_messages, chat
 from model.checkpoint import load_tokenizer
 from model.generation import Decoding
 from tests.tiny import tiny_model
@@ -14,39 +13,39 @@ from tests.tiny import tiny_model
 def talk(monkeypatch):
     """Chat by the lines given; return the messages that the model saw, turn by turn."""
 
-    def run(*lines: str, decoding: str = "greedy") -> list[list[tuple[str, str]]]:
-        typed, seen = iter(lines), []
+    def run(*lines: str, decoding: str = "greedy", context: int = 32768) -> list[list[tuple]]:
+        typed, seen, model = iter([*lines, ""]), [], tiny_model()
+        model.config.max_position_embeddings = context
 
-        def record(tokenizer, conversations, **options):
+        def record(tokenizer, conversations, *options):
             seen.append([(turn["role"], turn["content"]) for turn in conversations[0]])
-            return encode_conversations(tokenizer, conversations, **options)
+            return encode_conversations(tokenizer, conversations, *options)
 
         monkeypatch.setattr("builtins.input", lambda _: next(typed))
         monkeypatch.setattr(chat_module, "encode_conversations", record)
-        chat((tiny_model(), load_tokenizer()), Decoding.parse(decoding), max_new_tokens=5)
+        chat_module.chat((model, load_tokenizer()), Decoding.parse(decoding), max_new_tokens=5)
         return seen
 
     return run
 
 
-def test_chat_remembers(talk, capsys):
-    first, second = talk("Hi", " again ", "")
+def test_chat_remembers_until_the_context_is_full(talk, capsys):
+    first, second = talk("Hi", " again ")
     assert first == [("user", "Hi")]
     assert [role for role, _ in second] == ["user", "assistant", "user"]
     assert second[2] == ("user", "again") and second[1][1] in capsys.readouterr().out
+    assert talk("word " * 40, "Hi", context=30)[1] == [("user", "Hi")]
+    assert "begins anew" in capsys.readouterr().out
 
 
-def test_reset_keeps_the_system_message_and_system_starts_anew(talk):
-    assert talk("Hi", "/system Be brief.", "One", "/reset", "Two", "/system", "Three", "") == [
+def test_commands(talk):
+    assert talk("Hi", "/system Be brief.", "One", "/reset", "Two", "/system", "Three") == [
         [("user", "Hi")],
         [("system", "Be brief."), ("user", "One")],
         [("system", "Be brief."), ("user", "Two")],
         [("user", "Three")],
     ]
-
-
-def test_retry_answers_the_last_message_again(talk):
-    first, again, third = talk("/retry", "Hi", "/retry", "More", "", decoding="t1.0")
+    first, again, third = talk("/retry", "Hi", "/retry", "More", decoding="t1.0")
     assert first == again == [("user", "Hi")]
     assert [role for role, _ in third] == ["user", "assistant", "user"]
 
@@ -54,11 +53,3 @@ def test_retry_answers_the_last_message_again(talk):
 def test_what_is_printed_cannot_steer_the_terminal(capsys):
     chat_module.SafeStreamer(load_tokenizer()).on_finalized_text("a\x1b[2J", stream_end=True)
     assert capsys.readouterr().out == "a\\u001b[2J\n"
-
-
-def test_a_conversation_beyond_the_context_starts_anew(capsys):
-    model = tiny_model()
-    model.config.max_position_embeddings = 30
-    long = [{"role": "user", "content": "word " * 40}]
-    assert answer_messages((model, load_tokenizer()), long, Decoding.parse("greedy"), 5) == []
-    assert "begins anew" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """NLL and the off-topic measure against the model's logits and by hand."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +20,15 @@ from model.files import UserError
 from tests.tiny import tiny_model
 
 
+def make_talk(question: str, answer: str) -> list[dict]:
+    """Make a conversation of one turn."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def make_prompts(count: int, text: str = "Question {}?", first: str = "p") -> list[Prompt]:
     """Make numbered prompts."""
-    return [
-        Prompt(f"{first}{i}", "A", [{"role": "user", "content": text.format(i)}])
-        for i in range(count)
-    ]
+    talks = [make_talk(text.format(i), "")[:1] for i in range(count)]
+    return [Prompt(f"{first}{i}", "A", talk) for i, talk in enumerate(talks)]
 
 
 def log_p(model, ids: list[int]) -> torch.Tensor:
@@ -35,19 +37,10 @@ def log_p(model, ids: list[int]) -> torch.Tensor:
     return log_probs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach()
 
 
-def write_lines(path: Path, records: list[dict]) -> Path:
-    """Write JSON lines."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
     pairs = [("Hi", "Hello, you."), ("A longer question?", "No"), ("x", "Some more words")]
-    talks = [
-        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-        for asked, answer in pairs
-    ]
-    path = write_lines(tmp_path / "nll.jsonl", [{"conversations": talk} for talk in talks])
+    talks, path = [make_talk(*pair) for pair in pairs], tmp_path / "nll.jsonl"
+    path.write_text("".join(json.dumps({"conversations": talk}) + "\n" for talk in talks))
     model, tokenizer = tiny_model(), load_tokenizer()
     losses = [
         -log_p(model, ids)[torch.tensor(labeled[1:])]
@@ -64,9 +57,9 @@ def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
 
 def test_text_nll_is_of_blocks_packed_as_in_pretraining(tmp_path):
     texts = ["The sun is a star.", "A dog ran home, and then it slept for a long time."]
-    path = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    path, stream = tmp_path / "text.jsonl", []
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model, tokenizer = tiny_model(), load_tokenizer()
-    stream = []
     for text in texts:
         stream += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.pad_token_id]
     blocks = [stream[i : i + 8] for i in range(0, len(stream), 8)]
@@ -77,17 +70,17 @@ def test_text_nll_is_of_blocks_packed_as_in_pretraining(tmp_path):
 
 
 def test_compare_nll_weighs_sequences_by_their_tokens():
-    def nll(nats: list[float], tokens: list[int]) -> dict:
-        mean = sum(nats) / sum(tokens)
-        return {"nll": {"nats_per_token": mean, "sequences": {"nats": nats, "tokens": tokens}}}
+    def nll(*nats: float, tokens: tuple[int, ...] = (10, 20, 30)) -> dict:
+        sequences = {"nats": list(nats), "tokens": list(tokens)}
+        return {"nll": {"nats_per_token": sum(nats) / sum(tokens), "sequences": sequences}}
 
-    a, tokens = nll([30.0, 60.0, 90.0], [10, 20, 30]), [10, 20, 30]
-    (row,) = compare_nll(a, nll([20.0, 40.0, 60.0], tokens)).itertuples()
+    a = nll(30, 60, 90)
+    (row,) = compare_nll(a, nll(20, 40, 60)).itertuples()
     assert (row.difference, row.low, row.high) == (-1, -1, -1)
-    (row,) = compare_nll(a, nll([30.0, 60.0, 30.0], tokens)).itertuples()
+    (row,) = compare_nll(a, nll(30, 60, 30)).itertuples()
     assert row.difference == -1  # (0 * 10 + 0 * 20 - 2 * 30) / 60
     with pytest.raises(UserError, match="other tokenizers"):
-        compare_nll(a, nll([20.0, 40.0, 60.0], [11, 20, 30]))
+        compare_nll(a, nll(20, 40, 60, tokens=(11, 20, 30)))
 
 
 def test_candidates_are_the_prompt_and_nine_others_of_its_script():
@@ -105,11 +98,9 @@ def test_candidates_are_the_prompt_and_nine_others_of_its_script():
 
 def test_off_topic_is_by_the_judges_logits():
     model, tokenizer = tiny_model(), load_tokenizer()
-    opening = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    prompts = [
-        Prompt(p.id, "A", opening + p.messages) if i == 1 else p  # an earlier answer is not judged
-        for i, p in enumerate(make_prompts(11, "Tell me about {}!!!"))
-    ]
+    prompts = make_prompts(11, "Tell me about {}!!!")
+    opening = make_talk("Hi", "Hello")  # an earlier answer is not judged
+    prompts[1] = Prompt("p1", "A", opening + prompts[1].messages)
     outputs = ["It is a dog.", "No<|endoftext|>", "  ", "Something that goes on"]
     samples = [{"id": p.id, "output": o} for p, o in zip(prompts, outputs, strict=False)]
     add_topic_measures((model, tokenizer), prompts, samples, batch_size=7)

@@ -2,70 +2,21 @@
 
 import pytest
 
-from evaluation.probe.measures import (
-    compare,
-    content_recall,
-    distinct_n,
-    find_loop,
-    find_words,
-    has_cjk,
-    seq_rep_n,
-    summarize,
-)
+from evaluation.probe.measures import compare, summarize
 from model.files import UserError
 
 
 def make_answer(number: int, outcome: str | None = None, **fields) -> dict:
     """Make a sample with an unremarkable answer; `fields` replace what matters."""
-    flags = {"blank": False, "endless": False, "loop": False, "off_topic": None, "recall": None}
-    values = {"tokens": 4, "seq_rep_4": 0.5, "output": "a b", "prompt": "?", "prompt_sha256": "x"}
+    flags = {"blank": False, "endless": False, "loop": False, "off_topic": None}
+    values = {"tokens": 4, "seq_rep_4": 0.5, "prompt_sha256": "x"}
     origin = {"id": f"p{number}", "section": "A", "decoding": "greedy", "seed": None}
     return origin | flags | values | {"outcome": outcome} | fields
 
 
-def test_words_count_each_chinese_character():
-    assert find_words("It's well-known: 2 cats!") == ["It's", "well-known", "2", "cats"]
-    assert find_words("北京 is 首都。") == ["北", "京", "is", "首", "都"]
-    assert has_cjk("a 北") and has_cjk("ひ") and not has_cjk("café")
-
-
-@pytest.mark.parametrize(
-    "text, loop",
-    [
-        ("Well, the cat sat, the cat sat, the cat sat,", ", the cat sat, the cat sat, the cat sat"),
-        ("the cat the cat", None),
-        ("It is red. It is red. It is blue.", None),
-        ("1. Eat well. 2. Eat well. 3. Eat well.", None),
-        ("KKKKKKKKKKKKx", "KKKKKKKKKKKK"),
-    ],
-)
-def test_loop(text, loop):
-    span = find_loop(text)
-    assert (span and text[slice(*span)]) == loop
-
-
-def test_repetition():
-    tokens = list("abcabc")  # 3-grams: abc twice of 4; 2-grams: 3 of 5
-    assert [seq_rep_n(tokens, n) for n in (4, 3, 2)] == pytest.approx([0, 1 / 4, 2 / 5])
-    assert seq_rep_n([7] * 13) == pytest.approx(0.9)  # one unique 4-gram in ten
-    assert seq_rep_n([1, 2, 3]) is None
-
-
-def test_distinct_n_takes_equally_much_text_of_each():
-    texts = ["a b a b a b", "c d"]  # ab ba ab | cd
-    assert distinct_n(texts, 2, each=4, budget=6) == 3 / 4
-    assert distinct_n([text * 3 for text in texts], 2, each=4, budget=6) == 3 / 4
-    assert distinct_n(texts, 2, each=4, budget=7) is None  # 6 words are too few
-
-
-def test_content_recall():
-    assert content_recall("A DOG barks", "The dog barks at the cat") == pytest.approx(2 / 3)
-    assert content_recall("dog", "the of") is None
-
-
 def test_summary_by_hand():
     samples = [make_answer(0, "correct", tokens=2), make_answer(1, "wrong fact", section="B")]
-    samples += [make_answer(2, blank=True, tokens=0, seq_rep_4=None, recall=0.25)]
+    samples += [make_answer(2, blank=True, tokens=0, seq_rep_4=None)]
     table = summarize(samples).set_index(["section", "measure"])
     correct = table.loc[("all", "correct")]
     assert (correct.value, correct.n) == (0.5, 2)  # of the two with a check
@@ -74,19 +25,7 @@ def test_summary_by_hand():
     assert table.loc[("all", "blank")].value == pytest.approx(1 / 3, abs=1e-6)
     assert table.loc[("all", "tokens")].value == 2
     assert table.loc[("all", "seq_rep_4")][["value", "n"]].tolist() == [0.5, 2]
-    assert table.loc[("all", "recall")][["value", "n"]].tolist() == [0.25, 1]
     assert "off_topic" not in table.index.get_level_values("measure")
-
-
-def test_decodings_and_seeds_are_summarized_apart_and_together():
-    sampled = [
-        make_answer(i, "correct" if seed else "endless", decoding="t1.0", seed=seed)
-        for seed in (0, 1)
-        for i in range(3)
-    ]
-    table = summarize([make_answer(0, "correct"), *sampled])
-    shares = table[(table["measure"] == "correct") & (table["section"] == "all")]
-    assert dict(zip(shares["decoding"], shares["value"], strict=True)) == {"greedy": 1, "t1.0": 0.5}
 
 
 def arm(loops: str, **fields) -> list[dict]:

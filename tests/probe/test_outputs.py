@@ -1,15 +1,16 @@
 """Saved outputs: what was trained, and hostile text that must stay inert."""
 
 import json
-
-import pytest
+import shutil
 
 from evaluation.probe.answers import make_sample
+from evaluation.probe.measures import summarize
 from evaluation.probe.outputs import (
     describe_training,
     escape_markdown,
     fence,
-    list_training,
+    print_answers,
+    print_models,
     write_outputs,
 )
 from evaluation.probe.prompts import Prompt
@@ -18,65 +19,30 @@ from model.checkpoint import load_tokenizer
 HOSTILE = "</pre>\n````\n# Heading\n<script>alert(1)</script>\x1b[31m\x9b\u202e|[x](javascript:0)"
 SETTINGS = {"from_weight": "out/base", "data_path": ["a.jsonl", "b.jsonl"], "learning_rate": 1e-4}
 LORA = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": "square", "modules_to_save": ["norms"]}
+RUN = {"stage": "lora", "steps": 250, "trainable_parameters": 49152, "settings": SETTINGS | LORA}
+PEFT = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "me/b"}
 
 
-@pytest.mark.parametrize(
-    "files, title, lines",
-    [
-        ({}, None, ["- trained: not known (no run.json beside the weights)"]),
-        (
-            {
-                "run.json": {
-                    "stage": "lora",
-                    "steps": 250,
-                    "trainable_parameters": 49152,
-                    "settings": SETTINGS | LORA,
-                }
-            },
-            "LoRA on q and o, r=8, and norms",
-            [
-                "- trained: LoRA on square, rank 8, alpha 16; whole: norms (49,152 parameters)",
-                "- base: base",
-                "- data: a.jsonl, b.jsonl",
-                "- learning rate: 0.0001",
-                "- steps: 250",
-            ],
-        ),
-        (
-            {"run.json": {"stage": "full_sft", "settings": SETTINGS | {"trainable": "mlp"}}},
-            "fine-tuning of mlp",
-            [
-                "- trained: mlp",
-                "- base: base",
-                "- data: a.jsonl, b.jsonl",
-                "- learning rate: 0.0001",
-            ],
-        ),
-        (
-            {"run.json": {"stage": "pretrain", "settings": {"from_weight": "none"}}},
-            "base",
-            ["- trained: all weights", "- base: none: random weights"],
-        ),
-        (
-            {
-                "adapter_config.json": {
-                    "r": 4,
-                    "lora_alpha": 8,
-                    "target_modules": ["q_proj", "v_proj"],
-                    "base_model_name_or_path": "owner/name",
-                }
-            },
-            "LoRA on q_proj, v_proj, r=4",
-            ["- trained: LoRA on q\\_proj, v\\_proj, rank 4, alpha 8", "- base: name"],
-        ),
-    ],
-)
-def test_what_was_trained(tmp_path, files, title, lines):
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    training = describe_training(tmp_path)
-    assert training["title"] == (title or tmp_path.name)
-    assert list_training(training) == lines
+def test_what_was_trained(tmp_path):
+    def describe(content: dict, file: str = "run.json", *keys: str) -> list:
+        folder = tmp_path / "mine"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / file).write_text(json.dumps(content))
+        training = describe_training(folder)
+        return [training[key] for key in ("title", "parts", "base", *keys)]
+
+    assert describe(RUN, "run.json", "lora_alpha", "steps", "data") == [
+        *("LoRA on q and o, r=8, and norms", "LoRA on square", "base", 16.0, 250),
+        ["a.jsonl", "b.jsonl"],
+    ]
+    run = {"stage": "full_sft", "settings": SETTINGS | {"trainable": "mlp"}}
+    assert describe(run) == ["fine-tuning of mlp", "mlp", "base"]
+    run = {"stage": "pretrain", "settings": {"from_weight": "none"}}
+    assert describe(run) == ["base", "all weights", None]
+    found = describe(PEFT, "adapter_config.json", "lora_rank", "lora_alpha")
+    assert found == ["LoRA on q_proj, r=4", "LoRA on q_proj", "b", 4, 8]
+    assert describe({}, "x.json")[:2] == ["mine", "not known: no run.json beside the weights"]
 
 
 def test_escapes():
@@ -84,19 +50,22 @@ def test_escapes():
     assert fence("x") == "```text\nx\n```" and fence("````") == "`````text\n````\n`````"
 
 
-def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path):
+def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path, capsys):
     tokenizer = load_tokenizer()
-    prompt = Prompt(
-        "<b>", "<i>|*x*", [{"role": "user", "content": HOSTILE}], HOSTILE, None, HOSTILE
-    )
+    messages = [{"role": "user", "content": HOSTILE}]
+    prompt = Prompt("<b>", "<i>|*x*", messages, HOSTILE, {"about": []}, HOSTILE)
     ids = tokenizer.encode(HOSTILE, add_special_tokens=False)
     sample = make_sample(tokenizer, prompt, ids, ids, "greedy", None)
     sample["output_translation"] = HOSTILE
     folder = tmp_path / "na|me"
-    write_outputs(folder, [sample], {"training": describe_training(folder), "summary": []})
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(RUN | {"stage": "pretrain"}))
+    summary = summarize([sample])
+    write_outputs(folder, [sample], summary, {"training": describe_training(folder)})
     line, page = ((folder / name).read_text() for name in ("samples.jsonl", "samples.md"))
     assert not set("\x1b\x9b\u202e") & set(page + line)
     assert json.loads(line)["output"] == HOSTILE
+    assert "- learning rate: 0.0001\n- steps: 250\n- base: base\n" in page
     outside, inside = [], []
     where, ticks = outside, ""
     for row in page.splitlines():
@@ -109,3 +78,8 @@ def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path):
     assert where is outside and inside.count("# Heading") == 2
     text = "\n".join(outside)
     assert "<" not in text and "\n# Heading" not in text and "\\[x\\]" in text
+
+    print_answers({"a\x1b": [sample]}, 3)
+    print_models({"a\x1b": summary.assign(section="\x1b")}, {"a\x1b": {}})
+    out = capsys.readouterr().out
+    assert "Heading" in out and not set("\x1b\x9b\u202e") & set(out)

@@ -5,44 +5,34 @@ from collections import Counter
 
 import pytest
 
-from dataset.checks import judge_answer
-from evaluation.probe.measures import has_cjk
-from evaluation.probe.prompts import PROMPTS_FILE, encode_prompts, parse_markdown, read_prompts
-from model.checkpoint import load_tokenizer
+from evaluation.probe.prompts import CJK, PROMPTS_FILE, read_prompts
 from model.files import UserError
 
 PROMPTS = read_prompts(PROMPTS_FILE)  # refuses a reference that fails its own check
-SECTIONS = {
-    "Combinations": 30,
-    "Unseen things": 20,
-    "Medical": 15,
-    "Chinese": 15,
-    "Outside the world": 10,
-}
+SECTIONS = {"Combinations": 30, "Unseen things": 20, "Medical": 15, "Chinese": 15}
 
 
 def test_our_prompts_cover_what_they_should():
-    assert Counter(prompt.section for prompt in PROMPTS) == SECTIONS
+    sections = Counter(prompt.section for prompt in PROMPTS)
+    assert sections == SECTIONS | {"Outside the world": 10}
     assert all(prompt.reference and prompt.check is not None for prompt in PROMPTS)
-    chinese = [prompt for prompt in PROMPTS if has_cjk(prompt.text)]
+    chinese = [prompt for prompt in PROMPTS if CJK.search(prompt.text)]
     assert len(chinese) == SECTIONS["Chinese"] and all(prompt.translation for prompt in chinese)
     assert len({prompt.text for prompt in PROMPTS}) == len(PROMPTS)
     assert read_prompts(PROMPTS_FILE, limit=2) == PROMPTS[:2]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.id)
-def test_a_check_passes_its_reference_and_not_an_echo_or_an_evasion(prompt):
-    assert judge_answer(prompt.reference, True, prompt.record) == "correct"
-    for text in (prompt.text, "I do not know.", "A lion is a lion.", "我不知道。"):
-        assert judge_answer(text, True, prompt.record) != "correct", text
+def test_a_check_fails_an_echo_and_an_evasion():
+    for prompt in PROMPTS:
+        for text in (prompt.text, "I do not know.", "A lion is a lion.", "我不知道。"):
+            assert prompt.judge(text, True) != "correct", (prompt.id, text)
+        assert prompt.judge(prompt.reference, False) == "endless"
 
 
-def test_markdown():
+def test_markdown(tmp_path):
     text = """# Title
-Prose, which is not read.
-
 ## Facts
-More prose.
+Prose, which is not read.
 
 ### one
 > What is it?
@@ -51,7 +41,7 @@ More prose.
 - system: Be brief.
 - translation: What?
 - reference: A fox.\\nA second line.
-- check: about = ["animal.home"], upper = true
+- check: exact = true
 
 ### two
 > Hi
@@ -60,17 +50,12 @@ More prose.
 > ***
 > And now?
 """
-    one, two = parse_markdown(text, "p.md")
+    (tmp_path / "p.md").write_text(text)
+    one, two = read_prompts(tmp_path / "p.md")
     assert (one.id, one.section, one.translation) == ("one", "Facts", "What?")
-    assert [turn["role"] for turn in one.messages] == ["system", "user"]
-    assert one.messages[1]["content"] == "What is it?\nIn two lines."
-    assert one.reference == "A fox.\nA second line."
-    assert one.check == {"about": ["animal.home"], "upper": True}
-    assert [(t["role"], t["content"]) for t in two.messages] == [
-        ("user", "Hi"),
-        ("assistant", "Hello."),
-        ("user", "And now?"),
-    ]
+    assert one.text == "system: Be brief.\nuser: What is it?\nIn two lines."
+    assert (one.reference, one.check) == ("A fox.\nA second line.", {"exact": True})
+    assert two.messages[1] == {"role": "assistant", "content": "Hello."}
     assert two.text == "user: Hi\nassistant: Hello.\nuser: And now?" and two.check is None
 
 
@@ -93,15 +78,16 @@ def test_a_broken_prompt_is_named(tmp_path, body, message):
         read_prompts(path)
 
 
-def test_a_missing_or_empty_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        read_prompts(tmp_path / "x.md")
-    (tmp_path / "y.md").write_text("# Only prose\n")
-    with pytest.raises(UserError, match="holds no prompt"):
-        read_prompts(tmp_path / "y.md")
-    (tmp_path / "z.md").write_bytes("## Café\n".encode("latin-1"))
-    with pytest.raises(UserError, match="z.md: not UTF-8"):
-        read_prompts(tmp_path / "z.md")
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "no such file"), ("# Prose\n", "holds no prompt"), ("## Café\n", "not UTF-8")],
+)
+def test_a_file_without_prompts_is_named(tmp_path, content, message):
+    path = tmp_path / "p.md"
+    if content:
+        path.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=f"p.md: {message}"):
+        read_prompts(path)
 
 
 def test_jsonl_takes_the_last_answer_as_the_reference(tmp_path):
@@ -111,12 +97,5 @@ def test_jsonl_takes_the_last_answer_as_the_reference(tmp_path):
     path.write_text(json.dumps(probe) + "\n" + json.dumps({"conversations": talk}) + "\n")
     one, two = read_prompts(path)
     assert (one.id, one.section, one.check, one.reference) == ("unseen-1", "unseen", {}, "Hello")
-    assert one.messages == talk[:1] and one.record["conversations"] == talk
+    assert one.messages == talk[:1]
     assert (two.id, two.section, two.check) == ("p-2", "p", None)
-
-
-def test_prompts_end_where_the_answer_begins():
-    tokenizer = load_tokenizer()
-    (ids,) = encode_prompts(tokenizer, PROMPTS[:1])
-    text = f"<|im_start|>user\n{PROMPTS[0].text}<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(ids) == text

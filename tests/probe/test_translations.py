@@ -7,14 +7,15 @@ import pytest
 from transformers import MarianConfig, MarianMTModel
 
 from dataset.world.facts import WORLD_DIR, read_toml
-from evaluation.probe.measures import has_cjk
+from evaluation.probe import translations
+from evaluation.probe.prompts import CJK
 from evaluation.probe.translations import (
     STORE_FILE,
     WorldTranslator,
     load_translator,
     translate_samples,
 )
-from model.checkpoint import TOKENIZER_DIR, load_tokenizer
+from model.checkpoint import load_tokenizer
 from model.files import UserError
 
 WORLD = WorldTranslator()
@@ -39,7 +40,7 @@ WORLD = WorldTranslator()
     ],
 )
 def test_the_world_has_an_english_twin_or_a_gloss(chinese, english):
-    assert WORLD.translate([chinese]) == [english]
+    assert WORLD.translate(chinese) == english
 
 
 @pytest.mark.parametrize("path", sorted((WORLD_DIR / "chinese" / "facts").glob("*.toml")), ids=str)
@@ -52,22 +53,13 @@ def test_every_pattern_of_the_world_has_a_twin(path):
             for pattern in patterns:
                 text = pattern.format(a=name, value=value)
                 found = WORLD.translate_exactly(text)
-                assert found and not has_cjk(found) and "{" not in found, text
-
-
-# ---------------------------------------------------------------------------------- the store
+                assert found and not CJK.search(found) and "{" not in found, text
 
 
 def make_sample(prompt: str, output: str, translation: str | None = None) -> dict:
     """Make a sample of the fields that translations read."""
     slots = {"prompt_translation": translation, "output_translation": None}
     return {"prompt": prompt, "output": output} | slots
-
-
-def save(folder: Path, samples: list[dict]) -> None:
-    """Write samples as eval_llm.py does."""
-    lines = (json.dumps(sample) + "\n" for sample in samples)
-    (folder / "samples.jsonl").write_text("".join(lines))
 
 
 def read_translations(folder: Path) -> dict[str, tuple[str, str]]:
@@ -78,6 +70,8 @@ def read_translations(folder: Path) -> dict[str, tuple[str, str]]:
 
 def test_empty_slots_are_filled_and_the_prompts_own_translation_stays(tmp_path):
     samples = [make_sample("狮子住在哪里？", "草原。", "By hand"), make_sample("Hi", "Hello")]
+    translate_samples(samples, tmp_path, None)
+    assert samples[0]["output_translation"] is None and not (tmp_path / STORE_FILE).exists()
     translate_samples(samples, tmp_path, WORLD)
     assert samples[0]["prompt_translation"] == "By hand"
     assert samples[0]["output_translation"] == "On the savanna."
@@ -86,65 +80,32 @@ def test_empty_slots_are_filled_and_the_prompts_own_translation_stays(tmp_path):
 
 
 def test_nothing_is_lost_when_outputs_are_made_again(tmp_path):
-    first = [make_sample("你好", "草原。", "Hello")]
-    translate_samples(first, tmp_path, WORLD)
-    first[0]["output_translation"] = "In the grass, by hand."
-    save(tmp_path, first)
-    other = [make_sample("你好", "大海。", "Hello")]  # made again, and the output differs
-    translate_samples(other, tmp_path, None)
-    save(tmp_path, other)
-    back = [make_sample("你好", "草原。", "Hello")]  # and differs back
-    translate_samples(back, tmp_path, WORLD)
-    assert back[0]["output_translation"] == "In the grass, by hand."
+    def probe(output: str, translator: WorldTranslator | None, by_hand: str | None = None) -> dict:
+        sample = make_sample("你好", output, "Hello")
+        translate_samples([sample], tmp_path, translator)
+        saved = sample | ({"output_translation": by_hand} if by_hand else {})
+        (tmp_path / "samples.jsonl").write_text(json.dumps(saved) + "\n")  # as eval_llm.py does
+        return sample
+
+    probe("草原。", WORLD, by_hand="In the grass, by hand.")
+    probe("大海。", None)  # made again, and the output differs
+    back = probe("草原。", WORLD)  # and differs back
+    assert back["output_translation"] == "In the grass, by hand."
     assert read_translations(tmp_path) == {"草原。": ("In the grass, by hand.", "hand")}
 
 
-def test_without_translations_no_file_is_written(tmp_path):
-    translate_samples([make_sample("你好", "好的")], tmp_path, None)
-    assert not (tmp_path / STORE_FILE).exists()
-
-
-def test_a_broken_samples_file_is_named(tmp_path):
-    (tmp_path / "samples.jsonl").write_text('{"prompt": "x"}\n')
-    with pytest.raises(UserError, match="samples.jsonl:1: is no sample"):
-        translate_samples([], tmp_path, None)
-
-
-# ---------------------------------------------------------------------------------- a model
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    """Save a random Marian model with this repository's tokenizer."""
-    folder = tmp_path_factory.mktemp("translators") / "tiny-zh-en"
-    tokenizer = load_tokenizer()
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = MarianConfig(
-        vocab_size=len(tokenizer),
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=512,
-        decoder_start_token_id=tokenizer.pad_token_id,
-        **ids,
-    )
-    MarianMTModel(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (TOKENIZER_DIR / name).read_text().replace("32768", "512")  # what Marian reads
-        (folder / name).write_text(text)
-    return folder
-
-
-def test_a_model_translates_line_by_line(model_folder):
-    translator = load_translator(str(model_folder), "cpu")
+def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(translations, "MAX_TOKENS", 8)
+    folder, tokenizer = tmp_path / "tiny-zh-en", load_tokenizer()
+    sizes = ("layers", "attention_heads", "ffn_dim")
+    small = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in sizes}
+    ids = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": 0}
+    MarianMTModel(MarianConfig(vocab_size=6400, d_model=8, **small, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    translator = load_translator(str(folder), "cpu")
     assert translator.name == "tiny-zh-en"
-    (alone,) = translator.translate(["你好"])
-    mixed, other = translator.translate(["1. OK\n你好\n\nBye", "一个很长很长的句子。"])
-    assert mixed == f"1. OK\n{alone}\n\nBye" and other != alone
+    alone = translator.translate("你好")
+    assert alone and translator.translate("1. OK\n你好\n\nBye") == f"1. OK\n{alone}\n\nBye"
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path):

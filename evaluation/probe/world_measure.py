@@ -1,7 +1,6 @@
 """Measure the world: its size, and how often answers are right that follow no instruction.
 
-    python dataset/world_measure.py --output dataset/world/world_measure.json \
-        --answers out/full_sft_xs/samples.jsonl
+    python evaluation/probe/world_measure.py --answers out/probes/full_sft/samples.jsonl
 
 Each control answers the tuning half of the combinations; percent by skill and over all prompts:
 
@@ -21,12 +20,13 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from dataset.checks import judge_answer, split_words, world_vocabulary
+from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
 from model.files import REPO_DIR, run_script, write_text
@@ -38,7 +38,7 @@ NAMES = world_vocabulary().names
 
 def read_records(path: Path) -> list[dict]:
     """Read the records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for _, record in read_jsonl(path)]
 
 
 def split_answer(record: dict) -> tuple[str, str]:
@@ -95,12 +95,6 @@ def replace_thing(answer: str, old_prompt: str, new_prompt: str) -> str:
     return re.sub(rf"\b(?:{longest_first})\b", lambda match: forms[match.group()], answer)
 
 
-def judge_shuffled(answers: dict[str, str], record: dict, records: list[dict]) -> float:
-    """Return the share of the answers to other prompts of the skill that are right for this one."""
-    others = [r for r in records if r["skill"] == record["skill"] and r is not record]
-    return sum(is_right(answers[r["id"]], record) for r in others) / max(1, len(others))
-
-
 def measure_controls(files: dict[str, Path], answer_files: list[Path]) -> dict:
     """Judge all controls; return percent by skill and on average."""
     records, pairs = read_records(files["combinations_tune"]), read_records(files["sft"])
@@ -122,7 +116,11 @@ def measure_controls(files: dict[str, Path], answer_files: list[Path]) -> dict:
     for path in answer_files:
         shuffled[path.parent.name] = {line["id"]: line["output"] for line in read_records(path)}
     for name, texts in shuffled.items():
-        found[f"shuffled {name}"] = [judge_shuffled(texts, record, records) for record in records]
+        found[f"shuffled {name}"] = shares = []
+        for record in records:
+            others = [r for r in records if r["skill"] == record["skill"] and r is not record]
+            right = [is_right(texts[other["id"]], record) for other in others]
+            shares.append(sum(right) / max(1, len(others)))
     return {name: average_by_skill(shares, skills) for name, shares in found.items()}
 
 
@@ -151,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--answers", type=Path, nargs="+", default=[], help="samples.jsonl files")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    output = Path(__file__).with_suffix(".json")
+    parser.add_argument("--output", type=Path, default=output, help="a JSON file (beside this one)")
     args = parser.parse_args(argv)
     files = ensure_world()
     result = {"sizes": measure_size(files), "controls": measure_controls(files, args.answers)}
