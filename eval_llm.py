@@ -146,12 +146,12 @@ def run_probes(args: argparse.Namespace) -> None:
             outputs.write_outputs(folder, samples, summaries[name], results)
         print(escape_control(f"wrote {folder}"))
     outputs.print_answers(answers, args.show_answers)
-    outputs.print_models(summaries, nll)
     first, *others = nll
     for name in others:
         tables = [compare(answers[first], answers[name])] if prompts else []
         tables += [compare_nll(nll[first], nll[name])] if nll[first] else []
         outputs.write_differences(args.output_dir / name, first, tables)
+    outputs.print_models(summaries, nll)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ from model.files import run_script, write_text
 OUTPUT_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
 VALIDATION_SHARE = 0.02  # of documents
-PAIRS = {"general": 2000, "medical": 300, "chinese": 300}  # of a skill, at most
+PAIRS = {"general": 1150, "medical": 300, "chinese": 300}  # of a skill, at most
 HELD_CELLS = {"tune": 0.05, "test": 0.15}  # shares of (thing, attribute) that never train
 UNSEEN = {"general": 40, "medical": 8, "chinese": 0}  # things of each half that no pair names
 PROBES = {  # prompts of each set and half
