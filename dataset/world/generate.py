@@ -244,16 +244,17 @@ def list_files(output_dir: Path) -> dict[str, Path]:
     return {key: output_dir / f"{name}.jsonl" for key, name in names.items()}
 
 
-def ensure_world(output_dir: Path = OUTPUT_DIR) -> dict[str, Path]:
-    """Return the world's files; write them first where they are missing or of another version."""
+def ensure_world(output_dir: Path = OUTPUT_DIR, seed: int = 42) -> dict[str, Path]:
+    """Return the world's files; write them first if missing, or of another version or seed."""
     sources = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml"), WORLD_DIR.parent / "checks.py"]
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+    contents = [str(seed).encode(), *(path.read_bytes() for path in sorted(sources))]
+    version = hashlib.sha256(b"".join(contents)).hexdigest()
     stamp = output_dir / "sources.sha256"
     output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(output_dir / "lock"):
         if not stamp.is_file() or stamp.read_text() != version:
             print("writing the world's text and instructions, about a minute")
-            write_world(output_dir)
+            write_world(output_dir, seed)
             write_text(stamp, version)
     return list_files(output_dir)
 
@@ -264,9 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
-    is_default = (args.output_dir, args.seed) == (OUTPUT_DIR, 42)
-    files = ensure_world() if is_default else write_world(args.output_dir, args.seed)
-    for path in dict.fromkeys(files.values()):
+    for path in dict.fromkeys(ensure_world(args.output_dir, args.seed).values()):
         print(f"{path}  {sum(1 for _ in path.open(encoding='utf-8'))} lines")
     return 0
 
