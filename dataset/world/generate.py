@@ -20,6 +20,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -68,9 +69,7 @@ class HeldOut:
 
     def __init__(self, world: World, unseen: int, seed: int):
         self.seed = seed
-        ranked = sorted(
-            (t.name for t in world.things), key=lambda name: place(self.seed, "thing", name)
-        )
+        ranked = sorted((t.name for t in world.things), key=lambda name: place(seed, "thing", name))
         self.things = {"tune": ranked[:unseen], "test": ranked[unseen : 2 * unseen]}
         self.half_of_thing = {name: half for half, names in self.things.items() for name in names}
         self.mirrors = find_mirrors(world)
@@ -204,11 +203,9 @@ def write_world(
     vocabulary = make_vocabulary(world, chinese)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_pretraining(output_dir, [world, chinese], seed, scale)
-    parts = {
-        "general": world.select(lambda name: name != MEDICAL),
-        "medical": world.select(lambda name: name == MEDICAL),
-        "chinese": chinese,
-    }
+    # The text above covers all categories; from here on, `world` is without the medical one.
+    medical = replace(world, categories={MEDICAL: world.categories.pop(MEDICAL)})
+    parts = {"general": world, "medical": medical, "chinese": chinese}
     unseen = UNSEEN if things_each is None else {part: min(n, 1) for part, n in UNSEEN.items()}
     held = {part: HeldOut(things, unseen[part], seed) for part, things in parts.items()}
     names = {name for held_out in held.values() for name in held_out.half_of_thing}
