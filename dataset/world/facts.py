@@ -6,9 +6,7 @@ a line to its table; the header of `facts/animals.toml` names the slots of a pat
 """
 
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 from model.files import UserError
@@ -54,8 +52,11 @@ class Thing:
         return self.name if self.plural is None else with_article(self.name)
 
     def slots(self, attribute: str | None = None) -> dict[str, str]:
-        """Return what the slots of a pattern stand for."""
-        return make_slots(self.a, self.name, self.plural, self.values.get(attribute))
+        """Return what the slots of a pattern stand for, and each again with a capital."""
+        slots = {"a": self.a, "name": self.name}
+        slots |= {"plural": self.plural} if self.plural is not None else {}
+        slots |= {"value": self.values[attribute]} if attribute else {}
+        return slots | {capitalize(key): capitalize(text) for key, text in slots.items()}
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,10 @@ class World:
         """All things, category by category."""
         return [thing for category in self.categories.values() for thing in category.things]
 
-    def category_of(self, thing: Thing) -> Category:
-        """Return the category of a thing."""
-        return self.categories[thing.category]
-
-    def select(self, keep: Callable[[str], bool]) -> "World":
-        """Return the part of the world whose categories' names are to be kept."""
-        kept = {name: category for name, category in self.categories.items() if keep(name)}
-        return replace(self, categories=kept)
-
 
 def capitalize(text: str) -> str:
     """Make the first letter a capital and leave the others alone."""
     return text[:1].upper() + text[1:]
-
-
-@cache
-def make_slots(*texts: str | None) -> dict[str, str]:
-    """Name the texts of a thing, and each again with a capital."""
-    named = zip(("a", "name", "plural", "value"), texts, strict=True)
-    slots = {key: text for key, text in named if text is not None}
-    return slots | {capitalize(key): capitalize(text) for key, text in slots.items()}
 
 
 def uncapitalize(text: str, thing: Thing) -> str:

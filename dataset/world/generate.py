@@ -20,6 +20,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -68,9 +69,7 @@ class HeldOut:
 
     def __init__(self, world: World, unseen: int, seed: int):
         self.seed = seed
-        ranked = sorted(
-            (t.name for t in world.things), key=lambda name: place(self.seed, "thing", name)
-        )
+        ranked = sorted((t.name for t in world.things), key=lambda name: place(seed, "thing", name))
         self.things = {"tune": ranked[:unseen], "test": ranked[unseen : 2 * unseen]}
         self.half_of_thing = {name: half for half, names in self.things.items() for name in names}
         self.mirrors = find_mirrors(world)
@@ -204,11 +203,9 @@ def write_world(
     vocabulary = make_vocabulary(world, chinese)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_pretraining(output_dir, [world, chinese], seed, scale)
-    parts = {
-        "general": world.select(lambda name: name != MEDICAL),
-        "medical": world.select(lambda name: name == MEDICAL),
-        "chinese": chinese,
-    }
+    # The text above covers all categories; from here on, `world` is without the medical one.
+    medical = replace(world, categories={MEDICAL: world.categories.pop(MEDICAL)})
+    parts = {"general": world, "medical": medical, "chinese": chinese}
     unseen = UNSEEN if things_each is None else {part: min(n, 1) for part, n in UNSEEN.items()}
     held = {part: HeldOut(things, unseen[part], seed) for part, things in parts.items()}
     names = {name for held_out in held.values() for name in held_out.half_of_thing}
@@ -244,16 +241,17 @@ def list_files(output_dir: Path) -> dict[str, Path]:
     return {key: output_dir / f"{name}.jsonl" for key, name in names.items()}
 
 
-def ensure_world(output_dir: Path = OUTPUT_DIR) -> dict[str, Path]:
-    """Return the world's files; write them first where they are missing or of another version."""
+def ensure_world(output_dir: Path = OUTPUT_DIR, seed: int = 42) -> dict[str, Path]:
+    """Return the world's files; write them first if missing, or of another version or seed."""
     sources = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml"), WORLD_DIR.parent / "checks.py"]
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+    contents = [str(seed).encode(), *(path.read_bytes() for path in sorted(sources))]
+    version = hashlib.sha256(b"".join(contents)).hexdigest()
     stamp = output_dir / "sources.sha256"
     output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(output_dir / "lock"):
         if not stamp.is_file() or stamp.read_text() != version:
             print("writing the world's text and instructions, about a minute")
-            write_world(output_dir)
+            write_world(output_dir, seed)
             write_text(stamp, version)
     return list_files(output_dir)
 
@@ -264,9 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
-    is_default = (args.output_dir, args.seed) == (OUTPUT_DIR, 42)
-    files = ensure_world() if is_default else write_world(args.output_dir, args.seed)
-    for path in dict.fromkeys(files.values()):
+    for path in dict.fromkeys(ensure_world(args.output_dir, args.seed).values()):
         print(f"{path}  {sum(1 for _ in path.open(encoding='utf-8'))} lines")
     return 0
 

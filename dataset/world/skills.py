@@ -51,7 +51,7 @@ class Writer:
 
     def attributes(self, thing: Thing, count: int | None = None) -> list[Attribute]:
         """Draw attributes of a thing; all of them, in random order, where no count is given."""
-        attributes = list(self.world.category_of(thing).attributes.values())
+        attributes = list(self.world.categories[thing.category].attributes.values())
         return self.rng.sample(attributes, count or len(attributes))
 
     def companions(self, thing: Thing, count: int) -> list[Thing]:
@@ -61,9 +61,6 @@ class Writer:
     def persons(self, count: int) -> list[str]:
         """Draw first names."""
         return [name for name, *_ in self.rng.sample(self.words["people"], count)]
-
-
-Maker = Callable[[Writer, Thing], Pair | None]
 
 
 @dataclass
@@ -101,7 +98,7 @@ def draw_fact(d: Draw) -> None:
 
 def draw_second(d: Draw) -> None:
     """Draw a second attribute of the thing; the pair is about it where its question follows."""
-    found = d.w.world.category_of(d.thing).attributes.values()
+    found = d.w.world.categories[d.thing.category].attributes.values()
     attribute = d.w.rng.choice([a for a in found if a not in d.facts])
     d.slots |= {"label2": attribute.name, "answer2": d.w.answer(d.thing, attribute)}
     d.slots["small_answer2"] = uncapitalize(d.slots["answer2"], d.thing)
@@ -127,7 +124,7 @@ def draw_other(d: Draw) -> None:
 def draw_wrong(d: Draw) -> None:
     """Draw a value of another thing: a wrong sentence, a claim that may be true, and a choice."""
     attribute, right, rng = d.facts[0], d.thing.values[d.facts[0].name], d.w.rng
-    values = {thing.values[attribute.name] for thing in d.w.world.category_of(d.thing).things}
+    values = {t.values[attribute.name] for t in d.w.world.categories[d.thing.category].things}
     value = rng.choice(sorted(values - {right}))
     wrong = attribute.answer.format(**d.thing.slots() | {"value": value})
     truth, claim = ("Yes", d.slots["answer"]) if rng.random() < 0.5 else ("No", wrong)
@@ -139,7 +136,7 @@ def draw_wrong(d: Draw) -> None:
 def draw_clues(d: Draw) -> None:
     """Draw 3 facts that no other thing shares."""
     clues, values = d.w.attributes(d.thing, 3), d.thing.values
-    for other in d.w.world.category_of(d.thing).things:
+    for other in d.w.world.categories[d.thing.category].things:
         if other != d.thing and all(other.values[c.name] == values[c.name] for c in clues):
             raise LookupError("two things share the clues")
     texts = (d.w.rng.choice(c.it).format(**d.thing.slots(c.name)) for c in clues)
@@ -197,6 +194,7 @@ def draw_scene(d: Draw) -> None:
 NOUN_DRAWS = {"list": draw_list, "scene": draw_scene}  # of a thing's plural
 DRAWS = NOUN_DRAWS | {"fact": draw_fact, "second": draw_second, "other": draw_other}
 DRAWS |= {"wrong": draw_wrong, "clues": draw_clues, "categories": draw_categories}
+Maker = Callable[[Writer, Thing], Pair | None]
 
 
 def join_phrases(items: list[Thing]) -> str:
@@ -220,7 +218,8 @@ def make_fact_maker(skill: str) -> Maker:
     """Ask for an attribute of this skill, in the attribute's own question forms."""
 
     def ask(w: Writer, thing: Thing) -> Pair | None:
-        attributes = [a for a in w.world.category_of(thing).attributes.values() if a.skill == skill]
+        found = w.world.categories[thing.category].attributes.values()
+        attributes = [a for a in found if a.skill == skill]
         if not attributes:
             return None
         attribute = w.rng.choice(attributes)
@@ -241,7 +240,7 @@ def make_maker(skill: str, spec: dict) -> Maker:
         d = Draw(w, thing, spec.get("key", skill), thing.slots() | people)
         d.add_cells(d.key, thing)
         d.slots["word"] = w.rng.choice(spec.get("words", [""]))
-        d.slots["category"] = w.world.category_of(thing).a
+        d.slots["category"] = w.world.categories[thing.category].a
         case = w.rng.choice(spec.get("cases", [spec]))
         try:
             for name in spec["uses"]:

@@ -74,13 +74,13 @@ class TextWriter(Writer):
 
     def classify(self, thing: Thing) -> str:
         """State the category of a thing."""
-        category = self.world.category_of(thing)
+        category = self.world.categories[thing.category]
         slots = thing.slots() | {"category": category.a, "categories": category.plural}
         return self.frame("kinds", **slots)
 
     def relate(self, thing: Thing, attribute: Attribute) -> list[str]:
         """Lead over to another thing that has the same value, if there is one."""
-        name, things = attribute.name, self.world.category_of(thing).things
+        name, things = attribute.name, self.world.categories[thing.category].things
         alike = [t for t in things if t.values[name] == thing.values[name] and t != thing]
         if not alike:
             return []
@@ -132,8 +132,7 @@ class TextWriter(Writer):
         lines = [self.frame("classroom", p=p, q=q), self.list_names(), self.scene()]
         lines.append(self.frame("classroom", p=q, q=p))
         lines.append(self.quote(thing, self.attributes(thing)[0], p))
-        lines.append(capitalize(self.classify(self.companions(thing, 1)[0])))
-        lines.append(self.scene())
+        lines += [capitalize(self.classify(self.companions(thing, 1)[0])), self.scene()]
         self.rng.shuffle(lines)
         return " ".join(lines)
 
