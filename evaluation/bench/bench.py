@@ -50,9 +50,9 @@ BATCHES, WORKERS = (1, 2, 4, 8, 16, 32, 64, 128), (0, 1, 2, 4, 8)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 40, 64
 # Names in a profile: products are operators on a CPU and kernels on a GPU.
 PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}
-PARTS = ("Training", "Start", "Generation", "Batches", "Loading")
+TABLES = ("Training", "Start", "Generation", "Batches", "Loading")
 KEYS = ["size", "pairs", "method", "batch", "workers", "engine"]
-COSTS = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
+MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
 COLUMNS = ["MiB", "% outside products", "% waiting for data"]
 start_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
 
@@ -156,12 +156,12 @@ def run_in_turns(job: dict) -> pd.DataFrame:
         rows.append(arm | report | {"turn": turn})
     for process, _ in arms:
         process.shutdown()
-    return summarize(pd.DataFrame(rows))
+    return take_medians(pd.DataFrame(rows))
 
 
-def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return medians over turns; our engine and FFT stand before the arms that are compared."""
-    frame = rows.reindex(columns=[*KEYS, *COSTS, *COLUMNS])
+    frame = rows.reindex(columns=[*KEYS, *MEASURED, *COLUMNS])
     seconds, turn = frame["seconds"], frame["turn"]
     frame["tokens/s"] = frame["tokens"] / seconds
     frame["time / ours"] = seconds / seconds.groupby([turn, frame["method"]]).transform("first")
@@ -169,7 +169,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     frame["% of the peak"] = 100 * frame["tokens/s"] * frame["flops"] / frame["peak"]
     table = frame.groupby(KEYS, sort=False).median()
     table["% GPU busy"] = 100 * table["kernels"] / table["seconds"]
-    return table.drop(columns=COSTS).reset_index()
+    return table.drop(columns=MEASURED).reset_index()
 
 
 def measure_start(job: dict) -> pd.DataFrame:
@@ -197,7 +197,7 @@ def measure_generation(job: dict) -> pd.DataFrame:
         torch.as_tensor(calls[engine]()).cpu()  # waits for the device
         cost = {"seconds": time.perf_counter() - clock, "tokens": PROMPTS * NEW_TOKENS}
         rows.append(job | cost | {"engine": engine, "method": "greedy", "turn": turn})
-    return summarize(pd.DataFrame(rows[len(calls) :]).drop(columns="peak"))
+    return take_medians(pd.DataFrame(rows[len(calls) :]).drop(columns="peak"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes, output = read_study().sizes, Path(__file__).with_name("bench.json")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes), help="(all)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables (all)")
+    parser.add_argument("--parts", nargs="+", choices=TABLES, default=TABLES, help="tables (all)")
     parser.add_argument("--pairs", type=int, default=1, help="pairs in a conversation (1)")
     parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")

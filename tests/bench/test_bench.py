@@ -69,7 +69,7 @@ def test_medians_by_hand() -> None:
     ]
     profile = {"% outside products": 75, "kernels": 0.5, "turn": 3}
     rows += [dict.fromkeys(bench.KEYS, "FFT") | {"engine": engine} | profile for engine in seconds]
-    ours, trainer = bench.summarize(pd.DataFrame(rows)).to_dict("records")
+    ours, trainer = bench.take_medians(pd.DataFrame(rows)).to_dict("records")
     assert ours["tokens/s"] == 45 and trainer["tokens/s"] == 22.5
     assert ours["% of the peak"] == 25 and ours["MiB"] == 2
     assert ours["% outside products"] == 75 and ours["% GPU busy"] == 25

@@ -7,7 +7,6 @@ import torch
 
 from evaluation.updates import spectra
 
-
 GENERATOR = torch.Generator().manual_seed(0)
 
 
