@@ -49,8 +49,8 @@ def test_truncated_and_kept_parts(base: Path) -> None:
     assert not cut["model.embed_tokens.weight"].any()
     assert random[query].norm().item() == pytest.approx(whole[query].norm().item(), rel=1e-4)
     assert torch.allclose(only[gate], whole[gate], atol=1e-6) and not only[query].any()
-    record = json.loads((base.with_name("tuned_only_mlp_norms") / "run.json").read_text())
-    assert record["part_of_update"] == "only_mlp_norms"
+    record = (base.with_name("tuned_only_mlp_norms") / "run.json").read_text()
+    assert json.loads(record)["part_of_update"] == "only_mlp_norms"
 
 
 def test_analysis_of_a_checkpoint(base: Path) -> None:
