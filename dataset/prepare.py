@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.lm_dataset import DataError, record_messages
+from dataset.lm_dataset import record_messages
 from model.files import REPO_DIR, UserError, file_sha256, replace_file, run_script, write_json
 
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def convert_minimind(record: dict, rules: dict) -> Example | str:
     turns = [t for t in turns if t["role"] != "system" or t["content"].strip() or t.get("tools")]
     try:
         record_messages({"conversations": turns}, "")
-    except DataError:
+    except UserError:
         return "unreadable"  # tools, thoughts, empty turns, roles out of order
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     return turns[len(turns) % 2]["content"], {"conversations": turns}, {}

@@ -174,12 +174,11 @@ def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 def measure_start(job: dict) -> pd.DataFrame:
     """Time a process from its start to its first step's end, with and without compiled code."""
-    rows = [job | {"engine": engine, "code": engine} for engine in job["engines"] for _ in range(2)]
+    rows = [job | {"engine": e, "code": e} for e in job["engines"] for _ in range(2)]
     for row, compiled in zip(rows, ("cold", "warm") * 2, strict=True):
-        started = time.time()
+        row |= {"compiled code": compiled, "s": -time.time()}
         with start_process() as process:
-            seconds = process.submit(run_turn, row).result()["first_step_at"] - started
-        row |= {"compiled code": compiled, "s": seconds}
+            row["s"] += process.submit(run_turn, row).result()["first_step_at"]
     return pd.DataFrame(rows)[["size", "engine", "compiled code", "s"]]
 
 
@@ -196,7 +195,8 @@ def measure_generation(job: dict) -> pd.DataFrame:
         clock = time.perf_counter()
         torch.as_tensor(calls[engine]()).cpu()  # waits for the device
         cost = {"seconds": time.perf_counter() - clock, "tokens": PROMPTS * NEW_TOKENS}
-        rows.append(job | cost | {"engine": engine, "method": "greedy", "turn": turn})
+        cost |= {"engine": engine, "method": "greedy", "batch": PROMPTS, "turn": turn}
+        rows.append(job | cost)
     return take_medians(pd.DataFrame(rows[len(calls) :]).drop(columns="peak"))
 
 
