@@ -51,9 +51,9 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 40, 64
 # Names in a profile: products are operators on a CPU and kernels on a GPU.
 PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}
 TABLES = ("Training", "Start", "Generation", "Batches", "Loading")
-KEYS = ["size", "pairs", "method", "batch", "workers", "engine"]
+ARM_KEYS = ["size", "pairs", "method", "batch", "workers", "engine"]
 MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
-COLUMNS = ["MiB", "% outside products", "% waiting for data"]
+SHARES = ["MiB", "% outside products", "% waiting for data"]
 start_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
 
 
@@ -161,13 +161,13 @@ def run_in_turns(job: dict) -> pd.DataFrame:
 
 def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return medians over turns; our engine and FFT stand before the arms that are compared."""
-    frame = rows.reindex(columns=[*KEYS, *MEASURED, *COLUMNS])
+    frame = rows.reindex(columns=[*ARM_KEYS, *MEASURED, *SHARES])
     seconds, turn = frame["seconds"], frame["turn"]
     frame["tokens/s"] = frame["tokens"] / seconds
     frame["time / ours"] = seconds / seconds.groupby([turn, frame["method"]]).transform("first")
     frame["time / FFT"] = seconds / seconds.groupby([turn, frame["engine"]]).transform("first")
     frame["% of the peak"] = 100 * frame["tokens/s"] * frame["flops"] / frame["peak"]
-    table = frame.groupby(KEYS, sort=False).median()
+    table = frame.groupby(ARM_KEYS, sort=False).median()
     table["% GPU busy"] = 100 * table["kernels"] / table["seconds"]
     return table.drop(columns=MEASURED).reset_index()
 
