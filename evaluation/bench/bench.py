@@ -53,7 +53,7 @@ PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}
 TABLES = ("Training", "Start", "Generation", "Batches", "Loading")
 ARM_KEYS = ["size", "pairs", "method", "batch", "workers", "engine"]
 MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
-SHARES = ["MiB", "% outside products", "% waiting for data"]
+TABLE_COLUMNS = ["MiB", "% outside products", "% waiting for data"]
 start_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
 
 
@@ -161,7 +161,7 @@ def run_in_turns(job: dict) -> pd.DataFrame:
 
 def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return medians over turns; our engine and FFT stand before the arms that are compared."""
-    frame = rows.reindex(columns=[*ARM_KEYS, *MEASURED, *SHARES])
+    frame = rows.reindex(columns=[*ARM_KEYS, *MEASURED, *TABLE_COLUMNS])
     seconds, turn = frame["seconds"], frame["turn"]
     frame["tokens/s"] = frame["tokens"] / seconds
     frame["time / ours"] = seconds / seconds.groupby([turn, frame["method"]]).transform("first")
