@@ -2,241 +2,248 @@
 
     python evaluation/bench/bench.py                     # or: make bench
     python evaluation/bench/bench.py --sizes xs --quick  # does it run? too few turns to report
-    python evaluation/bench/bench.py --parts Training --sizes m26
 
-Each arm (arms.py) has a process. All arms take a turn, one after the other, then all take the next
-one, of the same batches. The peak is a large matrix product, timed in each turn. Numbers are
-medians over turns, of ratios too. Tokens exclude padding. FLOPs are those of `flops_per_token`.
-Fused attention counts as outside products. bench.json is written anew: no run adds to another's.
+An arm is a process that trains by one engine: "ours", a script of trainer/ with compiled blocks;
+"minimind", the same with MiniMind's way of loading; "trainer", transformers' Trainer with PEFT, not
+compiled, its default. Arms take turns, with the same weights and batches. Numbers are medians over
+turns, without first steps. "% of the peak" is MFU; the peak is that of a large product, measured.
 """
 
 import argparse
+import json
 import multiprocessing
+import os
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from itertools import count, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import pandas as pd
 import torch
-from transformers import LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from torch.autograd import DeviceType
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.benchmark import Timer
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dataset.lm_dataset import StepPlan, chunks, encode_conversations, read_jsonl
+from dataset.lm_dataset import StepPlan, TokenDataset, chunks, load_dataset, read_jsonl
 from dataset.world.generate import ensure_world
-from evaluation.bench.arms import METHODS, Job, run_turn, synchronize
 from evaluation.study.settings import read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
-from model.files import UserError, run_script, write_json
+from model.files import read_json, run_script, write_json
 from model.generation import Decoding, generate
-from model.model_minimind import MiniMindForCausalLM, minimind_config
-from trainer.arguments import DEVICES, choose_device, choose_dtype
+from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
+from trainer import train_full_sft, train_lora
+from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, choose_dtype
 from trainer.run_folder import describe_machine, git_state
-from trainer.trainer_utils import flops_per_token
 
-RESULT = Path(__file__).with_name("bench.json")
+METHODS = {"FFT": None, "LoRA square": ["q_proj", "o_proj"], "LoRA all-linear": "all-linear"}
 SAMPLES = 1_024  # a multiple of each batch size, so that no batch is smaller
-JOINED = {"world": 1, "long": 5}  # pairs in a conversation: 53 and some 260 tokens on average
 BATCHES, WORKERS = (1, 2, 4, 8, 16, 32, 64, 128), (0, 1, 2, 4, 8)
-PROMPTS, NEW_TOKENS = 100, 64
-SPAWN = multiprocessing.get_context("spawn")
-# FLOP/s of dense bfloat16 products by a part of the card's name, as its maker states them.
-CARD_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-PARTS = ("Training", "Start", "Generation", "Batches", "Loading")
-KEYS = ["size", "data", "method", "batch", "workers", "engine"]
-# "time / ours" and "time / FFT": how many times as long as our engine, and as FFT, an arm takes.
-TRAINING = ["tokens/s", "time / ours", "time / FFT", "MiB", "% of the peak", "% outside products"]
-ON_GPU = ["tokens/s", "time / FFT", "MiB", "% MFU", "% GPU busy"]
-LOADING = ["tokens/s", "time / ours", "% waiting for data"]
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 40, 64
+# Names in a profile: products are operators on a CPU and kernels on a GPU.
+PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}
+TABLES = ("Training", "Start", "Generation", "Batches", "Loading")
+ARM_KEYS = ["size", "pairs", "method", "batch", "workers", "engine"]
+MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
+TABLE_COLUMNS = ["MiB", "% outside products", "% waiting for data"]
+start_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
 
 
-def time_call(function: Callable, device: str) -> float:
-    """Return the seconds that a call takes."""
-    synchronize(device)
-    clock = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - clock
+class MiniMindData:
+    """MiniMind's way of loading: a sample is rendered, tokenized, padded and labeled when read."""
+
+    def __init__(self, path: Path, data: TokenDataset):
+        self.lengths, self.targets, self.info = data.lengths, data.targets, data.info
+        self.records = [record for _, record in read_jsonl(path)]
+        self.tokenizer = load_tokenizer()
+        self.opening = self.tokenizer("<|im_start|>assistant\n").input_ids
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        """Return ids and labels, padded to the most that a sample may have."""
+        chat, size = self.records[index]["conversations"], len(self.opening)
+        ids = self.tokenizer(self.tokenizer.apply_chat_template(chat, tokenize=False)).input_ids
+        ids = (ids + [self.tokenizer.pad_token_id] * MAX_SEQ_LEN)[:MAX_SEQ_LEN]
+        labels, in_answer = [IGNORE_INDEX] * MAX_SEQ_LEN, False
+        for i in range(size, MAX_SEQ_LEN):
+            if in_answer or ids[i - size : i] == self.opening:
+                labels[i], in_answer = ids[i], ids[i] != self.tokenizer.eos_token_id
+        return ids, labels
 
 
-def measure_peak(device: str) -> float:
-    """Return the FLOP/s of a large product, the best of 4."""
-    width, dtype = 8192 if device == "cuda" else 4096, choose_dtype("auto", device)
-    matrix = torch.randn(width, width, device=device).to(getattr(torch, dtype))
-    return 2 * width**3 / min(time_call(lambda: matrix @ matrix, device) for _ in range(4))
+def train_ours(job: dict, data: TokenDataset) -> dict:
+    """Run a training script as its users do; return mean loss and FLOPs a token."""
+    folder, steps, name = job["folder"], job["steps"] + 1, f"run{os.getpid()}"
+    words = f"--from_weight {folder / job['size']} --data_path {folder / 'chats.jsonl'} --overwrite"
+    words += f" --save_dir {folder} --device {job['device']} --use_compile {job['compiles']}"
+    words += f" --batch_size {job['batch']} --num_workers {job['workers']} --max_steps {steps}"
+    words += f" --log_interval {steps} --learning_rate 1e-4 --lr_schedule constant"
+    is_lora, targets = job["method"] != "FFT", job["method"].removeprefix("LoRA ")
+    words += f" --lora_name {name} --lora_targets {targets}" if is_lora else f" --run_name {name}"
+    script = train_lora if is_lora else train_full_sft
+    if job["engine"] == "minimind":
+        script.load_data = lambda *_: (MiniMindData(folder / "chats.jsonl", data), None)
+    script.main(words.split())
+    record = read_json(folder / name / "run.json")
+    return {"loss": record["train_loss"], "flops": record["flops"] / record["tokens"]}
 
 
-def run_in_turns(jobs: list[Job], turns: int) -> pd.DataFrame:
-    """Train jobs of one data set and batch size in turns, the first not counted; a row for each."""
-    first, rows = jobs[0], []
-    with ExitStack() as stack:
-        pools = [stack.enter_context(ProcessPoolExecutor(1, SPAWN)) for _ in jobs]
-        arms = list(zip(pools, jobs, strict=True))
-        for turn in range(1 + turns):
-            calls = (pool.submit(run_turn, job) for pool, job in arms)  # one after the other
-            if turn == 0 and first.device == "cuda":
-                calls = list(calls)  # all at once: they compile
-            reports = [call.result() for call in calls]
-            shared = {"turn": turn, "peak": measure_peak(first.device)}
-            rows += [job.keys | shared | report for job, report in zip(jobs, reports, strict=True)]
-        profiles = [pool.submit(run_turn, job, profiles=True).result() for pool, job in arms]
-    data = first.load_tokens()
-    plan = StepPlan(data.lengths, first.batch)
-    name = torch.cuda.get_device_name() if first.device == "cuda" else ""
-    facts = pd.DataFrame(profiles)[["products", "waiting"]]
-    facts["flops"] = [flops_per_token(job.load_model(), data.lengths) for job in jobs]
-    facts["tokens"] = sum(data.lengths[plan[1 + step]].sum() for step in range(first.steps))
-    facts["card"] = next((peak for part, peak in CARD_PEAKS.items() if part in name), np.nan)
-    frame = pd.DataFrame(rows).join(pd.concat([facts] * (1 + turns), ignore_index=True))
-    losses = frame[frame["turn"] == 0].groupby("method")["loss"]
-    if (losses.max() > 1.02 * losses.min()).any():
-        raise UserError(f"arms do not train alike; their losses: {losses.agg(list).to_dict()}")
-    return summarize(frame[frame["turn"] > 0])
+def train_theirs(job: dict, data: TokenDataset) -> dict:
+    """Train by Trainer, and PEFT for adapters, as `train_ours` does; return the mean loss."""
+    plan, steps, folder = StepPlan(data.lengths, job["batch"]), job["steps"] + 1, job["folder"]
+    samples = [data[i] for step in range(steps) for i in plan[step]]
+    samples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in samples]
+    model = LlamaForCausalLM.from_pretrained(folder / job["size"], dtype=torch.float32)
+    if targets := METHODS[job["method"]]:
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=targets))
+    flags = {"output_dir": folder / "theirs", "use_cpu": job["device"] == "cpu"}
+    flags |= {"max_steps": steps, "learning_rate": 1e-4, "lr_scheduler_type": "constant"}
+    flags |= {"train_sampling_strategy": "sequential", "bf16": job["dtype"] == "bfloat16"}
+    flags |= {"per_device_train_batch_size": job["batch"], "save_strategy": "no"}
+    collator = DataCollatorForSeq2Seq(load_tokenizer())
+    return {"loss": Trainer(model, TrainingArguments(**flags), collator, samples).train()[1]}
 
 
-def summarize(frame: pd.DataFrame) -> pd.DataFrame:
+def run_turn(job: dict, profiles: bool = False) -> dict:
+    """Train a first step and `job["steps"]` timed ones; return their cost, or their profile."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job["folder"] / job.get("code", "compiled"))
+    data = load_dataset("sft", [job["folder"] / "chats.jsonl"], load_tokenizer(), MAX_SEQ_LEN)
+    is_gpu, profiler, clock, steps = job["device"] == "cuda", torch.profiler.profile(), [], count(1)
+
+    def note_step(*_: object) -> None:
+        if next(steps) in (1, job["steps"] + 1):
+            if is_gpu:
+                torch.cuda.synchronize()
+            clock.append(time.time())
+            if profiles:
+                (profiler.stop if len(clock) > 1 else profiler.start)()
+            clock.append(time.time())
+
+    hook = register_optimizer_step_post_hook(note_step)
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        report = (train_theirs if job["engine"] == "trainer" else train_ours)(job, data)
+    hook.remove()
+    plan, seconds = StepPlan(data.lengths, job["batch"]), clock[2] - clock[1]
+    if profiles:
+        events = pd.DataFrame(vars(event) for event in profiler.key_averages()).set_index("key")
+        is_kernel = events["device_type"].eq(DeviceType.CUDA) & ~events["is_user_annotation"]
+        on_gpu = events["self_device_time_total"][is_kernel] / 1e6
+        own = on_gpu if is_gpu else events["self_cpu_time_total"] / 1e6
+        inside = own.filter(regex=PRODUCTS[is_gpu]).sum() / seconds
+        waiting = events["cpu_time_total"].filter(like="DataLoader").sum() / 1e6 / seconds
+        report = {"% outside products": 100 - 100 * inside, "% waiting for data": 100 * waiting}
+        return report | {"kernels": on_gpu.sum() if is_gpu else float("nan")}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    memory = torch.cuda.max_memory_allocated() if is_gpu else memory
+    report["tokens"] = sum(data.lengths[plan[1 + step]].sum() for step in range(job["steps"]))
+    return report | {"first_step_at": clock[0], "seconds": seconds, "MiB": memory / 2**20}
+
+
+def run_in_turns(job: dict) -> pd.DataFrame:
+    """Train by each engine and method in turns; return medians, a row for each."""
+    keys = [{"method": m, "engine": e} for m in job["methods"] for e in job["engines"]]
+    arms, rows = [(start_process(), job | key) for key in keys], []
+    wait([process.submit(run_turn, arm) for process, arm in arms])  # not timed: they compile
+    for turn, (process, arm) in product(range(job["turns"] + 1), arms):
+        report = process.submit(run_turn, arm, turn == job["turns"]).result()  # a profile at last
+        rows.append(arm | report | {"turn": turn})
+    for process, _ in arms:
+        process.shutdown()
+    return take_medians(pd.DataFrame(rows))
+
+
+def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return medians over turns; our engine and FFT stand before the arms that are compared."""
-    turn, seconds = frame["turn"], frame["seconds"]
-    speed = frame["tokens"] / seconds
-    columns = {
-        "tokens/s": speed,
-        "time / ours": seconds / seconds.groupby([turn, frame["method"]]).transform("first"),
-        "time / FFT": seconds / seconds.groupby([turn, frame["engine"]]).transform("first"),
-        "MiB": frame["memory"] / 2**20,
-        "% of the peak": 100 * speed * frame["flops"] / frame["peak"],
-        "% MFU": 100 * speed * frame["flops"] / frame["card"],
-        "% GPU busy": frame.get("busy", np.nan),
-        "% outside products": 100 * (1 - frame["products"]),
-        "% waiting for data": 100 * frame["waiting"],
-    }
-    frame = frame[KEYS].assign(**columns)
-    return frame.groupby(KEYS, sort=False).median().reset_index()
+    frame = rows.reindex(columns=[*ARM_KEYS, *MEASURED, *TABLE_COLUMNS])
+    seconds, turn = frame["seconds"], frame["turn"]
+    frame["tokens/s"] = frame["tokens"] / seconds
+    frame["time / ours"] = seconds / seconds.groupby([turn, frame["method"]]).transform("first")
+    frame["time / FFT"] = seconds / seconds.groupby([turn, frame["engine"]]).transform("first")
+    frame["% of the peak"] = 100 * frame["tokens/s"] * frame["flops"] / frame["peak"]
+    table = frame.groupby(ARM_KEYS, sort=False).median()
+    table["% GPU busy"] = 100 * table["kernels"] / table["seconds"]
+    return table.drop(columns=MEASURED).reset_index()
 
 
-def measure_start(job: Job) -> pd.DataFrame:
-    """Time a process from its start to the end of its first step, without and with caches."""
-    rows = []
-    for engine in ("ours", "trainer"):
-        alone = replace(job, engine=engine, folder=job.folder / f"start {engine}")
-        row = job.keys | {"engine": engine}
-        for state in ("s, cold", "s, warm"):
-            started = time.time()
-            with ProcessPoolExecutor(1, SPAWN) as pool:
-                row[state] = pool.submit(run_turn, alone).result()["first_step_at"] - started
-        rows.append(row)
-    return pd.DataFrame(rows)
+def measure_start(job: dict) -> pd.DataFrame:
+    """Time a process from its start to its first step's end, with and without compiled code."""
+    rows = [job | {"engine": e, "code": e} for e in job["engines"] for _ in range(2)]
+    for row, compiled in zip(rows, ("cold", "warm") * 2, strict=True):
+        row |= {"compiled code": compiled, "s": -time.time()}
+        with start_process() as process:
+            row["s"] += process.submit(run_turn, row).result()["first_step_at"]
+    return pd.DataFrame(rows)[["size", "engine", "compiled code", "s"]]
 
 
-def measure_generation(job: Job, turns: int) -> pd.DataFrame:
+def measure_generation(job: dict) -> pd.DataFrame:
     """Time greedy answers that end at no token, ours and transformers' from the same weights."""
-    records, tokenizer = [record for _, record in read_jsonl(job.data)][:PROMPTS], load_tokenizer()
-    asked = [record["conversations"][:-1] for record in records]
-    prompts = [ids for ids, _ in encode_conversations(tokenizer, asked, generation_prompt=True)]
-    options = {"padding_side": "left", "return_tensors": "pt"}
-    inputs = dict(tokenizer.pad({"input_ids": prompts}, **options).to(job.device))
-    inputs |= {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        ours = load_model(job.weights).to(job.device, dtype).eval()
-        theirs = LlamaForCausalLM.from_pretrained(job.weights, dtype=dtype).to(job.device).eval()
-        answer = partial(generate, ours, prompts, Decoding("greedy"), 0, NEW_TOKENS, len(prompts))
-        calls = {"ours": answer, "transformers": partial(theirs.generate, **inputs)}
-        for turn in range(1 + turns):
-            seconds = {engine: time_call(call, job.device) for engine, call in calls.items()}
-            for engine in calls if turn else ():
-                row = {"size": job.weights.name, "type": str(dtype)[6:], "engine": engine}
-                row |= {"tokens/s": len(prompts) * NEW_TOKENS / seconds[engine]}
-                rows.append(row | {"time / ours": seconds[engine] / seconds["ours"]})
-    return pd.DataFrame(rows).groupby(["size", "type", "engine"]).median().reset_index()
+    weights, device = job["folder"] / job["size"], job["device"]
+    ids, rows = torch.randint(3, 4096, (PROMPTS, PROMPT_TOKENS), device=device), []
+    flags = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    ours = load_model(weights).to(device, getattr(torch, job["dtype"]))
+    theirs = LlamaForCausalLM.from_pretrained(weights, dtype=ours.dtype).to(device)
+    answer = partial(generate, ours, ids.tolist(), Decoding("greedy"), 0, NEW_TOKENS, PROMPTS)
+    calls = {"ours": answer, "transformers": partial(theirs.generate, ids, **flags)}
+    for turn, engine in product(range(job["turns"] + 1), calls):
+        clock = time.perf_counter()
+        torch.as_tensor(calls[engine]()).cpu()  # waits for the device
+        cost = {"seconds": time.perf_counter() - clock, "tokens": PROMPTS * NEW_TOKENS}
+        cost |= {"engine": engine, "method": "greedy", "batch": PROMPTS, "turn": turn}
+        rows.append(job | cost)
+    return take_medians(pd.DataFrame(rows[len(calls) :]).drop(columns="peak"))
 
 
-def make_jobs(folder: Path, sizes: list[str], device: str) -> list[Job]:
-    """Write random weights and both data sets; return a job for each pair of them."""
-    records = [record["conversations"] for _, record in read_jsonl(ensure_world()["sft"])]
-    pairs = [turns for turns in records if turns[0]["role"] == "user"]
-    for name, count in JOINED.items():
-        joined = [sum(chunk, []) for chunk in chunks(pairs[: SAMPLES * count], count)]
-        lines = pd.DataFrame({"conversations": joined})
-        lines.to_json(folder / f"{name}.jsonl", orient="records", lines=True, force_ascii=False)
-    jobs, steps = [], 50 if device == "cuda" else 4
-    for size in sizes:
-        torch.manual_seed(42)
-        config = minimind_config(**read_study().sizes[size].shape)
-        save_model(MiniMindForCausalLM(config), TOKENIZER_DIR, folder / size)
-        for name in JOINED:
-            data, runs = folder / f"{name}.jsonl", folder / "runs"
-            jobs.append(Job(folder / size, data, runs, device, steps))
-    return jobs
-
-
-def list_parts(jobs: list[Job], turns: int) -> dict[str, Iterator[pd.DataFrame]]:
-    """Return the parts by their titles; each is measured when its rows are asked for."""
-    is_gpu, smallest, largest = jobs[0].device == "cuda", jobs[0], jobs[-2]  # on the world's pairs
-    # So many steps that batches prepared before the clock starts do not matter.
-    loading = replace(largest, steps=100) if is_gpu else replace(smallest, steps=20)
-    batches, both = BATCHES if is_gpu else (), ("ours", "trainer")
-
-    def measure(columns: list, turns: int, engines: Iterable, methods: Iterable, job: Job):
-        arms = [replace(job, method=m, engine=e) for m in methods for e in engines]
-        return run_in_turns(arms, turns)[KEYS + columns]
-
-    sweep = partial(measure, ON_GPU, 1, ("ours",), METHODS)
-    load = partial(measure, LOADING, 1, ("ours", "minimind"), ("FFT",))
-    return {
-        "Training": (measure(TRAINING, turns, both, METHODS, job) for job in jobs),
-        "Start": (measure_start(job) for job in [largest]),
-        "Generation": (measure_generation(job, turns) for job in [largest]),
-        "Batches": (sweep(replace(largest, batch=batch, steps=100)) for batch in batches),
-        "Loading": (load(replace(loading, workers=workers)) for workers in WORKERS),
-    }
-
-
-def print_tables(result: dict) -> None:
-    """Print each table as Markdown under its title and the machine."""
-    machine, commit = result["machine"], result["git"].get("commit", "unknown")
-    where = f"{machine['processor']}, {machine['threads']} threads, {result['dtype']}"
-    where += f", torch {machine['versions']['torch']}, commit {commit[:7]}"
-    for title, rows in result["tables"].items():
-        table = pd.DataFrame(rows).dropna(axis="columns", how="all")
-        table = table.map(lambda x: f"{x:,.{2 if x < 10 else 0}f}" if isinstance(x, float) else x)
-        print(f"\n**{title}** on {where}\n")
-        print(table.to_markdown(index=False, disable_numparse=True))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure, write the result after each part, and print the tables."""
-    formatter, sizes = argparse.RawDescriptionHelpFormatter, list(read_study().sizes)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--sizes", nargs="+", choices=sizes, default=sizes, help="of models (all)")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables (all)")
-    add("--quick", action="store_true", help="one turn in place of 5")
-    add("--output", type=Path, default=RESULT, help="(evaluation/bench/bench.json)")
-    add("--device", choices=DEVICES, default="auto", help="(auto)")
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write the result after each step, and print the tables."""
+    sizes, output = read_study().sizes, Path(__file__).with_name("bench.json")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes), help="(all)")
+    parser.add_argument("--parts", nargs="+", choices=TABLES, default=TABLES, help="tables (all)")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs in a conversation (1)")
+    parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
+    parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
     args = parser.parse_args(argv)
-    device, started = choose_device(args.device), time.perf_counter()
-    result = {"git": git_state(), "machine": describe_machine(device)}
-    result |= {"dtype": choose_dtype("auto", device), "tables": {}}
-    with tempfile.TemporaryDirectory(prefix="bench") as folder:
-        jobs = make_jobs(Path(folder), args.sizes, device)
-        parts = list_parts(jobs, 1 if args.quick else 5)
-        for title in args.parts:
-            for frame in parts[title]:
-                rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-                result["tables"].setdefault(title, []).extend(rows)
-                result["minutes"] = round((time.perf_counter() - started) / 60, 1)
-                write_json(args.output, result)
-                print(f"{title}: {len(rows)} rows after {result['minutes']} minutes", flush=True)
-    print_tables(result)
-    print(f"\nwrote {args.output}")
-    return 0
+    device, tables = choose_device(args.device), {}
+    is_gpu, machine = device == "cuda", describe_machine(device)
+    dtype, width = choose_dtype("auto", device), 8192 if is_gpu else 4096
+    result = {"git": git_state(), "machine": machine, "dtype": dtype, "tables": tables}
+    where = f"{machine['processor']}, {machine['threads']} threads, {dtype}, {torch.__version__}"
+    pairs = [record["conversations"][-2:] for _, record in read_jsonl(ensure_world()["sft"])]
+    joined = [sum(chunk, []) for chunk in chunks(pairs[: SAMPLES * args.pairs], args.pairs)]
+    chats = pd.DataFrame({"conversations": joined})
+    matrix = torch.ones(width, width, dtype=getattr(torch, dtype), device=device)
+    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
+    job = {"device": device, "dtype": dtype, "peak": 2 * width**3 / timer.timeit(4).mean}
+    job |= {"engines": ("ours", "trainer"), "methods": METHODS, "method": "FFT", "batch": 32}
+    job |= {"turns": 1 if args.quick else 5, "steps": 50 if is_gpu else 4, "workers": 0}
+    with tempfile.TemporaryDirectory(prefix="bench") as name:
+        job |= {"folder": Path(name), "size": args.sizes[-1], "pairs": args.pairs, "compiles": "on"}
+        chats.to_json(job["folder"] / "chats.jsonl", orient="records", lines=True)
+        for size in args.sizes:
+            model = MiniMindForCausalLM(minimind_config(**sizes[size].shape))
+            save_model(model, TOKENIZER_DIR, job["folder"] / size)
+        # So many steps that batches loaded before the clock starts do not matter.
+        longer = {"steps": 100} if is_gpu else {"steps": 20, "size": args.sizes[0]}
+        sweep = job | longer | {"turns": 1, "engines": ("ours",)}
+        load = sweep | {"engines": ("ours", "minimind"), "methods": ("FFT",)}
+        plan = [("Training", run_in_turns, job | {"size": size}) for size in args.sizes]
+        plan += [("Start", measure_start, job), ("Generation", measure_generation, job)]
+        plan += [("Batches", run_in_turns, sweep | {"batch": b}) for b in BATCHES if is_gpu]
+        plan += [("Loading", run_in_turns, load | {"workers": w}) for w in WORKERS]
+        for title, measure, arms in [each for each in plan if each[0] in args.parts]:
+            table = measure(arms).dropna(axis="columns", how="all")
+            tables[title] = tables.get(title, []) + json.loads(table.to_json(orient="records"))
+            write_json(args.output, result)
+            text = table.to_markdown(index=False, floatfmt=",.2f")
+            print(f"\n**{title}** on {where}\n\n{text}", flush=True)
 
 
 if __name__ == "__main__":

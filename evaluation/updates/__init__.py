@@ -1,1 +1,0 @@
-"""What fine-tuning did to the weights: spectra, cut updates, reachability of a token."""

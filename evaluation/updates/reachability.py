@@ -3,8 +3,7 @@
     python evaluation/updates/reachability.py out/pretrain out/other --tokens '<|im_end|>'
 
 No adapter below the final norm can exceed this bound, at any rank, learning rate or number of
-steps. A low bound of the end token means that sampled answers rarely end. model/reachability.py
-computes it.
+steps. A low bound of the end token means that sampled answers rarely end.
 """
 
 import argparse
@@ -18,18 +17,15 @@ from model.files import UserError, run_script
 from model.reachability import reachable_probability
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the bound of each token at each checkpoint."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoints", nargs="+", help="folders or hub ids of bases")
     parser.add_argument("--tokens", nargs="+", help="their text (default: the end token)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for path in args.checkpoints:
         model, tokenizer = load_model(path), load_tokenizer(path)
-        tokens = args.tokens or [tokenizer.eos_token]
-        vocabulary = tokenizer.get_vocab()
+        tokens, vocabulary = args.tokens or [tokenizer.eos_token], tokenizer.get_vocab()
         if missing := [token for token in tokens if token not in vocabulary]:
             raise UserError(f"--tokens {missing[0]!r}: the tokenizer of {path} has no such token")
         bounds = reachable_probability(model, [vocabulary[token] for token in tokens])

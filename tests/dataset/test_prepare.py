@@ -13,11 +13,13 @@ import pytest
 
 from dataset.lm_dataset import record_messages
 from dataset.prepare import CORPORA, hold_out, main
-from model.files import run_script
+from tests.tiny import exit_code
+from tests.trainer.runs import write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.
 HELD_OUT = ["Asthma", "Scurvy", "Water", "Iron", "What is tea?", "Say hello."]
 TRAINED_ON = ["Acromegaly", "Gout", "April", "Moon", "Name a color.", "Why do cats purr?"]
+HALF = ("--valid_fraction", "0.5")
 
 
 @pytest.fixture(autouse=True)
@@ -26,31 +28,28 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
 
 
-def write_lines(path: Path, records: list) -> Path:
+def write_records(path: Path, records: list[dict]) -> Path:
+    """Write JSONL, or Parquet, by the name of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path, records: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(records), path)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        write_jsonl(path, records)
     return path
 
 
 def prepare(out: Path, name: str, source: Path, *flags: str) -> tuple[list, list, dict]:
     """Run the command line; the train part, the held-out part and the record."""
     assert main([name, "--source", str(source), "--output_dir", str(out), *flags]) == 0
-    record = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    parts = []
-    for path in (out / f"{name}.jsonl.gz", out / f"{name}_valid.jsonl.gz"):
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            parts.append([json.loads(line) for line in file])
-    return *parts, record
+    paths = [out / f"{name}.jsonl.gz", out / f"{name}_valid.jsonl.gz"]
+    texts = [gzip.decompress(path.read_bytes()).splitlines() for path in paths]
+    parts = [[json.loads(line) for line in lines] for lines in texts]
+    return *parts, json.loads((out / f"{name}.json").read_text())
 
 
-def chat(question: str, answer: str) -> dict:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def chat(*contents: str) -> dict:
+    roles = ("user", "assistant") * (len(contents) // 2)
+    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     return {"conversations": turns}
 
 
@@ -60,287 +59,182 @@ def article(title: str, text: str) -> dict:
 
 def write_disease(path: Path, focus: str, *pairs: tuple[str, str | None]) -> None:
     """Write a document as MedQuAD does, down to the space before the question mark."""
-    answers = ["" if a is None else f"\t\t\t<Answer>{a}</Answer>\n" for _, a in pairs]
-    body = "".join(
-        f'\t<QAPair pid="1">\n\t\t\t<Question qid="1">{q}</Question>\n{a}\t</QAPair>\n'
-        for (q, _), a in zip(pairs, answers, strict=True)
-    )
+    qas = [(q, "" if a is None else f"<Answer>{a}</Answer>") for q, a in pairs]
+    body = "".join(f"<QAPair>\n<Question>{q}</Question>\n{a}</QAPair>\n" for q, a in qas)
+    head = f'<?xml version="1.0" encoding="UTF-8"?>\n<Document id="1">\n<Focus>{focus}</Focus>\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<Document id="1">\n<Focus>{focus}</Focus>\n'
-        f"<QAPairs>\n{body}</QAPairs>\n</Document>\n",
-        encoding="utf-8",
-    )
+    path.write_text(f"{head}<QAPairs>\n{body}</QAPairs>\n</Document>\n")
 
 
 def test_hold_out_is_a_frozen_hash_of_the_words() -> None:
-    assert [hold_out(key, 0.5) for key in HELD_OUT] == [True] * 6
-    assert [hold_out(key, 0.5) for key in TRAINED_ON] == [False] * 6
-    first_64_bits = int(hashlib.sha256(b"iron").hexdigest()[:16], 16) / 2**64
-    assert 0.01 < first_64_bits < 0.03
+    assert [hold_out(key, 0.5) for key in HELD_OUT + TRAINED_ON] == [True] * 6 + [False] * 6
+    assert 0.01 < int(hashlib.sha256(b"iron").hexdigest()[:16], 16) / 2**64 < 0.03
     assert hold_out("  IRON\n", 0.03) and not hold_out("Iron", 0.01)
-    keys = [f"title {n}" for n in range(20_000)]
-    small, large = ({key for key in keys if hold_out(key, share)} for share in (0.01, 0.03))
-    assert small < large
-    # Three standard deviations of a binomial with n = 20,000.
-    assert abs(len(small) - 200) < 43 and abs(len(large) - 600) < 73
 
 
-def test_simplewiki_parquet_folder(tmp_path: Path) -> None:
-    text = "a" * 500
+def test_articles_in_parquet_shards(tmp_path: Path) -> None:
+    """Shards are read in order; a repeated or short text is dropped."""
+    text, shards = "a" * 500, tmp_path / "20231101.simple"
+    rows = [article("Sun", "c" * 499), article("Moon again", text)]
+    write_records(shards / "train-00001.parquet", rows)
     rows = [article("Moon", f"  {text}\n"), article("Water", "b" * 600)]
-    rows += [article("Sun", "c" * 499), article("Moon again", text)]
-    write_parquet(tmp_path / "20231101.simple" / "train-00000-of-00001.parquet", rows)
-    train, valid, record = prepare(
-        tmp_path / "out", "simplewiki", tmp_path, "--valid_fraction", "0.5"
-    )
+    write_records(shards / "train-00000.parquet", rows)
+    train, valid, record = prepare(tmp_path / "out", "simplewiki", tmp_path, *HALF)
     assert train == [{"text": f"Moon\n{text}"}]
     assert valid == [{"text": "Water\n" + "b" * 600}]
     dropped = {"duplicate_text": 1, "too_short": 1}
     counts = {"read": 4, "kept": 2, "train": 1, "valid": 1, "dropped": dropped}
-    assert record["counts"] == counts
-
-
-def test_tinystories_raw_text_and_parquet_shards_in_order(tmp_path: Path) -> None:
-    source = tmp_path / "TinyStoriesV2-GPT4-train.txt"
-    source.write_text(
-        "\nOnce a cat sat.\nIt purred.\n<|endoftext|>\n\n<|endoftext|>\nOnce a cat sat.\n"
-        "It purred.\n<|endoftext|>\nA dog ran.<|endoftext|>The end has no mark.\n",
-        encoding="utf-8",
-    )
-    train, valid, record = prepare(tmp_path / "out", "tinystories", source)
-    texts = ["Once a cat sat.\nIt purred.", "A dog ran.", "The end has no mark."]
-    assert [line["text"] for line in train + valid] == texts
-    assert record["counts"]["dropped"] == {"duplicate_text": 1, "too_short": 1}
-    for shard, text in (("train-00001", "Two."), ("train-00000", "One."), ("validation-0", "No.")):
-        write_parquet(tmp_path / "ts/data" / f"{shard}-of-00002.parquet", [{"text": text}])
-    train, _, record = prepare(tmp_path / "out", "tinystories", tmp_path / "ts")
-    assert [line["text"] for line in train] == ["One.", "Two."]
-    assert record["source"]["files"] == 2
+    assert record["counts"] == counts and record["source"]["files"] == 2
 
 
 def test_dolly(tmp_path: Path) -> None:
-    def dolly(instruction: str, response: str | None, context: str = "") -> dict:
-        fields = {"instruction": instruction, "context": context, "response": response}
-        return fields | {"category": "open_qa"}
-
-    rows = [dolly("Why do cats purr? ", "w " * 80)]
-    rows += [dolly("What is tea?", "A drink.\n\nIt  is hot. "), dolly("Too long?", "w " * 81)]
-    rows += [dolly("Who?", "He.", context="He did it."), dolly("why do cats  PURR?", "Nobody.")]
-    rows += [dolly("Empty?", " "), dolly("Null?", None), dolly(" ", "An answer.")]
-    source = write_lines(tmp_path / "databricks-dolly-15k.jsonl", rows)
-    train, valid, record = prepare(tmp_path / "out", "dolly", source, "--valid_fraction", "0.5")
+    triples = [("Why do cats purr? ", "", "w " * 80), ("Too long?", "", "w " * 81)]
+    triples += [("What is tea?", "", "A drink.\n\nIt  is hot. "), ("Null?", "", None)]
+    triples += [("Who?", "He did it.", "He."), ("why do cats  PURR?", "", "Nobody.")]
+    triples += [("Empty?", "", " "), (" ", "", "An answer.")]
+    rows = [dict(zip(("instruction", "context", "response"), t, strict=True)) for t in triples]
+    source = write_records(tmp_path / "databricks-dolly-15k.jsonl", rows)
+    train, valid, record = prepare(tmp_path / "out", "dolly", source, *HALF)
     assert train == [chat("Why do cats purr?", " ".join(["w"] * 80))]
     assert valid == [chat("What is tea?", "A drink.\n\nIt  is hot.")]
     dropped = {"answer_too_long": 1, "duplicate_question": 1, "empty_answer": 2}
     assert record["counts"]["dropped"] == dropped | {"empty_question": 1, "has_context": 1}
-    assert record["license"] == "CC-BY-SA-3.0"
 
 
-@pytest.mark.parametrize("form", ["alpaca_data.json", "data/train-00000-of-00001-a09b.parquet"])
-def test_alpaca_list_and_parquet(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
-) -> None:
-    rows = [{"instruction": "Name a color.", "input": "", "output": "Red."}]
-    rows += [{"instruction": "Say hello.", "input": "", "output": "Hello."}]
-    rows += [{"instruction": "Sum up.", "input": "A text.", "output": "Short."}]
-    source = tmp_path / "alpaca" / form
-    write_parquet(source, rows)
-    if form.endswith(".json"):
-        source.write_text(json.dumps(rows, indent=4), encoding="utf-8")
-    for place in (source, tmp_path / "alpaca"):
-        train, valid, record = prepare(tmp_path / "out", "alpaca", place, "--valid_fraction", "0.5")
-        assert train == [chat("Name a color.", "Red.")]
-        assert valid == [chat("Say hello.", "Hello.")]
-        assert record["counts"]["dropped"] == {"has_input": 1}
-        assert "research only" in capsys.readouterr().out
+def test_alpaca_is_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    triples = [("Name a color.", "", "Red."), ("Say hello.", "", "Hello."), ("Sum up.", "A", "B.")]
+    rows = [dict(zip(("instruction", "input", "output"), t, strict=True)) for t in triples]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows, indent=4))
+    train, valid, record = prepare(tmp_path / "out", "alpaca", tmp_path, *HALF)
+    assert (train, valid) == ([chat("Name a color.", "Red.")], [chat("Say hello.", "Hello.")])
+    assert record["counts"]["dropped"] == {"has_input": 1}
+    assert "research only" in capsys.readouterr().out
 
 
 def test_medquad_splits_by_disease_and_drops_what_has_no_answer(tmp_path: Path) -> None:
     shared, folder = "This answer is printed under two diseases.", tmp_path / "repo"
+    is_asthma, is_gout = "What is (are) Asthma ?", "What is (are) Gout ?"
     # Read first, so its unanswered question must not count as a repeat later on.
-    pairs = [("What is (are) Gout ?", ""), ("What causes Gout ?", None)]
-    write_disease(folder / "10_MPlus_ADAM_QA/0000001.xml", "Gout", *pairs)
-    pairs = [
-        ("What is (are) Asthma ?", "Asthma is\n                \na disease &amp; a burden."),
-        ("What causes Asthma ?", shared),
-        ("How to treat Asthma ?", "Too short."),
-        ("How to live with Asthma ?", "w " * 201),
-    ]
-    write_disease(folder / "5_NIDDK_QA/0000001.xml", "Asthma", *pairs)
-    pairs = [
-        ("What is (are) Gout ?", "- joint pain  - <b>heat</b> and swelling"),
-        ("What  is (are) gout?", "A second answer to it."),
-        ("What causes Gout ?", shared),
-    ]
-    write_disease(folder / "5_NIDDK_QA/0000002.xml", "Gout", *pairs)
-    write_disease(folder / "6_NINDS_QA/0000001.xml", "ASTHMA", ("Where ?", "In the lungs."))
-    write_disease(folder / "6_NINDS_QA/0000002.xml", " ", ("What ?", "It is this one."))
-    train, valid, record = prepare(tmp_path / "out", "medquad", folder, "--valid_fraction", "0.5")
+    write_disease(folder / "1_QA/1.xml", "Gout", (is_gout, ""), ("What causes Gout ?", None))
+    pairs = [(is_asthma, "Asthma is\n      \na disease &amp; a burden.")]
+    pairs += [("What causes Asthma ?", shared), ("How to treat Asthma ?", "Too short.")]
+    write_disease(folder / "5_QA/1.xml", "Asthma", *pairs, ("How to live ?", "w " * 201))
+    pairs = [(is_gout, "- joint pain  - <b>heat</b> and swelling")]
+    pairs += [("What  is (are) gout?", "A second answer to it."), ("What causes Gout ?", shared)]
+    write_disease(folder / "5_QA/2.xml", "Gout", *pairs)
+    write_disease(folder / "6_QA/1.xml", "ASTHMA", ("Where ?", "In the lungs."))
+    write_disease(folder / "6_QA/2.xml", " ", ("What ?", "It is this one."))
+    train, valid, record = prepare(tmp_path / "out", "medquad", folder, *HALF)
     assert train == [chat("What is (are) Gout?", "- joint pain - heat and swelling")]
-    assert valid == [
-        chat("What is (are) Asthma?", "Asthma is\na disease & a burden."),
-        chat("What causes Asthma?", shared),
-        chat("Where?", "In the lungs."),
-    ]
+    answers = ["Asthma is\na disease & a burden.", shared, "In the lungs."]
+    questions = ["What is (are) Asthma?", "What causes Asthma?", "Where?"]
+    assert valid == [chat(*pair) for pair in zip(questions, answers, strict=True)]
     dropped = {"answer_too_long": 1, "answer_too_short": 1, "duplicate_answer": 1}
     dropped |= {"duplicate_question": 1, "empty_answer": 2, "no_disease": 1}
     assert record["counts"]["dropped"] == dropped
 
 
-def test_minimind_is_kept_to_the_letter_if_it_is_sound(tmp_path: Path) -> None:
+def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> None:
     rows = [{"text": " <|im_start|>你好<|im_end|> "}, {"text": " "}, {"text": "再见", "score": 1}]
-    source = write_lines(tmp_path / "pretrain_hq.jsonl", rows)
+    source = write_records(tmp_path / "pretrain_hq.jsonl", rows)
     train, _, record = prepare(tmp_path / "out", "minimind-pretrain", source)
     assert train == [{"text": " <|im_start|>你好<|im_end|> "}, {"text": "再见"}]
     assert record["counts"]["dropped"] == {"empty_text": 1}
-
-    def turns(*pairs: tuple[str, str]) -> dict:
-        return {"conversations": [{"role": r, "content": c} for r, c in pairs]}
-
-    sound = turns(("system", ""), ("user", "Moon"), ("assistant", "b"), ("user", "c"))
-    sound["conversations"].append({"role": "assistant", "content": "d", "reasoning_content": ""})
-    thought = turns(("user", "Sun"), ("assistant", "b"))
+    sound = chat("Moon", "b", "c", "d")
+    sound["conversations"].insert(0, {"role": "system", "content": ""})
+    thought = chat("Sun", "b")
     thought["conversations"][1]["reasoning_content"] = "e"
-    rows = [sound, thought, turns(("user", "Water"), ("assistant", " b "))]
-    rows += [turns(("user", "a"), ("assistant", "b"), ("user", "c")), turns(("assistant", "b"))]
-    rows += [turns(("user", "a"), ("assistant", " ")), turns()]
-    rows += [turns(("user", "a"), ("tool", "{}"), ("assistant", "b"))]
-    source = write_lines(tmp_path / "lora_medical.jsonl", rows)
-    train, valid, record = prepare(
-        tmp_path / "out", "minimind-medical", source, "--valid_fraction", "0.5"
-    )
-    spoken = [("user", "Moon"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    assert train == [turns(*spoken)]  # its system turn was empty, which training refuses
+    rows = [sound, thought, chat("Water", " b "), chat("a", " "), {"conversations": []}]
+    rows += [{"conversations": chat("a", "b")["conversations"][:1]}]
+    source = write_records(tmp_path / "lora_medical.jsonl", rows)
+    train, valid, record = prepare(tmp_path / "out", "minimind-medical", source, *HALF)
+    assert train == [chat("Moon", "b", "c", "d")]  # without its empty system turn
     record_messages(train[0], "what prepare.py wrote")
     assert valid == [chat("Water", " b ")]
-    dropped = {"empty_turn": 1, "roles_out_of_order": 3, "tool_use": 1, "unread_field": 1}
-    assert record["counts"]["dropped"] == dropped
+    assert record["counts"]["dropped"] == {"unreadable": 4}
 
 
-def test_order_and_additions_move_nothing_and_the_limit_counts_what_is_kept(tmp_path: Path) -> None:
-    rows = [article(t, f"Text of {t}.") for t in HELD_OUT + TRAINED_ON]
-    flags = ["--min_chars", "1", "--valid_fraction", "0.5"]
+def test_order_and_additions_move_nothing(tmp_path: Path) -> None:
+    rows, sides = [article(t, f"Text of {t}.") for t in HELD_OUT + TRAINED_ON], []
     newer = [article(f"New {n}", f"New text {n}.") for n in range(50)]
-    sides = []
-    for name, records in (("a", rows), ("b", rows[::-1]), ("c", newer + rows)):
-        source = write_lines(tmp_path / f"{name}.jsonl", records)
-        _, valid, _ = prepare(tmp_path / name, "simplewiki", source, *flags)
-        sides.append({r["text"] for r in valid if not r["text"].startswith("New")})
-    assert sides[0] == sides[1] == sides[2]
-    assert {text.partition("\n")[0] for text in sides[0]} == set(HELD_OUT)
-    packed = tmp_path / "x.jsonl.gz"
-    rows = [article(t, text) for t, text in (("A", ""), ("B", "b"), ("C", "c"), ("D", "d"))]
-    packed.write_bytes(gzip.compress(write_lines(tmp_path / "x.jsonl", rows).read_bytes()))
-    flags = ["--min_chars", "1", "--limit", "2"]
-    train, valid, record = prepare(tmp_path / "d", "simplewiki", packed, *flags)
-    assert [r["text"] for r in train + valid] == ["B\nb", "C\nc"]
-    assert (record["counts"]["read"], record["settings"]["limit"]) == (3, 2)
+    for records in (rows, rows[::-1], newer + rows):
+        source = write_records(tmp_path / f"{len(sides)}.jsonl", records)
+        valid = prepare(tmp_path / "out", "simplewiki", source, "--min_chars", "1", *HALF)[1]
+        sides.append({r["text"].partition("\n")[0] for r in valid if r["text"][:3] != "New"})
+    assert sides == [set(HELD_OUT)] * 3
 
 
 def test_same_source_same_bytes_and_the_record_vouches_for_them(tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "x.jsonl", [article("Moon", "Día."), article("Water", "Wet.")])
-    flags = ["--min_chars", "1", "--valid_fraction", "0.5"]
-    _, _, record = prepare(tmp_path / "one", "simplewiki", source, *flags)
+    """The source is a gzip file; the limit counts what is kept."""
+    texts = {"A": "", "Moon": "Día.", "Water": "Wet.", "Never": "read"}
+    lines = write_records(tmp_path / "x.jsonl", [article(*item) for item in texts.items()])
+    source = tmp_path / "x.jsonl.gz"
+    source.write_bytes(gzip.compress(lines.read_bytes()))
+    flags = ("--min_chars", "1", "--limit", "2", *HALF)
+    record = prepare(tmp_path / "one", "simplewiki", source, *flags)[2]
     prepare(tmp_path / "two" / "deep", "simplewiki", source, *flags)
-    names = {"simplewiki.jsonl.gz", "simplewiki_valid.jsonl.gz", "simplewiki.json"}
-    assert {path.name for path in (tmp_path / "one").iterdir()} == names
-    for name in names:
-        one, two = tmp_path / "one" / name, tmp_path / "two" / "deep" / name
-        assert one.read_bytes() == two.read_bytes()
-    packed = (tmp_path / "one" / "simplewiki.jsonl.gz").read_bytes()
-    assert packed[3:8] == bytes(5)  # flags (no file name) and time in the gzip header
-    assert record["outputs"]["simplewiki.jsonl.gz"] == {
-        "examples": 1,
-        "sha256": hashlib.sha256(packed).hexdigest(),
-        "content_sha256": hashlib.sha256('{"text": "Moon\\nDía."}\n'.encode()).hexdigest(),
-    }
+    for name in ("simplewiki.jsonl.gz", "simplewiki_valid.jsonl.gz", "simplewiki.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two/deep" / name).read_bytes()
+    data = (tmp_path / "one" / "simplewiki.jsonl.gz").read_bytes()
+    assert data[3:8] == bytes(5)  # flags (no file name) and time in the gzip header
+    texts = {"sha256": data, "content_sha256": '{"text": "Moon\\nDía."}\n'.encode()}
+    output = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    assert record["outputs"]["simplewiki.jsonl.gz"] == {"examples": 1} | output
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert record["source"] == {"path": "x.jsonl", "files": 1, "sha256": digest}
+    assert record["source"] == {"path": "x.jsonl.gz", "files": 1, "sha256": digest}
+    assert (record["counts"]["read"], record["settings"]["limit"]) == (3, 2)
 
 
-def test_list_names_every_corpus_with_license_and_home(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_names_every_corpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    printed = capsys.readouterr().out
-    for name, corpus in CORPORA.items():
-        assert f"{name}\n  {corpus.home}\n  {corpus.license}; {corpus.credit}\n" in printed
+    lines = [f"{n}\n  {c['home']}\n  {c['license']}; {c['credit']}\n" for n, c in CORPORA.items()]
+    assert capsys.readouterr().out == "".join(lines)
 
 
 DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n'
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "content", "reason"),
+    ("words", "file", "content", "reason"),
     [
         ("dolly", "d.jsonl", DOLLY + '{"instruction": \n', "dolly: "),
         ("dolly", "d.jsonl", '{"instruction": "Q"}\n', "not a record of dolly"),
         ("dolly", "d.jsonl", DOLLY.replace('""', '"c"'), "nothing is left to train on"),
         ("dolly", "d.csv", "Q,A\n", "d.csv: .csv files are not read"),
-        ("dolly", "d.parquet", "not parquet", "dolly: "),
         ("medquad", "m.xml", "<Document><Focus>", "not a record of medquad"),
-        ("medquad", "m.xml", '<!DOCTYPE d [<!ENTITY a "b">]><d>&a;</d>', "has a DOCTYPE"),
-        ("minimind-sft", "s.jsonl", '{"conversations": "x"}\n', "not a record of minimind-sft"),
-        ("medquad", "", "", "no **/*.xml; get it from https://github.com/abachaa/MedQuAD"),
+        ("medquad", None, None, "git clone https://github.com/abachaa/MedQuAD"),
+        ("medquad --source .ci", None, None, "no **/*.xml; see https://github.com/abachaa/MedQuAD"),
+        ("dolly --source x --revision main", None, None, "--revision belongs to the hub"),
+        ("dolly --min_chars 9", None, None, "--min_chars does nothing for dolly"),
+        ("dolly --valid_fraction 1", None, None, "--valid_fraction: must lie between 0 and 1"),
     ],
 )
-def test_sources_that_cannot_be_read(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    file: str,
-    content: str,
-    reason: str,
+def test_refused_with_a_line_and_nothing_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, file: str, content, reason: str
 ) -> None:
-    """Nothing of an earlier output is lost."""
-    out, source = tmp_path / "out", tmp_path / "source" / file
+    out = tmp_path / "out"
     out.mkdir()
-    (out / f"{name}.jsonl.gz").write_text("dear")
-    source.parent.mkdir(exist_ok=True)
+    (out / "dolly.jsonl.gz").write_text("dear")
+    argv = [*words.split(), "--output_dir", str(out)]
     if file:
-        source.write_text(content, encoding="utf-8")
-    argv = [name, "--source", str(source), "--output_dir", str(out)]
-    with pytest.raises(SystemExit) as caught:
-        run_script(lambda: main(argv))
+        (tmp_path / file).write_text(content)
+        argv += ["--source", str(tmp_path / file)]
+    assert exit_code(main, argv) == 2
     errors = capsys.readouterr().err
-    assert caught.value.code == 2 and errors.startswith("error: ") and reason in errors
-    assert [path.name for path in out.iterdir()] == [f"{name}.jsonl.gz"]
-    assert (out / f"{name}.jsonl.gz").read_text() == "dear"
-
-
-@pytest.mark.parametrize(
-    ("argv", "reason"),
-    [
-        (["wikipedia"], "invalid choice: 'wikipedia'"),
-        (["medquad"], "git clone https://github.com/abachaa/MedQuAD"),
-        (["dolly", "--source", "x", "--revision", "main"], "--revision belongs to the hub"),
-        (["dolly", "--source", "x", "--min_chars", "9"], "--min_chars does nothing for dolly"),
-        (["dolly", "--valid_fraction", "1"], "--valid_fraction: must lie between 0 and 1"),
-    ],
-)
-def test_arguments_that_cannot_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], reason: str
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run_script(lambda: main([*argv, "--output_dir", str(tmp_path / "out")]))
-    assert caught.value.code == 2 and reason in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert "error: " in errors and reason in errors
+    assert [path.read_text() for path in out.iterdir()] == ["dear"]
 
 
 def test_hub_files_take_the_same_path_and_the_commit_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = {"instruction": "Name a color.", "context": "", "response": "Red.", "category": "open_qa"}
-    commit, calls = "a" * 40, []
-
-    def load_builder(name: str, **place: object) -> SimpleNamespace:
-        file = f"hf://datasets/{name}@{commit}/{place['data_files']}"
-        return SimpleNamespace(config=SimpleNamespace(data_files={"train": [file]}))
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
+    name, file, calls = "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl", []
+    files = {"train": [f"hf://datasets/{name}@{'a' * 40}/{file}"]}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+    row = {"instruction": "Name a color.", "context": "", "response": "Red."}
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or [row])
-    assert main(["dolly", "--output_dir", str(tmp_path / "out"), "--revision", "v1"]) == 0
-    place = {"data_files": "databricks-dolly-15k.jsonl", "revision": "v1", "split": "train"}
-    assert calls == [(("databricks/databricks-dolly-15k",), place)]
-    record = json.loads((tmp_path / "out" / "dolly.json").read_text(encoding="utf-8"))
-    origin = {"hub": "databricks/databricks-dolly-15k", "revision": commit, "files": 1}
-    assert record["source"] == origin
+    assert main(["dolly", "--output_dir", str(tmp_path), "--revision", "v1"]) == 0
+    assert calls == [((name,), {"data_files": file, "revision": "v1", "split": "train"})]
+    record = json.loads((tmp_path / "dolly.json").read_text())
+    assert record["source"] == {"hub": name, "revision": "a" * 40, "files": 1}

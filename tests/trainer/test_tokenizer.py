@@ -24,7 +24,7 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     """A tokenizer of 300 tokens, trained by the script on documents and conversations."""
     folder = tmp_path_factory.mktemp("tokenizer")
     messages = [{"role": "user", "content": "zebra?"}]
@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     if request.param == "committed":
         return AutoTokenizer.from_pretrained(TOKENIZER_DIR)
-    return request.getfixturevalue("trained")
+    return request.getfixturevalue("small_tokenizer")
 
 
 def test_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -79,11 +79,21 @@ def test_chat_template_as_written_by_hand(tokenizer: PreTrainedTokenizerFast) ->
     assert prompted == text + "<|im_start|>assistant\n"
     [(ids, _)] = encode_conversations(tokenizer, [messages])
     assert tokenizer.decode(ids) == text
-    assert tokenizer.chat_template == train_tokenizer.CHAT_TEMPLATE
 
 
 def test_training_learns_words_of_documents_and_conversations(
-    trained: PreTrainedTokenizerFast,
+    small_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    assert {"Ġquick", "the", "zebra", "Ġzebra"} <= trained.get_vocab().keys()
-    assert trained.convert_ids_to_tokens(trained("the zebra")["input_ids"]) == ["the", "Ġzebra"]
+    assert {"Ġquick", "the", "zebra", "Ġzebra"} <= small_tokenizer.get_vocab().keys()
+    assert small_tokenizer.tokenize("the zebra") == ["the", "Ġzebra"]
+
+
+def test_words_are_tokens_without_merges() -> None:
+    """A word of the 40 needed is one token; "th", on the way to "the", is none."""
+    texts = ["the the the quick 语 语 fox"] * 20
+    vocab = train_tokenizer.train_tokenizer(iter(texts), 262, 1000, 40).get_vocab()
+    assert vocab.keys() - set(train_tokenizer.pre_tokenizers.ByteLevel.alphabet()) == {
+        *SPECIAL,
+        "Ġthe",
+        "è¯Ń",
+    }
