@@ -33,7 +33,7 @@ from model.generation import Decoding
 from trainer.arguments import DEVICES, MAX_SEQ_LEN, bounded, choose_device
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_probe_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -155,7 +155,7 @@ def run_probes(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    args = make_probe_parser().parse_args(argv)
     check_args(args)
     if args.list:
         outputs.print_table(outputs.list_runs(args.list))

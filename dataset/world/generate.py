@@ -34,7 +34,7 @@ from dataset.world.skills import Pair, Writer, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
 from model.files import run_script, write_text
 
-OUTPUT_DIR = WORLD_DIR.parent / "data" / "world"
+FILES_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
 VALIDATION_SHARE = 0.02  # of documents
 PAIRS = {"general": 1150, "medical": 300, "chinese": 300}  # of a skill, at most
@@ -241,7 +241,7 @@ def list_files(output_dir: Path) -> dict[str, Path]:
     return {key: output_dir / f"{name}.jsonl" for key, name in names.items()}
 
 
-def ensure_world(output_dir: Path = OUTPUT_DIR, seed: int = 42) -> dict[str, Path]:
+def ensure_world(output_dir: Path = FILES_DIR, seed: int = 42) -> dict[str, Path]:
     """Return the world's files; write them first if missing, or of another version or seed."""
     sources = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml"), WORLD_DIR.parent / "checks.py"]
     contents = [str(seed).encode(), *(path.read_bytes() for path in sorted(sources))]
@@ -259,7 +259,7 @@ def ensure_world(output_dir: Path = OUTPUT_DIR, seed: int = 42) -> dict[str, Pat
 def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)
+    parser.add_argument("--output_dir", type=Path, default=FILES_DIR)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
     for path in dict.fromkeys(ensure_world(args.output_dir, args.seed).values()):

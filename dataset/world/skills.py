@@ -192,8 +192,8 @@ def draw_scene(d: Draw) -> None:
 
 
 NOUN_DRAWS = {"list": draw_list, "scene": draw_scene}  # of a thing's plural
-DRAWS = NOUN_DRAWS | {"fact": draw_fact, "second": draw_second, "other": draw_other}
-DRAWS |= {"wrong": draw_wrong, "clues": draw_clues, "categories": draw_categories}
+SLOT_DRAWS = NOUN_DRAWS | {"fact": draw_fact, "second": draw_second, "other": draw_other}
+SLOT_DRAWS |= {"wrong": draw_wrong, "clues": draw_clues, "categories": draw_categories}
 Maker = Callable[[Writer, Thing], Pair | None]
 
 
@@ -244,7 +244,7 @@ def make_maker(skill: str, spec: dict) -> Maker:
         case = w.rng.choice(spec.get("cases", [spec]))
         try:
             for name in spec["uses"]:
-                DRAWS[name](d)
+                SLOT_DRAWS[name](d)
         except LookupError:  # clues that fit 2 things, or no other thing to draw
             return None
         d.slots["case"] = d.fill(case.get("case", ""))

@@ -15,12 +15,12 @@ from evaluation.study.results import RESULTS_DIR
 CONTENT = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))
 SIZES = pd.DataFrame(CONTENT["sizes"]).T  # name and parameters of the README's bases
 PERCENT = {"weights": "weights", "never end": "never_end_sampled", "correct": "correct_sampled"}
-COLUMNS = ["trained", "from", "lr", "weights", "steps", "seeds", "R without ends", "R"]
-COLUMNS += ["never end", "forgotten"]
+SHOWN_COLUMNS = ["trained", "from", "lr", "weights", "steps", "seeds", "R without ends", "R"]
+SHOWN_COLUMNS += ["never end", "forgotten"]
 
 
 def read_cells() -> pd.DataFrame:
-    """Read the cells of edition1.csv by base and cell, with the texts of `COLUMNS`."""
+    """Read the cells of edition1.csv by base and cell, with the texts of `SHOWN_COLUMNS`."""
     table = pd.read_csv(RESULTS_DIR / "edition1.csv", dtype={"learning_rate": str})
     table = table.query("kind == 'cell'").set_index(["base", "cell"], drop=False)
     table = table.rename_axis([None, None])
@@ -95,6 +95,6 @@ def make_edition1_tables() -> dict[str, list[pd.DataFrame]]:
     cells = read_cells()
     for name, wanted in CONTENT["tables"].items():
         places = [one.rpartition(":")[::2] for one in wanted]
-        table = cells.loc[[(base or SIZES.index[0], cell) for base, cell in places], COLUMNS]
+        table = cells.loc[[(base or SIZES.index[0], cell) for base, cell in places], SHOWN_COLUMNS]
         blocks[name] = [table.drop(columns=["from"] * (table["from"].nunique() == 1))]
     return blocks

@@ -20,7 +20,7 @@ STYLE = {
     "axes.prop_cycle": mpl.cycler(color=["#1f5a99", "#d1712a", "#444444", "#8a8a3a"]),
     "legend.frameon": False,
 }
-DECODINGS = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
+DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 ARMS = ["seed", "seed_tuned", "all_r8", "all_r64", "all_r8_embedding", "all_r8_vocabulary"]
 ARMS += ["fft_frozen", "fft"]
 
@@ -81,7 +81,7 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     usual = cells[(cells["set"] == "combinations") & cells.cell.isin(ARMS)]
     table = pd.DataFrame([vars(share) for share in usual.share], usual.index)
     table = table.rename(columns={"value": "x"}).assign(panel=usual["size"], y=usual.title)
-    table["series"] = usual.decoding.map(DECODINGS)
+    table["series"] = usual.decoding.map(DECODING_TITLES)
     last = usual[(usual["size"] == usual["size"].iloc[-1]) & (usual.decoding == "greedy")]
     last = last[last.cell.isin(["fft", "all_r8", "seed"])]
     words = [f"{row.title} {100 * row.share.value:.0f}%" for row in last.itertuples()]
@@ -94,7 +94,7 @@ def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | N
     rows = []
     for arm in ("fft", "all_r8", "fft_mixed"):
         for (rate, _), runs in list_paths(evidence, arm, "xs").groupby(["learning_rate", "step"]):
-            for decoding, panel in DECODINGS.items():
+            for decoding, panel in DECODING_TITLES.items():
                 sets = [evidence.choose_prompts(name) for name in ("combinations", "unseen")]
                 shares = [mark_answers(runs, prompts, decoding).mean() for prompts in sets]
                 rows.append((panel, evidence.study.arms[arm].title, *shares, rate))

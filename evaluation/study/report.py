@@ -20,7 +20,7 @@ from dataset.checks import KINDS
 from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells, tabulate_nll
 from evaluation.study.claims import judge_claims, list_endings
 from evaluation.study.edition1 import make_edition1_tables
-from evaluation.study.figures import DECODINGS, FIGURES
+from evaluation.study.figures import DECODING_TITLES, FIGURES
 from evaluation.study.plan import tune_rate
 from evaluation.study.results import RESULTS_DIR
 from model.files import REPO_DIR, UserError, run_script, write_text
@@ -54,7 +54,9 @@ def spread(cells: pd.DataFrame, index: list[str], names: list[str]) -> pd.DataFr
     """Return a row a cell, and a column for each of `names` and each decoding: percent correct."""
     numbers = [(100 * one.value, 100 * one.low, 100 * one.high) for one in cells.share]
     texts = cells.assign(text=["{:.0f} [{:.0f}, {:.0f}]".format(*three) for three in numbers])
-    texts["column"] = texts[names].agg(" ".join, axis=1) + ", " + texts.decoding.map(DECODINGS)
+    texts["column"] = (
+        texts[names].agg(" ".join, axis=1) + ", " + texts.decoding.map(DECODING_TITLES)
+    )
     wide = texts.pivot_table("text", index, "column", aggfunc="first", sort=False, observed=True)
     return wide.reset_index()
 
