@@ -19,13 +19,19 @@ from model.model_lora import (
     apply_lora,
     build_merged,
     load_lora,
-    lora_layers,
     merge_lora,
     select_trainable,
     unmerge_lora,
 )
 from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
-from tests.model.small import IDS, compute_logits, make_model, move_parameters, save_adapter
+from tests.model.small import (
+    IDS,
+    compute_logits,
+    lora_layers,
+    make_model,
+    move_parameters,
+    save_adapter,
+)
 
 SETTINGS = {
     "all-linear": LoraSettings(rank=4, alpha=12),
@@ -90,7 +96,7 @@ def test_inits(init: str, spread: float) -> None:
     torch.manual_seed(0)
     model = make_model()
     apply_lora(model, LoraSettings(rank=32, targets="q_proj,embedding", init=init))
-    for _, layer in lora_layers(model):
+    for layer in lora_layers(model):
         start = layer.lora_A.weight
         assert start.std().item() == pytest.approx(spread, rel=0.05)
         if init == "kaiming":  # U(-1/8, 1/8)
@@ -130,26 +136,20 @@ def test_gradients_of_rows_and_factors_come_from_both_ends(base: Path) -> None:
         dense(IDS, labels=IDS).loss.backward()
         full = dense.model.embed_tokens.weight.grad
         if model is rows:
-            [trained] = rows.model.embed_tokens.token_adapter.values()
-            assert torch.allclose(trained.grad, full[[1, 2]], atol=1e-5)
+            assert torch.allclose(rows.lm_head.rows.grad, full[[1, 2]], atol=1e-5)
     # W + 2 B A: by the chain rule dB = 2 dW A^T and dA = 2 B^T dW.
     a, b = factors.lm_head.lora_A.weight, factors.lm_head.lora_B.weight
     assert torch.allclose(b.grad, 2 * full @ a.T, atol=1e-5)
     assert torch.allclose(a.grad, 2 * b.T @ full, atol=1e-5)
 
 
-def test_blocks_compile_with_the_adapter_in_place(base: Path) -> None:
-    plain, compiled = load_model(base), load_model(base)
-    for model in (plain, compiled):
-        torch.manual_seed(0)
-        apply_lora(model, LoraSettings(rank=4))
-        move_parameters(model)
-    for layer in compiled.model.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
-    for model in (plain, compiled):
-        model(IDS, labels=IDS).loss.backward()
-    for (name, ours), (_, fast) in zip(lora_layers(plain), lora_layers(compiled), strict=True):
-        assert torch.allclose(ours.lora_A.weight.grad, fast.lora_A.weight.grad, atol=1e-5), name
+def test_a_block_with_the_adapter_is_one_graph(base: Path) -> None:
+    model = load_model(base)
+    apply_lora(model, LoraSettings(rank=4))
+    move_parameters(model)
+    expected = compute_logits(model)
+    model.model.layers[0].compile(backend="eager", fullgraph=True)
+    assert torch.allclose(compute_logits(model), expected, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- targets and counts
@@ -249,7 +249,7 @@ def test_we_load_pefts_adapter(base: Path, tmp_path: Path, name: str) -> None:
 
 def test_pefts_embedding_without_its_head_is_refused(base: Path, tmp_path: Path) -> None:
     train_with_peft(base, tmp_path, {"r": 3, "target_modules": ["embed_tokens"]})
-    with pytest.raises(UserError, match="lm_head.lora_A.weight is None, the model has"):
+    with pytest.raises(UserError, match="Missing key.*lm_head.lora_A.weight"):
         load_lora(load_model(base), tmp_path)
 
 
@@ -279,7 +279,7 @@ def test_merge_adds_in_float32_and_casts_once() -> None:
     model = make_model().bfloat16()
     apply_lora(model, LoraSettings(rank=2, alpha=0.6, targets="q_proj,embedding"))
     move_parameters(model)
-    layers = [layer for _, layer in lora_layers(model)]
+    layers = lora_layers(model)
     deltas = [layer.delta() for layer in layers]
     sums = [m.weight.float() + d for m, d in zip(layers, deltas, strict=True)]
     merge_lora(model)
@@ -320,7 +320,7 @@ def test_settings_that_cannot_work_are_refused(settings: LoraSettings, message: 
     with pytest.raises(UserError, match=message):
         apply_lora(model, settings)
     assert all(p.requires_grad for p in model.parameters())
-    assert not list(lora_layers(model))
+    assert not lora_layers(model)
 
 
 def test_wrong_base_is_refused(base: Path, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_wrong_base_is_refused(base: Path, tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not computed here"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern {'q_proj': 4}"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
-        ({"r": 3}, r"lora_A.weight is \(4, 96\), the model has \(3, 96\)"),
+        ({"r": 3}, r"size mismatch for .*lora_A.weight.*\[4, 64\]"),
     ],
 )
 def test_adapter_configs_that_are_not_computed_are_refused(
@@ -351,7 +351,11 @@ def test_adapter_configs_that_are_not_computed_are_refused(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model.layers.0.self_attn.q_proj.lora_B.weight", None, "q_proj.lora_B.weight is None"),
+        (
+            "model.layers.0.self_attn.q_proj.lora_B.weight",
+            None,
+            "Missing key.*q_proj.lora_B.weight",
+        ),
         ("lm_tail.weight", torch.ones(1), "does not fit this model: .*'lm_tail' selects nothing"),
         ("lm_head.lora_B.weight", torch.ones(6400, 4), "differs from the other end"),
         (None, None, "adapter_model.safetensors: missing or corrupt"),
