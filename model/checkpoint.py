@@ -12,16 +12,15 @@ from transformers.utils import cached_file
 
 from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json, write_text
 from model.model_lora import ADAPTER_CONFIG, load_lora
-from model.model_minimind import Config, MiniMindForCausalLM, collect_weights, fill_model
+from model.model_minimind import Config, MiniMindForCausalLM, fill_model, list_weights
 from model.model_minimind import weights_fingerprint as weights_fingerprint  # for importers
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS_FILE = "model.safetensors"
-# Values of config.json that the model computes; others are refused.
-COMPUTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-COMPUTED |= {"use_sliding_window": False, "quantization_config": None}
-COMPUTED |= {"rope_type": "default", "partial_rotary_factor": 1.0}
+# Values of config.json that the model computes. Others are refused, or show in the weights.
+COMPUTED = {"hidden_act": "silu", "rope_type": "default", "partial_rotary_factor": 1.0}
+COMPUTED |= {"use_sliding_window": False}
 
 
 def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Path) -> None:
@@ -31,7 +30,7 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
         tokenizer_dir: a folder, whose files are copied, or a hub id.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu() for name, tensor in collect_weights(model).items()}
+    tensors = {name: tensor.cpu() for name, tensor in list_weights(model).items()}
     write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     write_json(folder / "config.json", dict(sorted(config.items())))

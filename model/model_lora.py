@@ -19,15 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model.files import UserError, read_json, write_bytes, write_json
-from model.model_minimind import (
-    MiniMindForCausalLM,
-    collect_weights,
-    fill_model,
-    weights_fingerprint,
-)
+from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 TARGET_NAMES = ("square", "attention", "mlp", "all-linear", "embedding")
 TRAINABLE_PARTS = ("square", "attention", "mlp", "embeddings", "norms", "frozen-embeddings")
 INITS = ("kaiming", "gaussian")
@@ -159,8 +153,8 @@ def select_modules(
     groups = {
         "all": [*modules],
         "square": [n for n in linears if modules[n].in_features == modules[n].out_features],
-        "attention": [n for n in linears if n.endswith(ATTENTION)],
-        "mlp": [n for n in linears if n.endswith(MLP)],
+        "attention": [n for n in linears if ".self_attn." in n],
+        "mlp": [n for n in linears if ".mlp." in n],
         "all-linear": linears,
         "embedding": [EMBEDDING],
         "embeddings": [EMBEDDING],
@@ -189,18 +183,14 @@ def choose_modules(
     model: MiniMindForCausalLM, settings: LoraSettings
 ) -> tuple[list[str], list[str]]:
     """Name the modules to adapt, and those to train whole; refuse settings that cannot work."""
-    rank, tokens, targets, whole = settings.rank, settings.train_tokens, [], []
-    if rank:
-        kinds = (nn.Linear, nn.Embedding)
-        targets = select_modules(model, settings.targets, kinds, "--lora_targets")
-    if settings.modules_to_save:
-        parts = ",".join(settings.modules_to_save).replace(HEAD, EMBEDDING)  # the tied matrix
-        whole = select_modules(model, parts, (nn.RMSNorm, nn.Embedding), "--modules_to_save")
+    rank, tokens, kinds = settings.rank, settings.train_tokens, (nn.Linear, nn.Embedding)
+    targets = select_modules(model, settings.targets, kinds, "--lora_targets") if rank else []
+    parts, kinds = ",".join(settings.modules_to_save), (nn.RMSNorm, nn.Embedding)
+    parts = parts.replace(HEAD, EMBEDDING)  # the tied matrix
+    whole = select_modules(model, parts, kinds, "--modules_to_save") if parts else []
     for name in targets:
-        shape = tuple(model.get_submodule(name).weight.shape)
-        if not 1 <= rank <= min(shape):
-            limit = f"{name} is {shape}, so its rank is 1 to {min(shape)}"
-            raise UserError(f"--lora_rank {rank}: {limit}")
+        if rank > (limit := min(model.get_submodule(name).weight.shape)):
+            raise UserError(f"--lora_rank {rank}: the rank of {name} is {limit} at most")
     ids = range(model.config.vocab_size)
     if len({*tokens} & {*ids}) < len(tokens):
         raise UserError(f"--train_tokens: ids must differ and lie in 0..{ids[-1]}")
@@ -243,18 +233,14 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
 def merge_lora(model: MiniMindForCausalLM) -> None:
     """Add every update to its weight, in float32 and cast once; `unmerge_lora` undoes it.
 
-    Raises:
-        UserError: merged already, or an update of a tied head alone, which would change the
-            embedding too.
+    An update of a tied head alone is refused: merging it would change the embedding, too.
     """
     is_plain = isinstance(model.model.embed_tokens, nn.Embedding)
     if isinstance(model.lm_head, LoRALinear) and is_plain and model.config.tie_word_embeddings:
-        raise UserError(
-            f"{HEAD} is tied to the embedding: merging its update would change the input end too; "
-            "use the adapter unmerged"
-        )
+        remedy = "would change the input end too; use the adapter unmerged"
+        raise UserError(f"{HEAD} is tied to the embedding: merging its update {remedy}")
     if hasattr(model, "before_merge"):
-        raise UserError("the adapter is merged already")
+        raise UserError("the adapter is merged already; unmerge it first")
     adapted = [m for m in model.modules() if isinstance(m, LoRALinear | TokenRows)]
     model.before_merge = [(m, m.weight.detach().clone(), m.scaling) for m in adapted]
     for module in adapted:
@@ -285,6 +271,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 PEFT_PREFIX = "base_model.model."
 # The trained rows here and in PEFT, whose file holds rows, too, in spite of the name.
 ROWS, PEFT_ROWS = f"{HEAD}.rows", f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
+BASE_COPY = ".base_layer.weight"  # PEFT saves the base's matrix beside an adapted embedding
 NO_TARGETS = "dummy-target-modules"  # PEFT's name for none; an empty list it refuses
 # Values of PEFT's settings that are computed here. Settings not listed change nothing, or show in
 # the tensors' names and shapes. PiSSA and other initializations change the base's weights.
@@ -292,7 +279,6 @@ PEFT_VALUES = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
     "alpha_pattern": ({},),
-    "alora_invocation_tokens": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 
@@ -363,26 +349,21 @@ def save_lora(
 def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     """Put a saved adapter (ours or PEFT's) on its base, strictly; return its settings.
 
-    Raises:
-        UserError: a file is missing or broken, tensors do not fit, or the base's weights are not
-            those that the adapter was trained on.
+    Broken files, tensors that do not fit, and another base than it was trained on are refused.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in list(file.keys())}
+            names = [name for name in list(file.keys()) if not name.endswith(BASE_COPY)]
+            tensors = {name: file.get_tensor(name).float() for name in names}
             trained_on = (file.metadata() or {}).get("base_fingerprint")
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
     if trained_on not in (None, weights_fingerprint(model)):
         named = f"give the one that its {ADAPTER_CONFIG} names"
         raise UserError(f"{folder}: was trained on another base than the one loaded; {named}")
-    # PEFT saves the base's matrix beside an adapted embedding.
-    tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith(".base_layer.weight")}
-    settings, weights = (
-        find_settings(path.with_name(ADAPTER_CONFIG), tensors),
-        collect_weights(model),
-    )
+    settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
+    weights = list_weights(model)
     try:
         apply_lora(model, settings)
     except UserError as error:  # the message names a flag, not the file

@@ -29,44 +29,38 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_tables`
 
 
 def minimind_config(
-    vocab_size: int = 6400,
     hidden_size: int = 512,
     num_hidden_layers: int = 8,
     num_attention_heads: int = 8,
     num_key_value_heads: int = 2,
     intermediate_size: int = 1408,
-    max_position_embeddings: int = 32768,
-    rope_theta: float = 1e6,
-    rms_norm_eps: float = 1e-5,
     qk_norm: bool = False,
+    **others: float,
 ) -> Config:
     """Describe a model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
 
-    Raises:
-        UserError: the heads do not divide the hidden size or each other.
+    `others` are further values of transformers' config, such as `vocab_size`. Heads that do not
+    divide the hidden size or each other are refused.
     """
     if hidden_size % (2 * num_attention_heads) or num_attention_heads % num_key_value_heads:
         raise UserError(
             f"hidden_size {hidden_size}: must be a multiple of 2 * num_attention_heads "
             f"({num_attention_heads}), and these of num_key_value_heads ({num_key_value_heads})"
         )
+    defaults = {"vocab_size": 6400, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+    special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config_class = Qwen3Config if qk_norm else LlamaConfig
     return config_class(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         head_dim=hidden_size // num_attention_heads,
         intermediate_size=intermediate_size,
-        max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        rms_norm_eps=rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
         architectures=["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
+        **(defaults | special_tokens | others),
     )
 
 
@@ -249,14 +243,13 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss / items, cache=cache)
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Count all and trainable parameters, the tied head once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return model.num_parameters(), model.num_parameters(only_trainable=True)
 
 
-def collect_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
-    """Collect the tensors of a weights file: the whole state, a tied head once."""
+def list_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
+    """List the tensors of a weights file by name: the whole state, a tied head once."""
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors[HEAD_WEIGHT]
@@ -266,8 +259,8 @@ def collect_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
 def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the tensors of a file into the model, all of them and no others.
 
-    Raises:
-        UserError: one is missing, unknown or of another shape, or a tied head is another matrix.
+    Tensors that are missing, unknown or of another shape are refused; so is a tied head that
+    differs from the embedding.
     """
     if model.config.tie_word_embeddings and EMBEDDING_WEIGHT in tensors:
         tensors = {HEAD_WEIGHT: tensors[EMBEDDING_WEIGHT]} | tensors
@@ -276,9 +269,9 @@ def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Pat
             raise UserError(f"{path}: {HEAD_WEIGHT} differs from the embedding; {remedy}")
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:  # names what is missing, unexpected or of another shape
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: weights do not fit: {reason}") from error
+    except RuntimeError as error:  # names them
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: weights do not fit: {problem}") from error
 
 
 def weights_fingerprint(model: MiniMindForCausalLM) -> str:
@@ -287,7 +280,7 @@ def weights_fingerprint(model: MiniMindForCausalLM) -> str:
     facts = [config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps]
     facts += [config.rope_parameters["rope_theta"], config.model_type]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for name, tensor in sorted(collect_weights(model).items()):
+    for name, tensor in sorted(list_weights(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())
     return digest.hexdigest()
