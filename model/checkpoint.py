@@ -19,16 +19,11 @@ TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tok
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS_FILE = "model.safetensors"
 # Values of config.json that the model computes. Others are refused, or show in the weights.
-COMPUTED = {"hidden_act": "silu", "rope_type": "default", "partial_rotary_factor": 1.0}
-COMPUTED |= {"use_sliding_window": False}
+COMPUTED = {"hidden_act": "silu", "rope_type": "default", "use_sliding_window": False}
 
 
 def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Path) -> None:
-    """Write weights, config and tokenizer in transformers' layout, each file whole or not at all.
-
-    Args:
-        tokenizer_dir: a folder, whose files are copied, or a hub id.
-    """
+    """Write weights, config and the tokenizer of a folder or hub id, in transformers' layout."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu() for name, tensor in list_weights(model).items()}
     write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))

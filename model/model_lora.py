@@ -94,11 +94,10 @@ class LoRALinear(nn.Module):
 class TokenRows(nn.Module):
     """A tied head of which only the rows of chosen tokens train."""
 
-    scaling = 1.0  # not used: merged or not, the rows stand in for those of the weight
-
     def __init__(self, head: nn.Module, token_ids: tuple[int, ...]):
         super().__init__()
         self.weight = head.weight  # (V, D)
+        self.scaling = 1.0  # not used: merged or not, the rows stand in for those of the weight
         ids = torch.tensor(token_ids, device=self.weight.device)
         self.register_buffer("token_ids", ids, persistent=False)
         self.rows = nn.Parameter(self.weight.detach()[ids].float())  # (tokens, D)
@@ -121,11 +120,7 @@ class TokenRows(nn.Module):
 
 
 class TiedEmbedding(nn.Module):
-    """The input end of an adapted head, a `LoRALinear` or `TokenRows`.
-
-    PEFT starts an embedding's factor at N(0, 1), too large for the linears' learning rate; here
-    both ends have the head's factors, which start as a linear's.
-    """
+    """The input end of an adapted head, with its factors; PEFT starts one of them at N(0, 1)."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
@@ -143,10 +138,7 @@ class TiedEmbedding(nn.Module):
 def select_modules(
     model: MiniMindForCausalLM, spec: str, kinds: tuple[type, ...], flag: str
 ) -> list[str]:
-    """Name the modules of some kinds that groups or names, joined by commas, select.
-
-    A part that selects none is refused in the name of the flag.
-    """
+    """Name the modules of `kinds` that groups or names select; refuse a part that selects none."""
     modules = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     linears = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n != HEAD]
     norms = [n for n, m in modules.items() if isinstance(m, nn.RMSNorm)]
@@ -272,7 +264,6 @@ PEFT_PREFIX = "base_model.model."
 # The trained rows here and in PEFT, whose file holds rows, too, in spite of the name.
 ROWS, PEFT_ROWS = f"{HEAD}.rows", f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
 BASE_COPY = ".base_layer.weight"  # PEFT saves the base's matrix beside an adapted embedding
-NO_TARGETS = "dummy-target-modules"  # PEFT's name for none; an empty list it refuses
 # Values of PEFT's settings that are computed here. Settings not listed change nothing, or show in
 # the tensors' names and shapes. PiSSA and other initializations change the base's weights.
 PEFT_VALUES = {
@@ -335,7 +326,7 @@ def save_lora(
         "modules_to_save": whole or None,
         "peft_type": "LORA",
         "r": max(settings.rank, 1),  # PEFT refuses 0; without targets it is not used
-        "target_modules": targets or NO_TARGETS,
+        "target_modules": targets or "dummy-target-modules",  # PEFT's name for none
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": {"embed_tokens": list(tokens)} if tokens else None,
         "use_rslora": settings.use_rslora,

@@ -257,11 +257,7 @@ def list_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
 
 
 def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the tensors of a file into the model, all of them and no others.
-
-    Tensors that are missing, unknown or of another shape are refused; so is a tied head that
-    differs from the embedding.
-    """
+    """Copy the tensors of a file into the model, all of them and no others, or refuse the file."""
     if model.config.tie_word_embeddings and EMBEDDING_WEIGHT in tensors:
         tensors = {HEAD_WEIGHT: tensors[EMBEDDING_WEIGHT]} | tensors
         if not torch.equal(tensors[HEAD_WEIGHT], tensors[EMBEDDING_WEIGHT]):
