@@ -125,7 +125,6 @@ def test_broken_and_missing_files_are_named(folder: Path) -> None:
 
 def test_tokenizers_load_as_transformers_loads_them_or_are_refused(folder: Path) -> None:
     tokenizer = load_tokenizer()
-    assert tokenizer.name_or_path == str(TOKENIZER_DIR)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer("<|im_start|>a<|im_end|>")["input_ids"][::2] == [1, 2]
     with pytest.raises(UserError, match="has 6400 tokens, the model 6399; give the model's own"):
@@ -136,17 +135,16 @@ def test_tokenizers_load_as_transformers_loads_them_or_are_refused(folder: Path)
 
 
 def test_bases_are_found_by_path_or_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, fingerprint = folder.parent / "adapter", weights_fingerprint(load_model(folder))
-    save_adapter(folder, LoraSettings(rank=2), adapter, "someone/small")
-    assert find_base(adapter) == "someone/small"
-
     def download(source: str, name: str) -> str:
         if source != "someone/small":
             raise OSError("offline\nsecond line")
         return str(folder / name)
 
     monkeypatch.setattr(checkpoint, "cached_file", download)
-    assert weights_fingerprint(load_model("someone/small")) == fingerprint
+    adapter = folder.parent / "adapter"
+    save_adapter(folder, LoraSettings(rank=2), adapter, "someone/small")
+    hub_model = load_model(find_base(adapter))
+    assert weights_fingerprint(hub_model) == weights_fingerprint(load_model(folder))
     with pytest.raises(UserError, match=r"else/small: neither a folder nor on the hub \(offline\)"):
         load_model("else/small")
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="../gone/base")

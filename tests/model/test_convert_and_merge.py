@@ -7,15 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.checkpoint import (
-    TOKENIZER_DIR,
-    load_checkpoint,
-    load_model,
-    save_model,
-    weights_fingerprint,
-)
+from model.checkpoint import TOKENIZER_DIR, load_checkpoint, load_model, save_model
 from model.files import UserError, file_sha256
 from model.model_lora import LoraSettings
+from model.model_minimind import weights_fingerprint
 from tests.model.small import compute_logits, make_model, save_adapter
 from trainer import convert_minimind, merge_lora
 

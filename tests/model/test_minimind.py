@@ -57,8 +57,7 @@ def test_logits_equal_transformers_with_and_without_padding(pair: tuple) -> None
 def test_padding_on_the_right_and_a_cache_change_no_logits() -> None:
     model, ids = make_model(), torch.randint(3, 6400, (1, 16))
     with torch.no_grad():
-        alone = model(ids).logits
-        padded = model(F.pad(ids, (0, 9))).logits[:, :16]
+        alone, padded = model(ids).logits, model(F.pad(ids, (0, 9))).logits[:, :16]
         rest = model(ids[:, 9:], cache=model(ids[:, :9], use_cache=True).cache).logits
     assert torch.allclose(padded, alone, rtol=0, atol=1e-5)
     assert torch.allclose(rest, alone[:, 9:], rtol=0, atol=1e-5)
@@ -95,18 +94,15 @@ def test_loss_and_gradients_equal_transformers(pair: tuple) -> None:
 
 
 def test_loss_is_the_shifted_mean_over_labels_by_hand() -> None:
-    model = make_model()
-    ids = torch.randint(3, 6400, (1, 6))
+    model, ids = make_model(), torch.randint(3, 6400, (1, 6))
     labels = torch.tensor([[5, -100, int(ids[0, 2]), -100, -100, int(ids[0, 5])]])
     with torch.no_grad():
         log_probs = model(ids).logits.log_softmax(-1)[0]
-        # The first label is never predicted; positions 1 and 4 predict the tokens at 2 and 5.
-        expected = -(log_probs[1, ids[0, 2]] + log_probs[4, ids[0, 5]]) / 2
-        out = model(ids, labels=labels)
-        assert out.loss.item() == pytest.approx(expected.item(), abs=1e-5)
-        assert out.logits is None
-        by_four = model(ids, labels=labels, num_items_in_batch=4).loss
-    assert by_four.item() == pytest.approx(expected.item() / 2, abs=1e-5)
+        out, by_four = model(ids, labels=labels), model(ids, labels=labels, num_items_in_batch=4)
+    # The first label is never predicted; positions 1 and 4 predict the tokens at 2 and 5.
+    total = -(log_probs[1, ids[0, 2]] + log_probs[4, ids[0, 5]]).item()
+    assert (out.loss.item(), by_four.loss.item()) == pytest.approx((total / 2, total / 4), abs=1e-5)
+    assert out.logits is None
 
 
 def test_loss_under_autocast_sums_in_float32() -> None:
