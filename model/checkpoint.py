@@ -5,7 +5,6 @@ No code in a checkpoint is run. A config that the model does not compute is refu
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
@@ -13,29 +12,20 @@ from transformers.utils import cached_file
 
 from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json, write_text
 from model.model_lora import ADAPTER_CONFIG, load_lora
-from model.model_minimind import Config, MiniMindForCausalLM
+from model.model_minimind import Config, MiniMindForCausalLM, fill_model, list_weights
 from model.model_minimind import weights_fingerprint as weights_fingerprint  # for importers
 
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS_FILE = "model.safetensors"
-EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
-# Values of config.json that the model computes; others are refused.
-COMPUTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-COMPUTED |= {"use_sliding_window": False, "quantization_config": None}
-COMPUTED |= {"rope_type": "default", "partial_rotary_factor": 1.0}
+# Values of config.json that the model computes. Others are refused, or show in the weights.
+COMPUTED = {"hidden_act": "silu", "rope_type": "default", "use_sliding_window": False}
 
 
 def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Path) -> None:
-    """Write weights, config and tokenizer in transformers' layout, each file whole or not at all.
-
-    Args:
-        tokenizer_dir: a folder, whose files are copied, or a hub id.
-    """
+    """Write weights, config and the tokenizer of a folder or hub id, in transformers' layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del tensors[HEAD_WEIGHT]
+    tensors = {name: tensor.cpu() for name, tensor in list_weights(model).items()}
     write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     write_json(folder / "config.json", dict(sorted(config.items())))
@@ -56,11 +46,7 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def find_file(source: str | Path, name: str) -> Path:
-    """Find a file of a saved folder, or of a hub id; a hub's file is downloaded once.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Find a file of a saved folder, or of a hub id: a hub's file is downloaded once."""
     if is_hub_id(source):
         try:
             return Path(cached_file(source, name))
@@ -77,10 +63,10 @@ def read_config(source: str | Path) -> Config:
     """Read a config, refused unless model_minimind.py computes what it describes."""
     path = find_file(source, "config.json")
     content = read_json(path)
-    kinds = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-    if content.get("model_type") not in kinds:
+    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}.get(content.get("model_type"))
+    if kind is None:
         raise UserError(f"{path}: model_type {content.get('model_type')!r}; llama or qwen3 is read")
-    config = kinds[content["model_type"]].from_dict(content)
+    config = kind.from_dict(content)
     found = content | config.rope_parameters
     for name, computed in COMPUTED.items():
         if found.get(name) not in (computed, None):
@@ -91,10 +77,7 @@ def read_config(source: str | Path) -> Config:
 def load_model(source: str | Path) -> MiniMindForCausalLM:
     """Load a model in float32 from a saved folder or a hub id, strictly.
 
-    `from_pretrained` would report weights that do not fit, and go on.
-
-    Raises:
-        UserError: a file is missing, broken, or does not fit the config.
+    `from_pretrained` would report missing, broken or unfitting weights, and go on.
     """
     config, path = read_config(source), find_file(source, WEIGHTS_FILE)
     try:
@@ -102,16 +85,7 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
     except SafetensorError as error:
         raise UserError(f"{path}: corrupt ({error}); copy or train it again") from error
     model = MiniMindForCausalLM(config)
-    if config.tie_word_embeddings and EMBEDDING_WEIGHT in tensors:
-        head = tensors.setdefault(HEAD_WEIGHT, tensors[EMBEDDING_WEIGHT])
-        if not torch.equal(head, tensors[EMBEDDING_WEIGHT]):
-            remedy = "set tie_word_embeddings to false in config.json"
-            raise UserError(f"{path}: {HEAD_WEIGHT} differs from the embedding; {remedy}")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:  # names what is missing, unexpected or of another shape
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: weights do not fit the config: {reason}") from error
+    fill_model(model, tensors, path)
     return model
 
 
@@ -120,12 +94,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or a hub id; it neither cuts nor pads by itself.
 
-    Args:
-        vocab_size: rows of the model's embedding, if the tokenizer must fit one.
-
     Raises:
         UserError: a file, the chat template or a special token is missing, or the tokenizer has
-            more tokens than the model has rows.
+            more tokens than the model has rows, `vocab_size`.
     """
     for name in TOKENIZER_FILES[:2]:
         find_file(source, name)
@@ -144,9 +115,6 @@ def find_base(folder: str | Path) -> str | Path:
     """Find the base that an adapter's config names: a folder or a hub id.
 
     A path is looked up from here, from the repository, and beside the adapter.
-
-    Raises:
-        UserError: the config names none, or none is there.
     """
     path = Path(folder) / ADAPTER_CONFIG
     named = read_json(path).get("base_model_name_or_path") or ""
@@ -159,11 +127,7 @@ def find_base(folder: str | Path) -> str | Path:
 
 
 def load_checkpoint(path: str | Path) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
-    """Load a model, or an adapter on its base, and the tokenizer of either.
-
-    Raises:
-        UserError: files are missing or do not fit, or the base is another one.
-    """
+    """Load a model, or an adapter on its base, and the tokenizer of either."""
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
     base = find_base(path) if is_adapter else path
     model = load_model(base)

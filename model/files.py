@@ -42,11 +42,7 @@ def escape_control(text: str) -> str:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file aside and move it into place: a full disk leaves the file before."""
     aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_bytes(content)
-    except OSError:  # half of the file may be there
-        aside.unlink(missing_ok=True)
-        raise
+    aside.write_bytes(content)
     replace_file(aside, path)
 
 
@@ -68,11 +64,7 @@ def replace_file(aside: Path, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read the JSON object in a file.
-
-    Raises:
-        UserError: the file is missing, broken, or holds no object.
-    """
+    """Read the JSON object in a file; a missing, broken or other file is refused."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -8,7 +8,6 @@
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model.files import UserError, read_json, write_bytes, write_json
-from model.model_minimind import MiniMindForCausalLM, weights_fingerprint
+from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 TARGET_NAMES = ("square", "attention", "mlp", "all-linear", "embedding")
 TRAINABLE_PARTS = ("square", "attention", "mlp", "embeddings", "norms", "frozen-embeddings")
 INITS = ("kaiming", "gaussian")
@@ -83,72 +81,55 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out)."""
         return F.linear(x, self.weight) + self.lora_B(self.lora_A(self.dropout(x)) * self.scaling)
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Look rows up, if this is the head: (...) int64 -> (..., in)."""
+        update = (F.embedding(input_ids, self.lora_B.weight) * self.scaling) @ self.lora_A.weight
+        return F.embedding(input_ids, self.weight) + update
+
     def delta(self) -> Tensor:
         """Compute the update of W, (out, in)."""
         return self.scaling * (self.lora_B.weight.detach() @ self.lora_A.weight.detach())
 
 
-# ---------------------------------------------------------------- both ends of a tied matrix
+class TokenRows(nn.Module):
+    """A tied head of which only the rows of chosen tokens train."""
+
+    def __init__(self, head: nn.Module, token_ids: tuple[int, ...]):
+        super().__init__()
+        self.weight = head.weight  # (V, D)
+        self.scaling = 1.0  # not used: merged or not, the rows stand in for those of the weight
+        ids = torch.tensor(token_ids, device=self.weight.device)
+        self.register_buffer("token_ids", ids, persistent=False)
+        self.rows = nn.Parameter(self.weight.detach()[ids].float())  # (tokens, D)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        logits = F.linear(hidden, self.weight)
+        own = F.linear(hidden, self.rows.to(self.weight.dtype))
+        return logits.index_copy(-1, self.token_ids, own)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Look rows up: (...) int64 -> (..., D)."""
+        rows = self.rows.to(self.weight.dtype)
+        return F.embedding(input_ids, self.weight.index_copy(0, self.token_ids, rows))
+
+    def delta(self) -> Tensor:
+        """Compute the update of the matrix, (V, D)."""
+        weight = self.weight.detach().float()
+        return weight.index_copy(0, self.token_ids, self.rows.detach()) - weight
 
 
 class TiedEmbedding(nn.Module):
-    """The input end of an adapted head, with the head's rows W + scaling * B A.
+    """The input end of an adapted head, with its factors; PEFT starts one of them at N(0, 1)."""
 
-    PEFT's N(0, 1) for the factor that is not zero is too large for the linears' learning rate, so
-    both factors start as a linear's.
-    """
-
-    def __init__(self, head: LoRALinear):
+    def __init__(self, head: nn.Module):
         super().__init__()
-        self.weight = head.weight  # (V, D)
+        self.weight = head.weight
         self.tied_to = (head,)  # in a tuple, not a submodule: each parameter has one name
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(...) int64 -> (..., D)."""
-        (head,) = self.tied_to
-        update = (F.embedding(input_ids, head.lora_B.weight) * head.scaling) @ head.lora_A.weight
-        return F.embedding(input_ids, self.weight) + update
-
-
-class TokenRows(nn.Module):
-    """An embedding of which only the rows of chosen tokens train, at both ends."""
-
-    scaling = 1.0  # not used: merged or not, the rows stand in for those of the weight
-
-    def __init__(self, embedding: nn.Module, token_ids: tuple[int, ...]):
-        super().__init__()
-        self.weight = embedding.weight
-        ids = torch.tensor(token_ids, device=self.weight.device)
-        self.register_buffer("token_ids", ids, persistent=False)
-        rows = nn.Parameter(self.weight.detach()[ids].float())
-        # PEFT's name; the file holds rows, not differences.
-        self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})
-
-    def rows(self) -> Tensor:
-        """Return the trained rows, (tokens, D), in the embedding's type."""
-        return self.token_adapter["trainable_tokens_delta"].to(self.weight.dtype)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(...) int64 -> (..., D)."""
-        return F.embedding(input_ids, self.weight.index_copy(0, self.token_ids, self.rows()))
-
-    def delta(self) -> Tensor:
-        """Compute the update of the embedding, (V, D)."""
-        weight, rows = self.weight.detach().float(), self.rows().detach().float()
-        return weight.index_copy(0, self.token_ids, rows) - weight
-
-
-class TokenRowsHead(nn.Module):
-    """The output end of `TokenRows`."""
-
-    def __init__(self, embedding: TokenRows):
-        super().__init__()
-        self.weight, self.embedding = embedding.weight, embedding
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        logits, ids = F.linear(hidden, self.weight), self.embedding.token_ids
-        return logits.index_copy(-1, ids, F.linear(hidden, self.embedding.rows()))
+        return self.tied_to[0].embed(input_ids)
 
 
 # ---------------------------------------------------------------- choosing and putting in
@@ -157,19 +138,15 @@ class TokenRowsHead(nn.Module):
 def select_modules(
     model: MiniMindForCausalLM, spec: str, kinds: tuple[type, ...], flag: str
 ) -> list[str]:
-    """Name the modules of some kinds that groups or names, joined by commas, select.
-
-    Raises:
-        UserError: a part selects no module; the message names the flag.
-    """
+    """Name the modules of `kinds` that groups or names select; refuse a part that selects none."""
     modules = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     linears = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n != HEAD]
     norms = [n for n, m in modules.items() if isinstance(m, nn.RMSNorm)]
     groups = {
         "all": [*modules],
         "square": [n for n in linears if modules[n].in_features == modules[n].out_features],
-        "attention": [n for n in linears if n.endswith(ATTENTION)],
-        "mlp": [n for n in linears if n.endswith(MLP)],
+        "attention": [n for n in linears if ".self_attn." in n],
+        "mlp": [n for n in linears if ".mlp." in n],
         "all-linear": linears,
         "embedding": [EMBEDDING],
         "embeddings": [EMBEDDING],
@@ -187,10 +164,7 @@ def select_modules(
 
 
 def select_trainable(model: MiniMindForCausalLM, spec: str) -> None:
-    """Freeze all but `spec`: `all`, or some of `TRAINABLE_PARTS` or module names, by commas.
-
-    These are the dense counterparts of the adapter's placements.
-    """
+    """Freeze all but `spec`: `all`, or some of `TRAINABLE_PARTS` or module names, by commas."""
     names = select_modules(model, spec, (nn.Linear, nn.RMSNorm, nn.Embedding), "--trainable")
     model.requires_grad_(False)
     for name in names:
@@ -201,21 +175,17 @@ def choose_modules(
     model: MiniMindForCausalLM, settings: LoraSettings
 ) -> tuple[list[str], list[str]]:
     """Name the modules to adapt, and those to train whole; refuse settings that cannot work."""
-    targets, whole = [], []
-    if settings.rank:
-        kinds = (nn.Linear, nn.Embedding)
-        targets = select_modules(model, settings.targets, kinds, "--lora_targets")
-    if settings.modules_to_save:
-        parts = ",".join(settings.modules_to_save).replace(HEAD, EMBEDDING)  # the tied matrix
-        whole = select_modules(model, parts, (nn.RMSNorm, nn.Embedding), "--modules_to_save")
+    rank, tokens, kinds = settings.rank, settings.train_tokens, (nn.Linear, nn.Embedding)
+    targets = select_modules(model, settings.targets, kinds, "--lora_targets") if rank else []
+    parts, kinds = ",".join(settings.modules_to_save), (nn.RMSNorm, nn.Embedding)
+    parts = parts.replace(HEAD, EMBEDDING)  # the tied matrix
+    whole = select_modules(model, parts, kinds, "--modules_to_save") if parts else []
     for name in targets:
-        shape = tuple(model.get_submodule(name).weight.shape)
-        if not 1 <= settings.rank <= min(shape):
-            limit = f"{name} is {shape}, so its rank is 1 to {min(shape)}"
-            raise UserError(f"--lora_rank {settings.rank}: {limit}")
-    tokens, last = settings.train_tokens, model.config.vocab_size - 1
-    if len({*tokens}) != len(tokens) or not all(0 <= token <= last for token in tokens):
-        raise UserError(f"--train_tokens: ids must differ and lie in 0..{last}")
+        if rank > (limit := min(model.get_submodule(name).weight.shape)):
+            raise UserError(f"--lora_rank {rank}: the rank of {name} is {limit} at most")
+    ids = range(model.config.vocab_size)
+    if len({*tokens} & {*ids}) < len(tokens):
+        raise UserError(f"--train_tokens: ids must differ and lie in 0..{ids[-1]}")
     ways = ["--train_tokens"] if tokens else []
     ways += ["--modules_to_save embeddings"] if EMBEDDING in whole else []
     ways += ["--lora_targets embedding"] if EMBEDDING in targets else []
@@ -232,31 +202,21 @@ def choose_modules(
 def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     """Freeze `model` and put the adapter in; return the names of the adapted modules.
 
-    Raises:
-        UserError: an unknown target, a rank above a matrix's own, two ways of training the
-            embedding, or nothing to train; the model is unchanged.
+    Settings that cannot work are refused, and the model is then unchanged.
     """
     targets, whole = choose_modules(model, settings)
     model.requires_grad_(False)
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
-    for name in targets:
-        if name != EMBEDDING:
-            model.set_submodule(name, LoRALinear(model.get_submodule(name), settings))
-    if EMBEDDING in targets:  # last: the linears draw the same numbers without it
-        model.lm_head = LoRALinear(model.lm_head, settings)
-        model.model.embed_tokens = TiedEmbedding(model.lm_head)
+    is_tied = EMBEDDING in targets
+    # Both ends last: the linears draw the same numbers without them.
+    for name in [name for name in targets if name != EMBEDDING] + [HEAD] * is_tied:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), settings))
     if settings.train_tokens:
-        model.model.embed_tokens = TokenRows(model.model.embed_tokens, settings.train_tokens)
-        model.lm_head = TokenRowsHead(model.model.embed_tokens)
+        model.lm_head = TokenRows(model.lm_head, settings.train_tokens)
+    if is_tied or settings.train_tokens:
+        model.model.embed_tokens = TiedEmbedding(model.lm_head)
     return targets
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Iterate over the linears with a low-rank update, with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            yield name, module
 
 
 # ---------------------------------------------------------------- merging
@@ -265,18 +225,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def merge_lora(model: MiniMindForCausalLM) -> None:
     """Add every update to its weight, in float32 and cast once; `unmerge_lora` undoes it.
 
-    Raises:
-        UserError: merged already, or an update of a tied head alone, which would change the
-            embedding too.
+    An update of a tied head alone is refused: merging it would change the embedding, too.
     """
     is_plain = isinstance(model.model.embed_tokens, nn.Embedding)
     if isinstance(model.lm_head, LoRALinear) and is_plain and model.config.tie_word_embeddings:
-        raise UserError(
-            f"{HEAD} is tied to the embedding: merging its update would change the input end too; "
-            "use the adapter unmerged"
-        )
+        remedy = "would change the input end too; use the adapter unmerged"
+        raise UserError(f"{HEAD} is tied to the embedding: merging its update {remedy}")
     if hasattr(model, "before_merge"):
-        raise UserError("the adapter is merged already")
+        raise UserError("the adapter is merged already; unmerge it first")
     adapted = [m for m in model.modules() if isinstance(m, LoRALinear | TokenRows)]
     model.before_merge = [(m, m.weight.detach().clone(), m.scaling) for m in adapted]
     for module in adapted:
@@ -293,11 +249,7 @@ def unmerge_lora(model: MiniMindForCausalLM) -> None:
 
 
 def build_merged(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """Build a plain model with the logits of the adapted one; `model` is unchanged.
-
-    Raises:
-        UserError: see `merge_lora`.
-    """
+    """Build a plain model with the logits of the adapted one; `model` is unchanged."""
     merge_lora(model)
     plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
     plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
@@ -309,36 +261,46 @@ def build_merged(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-NO_TARGETS = "dummy-target-modules"  # PEFT's name for none; an empty list it refuses
+# The trained rows here and in PEFT, whose file holds rows, too, in spite of the name.
+ROWS, PEFT_ROWS = f"{HEAD}.rows", f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
+BASE_COPY = ".base_layer.weight"  # PEFT saves the base's matrix beside an adapted embedding
 # Values of PEFT's settings that are computed here. Settings not listed change nothing, or show in
 # the tensors' names and shapes. PiSSA and other initializations change the base's weights.
 PEFT_VALUES = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
     "alpha_pattern": ({},),
-    "alora_invocation_tokens": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 
 
 def collect_tensors(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """Collect the trained tensors under PEFT's names, float32; PEFT keeps both tied ends."""
-    tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    if isinstance(model.model.embed_tokens, TiedEmbedding):
-        tensors[f"{EMBEDDING}.lora_embedding_A"] = model.lm_head.lora_B.weight.T
-        tensors[f"{EMBEDDING}.lora_embedding_B"] = model.lm_head.lora_A.weight.T
-    elif model.model.embed_tokens.weight.requires_grad:
-        tensors[f"{HEAD}.weight"] = model.lm_head.weight.clone()
+    tensors = {
+        name.replace(ROWS, PEFT_ROWS): tensor
+        for name, tensor in model.named_parameters()
+        if tensor.requires_grad
+    }
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if isinstance(head, LoRALinear) and isinstance(embedding, TiedEmbedding):
+        tensors[f"{EMBEDDING}.lora_embedding_A"] = head.lora_B.weight.T
+        tensors[f"{EMBEDDING}.lora_embedding_B"] = head.lora_A.weight.T
+    elif embedding.weight.requires_grad:
+        tensors[f"{HEAD}.weight"] = head.weight.clone()
     return {
         PEFT_PREFIX + name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in tensors.items()
     }
 
 
-def find_whole_modules(tensors: dict[str, Tensor]) -> list[str]:
-    """Name the modules that an adapter's tensors hold whole."""
-    names = [name for name in tensors if ".lora_" not in name and ".token_adapter." not in name]
-    return [name.removeprefix(PEFT_PREFIX).removesuffix(".weight") for name in names]
+def find_modules(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Name the modules that an adapter's tensors adapt, and those that they hold whole."""
+    names = [name.removeprefix(PEFT_PREFIX) for name in tensors]
+    targets = dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name)
+    whole = [n.removesuffix(".weight") for n in names if ".lora_" not in n and n != PEFT_ROWS]
+    if EMBEDDING in targets:  # one update, which PEFT saves for both ends
+        targets.pop(HEAD, None)
+    return list(targets), whole
 
 
 def save_lora(
@@ -351,8 +313,7 @@ def save_lora(
         fingerprint: `weights_fingerprint` of the base before the adapter was put in.
     """
     tensors, tokens = collect_tensors(model), settings.train_tokens
-    is_tied = isinstance(model.model.embed_tokens, TiedEmbedding)
-    names = [EMBEDDING if is_tied and name == HEAD else name for name, _ in lora_layers(model)]
+    targets, whole = find_modules(tensors)
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -362,14 +323,14 @@ def save_lora(
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
-        "modules_to_save": find_whole_modules(tensors) or None,
+        "modules_to_save": whole or None,
         "peft_type": "LORA",
         "r": max(settings.rank, 1),  # PEFT refuses 0; without targets it is not used
-        "target_modules": names or NO_TARGETS,
+        "target_modules": targets or "dummy-target-modules",  # PEFT's name for none
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": {"embed_tokens": list(tokens)} if tokens else None,
         "use_rslora": settings.use_rslora,
-    } | ({"ensure_weight_tying": True} if is_tied else {})
+    } | ({"ensure_weight_tying": True} if EMBEDDING in targets else {})
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "base_fingerprint": fingerprint}
     write_bytes(folder / ADAPTER_WEIGHTS, save(tensors, metadata))
@@ -379,47 +340,46 @@ def save_lora(
 def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     """Put a saved adapter (ours or PEFT's) on its base, strictly; return its settings.
 
-    Raises:
-        UserError: a file is missing or broken, tensors do not fit, or the base's weights are not
-            those that the adapter was trained on.
+    Broken files, tensors that do not fit, and another base than it was trained on are refused.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in list(file.keys())}
+            names = [name for name in list(file.keys()) if not name.endswith(BASE_COPY)]
+            tensors = {name: file.get_tensor(name).float() for name in names}
             trained_on = (file.metadata() or {}).get("base_fingerprint")
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
     if trained_on not in (None, weights_fingerprint(model)):
         named = f"give the one that its {ADAPTER_CONFIG} names"
         raise UserError(f"{folder}: was trained on another base than the one loaded; {named}")
-    # PEFT saves the base's matrix beside an adapted embedding.
-    tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith(".base_layer.weight")}
-    settings = find_settings(Path(folder) / ADAPTER_CONFIG, tensors)
+    settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
+    weights = list_weights(model)
     try:
         apply_lora(model, settings)
     except UserError as error:  # the message names a flag, not the file
         raise UserError(f"{path}: does not fit this model: {error}") from error
-    fill_adapter(model, tensors, path)
+    for name, tensor in tensors.items():
+        if ".lora_embedding_" not in name:  # the head's update, compared below
+            weights[name.removeprefix(PEFT_PREFIX).replace(PEFT_ROWS, ROWS)] = tensor
+    fill_model(model, weights, path)
+    for name, tensor in collect_tensors(model).items():
+        if not torch.equal(tensor, tensors.get(name, tensor)):
+            raise UserError(f"{path}: {name} differs from the other end, but this model ties both")
     return settings
 
 
 def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
     """Find an adapter's settings in its config file and the names of its tensors.
 
-    Raises:
-        UserError: the config is missing or broken, or asks for what this module does not compute.
+    A config that asks for what this module does not compute is refused.
     """
     config = read_json(path)
     for name, values in PEFT_VALUES.items():
         if config.get(name) not in (None, *values):
             remedy = "merge the adapter with PEFT and use the merged model"
             raise UserError(f"{path}: {name} {config[name]!r} is not computed here; {remedy}")
-    rows = config.get("trainable_token_indices") or ()
-    names = [name.removeprefix(PEFT_PREFIX).partition(".lora_") for name in tensors]
-    targets = list(dict.fromkeys(module for module, lora, _ in names if lora))
-    if EMBEDDING in targets and HEAD in targets:  # one update, which PEFT saves for both ends
-        targets.remove(HEAD)
+    rows, (targets, whole) = config.get("trainable_token_indices") or (), find_modules(tensors)
     return LoraSettings(
         rank=config["r"] if targets else 0,
         alpha=config["lora_alpha"],
@@ -428,27 +388,5 @@ def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         use_rslora=bool(config.get("use_rslora")),
         train_tokens=tuple(next(iter(rows.values())) if isinstance(rows, dict) else rows),
-        modules_to_save=tuple(find_whole_modules(tensors)),
+        modules_to_save=tuple(whole),
     )
-
-
-def fill_adapter(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy an adapter file's tensors into the modules that were put in for them.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape, or the tied ends differ.
-    """
-    if (whole := tensors.get(f"{PEFT_PREFIX}{EMBEDDING}.weight")) is not None:
-        tensors.setdefault(f"{PEFT_PREFIX}{HEAD}.weight", whole)  # PEFT may save it once
-    found, needed = (
-        {name: tuple(tensor.shape) for name, tensor in side.items()}
-        for side in (tensors, collect_tensors(model))
-    )
-    if differing := sorted(name for name, _ in found.items() ^ needed.items()):
-        shapes = f"{found.get(differing[0])}, the model has {needed.get(differing[0])}"
-        raise UserError(f"{path}: {differing[0]} is {shapes}; copy it again")
-    names = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    model.load_state_dict(names, strict=False)  # the names were checked
-    for name, tensor in collect_tensors(model).items():
-        if not torch.equal(tensor, tensors[name]):
-            raise UserError(f"{path}: {name} differs from the other end, but this model ties both")

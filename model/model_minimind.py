@@ -10,6 +10,7 @@ d head dimension (D / attention heads, if the config names none), V vocabulary.
 
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,53 +21,46 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.files import UserError
 
+EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 IGNORE_INDEX = -100  # the label of a position without a loss
-# Labeled positions whose logits exist at once: LOSS_CHUNK * V floats, which stay in a CPU's cache.
-LOSS_CHUNK = 512
 
 Config = LlamaConfig | Qwen3Config
 Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_tables`
 
 
 def minimind_config(
-    vocab_size: int = 6400,
     hidden_size: int = 512,
     num_hidden_layers: int = 8,
     num_attention_heads: int = 8,
     num_key_value_heads: int = 2,
     intermediate_size: int = 1408,
-    max_position_embeddings: int = 32768,
-    rope_theta: float = 1e6,
-    rms_norm_eps: float = 1e-5,
     qk_norm: bool = False,
+    **others: float,
 ) -> Config:
     """Describe a model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
 
-    Raises:
-        UserError: the heads do not divide the hidden size or each other.
+    `others` are further values of transformers' config, such as `vocab_size`. Heads that do not
+    divide the hidden size or each other are refused.
     """
     if hidden_size % (2 * num_attention_heads) or num_attention_heads % num_key_value_heads:
         raise UserError(
             f"hidden_size {hidden_size}: must be a multiple of 2 * num_attention_heads "
             f"({num_attention_heads}), and these of num_key_value_heads ({num_key_value_heads})"
         )
+    defaults = {"vocab_size": 6400, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+    special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config_class = Qwen3Config if qk_norm else LlamaConfig
     return config_class(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         head_dim=hidden_size // num_attention_heads,
         intermediate_size=intermediate_size,
-        max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        rms_norm_eps=rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
         architectures=["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
+        **(defaults | special_tokens | others),
     )
 
 
@@ -204,7 +198,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LlamaConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {HEAD_WEIGHT: EMBEDDING_WEIGHT}
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -243,60 +237,37 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(logits=logits, cache=cache)
         targets = labels[:, 1:]
         labeled = targets != IGNORE_INDEX
-        loss = self.sum_losses(hidden[:, :-1][labeled], targets[labeled])
+        logits = self.lm_head(hidden[:, :-1][labeled]).float()  # float32 under autocast, too
+        loss = F.cross_entropy(logits, targets[labeled], reduction="sum")
         items = labeled.sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / items, cache=cache)
 
-    def sum_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum the cross-entropy in nats, float32, of (N, D) states and (N,) targets."""
-        if torch.is_grad_enabled():
-            trained = [p for p in self.lm_head.parameters() if p.requires_grad]
-            return ChunkedLoss.apply(self.lm_head, hidden, targets, *trained)
-        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return sum(sum_chunk(self.lm_head, states, ids) for states, ids in chunks)
 
-
-def sum_chunk(head: nn.Module, states: Tensor, ids: Tensor) -> Tensor:
-    """Sum the cross-entropy of a chunk; exponentials and sums are float32 under autocast, too."""
-    return F.cross_entropy(head(states).float(), ids, reduction="sum")
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of any head, a chunk of positions at a time.
-
-    Each chunk's gradient is taken while its logits exist, so the (N, V) logits never do.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, head: nn.Module, hidden: Tensor, targets: Tensor, *trained: nn.Parameter
-    ) -> Tensor:
-        """(N, D) states, (N,) targets -> the sum; `trained` are the head's trained parameters."""
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *trained)]
-        for start in range(0, len(targets), LOSS_CHUNK):
-            span = slice(start, start + LOSS_CHUNK)
-            with torch.enable_grad():
-                states = hidden[span].detach().requires_grad_()
-                loss = sum_chunk(head, states, targets[span])
-            parts = torch.autograd.grad(loss, [states, *trained])
-            for gradient, part in zip([gradients[0][span], *gradients[1:]], parts, strict=True):
-                gradient += part
-            total += loss.detach()
-        ctx.save_for_backward(*gradients)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that `forward` took."""
-        of_hidden, *of_trained = (gradient * grad for gradient in ctx.saved_tensors)
-        return None, of_hidden, None, *of_trained
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Count all and trainable parameters, the tied head once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return model.num_parameters(), model.num_parameters(only_trainable=True)
+
+
+def list_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
+    """List the tensors of a weights file by name: the whole state, a tied head once."""
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors[HEAD_WEIGHT]
+    return tensors
+
+
+def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the tensors of a file into the model, all of them and no others, or refuse the file."""
+    if model.config.tie_word_embeddings and EMBEDDING_WEIGHT in tensors:
+        tensors = {HEAD_WEIGHT: tensors[EMBEDDING_WEIGHT]} | tensors
+        if not torch.equal(tensors[HEAD_WEIGHT], tensors[EMBEDDING_WEIGHT]):
+            remedy = "set tie_word_embeddings to false in config.json"
+            raise UserError(f"{path}: {HEAD_WEIGHT} differs from the embedding; {remedy}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # names them
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: weights do not fit: {problem}") from error
 
 
 def weights_fingerprint(model: MiniMindForCausalLM) -> str:
@@ -305,8 +276,7 @@ def weights_fingerprint(model: MiniMindForCausalLM) -> str:
     facts = [config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps]
     facts += [config.rope_parameters["rope_theta"], config.model_type]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if not (name == "lm_head.weight" and config.tie_word_embeddings):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    for name, tensor in sorted(list_weights(model).items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
     return digest.hexdigest()

@@ -5,9 +5,8 @@ With a tied embedding E and the gain g of the final RMSNorm frozen, logits are E
 over this ball is exact: a bound for any adapter, rank, learning rate or number of steps.
 
 Tokens whose rows are nearly those of others share their probability: "stolen probability" (Demeter
-et al. 2020, arXiv 2005.02433), in the extreme "unargmaxable" tokens (Grivas et al. 2022, arXiv
-2203.06462). Greedy decoding may still choose a token of low probability; the bound matters for
-sampling, above all that of the token that ends an answer.
+et al. 2020, arXiv 2005.02433; "unargmaxable" tokens, Grivas et al. 2022, arXiv 2203.06462). The
+bound matters for sampling, above all that of the token that ends an answer.
 """
 
 import torch
@@ -20,11 +19,7 @@ MAX_STEPS = 5000  # some 60 to 100 are taken
 
 @torch.no_grad()
 def reachable_probability(model: MiniMindForCausalLM, token_ids: list[int]) -> list[float]:
-    """Bound the probability that each token can get from any hidden state, to about 0.1%.
-
-    Raises:
-        ArithmeticError: `MAX_STEPS` steps were too few.
-    """
+    """Bound the probability that each token can get from any hidden state, to about 0.1%."""
     matrix = model.lm_head.weight.double() * model.model.norm.weight.double()
     matrix = matrix - matrix.mean(dim=0)  # probabilities depend on differences of logits alone
     return [bound_probability(matrix, token) for token in token_ids]

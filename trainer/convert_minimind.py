@@ -21,7 +21,7 @@ import torch
 from model.checkpoint import load_model, load_tokenizer, save_model, weights_fingerprint
 from model.files import UserError, escape_control, run_script
 from model.model_lora import LoraSettings, apply_lora, save_lora
-from model.model_minimind import Config, MiniMindForCausalLM, minimind_config
+from model.model_minimind import Config, MiniMindForCausalLM, fill_model, minimind_config
 
 MATRICES = ("embed_tokens", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj")
 
@@ -57,14 +57,6 @@ def find_config(tensors: dict[str, torch.Tensor], heads: int, path: Path) -> Con
         # Not in the file: MiniMind changed it with the version that brought q_norm.
         rms_norm_eps=1e-6 if qk_norm else 1e-5,
     )
-
-
-def fill_model(model: MiniMindForCausalLM, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copy tensors into the model, all of them and no others."""
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:  # names what is missing, unexpected or of another shape
-        raise UserError(f"{path}: does not fit: {' '.join(str(error).split())}") from error
 
 
 def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, folder: Path) -> None:
@@ -107,8 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         convert_adapter(tensors, args.base, args.pth, args.output_dir)
         return 0
     model = MiniMindForCausalLM(find_config(tensors, args.num_attention_heads, args.pth))
-    tied = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
-    fill_model(model, tied | tensors, args.pth)
+    fill_model(model, tensors, args.pth)
     load_tokenizer(args.tokenizer_path, model.config.vocab_size)
     save_model(model, args.tokenizer_path, args.output_dir)
     print(escape_control(f"{args.pth}: {model.num_parameters():,} parameters: {args.output_dir}"))

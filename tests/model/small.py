@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from model.checkpoint import load_model, weights_fingerprint
-from model.model_lora import LoraSettings, apply_lora, save_lora
+from model.model_lora import LoRALinear, LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 SMALL = {
@@ -34,6 +34,11 @@ def compute_logits(model: nn.Module) -> torch.Tensor:
     """Compute the logits of `IDS` in evaluation mode."""
     with torch.no_grad():
         return model.eval()(IDS).logits
+
+
+def lora_layers(model: nn.Module) -> list[LoRALinear]:
+    """List the linears with a low-rank update."""
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 def move_parameters(model: nn.Module, seed: int = 1) -> None:

@@ -60,25 +60,22 @@ def test_fingerprint_tells_weights_and_shapes_apart() -> None:
     assert weights_fingerprint(model) != before
 
 
+# Heads wider than hidden_size / heads; and the base of rotary angles where transformers before
+# version 5 wrote it.
 @pytest.mark.parametrize(
-    ("kind", "saved", "edited"),
+    ("kind", "changes"),
     [
-        (Qwen3Config, {"head_dim": 32}, {}),  # wider than hidden_size / heads
-        (LlamaConfig, {"tie_word_embeddings": False}, {}),
-        # At the top of the file, as transformers wrote it before version 5.
-        (LlamaConfig, {}, {"rope_theta": 5e4, "rope_parameters": None}),
+        (Qwen3Config, {"head_dim": 32}),
+        (LlamaConfig, {"tie_word_embeddings": False}),
+        (LlamaConfig, {"rope_theta": 5e4, "rope_parameters": None}),
     ],
-    ids=["wide heads", "untied", "old rope"],
 )
-def test_folders_of_transformers_load(
-    tmp_path: Path, kind: type, saved: dict, edited: dict
-) -> None:
+def test_folders_of_transformers_load(tmp_path: Path, kind: type, changes: dict) -> None:
     torch.manual_seed(0)
-    config = kind(**SMALL, vocab_size=6400, tie_word_embeddings=True)
-    for name, value in saved.items():
-        setattr(config, name, value)
+    config = kind(**SMALL | {"vocab_size": 6400, "tie_word_embeddings": True} | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", **edited)
+    if "rope_theta" in changes:
+        edit_json(tmp_path / "config.json", **changes)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert torch.allclose(compute_logits(model), compute_logits(reference), rtol=0, atol=1e-5)
@@ -95,29 +92,21 @@ def test_either_kind_of_folder_loads_with_its_tokenizer(folder: Path) -> None:
     assert torch.equal(again(IDS).logits, compute_logits(model))
 
 
-def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
+def test_weights_and_configs_that_do_not_fit_are_refused(folder: Path) -> None:
     path, norm, head = folder / "model.safetensors", "model.norm.weight", "lm_head.weight"
-    tensors = load_file(path)
-    without = {name: tensor for name, tensor in tensors.items() if name != norm}
-    for wrong, message in [
-        (without | {"model.extra": torch.ones(1)}, "weights do not fit.*model.norm.*model.extra"),
-        (tensors | {norm: torch.ones(65)}, r"weights do not fit.*norm.weight.*\[65\]"),
-        (tensors | {head: torch.zeros(6400, 64)}, "lm_head.weight differs from the embedding"),
+    before, tensors = (folder / "config.json").read_text(), load_file(path)
+    renamed = {name.replace(norm, "model.extra"): tensor for name, tensor in tensors.items()}
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+    for wrong, change, message in [
+        (renamed, {}, "weights do not fit.*model.norm.*model.extra"),
+        (tensors | {norm: torch.ones(65)}, {}, r"weights do not fit.*norm.weight.*\[65\]"),
+        (tensors | {head: torch.zeros(6400, 64)}, {}, "lm_head.weight differs from the embedding"),
+        (tensors, {"num_hidden_layers": 4}, "weights do not fit.*model.layers.3"),
+        (tensors, {"model_type": "gpt2"}, "model_type 'gpt2'"),
+        (tensors, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not computed"),
+        (tensors, {"rope_parameters": rope}, "rope_type 'linear'"),
     ]:
         save_file(wrong, path)
-        with pytest.raises(UserError, match=message):
-            load_model(folder)
-
-
-def test_configs_that_the_model_does_not_compute_are_refused(folder: Path) -> None:
-    before = (folder / "config.json").read_text()
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
-    for change, message in [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not computed"),
-        ({"rope_parameters": rope}, "rope_type 'linear'"),
-        ({"num_hidden_layers": 4}, "weights do not fit.*model.layers.3"),
-    ]:
         (folder / "config.json").write_text(before)
         edit_json(folder / "config.json", **change)
         with pytest.raises(UserError, match=message):
@@ -130,18 +119,12 @@ def test_broken_and_missing_files_are_named(folder: Path) -> None:
         load_model(folder)
     (folder / "model.safetensors").unlink()
     torch.save({"code": make_model}, folder / "pytorch_model.bin")  # never read
-    with pytest.raises(UserError, match="model.safetensors: missing"):
+    with pytest.raises(UserError, match="model.safetensors: missing; mend the path"):
         load_model(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: broken JSON"):
-        load_model(folder)
-    with pytest.raises(UserError, match="absent/config.json: missing; mend the path"):
-        load_model(folder / "absent")
 
 
 def test_tokenizers_load_as_transformers_loads_them_or_are_refused(folder: Path) -> None:
     tokenizer = load_tokenizer()
-    assert tokenizer.name_or_path == str(TOKENIZER_DIR)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer("<|im_start|>a<|im_end|>")["input_ids"][::2] == [1, 2]
     with pytest.raises(UserError, match="has 6400 tokens, the model 6399; give the model's own"):
@@ -152,17 +135,16 @@ def test_tokenizers_load_as_transformers_loads_them_or_are_refused(folder: Path)
 
 
 def test_bases_are_found_by_path_or_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, fingerprint = folder.parent / "adapter", weights_fingerprint(load_model(folder))
-    save_adapter(folder, LoraSettings(rank=2), adapter, "someone/small")
-    assert find_base(adapter) == "someone/small"
-
     def download(source: str, name: str) -> str:
         if source != "someone/small":
             raise OSError("offline\nsecond line")
         return str(folder / name)
 
     monkeypatch.setattr(checkpoint, "cached_file", download)
-    assert weights_fingerprint(load_model("someone/small")) == fingerprint
+    adapter = folder.parent / "adapter"
+    save_adapter(folder, LoraSettings(rank=2), adapter, "someone/small")
+    hub_model = load_model(find_base(adapter))
+    assert weights_fingerprint(hub_model) == weights_fingerprint(load_model(folder))
     with pytest.raises(UserError, match=r"else/small: neither a folder nor on the hub \(offline\)"):
         load_model("else/small")
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="../gone/base")

@@ -7,15 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.checkpoint import (
-    TOKENIZER_DIR,
-    load_checkpoint,
-    load_model,
-    save_model,
-    weights_fingerprint,
-)
+from model.checkpoint import TOKENIZER_DIR, load_checkpoint, load_model, save_model
 from model.files import UserError, file_sha256
 from model.model_lora import LoraSettings
+from model.model_minimind import weights_fingerprint
 from tests.model.small import compute_logits, make_model, save_adapter
 from trainer import convert_minimind, merge_lora
 
@@ -68,7 +63,7 @@ def test_files_that_are_not_minimind_s_are_refused(base: Path) -> None:
         ({"model.norm.weight": print}, tokenizer, "not a plain file of tensors"),  # code
         ({"model.norm.weight": torch.ones(4)}, tokenizer, "no model.embed_tokens.weight"),
         ([torch.ones(4)], tokenizer, "expected a state dict"),
-        (tensors, (*tokenizer, "--num_attention_heads", 1), "does not fit: .*size mismatch"),
+        (tensors, (*tokenizer, "--num_attention_heads", 1), "do not fit: .*size mismatch"),
         (tensors, ("--base", base), "no matrix named ...lora.A.weight"),
         (tensors | {"model.extra": torch.ones(1)}, tokenizer, "Unexpected key.*model.extra"),
     ]:

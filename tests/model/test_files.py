@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,28 +17,17 @@ from model.files import (
 )
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [
+def test_scripts_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code, line in [
         (None, 0, ""),
         (UserError("a\n\x9bb\t: mend"), 2, "error: a\\n\\u009bb\\t: mend\n"),
         (OSError(28, "No space left", "x"), 2, "error: [Errno 28] No space left: 'x'\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-    ],
-    ids=["done", "user", "disk", "ctrl-c"],
-)
-def test_scripts_end_in_one_line(
-    error: BaseException | None, code: int, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def main() -> int:
-        if error:
-            raise error
-        return 0
-
-    with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    assert caught.value.code == code
-    assert capsys.readouterr() == ("", line)
+    ]:
+        with pytest.raises(SystemExit) as caught:
+            run_script(Mock(side_effect=error, return_value=0))
+        assert caught.value.code == code
+        assert capsys.readouterr() == ("", line)
 
 
 def test_control_characters_are_escaped_by_hand() -> None:
@@ -62,6 +52,8 @@ def test_files_are_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "another")
     assert read_json(path) == {"a": [1]}
+    monkeypatch.undo()
+    write_text(path, "another")
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -8,8 +8,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from model import generation
 from model.files import UserError
 from model.generation import Decoding, choose_tokens, cut_to_nucleus, generate
-from model.model_lora import LoraSettings, apply_lora, merge_lora
-from tests.model.small import make_model, move_parameters
+from tests.model.small import make_model
 
 PROMPTS = [[1, 9, 50, 60], [1, 9, 90, 91, 92, 93, 94, 95, 96], [9], [1, 9, 70], [1, 9, 50, 61]]
 GREEDY, SAMPLED = Decoding.parse("greedy"), Decoding.parse("t0.85p0.85")
@@ -23,14 +22,14 @@ def answer_alone(model: torch.nn.Module, prompt: list[int], steps: int) -> list[
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_greedy_answers_equal_those_of_transformers(qk_norm: bool, batch_size: int) -> None:
+def test_greedy_answers_equal_those_of_transformers(qk_norm: bool) -> None:
     model = make_model(qk_norm=qk_norm)
     reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
     reference.load_state_dict(model.state_dict())
-    answers = generate(model, PROMPTS, GREEDY, 0, 12, batch_size)
-    assert answers == [answer_alone(reference, prompt, 12) for prompt in PROMPTS]
-    assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
+    expected = [answer_alone(reference, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
+    for batch_size in (1, 2, 5):
+        assert generate(model, PROMPTS, GREEDY, 0, 12, batch_size) == expected
 
 
 def test_answers_end_at_an_end_token_and_leave_the_batch() -> None:
@@ -45,20 +44,9 @@ def test_answers_end_at_an_end_token_and_leave_the_batch() -> None:
 def test_a_sampled_answer_depends_on_seed_and_place_not_on_its_batch() -> None:
     model = make_model()
     together = generate(model, PROMPTS, SAMPLED, 3, 12, 5)
-    for batch_size in (1, 2):
-        assert generate(model, PROMPTS, SAMPLED, 3, 12, batch_size) == together
+    assert generate(model, PROMPTS, SAMPLED, 3, 12, 2) == together
     assert generate(model, PROMPTS[:2], SAMPLED, 3, 12, 5) == together[:2]
     assert generate(model, PROMPTS, SAMPLED, 4, 12, 5) != together
-
-
-def test_an_adapted_model_answers_the_same_merged_or_not() -> None:
-    model, base = make_model(), make_model()
-    apply_lora(model, LoraSettings(rank=4, alpha=8.0, targets="all-linear,embedding", dropout=0.5))
-    move_parameters(model)
-    unmerged = generate(model.train(), PROMPTS, GREEDY, 0, 8, 5)
-    merge_lora(model)
-    assert generate(model, PROMPTS, GREEDY, 0, 8, 5) == unmerged
-    assert generate(base, PROMPTS, GREEDY, 0, 8, 5) != unmerged
 
 
 @pytest.mark.parametrize("likely", [4, 256])  # enough for some rows, or for all
