@@ -141,19 +141,16 @@ def parse_args(
         args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
         if weights == "none" and args.tokenizer_path is None:
             args.tokenizer_path = BASE_DIR
-    elif weights == str(BASE_DIR) and "from_weight" not in changed:
-        print("note: no --from_weight, so this starts from the small world's base")
     return args
 
 
 def choose_device(name: str) -> str:
     """Choose where to compute; `auto` takes CUDA, then Apple's MPS, then the CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next((device for device in found if found[device]), "cpu")
-    if not found.get(name, True):
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: this machine has none; use --device cpu")
-    return name
+    return best if name == "auto" else name
 
 
 def choose_dtype(name: str, device: str) -> str:

@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # The loop.
     save_weights = partial(save_model, model, tokenizer.name_or_path)
-    finish = partial(print_answers, run, model, tokenizer, data[1], args.show_answers)
-    return train(args, accelerator, run, model, *data, save_weights, facts, finish=finish)
+    code = train(args, accelerator, run, model, *data, save_weights, facts)
+    print_answers(run, model, tokenizer, data[1])
+    return code
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import sysconfig
 import time
 from collections import defaultdict
@@ -31,17 +30,12 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset import lm_dataset
 from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset
-from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
 from model.files import UserError, escape_control
 from model.generation import Decoding, generate
-from model.model_minimind import (
-    MiniMindForCausalLM,
-    count_parameters,
-    minimind_config,
-    weights_fingerprint,
-)
+from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer.arguments import DEFAULT_SHAPE, DTYPES
-from trainer.run_folder import EXIT_CODES, Diverged, RunFolder, printable_settings
+from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
@@ -84,9 +78,6 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
         for flag, value in shape.items():
             if value not in (None, found[flag]):
                 raise UserError(f"--{flag} {value}: the weights have {found[flag]}; drop the flag")
-    longest = config.max_position_embeddings
-    if args.max_seq_len > longest:
-        raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes {longest} at most")
     return model, tokenizer, fingerprint
 
 
@@ -101,11 +92,9 @@ def load_data(
     if args.show_sample:
         print(lm_dataset.describe_sample(tokenizer, train_set, 0))
         raise SystemExit(0)
-    if eval_set is not None:
-        eval_set.info["also_in_training"] = int(np.isin(eval_set.digests, train_set.digests).sum())
     for info in [dataset.info for dataset in (train_set, eval_set) if dataset is not None]:
-        names = ("records", "truncated", "dropped_without_labels", "duplicates", "also_in_training")
-        counts = ", ".join(f"{info[name]:,} {name}" for name in names if info.get(name))
+        names = ("records", "truncated", "dropped_without_labels")
+        counts = ", ".join(f"{info[name]:,} {name}" for name in names)
         files = " ".join(file["name"] for file in info["files"])
         accelerator.print(escape_control(f"{files}: {counts}"))
     return train_set, eval_set
@@ -170,13 +159,10 @@ def compile_blocks(model: MiniMindForCausalLM, mode: str, tokens: float, device:
     `auto` goes by settings alone, so a resumed run computes what its first part computed; and not
     by what trains, so a comparison of methods compiles all of them or none.
     """
-    compilers = ("g++", "clang++") if device == "cpu" else ("gcc", "cc")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    is_able = header.is_file() and any(map(shutil.which, compilers))
-    if mode == "on" and not is_able:
-        raise UserError(f"--use_compile on: needs {compilers[0]} and {header}; install both")
+    is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
     earns = 6 * count_parameters(model)[0] * tokens >= COMPILE_FLOPS.get(device, math.inf)
-    is_wanted = mode == "on" or (mode == "auto" and earns and is_able)
+    is_wanted = mode == "on" or (mode == "auto" and earns and bool(is_able))
     for layer in model.model.layers if is_wanted else ():
         layer.compile()
     return is_wanted
@@ -190,11 +176,10 @@ def stop_on_signals(processes: int) -> list[int]:
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if number == signal.SIGINT and signal.SIGINT in received and processes == 1:
+        if number == signal.SIGINT and number in received and processes == 1:
             raise KeyboardInterrupt
         received.append(number)
-        # Not print, whose buffer the signal may have found half-written.
-        os.write(sys.__stderr__.fileno(), b"\nstopping: the state is saved first\n")
+        os.write(2, b"\nstopping: the state is saved first\n")  # print may be in the middle of one
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
@@ -205,9 +190,6 @@ def ignore_signals(_: int) -> None:
     """Leave a signal to the whole group to the main process, not to a data process."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------- the loop
 
 
 def train(
@@ -221,7 +203,6 @@ def train(
     facts: dict,
     lr_ratio: Callable[[str], float] = lambda name: 1.0,
     on_step: Callable[[int], None] = lambda step: None,
-    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, evaluate and save; return the exit code.
 
@@ -234,12 +215,11 @@ def train(
         facts: what else makes the run what it is, for run.json: stage, fingerprint of the base.
         lr_ratio: a parameter's rate over --learning_rate, by its name.
         on_step: is called after each update; for benchmarks and tests.
-        finish: is called when the weights are saved, before the run counts as completed.
     """
-    # What the run takes. Epochs are rounded first: 1.1 of 10 steps are 11, not 11.000000000000002.
     device, processes, rank = args.device, accelerator.num_processes, accelerator.process_index
     sizes = (args.batch_size, args.accumulation_steps)
     plan = StepPlan(train_set.lengths, *sizes, args.seed, processes)
+    # Epochs are rounded first: 1.1 of 10 steps are 11, not 11.000000000000002.
     steps = args.max_steps or max(1, math.ceil(round(args.epochs * plan.steps_per_epoch, 6)))
     kept = {round(steps * (i + 1) / args.keep_checkpoints) for i in range(args.keep_checkpoints)}
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
@@ -255,24 +235,21 @@ def train(
         "train_data": train_set.info,
         "eval_data": eval_set.info if eval_set is not None else None,
     }
-    state = run.begin(facts)
-    progress = run.progress
-    start = "random weights" if args.from_weight == "none" else args.from_weight
-    share = f"from {escape_control(start)}, {trainable:,} of {total:,} parameters train"
-    accelerator.print(f"{args.run_name}: {share} for {steps} steps on {device} in {args.dtype}")
+    state, record = run.begin(facts), run.record
+    start = f"{args.run_name}: {trainable:,} of {total:,} parameters train"
+    accelerator.print(f"{start} for {steps} steps on {device} in {args.dtype}")
 
     with run.record_end():
         # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
         optimizer = AdamW(groups, args.learning_rate, fused=args.dtype != "float16")
-        if args.report_to != "none":
-            settings = {name: str(value) for name, value in printable_settings(args).items()}
-            accelerator.init_trackers("minimind-lora-study", config=settings)
+        settings = {name: str(value) for name, value in run.record["settings"].items()}
+        accelerator.init_trackers("minimind-lora-study", config=settings)  # none by default
         set_seed(args.seed, device_specific=True)  # dropout differs between processes
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         if state is not None:
             restore_state(state, trained, optimizer, accelerator)
-        todo = range(progress.step, steps)
+        todo = range(record["step"], steps)
         loader = DataLoader(
             train_set,
             batch_sampler=(micro for step in todo for micro in plan.micro_batches(step, rank)),
@@ -285,7 +262,7 @@ def train(
         )
         micro_batches, losses = iter(loader), []  # losses stay on the device between log lines
         hidden = None if accelerator.is_main_process else True  # None: if this is no terminal
-        bar = tqdm(todo, args.run_name, steps, initial=progress.step, disable=hidden)
+        bar = tqdm(todo, args.run_name, steps, initial=record["step"], disable=hidden)
         stop = stop_on_signals(processes)
         wrapped.train()
         clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
@@ -310,12 +287,12 @@ def train(
             optimizer.zero_grad()
             on_step(step + 1)
             losses.append(loss)
-            progress.step = now = step + 1
-            progress.tokens += int(train_set.lengths[plan[step]].sum())
-            progress.labeled_tokens += labeled
+            record["step"] = now = step + 1
+            record["tokens"] += int(train_set.lengths[plan[step]].sum())
+            record["labeled_tokens"] += labeled
 
-            logs, saves = (is_due(now, steps, n) for n in (args.log_interval, args.save_interval))
-            evaluates = eval_set is not None and is_due(now, steps, args.eval_interval)
+            intervals = (args.log_interval, args.save_interval, args.eval_interval)  # 0: at the end
+            logs, saves, evaluates = (now == steps or (n and now % n == 0) for n in intervals)
             if stop:
                 accelerator.set_trigger()
             # Several processes ask each other at log lines alone: that waits for the device.
@@ -324,8 +301,8 @@ def train(
                 continue
             values = accelerator.reduce(torch.stack(losses), "sum").tolist()
             losses.clear()
-            progress.losses += values
-            progress.seconds += time.perf_counter() - clock
+            run.losses += values
+            record["train_seconds"] += time.perf_counter() - clock
             # A float16 step whose scaled gradients overflow is skipped, and the next scaled less.
             is_finite = norm.isfinite() or accelerator.optimizer_step_was_skipped
             if not (is_finite and all(map(math.isfinite, values))):
@@ -336,19 +313,18 @@ def train(
                 text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(text, refresh=False)
                 if bar.disable:
-                    left = tqdm.format_interval((steps - now) * progress.seconds / now)
+                    left = tqdm.format_interval((steps - now) * record["train_seconds"] / now)
                     accelerator.print(f"step {now}/{steps}: {text}, {left} left", flush=True)
-            if evaluates:
+            if evaluates and eval_set is not None:
                 eval_loss = evaluate(model, eval_set, args.batch_size, accelerator)
                 if not math.isfinite(eval_loss):
                     raise Diverged(f"validation loss {eval_loss} after step {now}")
                 run.log({"step": now, "eval_loss": eval_loss})
                 run.write(eval_loss=eval_loss)
                 accelerator.log({"eval_loss": eval_loss}, step=now)
-            if saves or stops or now in kept:
-                for name, parameter in trained.items():
-                    if not parameter.isfinite().all():
-                        raise Diverged(f"{name} is not finite after step {now}")
+            keeps = saves or stops or now in kept
+            if keeps and not all(parameter.isfinite().all() for parameter in trained.values()):
+                raise Diverged(f"weights are not finite after step {now}")
             if now in kept and accelerator.is_main_process:
                 save_weights(run.path / "checkpoints" / f"step_{now}")
             if saves or stops:
@@ -356,21 +332,15 @@ def train(
             if stops:
                 break
             clock = time.perf_counter()
-        if progress.step < steps:
+        if record["step"] < steps:
             run.end("interrupted")
         else:
             if accelerator.is_main_process:
                 save_weights(run.path)
-                finish()
-            run.write(flops=flops * progress.tokens)
+            run.write(flops=flops * record["tokens"])
             run.end("completed")
     accelerator.end_training()
     return EXIT_CODES[run.record["status"]]
-
-
-def is_due(step: int, steps: int, interval: int) -> bool:
-    """Whether an action every `interval` steps, and in the last one, is due; 0: the last alone."""
-    return step == steps or (interval > 0 and step % interval == 0)
 
 
 @torch.no_grad()
@@ -400,7 +370,7 @@ def collect_state(trained: dict, optimizer: Optimizer, accelerator: Accelerator)
         "weights": {name: parameter.detach() for name, parameter in trained.items()},
         "optimizer": optimizer.state_dict(),
         "random": gather_object([random]),  # of every process
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
 
 
@@ -416,34 +386,31 @@ def restore_state(
     torch.set_rng_state(random[0])
     if accelerator.device.type != "cpu":
         torch.get_device_module(accelerator.device).set_rng_state(random[1])
-    if accelerator.scaler is not None:
+    if accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def print_answers(
     run: RunFolder,
-    model: nn.Module,
+    model: MiniMindForCausalLM,
     tokenizer: Tokenizer,
     eval_set: TokenDataset | None,
-    count: int,
 ) -> None:
-    """Print greedy answers to the first held-out conversations, and keep them in run.json."""
-    if eval_set is None or not count:
+    """Print a completed run's greedy answers to the first held-out conversations."""
+    count = min(run.args.show_answers, len(eval_set or ()))
+    if not (count and run.is_main and run.record["status"] == "completed"):
         return
     prompts, references = [], []
-    for ids, labels in (eval_set[i] for i in range(min(count, len(eval_set)))):
-        is_answer = labels == ids
-        start = int(is_answer.argmax())
-        end = start + int(is_answer[start:].cumprod().sum())
+    for ids, labels in (eval_set[i] for i in range(count)):
+        is_answer = (labels == ids).tolist()
+        start = is_answer.index(True)
+        end = (is_answer + [False]).index(False, start)
         prompts.append(ids[:start].tolist())
         references.append(ids[start:end].tolist())
     ends = (tokenizer.eos_token_id,)
     answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, ends)
-    rows = []
     for parts in zip(prompts, answers, references, strict=True):
         texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
-        rows.append(dict(zip(("prompt", "answer", "reference"), texts, strict=True)))
-        for name, text in rows[-1].items():
+        for name, text in zip(("prompt", "answer", "reference"), texts, strict=True):
             print(f"{name:>9}  {escape_control(' '.join(text.split()))}")
-    run.write(answers=rows)
     print(f"more answers: python eval_llm.py --model {escape_control(str(run.path))}")

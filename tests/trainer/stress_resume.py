@@ -135,7 +135,7 @@ def compare_runs(whole: Path, parts: Path) -> Iterator[str]:
             yield f"{path.relative_to(whole)}: differs"
     states = [torch.load(run / "resume.pt", weights_only=True) for run in (whole, parts)]
     for state in states:
-        state["progress"] = drop_clocks(state["progress"])
+        state["record"] = drop_clocks(state["record"])
         state.pop("metrics")  # with clocks; the rows are compared below
     if not is_same(*states):
         yield "resume.pt: differs"
@@ -149,8 +149,7 @@ def compare_runs(whole: Path, parts: Path) -> Iterator[str]:
 
 def drop_clocks(record: dict) -> dict:
     """Leave out clocks, memory, commit, continuations, and settings free to differ."""
-    apart = {"tokens_per_second", "train_seconds", "seconds", "logged_seconds"}
-    apart |= {"peak_memory_bytes", "resumed", "git"}
+    apart = {"tokens_per_second", "train_seconds", "peak_memory_bytes", "resumed", "git"}
     kept = {name: value for name, value in record.items() if name not in apart}
     if "settings" in kept:
         free = {"save_dir", "run_name", "from_resume", "overwrite", "num_workers"}

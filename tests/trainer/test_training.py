@@ -37,8 +37,7 @@ from tests.trainer.runs import (
     write_jsonl,
 )
 from trainer import train_lora, trainer_utils
-from trainer.arguments import DEFAULT_SHAPE, choose_dtype
-from trainer.run_folder import RunFolder
+from trainer.arguments import choose_dtype
 from trainer.trainer_utils import (
     compile_blocks,
     flops_per_token,
@@ -81,9 +80,6 @@ def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torc
     """Mean NLL of the labeled tokens that have one before them."""
     logits = model(ids).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-
-
-# ---------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -147,17 +143,6 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
         assert last == final != bytes_of(half / WEIGHTS[stage])
 
 
-def test_shape_that_was_not_given_is_recorded(home: Path, tmp_path: Path) -> None:
-    assert minimind_config(**DEFAULT_SHAPE).to_dict() == minimind_config().to_dict()
-    flags = SHAPE_FLAGS.replace("--num_key_value_heads 1", "")
-    flags += f" {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path} --max_steps 1"
-    assert call("pretrain", flags, home) == 0
-    settings = record_of(tmp_path / "pretrain")["settings"]
-    shape = SHAPE | {"num_key_value_heads": 2, "qk_norm": False}
-    assert {name: settings[name] for name in shape} == shape
-    assert load_model(tmp_path / "pretrain").config.num_key_value_heads == 2
-
-
 def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: Path) -> None:
     """Loss, rates, decay, clipping and update, over a batch that is the whole file."""
     flags = sft_flags(home, tmp_path) + " --batch_size 45 --max_steps 6 --learning_rate 8e-3"
@@ -190,18 +175,6 @@ def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: P
     with torch.no_grad():
         loss = mean_loss(model, *stack_chats(home / "valid.jsonl")).item()
     assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-3)
-
-
-def test_validation_loss_of_text_is_the_mean_over_targets(home: Path) -> None:
-    tokenizer, ids = load_tokenizer(), []
-    for line in (home / "text.jsonl").read_text().splitlines():
-        ids += [*tokenizer(json.loads(line)["text"])["input_ids"], 0]  # 0 is <|endoftext|>
-    total, count, model = 0.0, 0, load_model(home / "pretrain")
-    for start in range(0, len(ids) - 1, 32):
-        block = torch.tensor([ids[start : start + 32]])
-        total += mean_loss(model, block, block).item() * (block.shape[1] - 1)
-        count += block.shape[1] - 1
-    assert record_of(home / "pretrain")["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
@@ -279,22 +252,21 @@ def test_residual_stream_has_one_type_in_full_and_lora_training(
 def test_answers_stand_beside_their_references(
     home: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
-    args = {"run_name": "run", "from_resume": False, "overwrite": False, "show_sample": False}
-    run = RunFolder(Namespace(save_dir=tmp_path, **args), is_main=True)
     model, tokenizer = load_model(home / "pretrain"), load_tokenizer()
-    run.path.mkdir()
+    run = Namespace(record={"status": "completed"}, is_main=True, path=tmp_path)
+    run.args = Namespace(show_answers=2)
     path = tmp_path / "d.jsonl"
     turns = [("user", "Hi"), ("assistant", "0 1"), ("user", "And?"), ("assistant", "2")]
     messages = [{"role": role, "content": content} for role, content in turns]
     write_jsonl(path, [{"messages": messages}, {"messages": messages[2:]}] * 2)
     valid = load_dataset("sft", [path], tokenizer, 99, None, home / "cache")
-    print_answers(run, model, tokenizer, valid, 2)
-    answers = record_of(run.path)["answers"]
-    assert [row["reference"] for row in answers] == ["0 1", "2"]
+    print_answers(run, model, tokenizer, valid)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines if line[0] == "reference"] == ["0 1", "2"]
     opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     answer = generate(model, [opening], Decoding("greedy"), 0, 128, 1, (2,))[0]
-    assert answers[0]["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
-    assert capsys.readouterr().out.splitlines()[-2].endswith("reference  2")
+    answer = tokenizer.decode(answer, skip_special_tokens=True)
+    assert lines[1] == ["answer", " ".join(answer.split())]
 
 
 def test_rare_ends_are_announced(home: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
@@ -313,9 +285,6 @@ def test_rare_ends_are_announced(home: Path, tmp_path: Path, capsys: CaptureFixt
             assert len(warnings) == (twins and not extra)
             assert not warnings or "--train_tokens '<|im_end|>'" in warnings[0]
             assert not warnings or "probability of <|im_end|> stays below 0.50" in warnings[0]
-
-
-# ---------------------------------------------------------------- batches and processes
 
 
 def compare_runs(one: Path, other: Path, weights: str) -> None:
@@ -341,22 +310,12 @@ def test_accumulation_does_not_change_a_batch(home: Path, tmp_path: Path, stage:
     compare_runs(tmp_path / "8" / stage, tmp_path / "2x4" / stage, WEIGHTS[stage])
 
 
-@pytest.mark.parametrize(
-    ("stage", "flags"),
-    [
-        ("pretrain", f"{SHAPE_FLAGS} --max_seq_len 32"),
-        ("full_sft", "--from_weight {home}/pretrain --accumulation_steps 2 --weight_decay 0.1"),
-        ("lora", "--from_weight {home}/pretrain --lora_dropout 0.2 --train_tokens <|im_end|>"),
-    ],
-)
-def test_no_wait_for_the_device_between_log_lines(
-    home: Path, tmp_path: Path, stage: str, flags: str
-) -> None:
+def test_no_wait_for_the_device_between_log_lines(home: Path, tmp_path: Path) -> None:
     """`aten::_local_scalar_dense` reads a number from the device; the log line of step 9 does.
 
     A CPU's fused AdamW reads its own counts of steps; CUDA's kernel has them on the device.
     """
-    profiles, data = [], "text" if stage == "pretrain" else "sft"
+    profiles, reads = [], []
 
     def watch(step: int) -> None:  # after the update, before the log line
         if step in (9, 10):
@@ -365,28 +324,14 @@ def test_no_wait_for_the_device_between_log_lines(
             profiles.append(torch.profiler.profile())
             profiles[-1].start()
 
-    flags = f"{CPU} {flags.format(home=home)} --data_path {home}/{data}.jsonl --batch_size 4"
-    flags += f" --save_dir {tmp_path} --max_steps 12 --log_interval 9"
-    assert call(stage, flags, home, watch) == 0
-    reads = []
+    flags = f"{sft_flags(home, tmp_path)} --accumulation_steps 2 --max_steps 12 --log_interval 9"
+    assert call("lora", f"{flags} --lora_dropout 0.2", home, watch) == 0
     for profile in profiles:
         found = [e for e in profile.events() if e.name == "aten::_local_scalar_dense"]
         callers = [event.cpu_parent.cpu_parent for event in found]  # above aten::item
         reads.append(sum(c is None or c.name != "aten::_fused_adamw_" for c in callers))
         assert any(event.name == "aten::mm" for event in profile.events())
     assert reads[0] == 0 < reads[1]
-
-
-def test_two_processes_equal_one(home: Path, tmp_path: Path) -> None:
-    """1 sample in the last batch, and for the validation: the second process has none."""
-    (tmp_path / "valid.jsonl").write_text((home / "valid.jsonl").read_text().splitlines()[3] + "\n")
-    flags = f"{sft_flags(home, tmp_path / 'one')} --train_tokens <|im_end|> --lora_rank 4"
-    flags += f" --max_train_samples 17 --eval_data_path {tmp_path}/valid.jsonl"
-    assert call("lora", flags, home) == 0
-    flags = flags.replace("/one ", "/two ") + " --batch_size 4"
-    assert run_two("lora", flags, home) == [0, 0]
-    assert record_of(tmp_path / "two/lora")["processes"] == 2
-    compare_runs(tmp_path / "one/lora", tmp_path / "two/lora", WEIGHTS["lora"])
 
 
 def test_two_processes_stop_together_and_go_on(home: Path, tmp_path: Path) -> None:
@@ -417,8 +362,10 @@ runpy.run_path({repo!r} + "/trainer/train_full_sft.py", run_name="__main__")
 
 
 def test_torchrun_from_any_folder_equals_one_process(home: Path, tmp_path: Path) -> None:
-    """5 in the last batch: 3 and 2 at two a micro-batch. Paths are relative to the user's."""
-    flags = f"{sft_flags(home, tmp_path / 'one')} --weight_decay 0.1 --max_train_samples 21"
+    """Of 1 sample in the last batch, and for the validation, the second process has none."""
+    (tmp_path / "valid.jsonl").write_text((home / "valid.jsonl").read_text().splitlines()[3] + "\n")
+    flags = f"{sft_flags(home, tmp_path / 'one')} --weight_decay 0.1 --max_train_samples 17"
+    flags += f" --eval_data_path {tmp_path}/valid.jsonl"
     assert call("full_sft", flags, home) == 0
     (tmp_path / "home").symlink_to(home)
     (tmp_path / "script.py").write_text(SCRIPT.format(repo=str(REPO_DIR)))
@@ -428,10 +375,8 @@ def test_torchrun_from_any_folder_equals_one_process(home: Path, tmp_path: Path)
     command += ["--batch_size", "2", "--accumulation_steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert record_of(tmp_path / "two/full_sft")["processes"] == 2
     compare_runs(tmp_path / "one/full_sft", tmp_path / "two/full_sft", WEIGHTS["full_sft"])
-
-
-# ---------------------------------------------------------------- schedule, groups, cost
 
 
 @pytest.mark.parametrize(
@@ -529,9 +474,6 @@ def test_blocks_are_compiled_where_it_pays(
     assert {layer._compiled_call_impl is not None for layer in model.model.layers} == {compiles}
 
 
-# ---------------------------------------------------------------- refusals
-
-
 REFUSED = {  # flags beside those of a good run -> the error's words
     "pretrain": {
         "--batch_size 0": "argument --batch_size: 0: must lie between 1 and",
@@ -543,7 +485,6 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
         "--hidden_size 33": "hidden_size 33",
-        "--max_seq_len 40000": "--max_seq_len 40000: the model takes 32768 at most",
         "--from_resume": "resume.pt is not there; use --overwrite",
         "--data_path {home}/none.jsonl": "No such file or directory: '{home}/none.jsonl'",
         "--save_dir {home}/text.jsonl/out": "Not a directory: ",
