@@ -5,10 +5,10 @@
                        {"role": "assistant", "content": "..."}]}
     {"instruction": "...", "input": "...", "output": "..."}  fine-tuning, one turn
 
-The way of a record: `read_jsonl` yields it, `record_text` or `record_messages` checks it,
-`encode_records` makes token ids and labels, `load_dataset` keeps them in one memory-mapped
-file, `StepPlan` says which samples make a step, `collate` pads them on the right. Under causal
-attention no real token sees the padding, so no attention mask is needed.
+The way of a record: `read_jsonl` yields it, `encode_records` checks it and makes token ids and
+labels, `load_dataset` keeps them in one memory-mapped file, `StepPlan` says which samples make a
+step, `collate` pads them on the right. Under causal attention no real token sees the padding, so
+no attention mask is needed.
 """
 
 import gzip
@@ -73,10 +73,7 @@ def record_text(record: dict, where: str) -> str:
 
 
 def record_messages(record: dict, where: str) -> list[dict[str, str]]:
-    """Return the messages of a fine-tuning record, white space around their contents stripped.
-
-    The roles are an optional system turn, then user and assistant in turn.
-    """
+    """Return the messages of a fine-tuning record, white space around their contents stripped."""
     messages = record.get("conversations", record.get("messages"))
     if messages is None and "output" in record:
         parts = [record.get("instruction"), record.get("input") or ""]
@@ -203,8 +200,8 @@ def encode_files(
         raise UserError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
     arrays = {"tokens": np.concatenate(tokens), "labeled": np.concatenate(labels)}
     arrays["starts"] = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
-    counts = {"truncated": truncated, "dropped_without_labels": dropped, "samples": len(tokens)}
-    return arrays, {"records": len(tokens) + dropped, **counts}
+    counts = {"records": len(tokens) + dropped, "samples": len(tokens)}
+    return arrays, counts | {"truncated": truncated, "dropped_without_labels": dropped}
 
 
 def load_tokens(
@@ -212,20 +209,15 @@ def load_tokens(
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the memory-mapped arrays of `encode_files`, and the facts for run.json.
 
-    The cache is a safetensors file, whole or not there. Its name is the hash of all that the
-    tokens depend on; its header names the vocabulary's size, the tokenizer's hash and each dtype.
+    The cache's name is the hash of all that the tokens depend on; its header names the
+    vocabulary's size, the tokenizer's hash and each dtype.
     """
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
     described = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
-    key = {
-        "version": CACHE_VERSION,
-        "kind": kind,
-        "files": [file["sha256"] for file in files],
-        "tokenizer": hashlib.sha256(described.encode()).hexdigest(),
-        "vocab_size": len(tokenizer),
-        "ids": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
-        "max_seq_len": max_seq_len if kind == "sft" else None,  # blocks are cut later
-    }
+    key = {"version": CACHE_VERSION, "kind": kind, "files": [file["sha256"] for file in files]}
+    key |= {"tokenizer": hashlib.sha256(described.encode()).hexdigest(), "size": len(tokenizer)}
+    key["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    key["max_seq_len"] = max_seq_len if kind == "sft" else None  # blocks are cut later
     cached = cache_dir / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
     if not cached.is_file():
         arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
@@ -245,10 +237,8 @@ def load_tokens(
 class TokenDataset(torch.utils.data.Dataset):
     """Samples of token ids and labels: sample i is `tokens[starts[i]:ends[i]]`.
 
-    Attributes:
-        lengths: tokens of each sample.
-        targets: of each sample, the tokens on which loss falls; the first is never predicted.
-        info: facts about the data for run.json.
+    Of each sample, `lengths` counts the tokens and `targets` those on which loss falls, never the
+    first. `info` has facts for run.json.
     """
 
     def __init__(self, arrays: dict, starts: np.ndarray, ends: np.ndarray, info: dict):
@@ -294,8 +284,7 @@ def load_dataset(
         ends = np.minimum(starts + max_seq_len, total)
     if max_samples is not None:
         if max_samples > len(starts):
-            size = f"the data have {len(starts):,} samples"
-            raise UserError(f"--max_train_samples {max_samples}: {size}")
+            raise UserError(f"--max_train_samples {max_samples}: the data have {len(starts):,}")
         order = np.random.default_rng(SUBSET_SEED).permutation(len(starts))
         chosen = np.sort(order[:max_samples])
         starts, ends, info["samples"] = starts[chosen], ends[chosen], max_samples

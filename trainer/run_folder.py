@@ -89,7 +89,8 @@ class RunFolder:
         else:
             origin |= STARTS
             if self.is_main:
-                rmtree(self.path, ignore_errors=True)
+                if self.args.overwrite:
+                    rmtree(self.path, ignore_errors=True)
                 self.path.mkdir()
                 self.metrics_path.touch()
         self.write(status="running", settings=settings, reason=None, **facts, **origin)
@@ -169,21 +170,21 @@ class RunFolder:
             is_memory = is_memory or "can't allocate memory" in str(error)  # torch's, on a CPU
             with contextlib.suppress(OSError):  # the disk may be full
                 self.end("oom" if is_memory else "failed", f"{type(error).__name__}: {error}")
-            if not is_memory:
-                raise
-            remedy = "halve --batch_size and double --accumulation_steps: the same training"
-            step = self.record["step"] + 1
-            raise UserError(f"out of memory in step {step}: {remedy}") from error
+            if is_memory:
+                remedy = "halve --batch_size and double --accumulation_steps"
+                step = self.record["step"] + 1
+                raise UserError(f"out of memory in step {step}: {remedy}") from error
+            raise
         finally:
             self.lock.release()
 
     def end(self, status: str, reason: str | None = None) -> None:
         """Write how the run ended and what it cost; print how it can be continued."""
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        record, seconds = self.record, max(self.record["train_seconds"], 1e-9)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory *= 1 if sys.platform == "darwin" else 1024  # bytes
         if self.args.device == "cuda":
             memory = torch.cuda.max_memory_allocated()
-        record, seconds = self.record, max(self.record["train_seconds"], 1e-9)
         self.write(
             status=status,
             reason=reason,
@@ -193,11 +194,11 @@ class RunFolder:
         )
         advice = "--from_resume continues" if self.state_path.is_file() else "--overwrite restarts"
         if status == "completed":
-            advice = f"validation loss {record['eval_loss']:.4f}, " if record["eval_loss"] else ""
-            advice += f"saved to {self.path}"
+            loss = record["eval_loss"]
+            advice = f"saved to {self.path}" + (f", validation loss {loss:.4f}" if loss else "")
         if self.is_main:
-            name = f"{self.args.run_name}: {status} at step {record['step']}"
-            print(", ".join(filter(None, (name, reason, advice))))
+            place = f"{self.args.run_name}: {status} at step {record['step']}"
+            print(", ".join(filter(None, (place, reason, advice))))
 
 
 def printable_settings(args: argparse.Namespace) -> dict:

@@ -98,9 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, fingerprint = load_start(args)
     data = load_data(args, "sft", tokenizer, accelerator)
     base = Path(args.from_weight)
-    if base.exists():
-        base = base.absolute()
-        base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
+    base = base.absolute() if base.exists() else base
+    base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     vocabulary = tokenizer.get_vocab()
     for token in args.train_tokens:
         if token not in vocabulary:
@@ -121,9 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         warn_of_rare_ends(model, tokenizer)
     facts = {"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted}
 
-    # The loop.
+    # The loop. Of B the ratio is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
     def lr_ratio(name):
-        """Of B it is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354)."""
         if ".lora_B" in name:
             return args.loraplus_lr_ratio
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))

@@ -65,20 +65,18 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
     """Load the model to train, in float32, its tokenizer, and the fingerprint of given weights."""
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
     if args.from_weight == "none":
-        tokenizer, fingerprint = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR), None
+        tokenizer = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR)
         config = minimind_config(vocab_size=len(tokenizer), **shape)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(config, name, getattr(tokenizer, name))
-        model = MiniMindForCausalLM(config)
-    else:
-        model = load_model(args.from_weight)
-        config, fingerprint = model.config, weights_fingerprint(model)
-        tokenizer = load_tokenizer(args.tokenizer_path or args.from_weight, config.vocab_size)
-        found = config.to_dict() | {"qk_norm": config.model_type == "qwen3"}
-        for flag, value in shape.items():
-            if value not in (None, found[flag]):
-                raise UserError(f"--{flag} {value}: the weights have {found[flag]}; drop the flag")
-    return model, tokenizer, fingerprint
+        return MiniMindForCausalLM(config), tokenizer, None
+    model = load_model(args.from_weight)
+    found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
+    for flag, value in shape.items():
+        if value not in (None, found[flag]):
+            raise UserError(f"--{flag} {value}: the weights have {found[flag]}; drop the flag")
+    tokenizer = load_tokenizer(args.tokenizer_path or args.from_weight, model.config.vocab_size)
+    return model, tokenizer, weights_fingerprint(model)
 
 
 def load_data(
@@ -92,11 +90,10 @@ def load_data(
     if args.show_sample:
         print(lm_dataset.describe_sample(tokenizer, train_set, 0))
         raise SystemExit(0)
-    for info in [dataset.info for dataset in (train_set, eval_set) if dataset is not None]:
-        names = ("records", "truncated", "dropped_without_labels")
-        counts = ", ".join(f"{info[name]:,} {name}" for name in names)
-        files = " ".join(file["name"] for file in info["files"])
-        accelerator.print(escape_control(f"{files}: {counts}"))
+    for dataset in filter(None, (train_set, eval_set)):
+        info, files = dataset.info, " ".join(file["name"] for file in dataset.info["files"])
+        lost = f"{info['truncated']:,} cut, {info['dropped_without_labels']:,} dropped"
+        accelerator.print(escape_control(f"{files}: {info['records']:,} records, {lost}"))
     return train_set, eval_set
 
 
@@ -123,21 +120,17 @@ def parameter_groups(
 ) -> list[dict]:
     """Group trainable parameters for AdamW; weight decay falls on matrices outside the embedding.
 
-    Args:
-        lr_ratio: a parameter's rate over --learning_rate, by its name; kept in its group.
+    `lr_ratio`, a parameter's rate over --learning_rate by its name, stays in its group.
     """
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_vocabulary = name.startswith(("model.embed_tokens", "lm_head"))
-            is_plain = parameter.ndim != 2 or in_vocabulary
-            groups[is_plain, lr_ratio(name)].append(parameter)
-    if weight_decay and all(is_plain for is_plain, _ in groups):
+            is_plain = parameter.ndim != 2 or name.startswith(("model.embed_tokens", "lm_head"))
+            groups[0.0 if is_plain else weight_decay, lr_ratio(name)].append(parameter)
+    if weight_decay and not any(decay for decay, _ in groups):
         raise UserError(f"--weight_decay {weight_decay}: no matrix that it acts on trains; drop it")
-    return [
-        {"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay, "lr_ratio": key[1]}
-        for key in sorted(groups)
-    ]
+    keys = sorted(groups, reverse=True)
+    return [{"params": groups[key], "weight_decay": key[0], "lr_ratio": key[1]} for key in keys]
 
 
 def flops_per_token(model: MiniMindForCausalLM, lengths: np.ndarray) -> float:
@@ -210,9 +203,8 @@ def train(
     process: neither accumulation nor the number of processes changes what a batch means.
 
     Args:
-        model: with the right parameters frozen.
         save_weights: writes weights or an adapter to a folder.
-        facts: what else makes the run what it is, for run.json: stage, fingerprint of the base.
+        facts: what makes the run what it is besides flags: stage, fingerprint of the base.
         lr_ratio: a parameter's rate over --learning_rate, by its name.
         on_step: is called after each update; for benchmarks and tests.
     """
@@ -225,6 +217,7 @@ def train(
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
     flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
+    schedule = (args.learning_rate, args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
     facts = facts | {
         "processes": processes,
         "parameters": total,
@@ -236,8 +229,8 @@ def train(
         "eval_data": eval_set.info if eval_set is not None else None,
     }
     state, record = run.begin(facts), run.record
-    start = f"{args.run_name}: {trainable:,} of {total:,} parameters train"
-    accelerator.print(f"{start} for {steps} steps on {device} in {args.dtype}")
+    share = f"{trainable:,} of {total:,} parameters train"
+    accelerator.print(f"{args.run_name}: {share} for {steps} steps on {device} in {args.dtype}")
 
     with run.record_end():
         # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
@@ -267,8 +260,7 @@ def train(
         wrapped.train()
         clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
         for step in bar:
-            schedule = (args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
-            rate = learning_rate_at(step, steps, args.learning_rate, *schedule)
+            rate = learning_rate_at(step, steps, *schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_ratio"]
             labeled = int(train_set.targets[plan[step]].sum())

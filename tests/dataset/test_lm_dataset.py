@@ -17,7 +17,6 @@ from dataset.lm_dataset import (
     StepPlan,
     TokenDataset,
     collate,
-    describe_sample,
     encode_batch,
     encode_conversations,
     load_dataset,
@@ -133,11 +132,10 @@ def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: 
     assert str(caught.value).startswith(f"f:1: {reason}")
 
 
-def test_text_keeps_its_white_space_and_must_be_there() -> None:
-    assert record_text({"text": "  a\n"}, "f:1") == "  a\n"
-    for text in (None, 3, " \n"):
-        with pytest.raises(UserError, match='f:1: pretraining reads a non-empty string "text"'):
-            record_text({"text": text}, "f:1")
+@pytest.mark.parametrize("text", [None, 3, " \n"])
+def test_text_must_be_there(text: object) -> None:
+    with pytest.raises(UserError, match='f:1: pretraining reads a non-empty string "text"'):
+        record_text({"text": text}, "f:1")
 
 
 @pytest.mark.parametrize("messages", [DIALOG, DIALOG[1:3], DIALOG[1:], turns("x\u3000", "\ta\n\n")])
@@ -156,35 +154,16 @@ def test_ids_and_labels_are_transformers_own(
     assert ids == reference["input_ids"] and not labeled[-1]
 
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEXT = st.lists(st.text(max_size=8) | st.sampled_from((*SPECIAL, "\n", " word")), max_size=6)
-TEXT = TEXT.map("".join).filter(lambda text: text.isprintable() or "\n" in text)
-CONTENT = TEXT.filter(lambda text: text.strip())
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
-    """An optional system message, then one to three questions with answers."""
-    names = ["system"] * draw(st.booleans()) + ["user", "assistant"] * draw(st.integers(1, 3))
-    return [{"role": name, "content": draw(CONTENT)} for name in names]
-
-
-@repeatable
-@given(batch=st.lists(conversations(), min_size=1, max_size=3))
-def test_labels_are_the_answers_and_their_ends(
-    tokenizer: Tokenizer, batch: list[list[dict[str, str]]]
-) -> None:
-    """Control tokens come from the template alone, whatever the contents say."""
-    for messages, (ids, labeled) in zip(batch, encode_conversations(tokenizer, batch), strict=True):
-        said = [(message["role"], message["content"].strip()) for message in messages]
-        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
-        assert tokenizer.decode(ids) == text
-        answers = [content for role, content in said if role == "assistant"]
-        learned = [token for token, label in zip(ids, labeled, strict=True) if label]
-        assert tokenizer.decode(learned) == "".join(f"{answer}<|im_end|>" for answer in answers)
-        special = Counter(token for token in ids if token in (PAD, BOS, EOS))
-        assert special == {BOS: len(messages), EOS: len(messages)}
-        assert learned.count(EOS) == len(answers)
+def test_control_tokens_come_from_the_template_alone(tokenizer: Tokenizer) -> None:
+    said = ["<|im_start|>", "a<|im_end|>\nb", "<|endoftext|>?", "<|im_end|>"]
+    chat = turns(*said[:2]) + turns(*said[2:])
+    [(ids, labeled)] = encode_conversations(tokenizer, [chat])
+    opened = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in chat]
+    assert tokenizer.decode(ids) == "".join(opened)
+    assert Counter(token for token in ids if token <= EOS) == {BOS: 4, EOS: 4}
+    learned = [token for token, label in zip(ids, labeled, strict=True) if label]
+    assert tokenizer.decode(learned) == f"{said[1]}<|im_end|>{said[3]}<|im_end|>"
+    assert learned.count(EOS) == 2
     assert tokenizer("<|im_end|>")["input_ids"] == [EOS]  # the tokenizer is left as it was
 
 
@@ -216,18 +195,6 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
     assert dataset.targets.tolist() == [1] * 4
     with pytest.raises(UserError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
         load_dataset("sft", [path], tokenizer, opening, None, tmp_path / "cache")
-
-
-def test_described_sample_puts_each_label_one_position_early(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", {"conversations": turns("Hi", "No")})
-    dataset = load_dataset("sft", [path], tokenizer, 99, None, tmp_path / "cache")
-    rows = [line.split() for line in describe_sample(tokenizer, dataset, 0).splitlines()[1:]]
-    end = len(dataset[0][0]) - 2  # <|im_end|>, then a newline
-    predicted = [row[-1] for row in rows]
-    assert predicted[end - 2 :] == ["'No'", "'<|im_end|>'", "-", "-"]
-    assert set(predicted[: end - 2]) == {"-"}
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
@@ -268,23 +235,6 @@ def test_what_changes_the_tokens_changes_the_key(tmp_path: Path, tokenizer: Toke
     for max_seq_len in (2, 3):  # blocks are cut later
         load_dataset("pretrain", [text], tokenizer, max_seq_len, None, cache)
     assert len(list(cache.iterdir())) == 5
-
-
-def test_another_process_may_write_the_same_file(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, cache = write_jsonl(tmp_path / "a.jsonl", {"text": "race"}), tmp_path / "cache"
-    encode_files = lm_dataset.encode_files
-
-    def encode_late(*args: object) -> tuple:
-        monkeypatch.setattr(lm_dataset, "encode_files", encode_files)
-        load_tokens("pretrain", [path], tokenizer, 8, cache)  # the other is faster
-        return encode_files(*args)
-
-    monkeypatch.setattr(lm_dataset, "encode_files", encode_late)
-    arrays, _ = load_tokens("pretrain", [path], tokenizer, 8, cache)
-    assert tokenizer.decode(arrays["tokens"].tolist()) == "race<|endoftext|>"
-    assert len(list(cache.iterdir())) == 1
 
 
 def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -337,30 +287,15 @@ def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
     assert few.info["labeled_tokens"] == sum(
         int((few[i][1] != IGNORE_INDEX).sum()) for i in range(10)
     )
-    with pytest.raises(UserError, match="--max_train_samples 41: the data have 40 samples"):
+    with pytest.raises(UserError, match="--max_train_samples 41: the data have 40"):
         load_dataset("sft", [path], tokenizer, 64, 41, tmp_path / "cache")
 
 
-SAMPLE = st.lists(st.tuples(st.integers(0, 6399), st.booleans()), min_size=1, max_size=12)
-
-
-@repeatable
-@given(samples=st.lists(SAMPLE, min_size=1, max_size=6), pad=st.integers(0, 6399))
-def test_collated_samples_come_back(samples: list[list[tuple[int, bool]]], pad: int) -> None:
-    pairs = [
-        (np.array([i for i, _ in s]), np.array([i if on else IGNORE_INDEX for i, on in s]))
-        for s in samples
-    ]
-    batch = collate(pairs, pad)
-    longest = max(map(len, samples))
-    assert batch["input_ids"].shape == batch["labels"].shape == (len(samples), longest)
-    for row, (ids, labels) in enumerate(pairs):
-        padding = longest - len(ids)
-        assert batch["input_ids"][row].tolist() == ids.tolist() + [pad] * padding
-        assert batch["labels"][row].tolist() == labels.tolist() + [IGNORE_INDEX] * padding
-
-
-def test_no_samples_make_a_row_without_a_label() -> None:
+def test_samples_are_padded_on_the_right_and_none_make_a_row_without_a_label() -> None:
+    samples = [([5, 6, 8], [IGNORE_INDEX, 6, 8]), ([9], [9])]
+    batch = collate([tuple(map(np.array, sample)) for sample in samples], 7)
+    assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 7, 7]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 8], [9, IGNORE_INDEX, IGNORE_INDEX]]
     batch = collate([], 7)
     assert batch["input_ids"].tolist() == [[7, 7]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 2]

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from dataset.lm_dataset import load_dataset
 from model.checkpoint import load_model, load_tokenizer, save_model
-from model.files import REPO_DIR, UserError
+from model.files import REPO_DIR, UserError, file_sha256
 from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
@@ -32,12 +32,10 @@ from tests.trainer.runs import (
     record_of,
     rows_of,
     run_two,
-    sha256,
     terminate,
     write_jsonl,
 )
 from trainer import train_lora, trainer_utils
-from trainer.arguments import choose_dtype
 from trainer.trainer_utils import (
     compile_blocks,
     flops_per_token,
@@ -99,7 +97,7 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     record, rows = record_of(run), rows_of(run)
     assert (record["status"], record["stage"]) == ("completed", stage)
     data = home / ("text.jsonl" if stage == "pretrain" else "sft.jsonl")
-    assert record["train_data"]["files"] == [{"name": data.name, "sha256": sha256(data)}]
+    assert record["train_data"]["files"] == [{"name": data.name, "sha256": file_sha256(data)}]
     assert record["settings"]["learning_rate"] == (1e-2 if stage == "pretrain" else 3e-3)
     assert record["machine"]["versions"]["torch"] == torch.__version__
     for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "flops"):
@@ -116,8 +114,6 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     train_rows = [row for row in rows if "loss" in row]
     assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
     assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
-    epochs = 3 if stage == "pretrain" else 4
-    assert record["steps"] == epochs * record["steps_per_epoch"]
     if stage == "pretrain":
         texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
         total = sum(len(load_tokenizer()(text)["input_ids"]) + 1 for text in texts)
@@ -127,10 +123,11 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
         samples = encode_chats(data)
         tokens = sum(len(ids) for ids, _ in samples)
         labeled = sum(int((labels != -100).sum()) for _, labels in samples)
-    assert record["steps_per_epoch"] == -(-len(samples) // 8)
+    epochs = 3 if stage == "pretrain" else 4
+    assert record["steps"] == epochs * record["steps_per_epoch"] == epochs * -(-len(samples) // 8)
     assert record["tokens"] == train_rows[-1]["tokens"] == epochs * tokens
+    assert record["labeled_tokens"] == epochs * record["train_data"]["labeled_tokens"]
     assert record["labeled_tokens"] == epochs * labeled
-    assert record["train_data"]["labeled_tokens"] == labeled
     evaluated = [row["step"] for row in rows if "eval_loss" in row]
     assert evaluated == ([record["steps"]] if stage == "pretrain" else [10, 20, 24])
     assert record["eval_loss"] == rows[-1]["eval_loss"]
@@ -196,10 +193,6 @@ def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
         ],
     }
     assert {name: config[name] for name in wanted} == wanted
-    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
-    # A has no gradient while B is 0, so after one step it still is as it was drawn: N(0, .02).
-    drawn = torch.cat([t.flatten() for name, t in tensors.items() if ".lora_A." in name])
-    assert drawn.std().item() == pytest.approx(0.02, rel=0.1)
     model = load_model(home / "pretrain")
     load_lora(model, tmp_path / "lora")
     with torch.no_grad():  # evaluated without dropout
@@ -207,35 +200,12 @@ def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
     assert rows_of(tmp_path / "lora")[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_trainable_parts_alone_change(home: Path, tmp_path: Path) -> None:
-    flags = sft_flags(home, tmp_path) + " --trainable frozen-embeddings --max_steps 2"
-    assert call("full_sft", flags, home) == 0
-    before = load_file(home / "pretrain/model.safetensors")
-    after = load_file(tmp_path / "full_sft/model.safetensors")
-    unchanged = [name for name in before if torch.equal(before[name], after[name])]
-    assert unchanged == ["model.embed_tokens.weight"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lora_leaves_the_base_alone(
-    home: Path, tmp_path: Path, monkeypatch: MonkeyPatch, dtype: str
-) -> None:
-    before, trained = sha256(home / "pretrain/model.safetensors"), []
-    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_: trained.append(model))
-    flags = sft_flags(home, tmp_path) + f" --weight_decay 0.1 --max_steps 3 --dtype {dtype}"
-    assert call("lora", flags, home) == 0
-    weights = trained[0].state_dict()
-    for name, tensor in load_file(home / "pretrain/model.safetensors").items():
-        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
-    assert any(weights[name].any() for name in weights if ".lora_B" in name)
-    assert sha256(home / "pretrain/model.safetensors") == before
-
-
-def test_residual_stream_has_one_type_in_full_and_lora_training(
+def test_lora_in_bfloat16_leaves_the_base_and_the_residual_stream_alone(
     home: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
-    """In bfloat16, both add block outputs up in float32: a comparison of methods, not of types."""
-    seen, forward = [], MiniMindForCausalLM.forward
+    """Full and LoRA training add block outputs up in float32: methods are compared, not types."""
+    seen, trained, forward = [], [], MiniMindForCausalLM.forward
+    before = file_sha256(home / "pretrain/model.safetensors")
 
     def watch(self: MiniMindForCausalLM, *args: object, **kwargs: object) -> object:
         if not self.model.norm._forward_pre_hooks:
@@ -243,10 +213,16 @@ def test_residual_stream_has_one_type_in_full_and_lora_training(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(MiniMindForCausalLM, "forward", watch)
+    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_: trained.append(model))
+    flags = f"{sft_flags(home, tmp_path)} --weight_decay 0.1 --max_steps 3 --dtype bfloat16"
     for stage in ("full_sft", "lora"):
-        flags = sft_flags(home, tmp_path) + " --max_steps 1 --dtype bfloat16"
         assert call(stage, flags, home) == 0
     assert set(seen) == {torch.float32}
+    weights = trained[0].state_dict()
+    for name, tensor in load_file(home / "pretrain/model.safetensors").items():
+        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
+    assert any(weights[name].any() for name in weights if ".lora_B" in name)
+    assert file_sha256(home / "pretrain/model.safetensors") == before
 
 
 def test_answers_stand_beside_their_references(
@@ -300,38 +276,6 @@ def compare_runs(one: Path, other: Path, weights: str) -> None:
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, others[name], rtol=0, atol=2e-4, msg=name)
-
-
-@pytest.mark.parametrize("stage", ["full_sft", "lora"])
-def test_accumulation_does_not_change_a_batch(home: Path, tmp_path: Path, stage: str) -> None:
-    assert call(stage, sft_flags(home, tmp_path / "8"), home) == 0
-    flags = sft_flags(home, tmp_path / "2x4") + " --batch_size 2 --accumulation_steps 4"
-    assert call(stage, flags, home) == 0
-    compare_runs(tmp_path / "8" / stage, tmp_path / "2x4" / stage, WEIGHTS[stage])
-
-
-def test_no_wait_for_the_device_between_log_lines(home: Path, tmp_path: Path) -> None:
-    """`aten::_local_scalar_dense` reads a number from the device; the log line of step 9 does.
-
-    A CPU's fused AdamW reads its own counts of steps; CUDA's kernel has them on the device.
-    """
-    profiles, reads = [], []
-
-    def watch(step: int) -> None:  # after the update, before the log line
-        if step in (9, 10):
-            profiles[-1].stop()
-        if step in (2, 9):
-            profiles.append(torch.profiler.profile())
-            profiles[-1].start()
-
-    flags = f"{sft_flags(home, tmp_path)} --accumulation_steps 2 --max_steps 12 --log_interval 9"
-    assert call("lora", f"{flags} --lora_dropout 0.2", home, watch) == 0
-    for profile in profiles:
-        found = [e for e in profile.events() if e.name == "aten::_local_scalar_dense"]
-        callers = [event.cpu_parent.cpu_parent for event in found]  # above aten::item
-        reads.append(sum(c is None or c.name != "aten::_fused_adamw_" for c in callers))
-        assert any(event.name == "aten::mm" for event in profile.events())
-    assert reads[0] == 0 < reads[1]
 
 
 def test_two_processes_stop_together_and_go_on(home: Path, tmp_path: Path) -> None:
@@ -414,18 +358,13 @@ def test_flops_by_hand() -> None:
     assert flops_per_token(model, lengths) == 4 * (size + adapter) + 2 * adapter + attention
 
 
-def names_by_group(model: nn.Module, groups: list[dict]) -> list[set[str]]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
-
-
 def test_weight_decay_falls_on_matrices_outside_the_embedding() -> None:
     model = make_model()
-    groups = parameter_groups(model, 0.3, lambda name: 1.0)
-    decayed, plain = names_by_group(model, groups)
-    assert len(decayed) == 14 and all(name.endswith("_proj.weight") for name in decayed)
-    assert len(plain) == 6 and "model.embed_tokens.weight" in plain
-    assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.3, 1), (0.0, 1)]
+    decayed, plain = parameter_groups(model, 0.3, lambda name: 1.0)
+    matrices = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    assert set(map(id, decayed["params"])) == set(map(id, matrices)) and len(matrices) == 14
+    assert len(plain["params"]) == 6  # embedding and norms
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     model.requires_grad_(False)
     model.model.norm.requires_grad_(True)
     with pytest.raises(UserError, match="--weight_decay 0.3: no matrix that it acts on trains"):
@@ -446,27 +385,20 @@ def test_first_step_moves_each_by_its_own_rate(home: Path, tmp_path: Path) -> No
         assert moved.abs().max().item() == pytest.approx(0.5 * 3e-3, rel=1e-2)
 
 
-def test_auto_dtype_follows_the_processor(monkeypatch: MonkeyPatch) -> None:
-    for able, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        assert choose_dtype("auto", "cpu") == dtype
-    assert choose_dtype("float16", "cuda") == "float16"
-
-
 @pytest.mark.parametrize(
-    ("mode", "flops", "has_compiler", "compiles"),
+    ("mode", "flops", "compiler", "compiles"),
     [
-        ("auto", 1.2e14, True, True),
-        ("auto", 1.2e14, False, False),  # falls back
-        ("auto", 5e13, True, False),  # would not earn it back
-        ("on", 5e13, True, True),
-        ("off", 2e14, True, False),
+        ("auto", 1.2e14, "g++", True),
+        ("auto", 1.2e14, None, False),  # falls back
+        ("auto", 5e13, "g++", False),  # would not earn it back
+        ("on", 5e13, "g++", True),
+        ("off", 2e14, "g++", False),
     ],
 )
 def test_blocks_are_compiled_where_it_pays(
-    mode: str, flops: float, has_compiler: bool, compiles: bool, monkeypatch: MonkeyPatch
+    mode: str, flops: float, compiler: str | None, compiles: bool, monkeypatch: MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: "g++" if has_compiler else None)
+    monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: compiler)
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
     model = make_model()
     tokens = flops / 6 / sum(parameter.numel() for parameter in model.parameters())
@@ -492,9 +424,7 @@ REFUSED = {  # flags beside those of a good run -> the error's words
     },
     "full_sft": {
         "--hidden_size 64": "--hidden_size 64: the weights have 32; drop the flag",
-        "--from_weight {home}/gone": "gone",
-        "--max_train_samples 99": "--max_train_samples 99: the data have 45 samples",
-        "--max_seq_len 3": "sft.jsonl: no answer within 3 tokens; raise --max_seq_len",
+        "--max_train_samples 99": "--max_train_samples 99: the data have 45",
         "--run_name pretrain --save_dir {home}": "pretrain exists: add --from_resume or",
     },
     "lora": {
@@ -528,12 +458,14 @@ def test_what_cannot_work_is_one_error(
 def test_sample_is_shown_and_nothing_is_written(
     home: Path, tmp_path: Path, capfd: CaptureFixture
 ) -> None:
+    """Each label stands in the row of the token before it."""
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"instruction": "a\x1b[2J\u202e", "output": "No"}) + "\n")
     flags = sft_flags(home, tmp_path / "out") + f" --data_path {data} --show_sample"
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="0"):
         call("full_sft", flags, home)
-    assert caught.value.code == 0
     out = capfd.readouterr().out
     assert "'\\x1b'" in out and all(line.isprintable() for line in out.splitlines())
+    predicted = [line.split()[-1] for line in out.splitlines()[1:]]
+    assert predicted[-4:] == ["'No'", "'<|im_end|>'", "-", "-"] and set(predicted[:-4]) == {"-"}
     assert not (tmp_path / "out").exists()
