@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -29,10 +29,6 @@ from model.checkpoint import load_tokenizer
 from model.files import UserError
 from model.model_minimind import IGNORE_INDEX
 
-# The same examples at every run, so that a failure is the code's.
-repeatable = settings(
-    derandomize=True, max_examples=15, deadline=None, suppress_health_check=list(HealthCheck)
-)
 PAD, BOS, EOS = 0, 1, 2
 DIALOG = [
     {"role": "system", "content": "Be brief: one line."},
@@ -78,9 +74,7 @@ GOOD = b'{"text": "fine"}\n'
         ("d.jsonl", None, "d.jsonl: cannot be read after line 0"),
         ("d.jsonl", b"\n \n", "d.jsonl: holds no record"),
         ("d.jsonl", GOOD * 2 + b'\n{"text": "fi', "d.jsonl:4: broken JSON (Unterminated string"),
-        ("d.jsonl", GOOD + '{"text": "é"}'.encode("latin-1"), "d.jsonl:2: broken JSON ('utf-8'"),
         ("d.jsonl", GOOD + b"[1]", "d.jsonl:2: broken JSON (list in place of an object)"),
-        ("d.jsonl.gz", GOOD, "d.jsonl.gz: cannot be read after line 0 (Not a gzipped file"),
         ("d.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "d.jsonl.gz: cannot be read after line 9"),
     ],
 )
@@ -115,12 +109,10 @@ def roles(*names: object) -> dict:
     ("record", "reason"),
     [
         ({"instruction": "x"}, "fine-tuning reads a list of messages"),
-        ({"messages": ["hi"]}, "fine-tuning reads a list of messages"),
         ({"instruction": ["x"], "output": "y"}, 'message 1 needs a non-empty string "content"'),
         ({"instruction": "x", "output": " "}, 'message 2 needs a non-empty string "content"'),
         ({"messages": []}, "the roles are []"),
         (roles("user", "robot"), "the roles are ['user', 'robot']; expected an optional system"),
-        (roles("user", "assistant", "user"), "the roles are"),
         (roles("user", "assistant", "system", "assistant"), "the roles are"),
         ({"system": "Be kind.", "messages": DIALOG}, '"system" is not read; convert or remove it'),
         ({"messages": [DIALOG[1], DIALOG[2] | {"tool_calls": [1]}]}, '"tool_calls" is not read'),
@@ -302,7 +294,8 @@ def test_samples_are_padded_on_the_right_and_none_make_a_row_without_a_label() -
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
-@repeatable
+# The same examples at every run, so that a failure is the code's.
+@settings(derandomize=True, max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=60),
     batch_size=st.integers(1, 7),

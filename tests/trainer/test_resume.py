@@ -19,7 +19,7 @@ import torch
 from pytest import CaptureFixture, MonkeyPatch
 
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model
-from model.files import UserError, file_sha256
+from model.files import file_sha256
 from tests.tiny import exit_code
 from tests.trainer import stress_resume
 from tests.trainer.runs import (
@@ -95,7 +95,6 @@ def test_comparison_finds_another_run(home: Path, whole: Path, tmp_path: Path) -
 
 
 RESUMED = [
-    ("full_sft", "--accumulation_steps 2 --batch_size 2 --weight_decay 0.1", "float32"),
     ("full_sft", "--accumulation_steps 2 --batch_size 4 --keep_checkpoints 3", "bfloat16"),
     (
         "lora",
@@ -163,21 +162,6 @@ def test_kill_at_any_operation_of_a_save(
     monkeypatch.undo()
     assert saved_step(tmp_path / "full_sft") == 4
     assert finish(home, tmp_path, whole) == []
-
-
-def test_kill_before_the_first_state_and_before_the_last_weights(
-    home: Path, whole: Path, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
-    flags = flags_in(home, tmp_path)
-    with pytest.raises(Killed):
-        call("full_sft", flags, home, at_step(2, kill))
-    with pytest.raises(UserError, match="resume.pt is not there; use --overwrite"):
-        call("full_sft", flags + " --from_resume", home)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_full_sft, "save_model", lambda *_: kill())
-        call("full_sft", flags + " --overwrite", home)
-    assert finish(home, tmp_path, whole) == []
-    assert record_of(tmp_path / "full_sft")["status"] == "completed"
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit"])

@@ -328,13 +328,10 @@ def test_torchrun_from_any_folder_equals_one_process(home: Path, tmp_path: Path)
     [
         # 10 steps, 2 of warm-up, peak 8, floor 2: the way down takes steps 2 to 9.
         ("cosine", 0, 4.0),
-        ("cosine", 1, 8.0),
         ("cosine", 2, 8.0),
         ("cosine", 9, 2.0),
         ("cosine", 4, 2 + 6 * (1 + 0.6234898018587336) / 2),  # cos(2 pi / 7)
         ("linear", 4, 2 + 6 * 5 / 7),
-        ("linear", 9, 2.0),
-        ("constant", 0, 4.0),
         ("constant", 9, 8.0),
     ],
 )
@@ -416,11 +413,9 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
-        "--hidden_size 33": "hidden_size 33",
         "--from_resume": "resume.pt is not there; use --overwrite",
         "--data_path {home}/none.jsonl": "No such file or directory: '{home}/none.jsonl'",
         "--save_dir {home}/text.jsonl/out": "Not a directory: ",
-        "--max_train_samples 5": "unrecognized arguments: --max_train_samples 5",
     },
     "full_sft": {
         "--hidden_size 64": "--hidden_size 64: the weights have 32; drop the flag",
