@@ -92,7 +92,7 @@ def load_data(
         raise SystemExit(0)
     for dataset in filter(None, (train_set, eval_set)):
         info, files = dataset.info, " ".join(file["name"] for file in dataset.info["files"])
-        lost = f"{info['truncated']:,} cut, {info['dropped_without_labels']:,} dropped"
+        lost = f"{info['truncated']:,} cut, {info['dropped_without_labels']:,} without an answer"
         accelerator.print(escape_control(f"{files}: {info['records']:,} records, {lost}"))
     return train_set, eval_set
 
