@@ -117,9 +117,7 @@ def encode_conversations(
 
     The template's text and the contents are encoded apart, so a special-token string in a content
     stays ordinary text. Loss falls on an assistant's content and on the end token that follows.
-
-    Args:
-        generation_prompt: append the template's opening of an assistant turn (for inference).
+    `generation_prompt` appends the template's opening of an assistant turn, for inference.
     """
     contents = [turn["content"].strip() for messages in conversations for turn in messages]
     encoded = iter(encode_batch(tokenizer, contents, special=False))

@@ -110,11 +110,7 @@ def make_parser(
 def parse_args(
     parser: argparse.ArgumentParser, argv: list[str] | None, kind: str
 ) -> argparse.Namespace:
-    """Parse and check the flags, and fill in what was left open; nothing changes them later.
-
-    Args:
-        kind: of the default data, `pretrain` or `sft`.
-    """
+    """Parse and check the flags, and fill in defaults; the default data are of this `kind`."""
     args, refuse = parser.parse_args(argv), parser.error
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     name, weights = args.run_name, args.from_weight

@@ -69,11 +69,7 @@ class RunFolder:
             self.record = read_json(self.path / "run.json")
 
     def begin(self, facts: dict) -> dict | None:
-        """Make the folder, or return the state of a run to be continued.
-
-        Args:
-            facts: what makes the run what it is, besides its flags; the continued run must match.
-        """
+        """Make the folder, or return the state to continue from; flags and facts must match it."""
         settings, state = printable_settings(self.args), None
         origin = {"git": git_state(), "machine": describe_machine(self.args.device)}
         if self.args.from_resume:

@@ -42,11 +42,7 @@ COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 
 
 def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
-    """Set the seed; let accelerate take care of device, precision and processes; find the folder.
-
-    Raises:
-        SystemExit: the run is complete already.
-    """
+    """Set up accelerate, seeds and the run's folder; exit if the run is complete already."""
     accelerator = Accelerator(
         cpu=args.device == "cpu",
         mixed_precision=DTYPES[args.dtype],
@@ -118,10 +114,7 @@ def learning_rate_at(
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_ratio: Callable[[str], float]
 ) -> list[dict]:
-    """Group trainable parameters for AdamW; weight decay falls on matrices outside the embedding.
-
-    `lr_ratio`, a parameter's rate over --learning_rate by its name, stays in its group.
-    """
+    """Group trainable parameters for AdamW; weight decay is for matrices outside the embedding."""
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
