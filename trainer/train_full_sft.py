@@ -20,7 +20,7 @@ from model.checkpoint import save_model
 from model.files import run_script
 from model.model_lora import TRAINABLE_PARTS, select_trainable
 from trainer.arguments import BASE_DIR, make_parser, parse_args
-from trainer.trainer_utils import load_data, load_start, print_answers, start_run, train
+from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     # The loop.
     save_weights = partial(save_model, model, tokenizer.name_or_path)
     code = train(args, accelerator, run, model, *data, save_weights, facts)
-    print_answers(run, model, tokenizer, data[1])
+    answer_held_out(run, model, tokenizer, data[1])
     return code
 
 

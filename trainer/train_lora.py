@@ -28,7 +28,7 @@ from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
 from trainer.arguments import BASE_DIR, COUNT, POSITIVE, bounded, make_parser, parse_args
-from trainer.trainer_utils import load_data, load_start, print_answers, start_run, train
+from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
 # Flags that --lora_rank 0 would ignore.
 OF_MATRICES = ("lora_alpha", "lora_dropout", "lora_targets", "lora_init", "use_rslora")
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         save_lora(model, settings, folder, str(base), fingerprint)
 
     code = train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio)
-    print_answers(run, model, tokenizer, data[1])
+    answer_held_out(run, model, tokenizer, data[1])
     return code
 
 

@@ -375,7 +375,7 @@ def restore_state(
         accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def print_answers(
+def answer_held_out(
     run: RunFolder,
     model: MiniMindForCausalLM,
     tokenizer: Tokenizer,

@@ -37,11 +37,11 @@ from tests.trainer.runs import (
 )
 from trainer import train_lora, trainer_utils
 from trainer.trainer_utils import (
+    answer_held_out,
     compile_blocks,
     flops_per_token,
     learning_rate_at,
     parameter_groups,
-    print_answers,
 )
 
 
@@ -236,7 +236,7 @@ def test_answers_stand_beside_their_references(
     messages = [{"role": role, "content": content} for role, content in turns]
     write_jsonl(path, [{"messages": messages}, {"messages": messages[2:]}] * 2)
     valid = load_dataset("sft", [path], tokenizer, 99, None, home / "cache")
-    print_answers(run, model, tokenizer, valid)
+    answer_held_out(run, model, tokenizer, valid)
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines if line[0] == "reference"] == ["0 1", "2"]
     opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
