@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.lm_dataset import UNREAD_FIELDS
 from model.files import UserError, file_sha256, replace_file, run_script, write_json
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
@@ -105,8 +106,7 @@ def convert_minimind(record: dict, rules: dict) -> Example | str:
     # The chat template has no tools; MiniMind's newer files mix such conversations in.
     if any(t["role"] == "tool" or t.get("tools") or t.get("tool_calls") for t in turns):
         return "tool_use"
-    unread = ("function_call", "reasoning_content", "weight")
-    if any(turn.get(name) for turn in turns for name in unread):
+    if any(turn.get(name) for turn in turns for name in UNREAD_FIELDS):
         return "unread_field"
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
