@@ -40,7 +40,8 @@ ENCODE_CHUNK = 2_000  # records that are encoded at once, in parallel
 SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
 # Fields that change what a conversation means, and that the chat template does not show.
-UNREAD_FIELDS = ("system", "history", "tools", "tool_calls")
+UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call")
+UNREAD_FIELDS += ("reasoning_content", "weight")
 # Stands for a message's content while the chat template is rendered: private-use characters.
 CONTENT_SLOT = "\ue000\ue001\ue000"
 
