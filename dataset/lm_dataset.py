@@ -5,29 +5,29 @@
                        {"role": "assistant", "content": "..."}]}
     {"instruction": "...", "input": "...", "output": "..."}  fine-tuning, one turn
 
-The way of a record: `read_jsonl` yields it, `record_text` or `record_messages` checks it,
-`encode_records` makes token ids and labels, `load_dataset` keeps them in one memory-mapped
-file, `StepPlan` says which samples make a step, `collate` pads them on the right. Under causal
-attention no real token sees the padding, so no attention mask is needed.
+The way of a record: `read_jsonl` yields it, `encode_records` checks it and makes token ids and
+labels, `load_dataset` keeps them in one memory-mapped file, `StepPlan` says which samples make a
+step, `collate` pads them on the right. Under causal attention no real token sees the padding, so
+no attention mask is needed.
 """
 
 import gzip
 import hashlib
 import json
-import reprlib
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -35,17 +35,15 @@ from model.files import UserError, file_sha256, replace_file
 from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
-CACHE_VERSION = 3  # raise it when the stored layout or the tokenization changes
+CACHE_VERSION = 4  # raise it when the stored layout or the tokenization changes
 ENCODE_CHUNK = 2_000  # records that are encoded at once, in parallel
 SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
 # Fields that change what a conversation means, and that the chat template does not show.
-UNREAD_FIELDS = ("tools", "tool_calls", "function_call", "reasoning_content", "weight")
+UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call")
+UNREAD_FIELDS += ("reasoning_content", "weight")
 # Stands for a message's content while the chat template is rendered: private-use characters.
 CONTENT_SLOT = "\ue000\ue001\ue000"
-
-
-# ---------------------------------------------------------------- records
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -61,7 +59,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                     yield f"{path}:{number}", record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read after line {number} ({error})") from error
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+    except ValueError as error:  # of JSON or of UTF-8
         raise UserError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
     if record is None:
         raise UserError(f"{path}: holds no record; expected one JSON object a line")
@@ -76,23 +74,19 @@ def record_text(record: dict, where: str) -> str:
 
 
 def record_messages(record: dict, where: str) -> list[dict[str, str]]:
-    """Return the messages of a fine-tuning record, white space around their contents stripped.
-
-    The roles are an optional system turn, then user and assistant in turn.
-    """
+    """Return the messages of a fine-tuning record, white space around their contents stripped."""
     messages = record.get("conversations", record.get("messages"))
     if messages is None and "output" in record:
         parts = [record.get("instruction"), record.get("input") or ""]
         is_text = all(isinstance(part, str) for part in parts)
         question = "\n".join(filter(str.strip, parts)) if is_text else None
-        turns = {"user": question, "assistant": record["output"]}
-        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        messages = [{"role": "user", "content": question}]
+        messages += [{"role": "assistant", "content": record["output"]}]
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         fields = '"conversations", "messages", or "instruction" and "output"'
         raise UserError(f"{where}: fine-tuning reads a list of messages: {fields}")
-    for name in ("system", "history", *UNREAD_FIELDS):
-        among = [record] if name in ("system", "history") else [record, *messages]
-        if any(turn.get(name) for turn in among):
+    for name in UNREAD_FIELDS:
+        if any(turn.get(name) for turn in (record, *messages)):
             raise UserError(f'{where}: "{name}" is not read; convert or remove it')
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str) or not message["content"].strip():
@@ -100,19 +94,17 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     roles = [message.get("role") for message in messages]
     pairs = roles[roles[:1] == ["system"] :]
     if not pairs or pairs != ["user", "assistant"] * (len(pairs) // 2):
-        expected = "expected an optional system, then user and assistant in turn"
-        raise UserError(f"{where}: the roles are {reprlib.repr(roles)}; {expected}")
+        expected = "an optional system, then user and assistant in turn"
+        raise UserError(f"{where}: the roles are {roles}; expected {expected}")
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
 
 
-# ---------------------------------------------------------------- token ids and labels
-
-
-def encode_batch(backend: tokenizers.Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
+def encode_batch(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
     """Encode many texts in parallel; `special` turns strings such as `<|im_end|>` into tokens.
 
     Only the chat template's own text may: in a corpus or a message they stay ordinary text.
     """
+    backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = not special
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     backend.encode_special_tokens = False
@@ -126,12 +118,10 @@ def encode_conversations(
 
     The template's text and the contents are encoded apart, so a special-token string in a content
     stays ordinary text. Loss falls on an assistant's content and on the end token that follows.
-
-    Args:
-        generation_prompt: append the template's opening of an assistant turn (for inference).
+    `generation_prompt` appends the template's opening of an assistant turn, for inference.
     """
     contents = [turn["content"].strip() for messages in conversations for turn in messages]
-    encoded = iter(encode_batch(tokenizer.backend_tokenizer, contents, special=False))
+    encoded = iter(encode_batch(tokenizer, contents, special=False))
     templates: dict[tuple[str, ...], list[list[int]]] = {}
     samples = []
     for messages in conversations:
@@ -155,7 +145,7 @@ def encode_template(
     slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
     options = {"tokenize": False, "add_generation_prompt": generation_prompt}
     text = tokenizer.apply_chat_template(slots, **options)
-    pieces = encode_batch(tokenizer.backend_tokenizer, text.split(CONTENT_SLOT), special=True)
+    pieces = encode_batch(tokenizer, text.split(CONTENT_SLOT), special=True)
     ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
     if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
         rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
@@ -176,11 +166,8 @@ def encode_records(
             raise UserError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
         opening, closing = [tokenizer.bos_token_id], [tokenizer.eos_token_id, *closing]
     texts = [record_text(record, where) for where, record in records]
-    encoded = encode_batch(tokenizer.backend_tokenizer, texts, special=False)
+    encoded = encode_batch(tokenizer, texts, special=False)
     return [(opening + ids + closing, []) for ids in encoded]
-
-
-# ---------------------------------------------------------------- the token cache
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -193,7 +180,7 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 def encode_files(
     kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Tokenize files into flat arrays, and count what was cut, dropped and found twice."""
+    """Tokenize files into flat arrays, and count what was cut and dropped."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     tokens, labels, truncated, dropped = [], [], 0, 0
     bar = {"desc": "tokenizing", "unit": " records", "disable": None, "file": sys.stderr}
@@ -210,19 +197,10 @@ def encode_files(
             labels.append(np.array(labeled, dtype=bool))
     if not tokens:
         raise UserError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
-    digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in tokens]
     arrays = {"tokens": np.concatenate(tokens), "labeled": np.concatenate(labels)}
     arrays["starts"] = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
-    arrays["digests"] = np.frombuffer(b"".join(digests), dtype=np.uint64).copy()
-    return arrays, {
-        "records": len(tokens) + dropped,
-        "truncated": truncated,
-        "dropped_without_labels": dropped,
-        "samples": len(tokens),
-        "tokens": len(arrays["tokens"]),
-        "labeled_tokens": int(arrays["labeled"].sum()),
-        "duplicates": len(digests) - len(set(digests)),
-    }
+    counts = {"records": len(tokens) + dropped, "samples": len(tokens)}
+    return arrays, counts | {"truncated": truncated, "dropped_without_labels": dropped}
 
 
 def load_tokens(
@@ -230,20 +208,15 @@ def load_tokens(
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the memory-mapped arrays of `encode_files`, and the facts for run.json.
 
-    The cache is a safetensors file, whole or not there. Its name is the hash of all that the
-    tokens depend on; its header names the vocabulary's size, the tokenizer's hash and each dtype.
+    The cache's name is the hash of all that the tokens depend on; its header names the
+    vocabulary's size, the tokenizer's hash and each dtype.
     """
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
     described = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
-    key = {
-        "version": CACHE_VERSION,
-        "kind": kind,
-        "files": [file["sha256"] for file in files],
-        "tokenizer": hashlib.sha256(described.encode()).hexdigest(),
-        "vocab_size": len(tokenizer),
-        "ids": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
-        "max_seq_len": max_seq_len if kind == "sft" else None,  # blocks are cut later
-    }
+    key = {"version": CACHE_VERSION, "kind": kind, "files": [file["sha256"] for file in files]}
+    key |= {"tokenizer": hashlib.sha256(described.encode()).hexdigest(), "size": len(tokenizer)}
+    key["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    key["max_seq_len"] = max_seq_len if kind == "sft" else None  # blocks are cut later
     cached = cache_dir / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
     if not cached.is_file():
         arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
@@ -254,29 +227,22 @@ def load_tokens(
             header = {"key": json.dumps(key), "counts": json.dumps(counts)}
             save_file(tensors, Path(folder) / "tokens", metadata=header)
             replace_file(Path(folder) / "tokens", cached)
-    try:
-        with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-            counts = json.loads(file.metadata()["counts"])
-    except SafetensorError as error:
-        raise UserError(f"{cached}: a damaged token cache ({error}); delete the file") from error
+    with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
+        arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+        counts = json.loads(file.metadata()["counts"])
     return arrays, {"files": files, "tokenizer_sha256": key["tokenizer"], **counts}
 
 
 class TokenDataset(torch.utils.data.Dataset):
     """Samples of token ids and labels: sample i is `tokens[starts[i]:ends[i]]`.
 
-    Attributes:
-        lengths: tokens of each sample.
-        targets: of each sample, the tokens on which loss falls; the first is never predicted.
-        digests: of each record; equal for equal tokens.
-        info: facts about the data for run.json.
+    Of each sample, `lengths` counts the tokens and `targets` those on which loss falls, never the
+    first. `info` has facts for run.json.
     """
 
     def __init__(self, arrays: dict, starts: np.ndarray, ends: np.ndarray, info: dict):
         self.tokens, self.labeled = arrays["tokens"], arrays["labeled"]
-        self.starts, self.ends, self.info = starts, ends, info
-        self.digests, self.lengths = arrays["digests"], ends - starts
+        self.starts, self.ends, self.lengths, self.info = starts, ends, ends - starts, info
         if len(self.labeled):
             before = np.append(0, np.cumsum(self.labeled))  # labels before each token
             self.targets = before[ends] - before[starts + 1]
@@ -315,18 +281,15 @@ def load_dataset(
         total = len(arrays["tokens"])
         starts = np.arange(0, total - 1, max_seq_len)  # a last token alone has no target
         ends = np.minimum(starts + max_seq_len, total)
-        info["labeled_tokens"] = int((ends - starts - 1).sum())
-        info["dropped_tail_tokens"] = total - int(ends[-1])
-    if max_samples is None:
-        return TokenDataset(arrays, starts, ends, info)
-    if max_samples > len(starts):
-        raise UserError(f"--max_train_samples {max_samples}: the data have {len(starts):,} samples")
-    kept = np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(starts))[:max_samples])
-    arrays["digests"] = arrays["digests"][kept]
-    subset = TokenDataset(arrays, starts[kept], ends[kept], info)
-    sums = {"tokens": int(subset.lengths.sum()), "labeled_tokens": int(subset.targets.sum())}
-    info["kept"] = {"samples": max_samples} | sums
-    return subset
+    if max_samples is not None:
+        if max_samples > len(starts):
+            raise UserError(f"--max_train_samples {max_samples}: the data have {len(starts):,}")
+        order = np.random.default_rng(SUBSET_SEED).permutation(len(starts))
+        chosen = np.sort(order[:max_samples])
+        starts, ends, info["samples"] = starts[chosen], ends[chosen], max_samples
+    dataset = TokenDataset(arrays, starts, ends, info)
+    info |= {"tokens": int(dataset.lengths.sum()), "labeled_tokens": int(dataset.targets.sum())}
+    return dataset
 
 
 def describe_sample(tokenizer: Tokenizer, dataset: TokenDataset, index: int) -> str:
@@ -339,16 +302,13 @@ def describe_sample(tokenizer: Tokenizer, dataset: TokenDataset, index: int) -> 
     return "\n".join(f"{position:>5}  {token:<24} {target}" for position, token, target in rows)
 
 
-# ---------------------------------------------------------------- batches
-
-
 @dataclass
 class StepPlan:
     """The samples of each optimizer step, as a pure function of the seed and the step.
 
     Samples are shuffled by `(seed, epoch)`, grouped by length when lengths differ, and cut into
     batches of `batch_size * accumulation_steps * processes`. So a resumed run continues with the
-    very batch that it would have seen, and one process and two train on the same batches.
+    batch that it would have seen, and one process and two train on the same batches.
     """
 
     lengths: np.ndarray
@@ -360,14 +320,12 @@ class StepPlan:
     def __post_init__(self) -> None:
         self.global_batch = self.batch_size * self.accumulation_steps * self.processes
         self.steps_per_epoch = -(-len(self.lengths) // self.global_batch)
-        self.epoch, self.batches = -1, []  # the epoch that was drawn last
+        self.draw_epoch = lru_cache(2)(self.draw_epoch)  # the loader may be an epoch ahead
 
     def __getitem__(self, step: int) -> np.ndarray:
         """Return the samples of a step, those of all processes."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.batches = epoch, self.draw_epoch(epoch)
-        return self.batches[position]
+        return self.draw_epoch(epoch)[position]
 
     def draw_epoch(self, epoch: int) -> list[np.ndarray]:
         """Draw the batches of an epoch, each sorted by length, in random order."""
@@ -395,10 +353,8 @@ def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[s
 
     No samples make a row of padding without a label: it keeps a process in step with the others.
     """
-    longest = max((len(ids) for ids, _ in samples), default=2)
-    input_ids = np.full((max(len(samples), 1), longest), pad_id, dtype=np.int64)
-    labels = np.full_like(input_ids, IGNORE_INDEX)
-    for row, (ids, targets) in enumerate(samples):
-        input_ids[row, : len(ids)] = ids
-        labels[row, : len(ids)] = targets
-    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+    ids, labels = zip(*(samples or [([pad_id] * 2, [IGNORE_INDEX] * 2)]), strict=True)
+    return {
+        "input_ids": pad_sequence([torch.as_tensor(row) for row in ids], True, pad_id),
+        "labels": pad_sequence([torch.as_tensor(row) for row in labels], True, IGNORE_INDEX),
+    }

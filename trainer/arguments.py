@@ -110,11 +110,7 @@ def make_parser(
 def parse_args(
     parser: argparse.ArgumentParser, argv: list[str] | None, kind: str
 ) -> argparse.Namespace:
-    """Parse and check the flags, and fill in what was left open; nothing changes them later.
-
-    Args:
-        kind: of the default data, `pretrain` or `sft`.
-    """
+    """Parse and check the flags, and fill in defaults; the default data are of this `kind`."""
     args, refuse = parser.parse_args(argv), parser.error
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     name, weights = args.run_name, args.from_weight
@@ -141,19 +137,16 @@ def parse_args(
         args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
         if weights == "none" and args.tokenizer_path is None:
             args.tokenizer_path = BASE_DIR
-    elif weights == str(BASE_DIR) and "from_weight" not in changed:
-        print("note: no --from_weight, so this starts from the small world's base")
     return args
 
 
 def choose_device(name: str) -> str:
     """Choose where to compute; `auto` takes CUDA, then Apple's MPS, then the CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next((device for device in found if found[device]), "cpu")
-    if not found.get(name, True):
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: this machine has none; use --device cpu")
-    return name
+    return best if name == "auto" else name
 
 
 def choose_dtype(name: str, device: str) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
@@ -31,24 +31,14 @@ EXIT_CODES = {"completed": 0, "diverged": 3, "interrupted": 130}
 WITHOUT_EFFECT = {"from_resume", "overwrite", "show_sample", "show_answers", "save_dir"}
 WITHOUT_EFFECT |= {"report_to", "num_workers", "log_interval", "save_interval", "eval_interval"}
 WITHOUT_EFFECT |= {"data_path", "eval_data_path", "from_weight", "tokenizer_path"}
+# Values of run.json that resume.pt holds, too; train_seconds are of training and loading alone.
+STARTS = {"step": 0, "tokens": 0, "labeled_tokens": 0, "train_seconds": 0.0}
+STARTS |= {"train_loss": None, "eval_loss": None}
 LOCK_SECONDS = 6  # the data processes of a killed run may hold its lock for 5 s
 
 
 class Diverged(ArithmeticError):
     """The loss, its gradient or the weights are no longer finite; the message names the step."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; a part of its resume state."""
-
-    step: int = 0
-    tokens: int = 0
-    labeled_tokens: int = 0
-    seconds: float = 0.0  # of training and loading, not of evaluation and saving
-    losses: list[float] = field(default_factory=list)  # of the steps since the last log line
-    logged_tokens: int = 0  # `tokens` at the last log line
-    logged_seconds: float = 0.0
 
 
 class RunFolder:
@@ -58,8 +48,10 @@ class RunFolder:
         """Lock the folder that a run makes or continues; nothing else is written yet."""
         self.args, self.is_main = args, is_main
         self.path = args.save_dir / args.run_name
-        self.state_path = self.path / "resume.pt"
-        self.record, self.progress, self.saved_step = {}, Progress(), None
+        self.state_path, self.metrics_path = self.path / "resume.pt", self.path / "metrics.jsonl"
+        self.record: dict = {}
+        self.losses: list[float] = []  # of the steps since the last log line
+        self.logged = (0, 0.0)  # tokens and seconds at the last log line
         if args.from_resume and not self.state_path.is_file():
             raise UserError(f"--from_resume: {self.state_path} is not there; use --overwrite")
         if args.show_sample:
@@ -77,11 +69,7 @@ class RunFolder:
             self.record = read_json(self.path / "run.json")
 
     def begin(self, facts: dict) -> dict | None:
-        """Make the folder, or return the state of a run to be continued.
-
-        Args:
-            facts: what makes the run what it is, besides its flags; the continued run must match.
-        """
+        """Make the folder, or return the state to continue from; flags and facts must match it."""
         settings, state = printable_settings(self.args), None
         origin = {"git": git_state(), "machine": describe_machine(self.args.device)}
         if self.args.from_resume:
@@ -92,13 +80,15 @@ class RunFolder:
                     change = f"{name} was {before.get(name)} and is {value} now"
                     raise UserError(f"--from_resume: {change}; restore it, or start another run")
             state = self.read_state()
-            continued = {"step": self.progress.step, **origin}
+            continued = {"step": self.record["step"], **origin}
             origin = {"resumed": [*self.record.get("resumed", []), continued]}
-        elif self.is_main:
-            if self.path.exists() and self.args.overwrite:
-                rmtree(self.path)
-            self.path.mkdir()
-            (self.path / "metrics.jsonl").touch()
+        else:
+            origin |= STARTS
+            if self.is_main:
+                if self.args.overwrite:
+                    rmtree(self.path, ignore_errors=True)
+                self.path.mkdir()
+                self.metrics_path.touch()
         self.write(status="running", settings=settings, reason=None, **facts, **origin)
         return state
 
@@ -111,23 +101,22 @@ class RunFolder:
     def log(self, row: dict) -> None:
         """Append a line to `metrics.jsonl`."""
         if self.is_main:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def log_step(self, norm: float, rate: float) -> dict:
         """Log loss and speed since the last log line; return the row."""
-        progress = self.progress
-        seconds = max(progress.seconds - progress.logged_seconds, 1e-9)
+        tokens, seconds = self.record["tokens"], self.record["train_seconds"]
+        speed = (tokens - self.logged[0]) / max(seconds - self.logged[1], 1e-9)
         row = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "loss": sum(progress.losses) / len(progress.losses),
+            "step": self.record["step"],
+            "tokens": tokens,
+            "loss": sum(self.losses) / len(self.losses),
             "grad_norm": norm if norm < float("inf") else None,  # of a float16 step left out
             "learning_rate": rate,
-            "tokens_per_second": round((progress.tokens - progress.logged_tokens) / seconds, 1),
+            "tokens_per_second": round(speed, 1),
         }
-        progress.losses = []
-        progress.logged_tokens, progress.logged_seconds = progress.tokens, progress.seconds
+        self.losses, self.logged = [], (tokens, seconds)
         self.record["train_loss"] = row["loss"]
         self.log(row)
         return row
@@ -137,19 +126,18 @@ class RunFolder:
 
         So a kill at any moment, or a full disk, leaves one whole state.
         """
-        if self.is_main:
-            state["progress"] = asdict(self.progress)
-            state["metrics"] = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-            state["record"] = {name: self.record.get(name) for name in ("train_loss", "eval_loss")}
-            aside = self.state_path.with_suffix(".tmp")
-            try:
-                torch.save(state, aside)
-                replace_file(aside, self.state_path)
-            except (OSError, RuntimeError) as error:  # the latter is torch's
-                raise UserError(f"{self.state_path}: not written ({error})") from error
-            finally:
-                aside.unlink(missing_ok=True)
-        self.saved_step = self.progress.step
+        if not self.is_main:
+            return
+        state |= {"losses": self.losses, "record": {name: self.record[name] for name in STARTS}}
+        state["metrics"] = self.metrics_path.read_text(encoding="utf-8")
+        aside = self.state_path.with_suffix(".tmp")
+        try:
+            torch.save(state, aside)
+            replace_file(aside, self.state_path)
+        except (OSError, RuntimeError) as error:  # the latter is torch's
+            raise UserError(f"{self.state_path}: not written ({error})") from error
+        finally:
+            aside.unlink(missing_ok=True)
 
     def read_state(self) -> dict:
         """Read the resume file, and forget what was logged after it."""
@@ -157,11 +145,11 @@ class RunFolder:
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is not None:
             raise UserError(f"{path}: damaged; restore it from a copy or use --overwrite")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.progress = Progress(**state["progress"])
-        self.saved_step = self.progress.step
         self.record |= state["record"]
+        self.losses = state["losses"]
+        self.logged = (self.record["tokens"], self.record["train_seconds"])
         if self.is_main:
-            write_text(self.path / "metrics.jsonl", state["metrics"])
+            write_text(self.metrics_path, state["metrics"])
         return state
 
     @contextlib.contextmanager
@@ -178,71 +166,62 @@ class RunFolder:
             is_memory = is_memory or "can't allocate memory" in str(error)  # torch's, on a CPU
             with contextlib.suppress(OSError):  # the disk may be full
                 self.end("oom" if is_memory else "failed", f"{type(error).__name__}: {error}")
-            if not is_memory:
-                raise
-            remedy = "halve --batch_size and double --accumulation_steps: the same training"
-            raise UserError(f"out of memory in step {self.progress.step + 1}: {remedy}") from error
+            if is_memory:
+                remedy = "halve --batch_size and double --accumulation_steps"
+                step = self.record["step"] + 1
+                raise UserError(f"out of memory in step {step}: {remedy}") from error
+            raise
         finally:
             self.lock.release()
 
-    def end(self, status: str, reason: str = "") -> None:
-        """Write and print how the run ended, what it cost, and how it can be continued."""
-        progress, loss = self.progress, self.record.get("eval_loss")
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    def end(self, status: str, reason: str | None = None) -> None:
+        """Write how the run ended and what it cost; print how it can be continued."""
+        record, seconds = self.record, max(self.record["train_seconds"], 1e-9)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory *= 1 if sys.platform == "darwin" else 1024  # bytes
         if self.args.device == "cuda":
             memory = torch.cuda.max_memory_allocated()
         self.write(
             status=status,
-            reason=reason or None,
-            step=progress.step,
-            tokens=progress.tokens,
-            labeled_tokens=progress.labeled_tokens,
-            train_seconds=round(progress.seconds, 2),
-            tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
-            peak_memory_bytes=max(self.record.get("peak_memory_bytes", 0), memory),
+            reason=reason,
+            train_seconds=round(seconds, 2),
+            tokens_per_second=round(record["tokens"] / seconds, 1),
+            peak_memory_bytes=max(record.get("peak_memory_bytes", 0), memory),
         )
-        kept = f"the state of step {self.saved_step} is kept: --from_resume"
+        advice = "--from_resume continues" if self.state_path.is_file() else "--overwrite restarts"
         if status == "completed":
-            kept = f"saved to {self.path}"
-        elif not self.saved_step:
-            kept = "no state is kept: --overwrite"
-        loss = "" if loss is None else f"validation loss {loss:.4f}"
-        parts = (f"{self.args.run_name}: {status} at step {progress.step}", reason, loss, kept)
+            loss = record["eval_loss"]
+            advice = f"saved to {self.path}" + (f", validation loss {loss:.4f}" if loss else "")
         if self.is_main:
-            print(", ".join(filter(None, parts)))
+            place = f"{self.args.run_name}: {status} at step {record['step']}"
+            print(", ".join(filter(None, (place, reason, advice))))
 
 
 def printable_settings(args: argparse.Namespace) -> dict:
-    """Return every flag as a JSON value; paths are relative to the repository or to here."""
+    """Return flags as JSON values: a path in the repository is relative, another is its name."""
 
     def shorten(value: object) -> object:
         if isinstance(value, list):
             return [shorten(item) for item in value]
         if not isinstance(value, Path):
             return value
-        absolute = Path(os.path.abspath(value))
-        roots = [root for root in (REPO_DIR, Path.cwd()) if absolute.is_relative_to(root)]
-        return str(absolute.relative_to(roots[0])) if roots else absolute.name
+        path = Path(os.path.abspath(value))
+        return str(path.relative_to(REPO_DIR)) if path.is_relative_to(REPO_DIR) else path.name
 
-    settings = dict(sorted(vars(args).items()))
-    if Path(args.from_weight).exists():  # neither `none` nor a hub id
-        settings["from_weight"] = Path(args.from_weight)
-    return {name: shorten(value) for name, value in settings.items()}
+    start = args.from_weight  # a path, `none` or a hub id
+    settings = vars(args) | {"from_weight": Path(start) if Path(start).exists() else start}
+    return {name: shorten(value) for name, value in sorted(settings.items())}
 
 
 def git_state() -> dict:
     """Return the commit of this code and whether its files differ from it; empty without git."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(REPO_DIR), *words]
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-
+    git = partial(subprocess.check_output, cwd=REPO_DIR, text=True, stderr=subprocess.DEVNULL)
     try:
-        changes = git("status", "--porcelain", "--", "*.py", "*.toml", "model")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+        commit = git(["git", "rev-parse", "HEAD"]).strip()
+        changes = git(["git", "status", "--porcelain", "--", "*.py", "*.toml", "model"])
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return {}
+    return {"commit": commit, "dirty": bool(changes)}
 
 
 def describe_machine(device: str) -> dict:
@@ -258,7 +237,6 @@ def describe_machine(device: str) -> dict:
         "processor": processor,
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "system": platform.system(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }

@@ -20,7 +20,7 @@ from model.checkpoint import save_model
 from model.files import run_script
 from model.model_lora import TRAINABLE_PARTS, select_trainable
 from trainer.arguments import BASE_DIR, make_parser, parse_args
-from trainer.trainer_utils import load_data, load_start, print_answers, start_run, train
+from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # The loop.
     save_weights = partial(save_model, model, tokenizer.name_or_path)
-    finish = partial(print_answers, run, model, tokenizer, data[1], args.show_answers)
-    return train(args, accelerator, run, model, *data, save_weights, facts, finish=finish)
+    code = train(args, accelerator, run, model, *data, save_weights, facts)
+    answer_held_out(run, model, tokenizer, data[1])
+    return code
 
 
 if __name__ == "__main__":

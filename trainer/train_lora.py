@@ -5,9 +5,8 @@
         --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
         --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz
 
-MiniMind's placement, scaling, initialization and rate (q_proj and o_proj alone, scaling 1, 1e-4),
-from the pretrained base; MiniMind's own script starts from its fully fine-tuned model, and has
-AdamW's default weight decay of 0.01, which at this rate does next to nothing, where this has none:
+MiniMind's placement, scaling, initialization and rate, from the pretrained base; MiniMind's own
+script starts from its fully fine-tuned model:
 
     python trainer/train_lora.py --lora_name lora_minimind --lora_targets square --lora_rank 8 \
         --lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
@@ -17,7 +16,6 @@ The folder loads in PEFT; `python eval_llm.py --model out/<lora_name>` probes it
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,9 +28,9 @@ from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
 from trainer.arguments import BASE_DIR, COUNT, POSITIVE, bounded, make_parser, parse_args
-from trainer.trainer_utils import load_data, load_start, print_answers, start_run, train
+from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
-# Flags that say how matrices are adapted.
+# Flags that --lora_rank 0 would ignore.
 OF_MATRICES = ("lora_alpha", "lora_dropout", "lora_targets", "lora_init", "use_rslora")
 OF_MATRICES += ("loraplus_lr_ratio",)
 
@@ -54,37 +52,6 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     parts = "parts trained whole and saved with the adapter: embeddings, norms, or modules"
     add("--modules_to_save", **many, help=parts)
     add("--modules_to_save_lr_ratio", **ratio, help="rate of these parts over --learning_rate (1)")
-
-
-def check_lora_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse flags that would be ignored."""
-    if args.from_weight == "none":
-        parser.error("--from_weight none: random weights; name a pretrained folder")
-    for flag in OF_MATRICES:
-        if args.lora_rank == 0 and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag}: --lora_rank 0 adapts no matrix; drop one of both")
-    if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
-        parser.error("--modules_to_save_lr_ratio: no part has this rate; name --modules_to_save")
-    if args.modules_to_save_lr_ratio != 1 and not (args.lora_rank or args.train_tokens):
-        parser.error("--modules_to_save_lr_ratio: nothing else trains; set --learning_rate")
-
-
-def make_settings(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LoraSettings:
-    """Make the adapter's settings from the flags."""
-    vocabulary = tokenizer.get_vocab()
-    for token in args.train_tokens:
-        if token not in vocabulary:
-            raise UserError(f"--train_tokens {token}: no single token of the vocabulary")
-    return LoraSettings(
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        targets=args.lora_targets,
-        init=args.lora_init,
-        use_rslora=args.use_rslora,
-        train_tokens=tuple(vocabulary[token] for token in args.train_tokens),
-        modules_to_save=tuple(args.modules_to_save),
-    )
 
 
 def warn_of_rare_ends(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -118,26 +85,43 @@ def main(argv: list[str] | None = None) -> int:
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
     args = parse_args(parser, argv, kind="sft")
-    check_lora_flags(args, parser)
+    if args.from_weight == "none":
+        parser.error("--from_weight none: random weights; name a pretrained folder")
+    for flag in OF_MATRICES:
+        if args.lora_rank == 0 and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag}: --lora_rank 0 adapts no matrix; drop one of both")
+    if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
+        parser.error("--modules_to_save_lr_ratio: no part has this rate; name --modules_to_save")
     accelerator, run = start_run(args)
 
     # Data and model. The adapter's config names the base by a path that is found again from here.
     model, tokenizer, fingerprint = load_start(args)
     data = load_data(args, "sft", tokenizer, accelerator)
     base = Path(args.from_weight)
-    if base.exists():
-        base = base.absolute()
-        base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
-    settings = make_settings(args, tokenizer)
+    base = base.absolute() if base.exists() else base
+    base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
+    vocabulary = tokenizer.get_vocab()
+    for token in args.train_tokens:
+        if token not in vocabulary:
+            raise UserError(f"--train_tokens {token}: no single token of the vocabulary")
+    settings = LoraSettings(
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        targets=args.lora_targets,
+        init=args.lora_init,
+        use_rslora=args.use_rslora,
+        train_tokens=tuple(vocabulary[token] for token in args.train_tokens),
+        modules_to_save=tuple(args.modules_to_save),
+    )
     adapted = apply_lora(model, settings)
     freeze_in_half(model, args.dtype)
     if accelerator.is_main_process:
         warn_of_rare_ends(model, tokenizer)
     facts = {"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted}
 
-    # The loop.
+    # The loop. Of B the ratio is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
     def lr_ratio(name):
-        """Of B it is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354)."""
         if ".lora_B" in name:
             return args.loraplus_lr_ratio
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))
@@ -146,8 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     def save_weights(folder):
         save_lora(model, settings, folder, str(base), fingerprint)
 
-    finish = partial(print_answers, run, model, tokenizer, data[1], args.show_answers)
-    return train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio, finish=finish)
+    code = train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio)
+    answer_held_out(run, model, tokenizer, data[1])
+    return code
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import sysconfig
 import time
 from collections import defaultdict
@@ -31,28 +30,19 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset import lm_dataset
 from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset
-from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
 from model.files import UserError, escape_control
 from model.generation import Decoding, generate
-from model.model_minimind import (
-    MiniMindForCausalLM,
-    count_parameters,
-    minimind_config,
-    weights_fingerprint,
-)
+from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from trainer.arguments import DEFAULT_SHAPE, DTYPES
-from trainer.run_folder import EXIT_CODES, Diverged, RunFolder, printable_settings
+from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 
 
 def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
-    """Set the seed; let accelerate take care of device, precision and processes; find the folder.
-
-    Raises:
-        SystemExit: the run is complete already.
-    """
+    """Set up accelerate, seeds and the run's folder; exit if the run is complete already."""
     accelerator = Accelerator(
         cpu=args.device == "cpu",
         mixed_precision=DTYPES[args.dtype],
@@ -71,23 +61,18 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
     """Load the model to train, in float32, its tokenizer, and the fingerprint of given weights."""
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
     if args.from_weight == "none":
-        tokenizer, fingerprint = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR), None
+        tokenizer = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR)
         config = minimind_config(vocab_size=len(tokenizer), **shape)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(config, name, getattr(tokenizer, name))
-        model = MiniMindForCausalLM(config)
-    else:
-        model = load_model(args.from_weight)
-        config, fingerprint = model.config, weights_fingerprint(model)
-        tokenizer = load_tokenizer(args.tokenizer_path or args.from_weight, config.vocab_size)
-        found = config.to_dict() | {"qk_norm": config.model_type == "qwen3"}
-        for flag, value in shape.items():
-            if value not in (None, found[flag]):
-                raise UserError(f"--{flag} {value}: the weights have {found[flag]}; drop the flag")
-    longest = config.max_position_embeddings
-    if args.max_seq_len > longest:
-        raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes {longest} at most")
-    return model, tokenizer, fingerprint
+        return MiniMindForCausalLM(config), tokenizer, None
+    model = load_model(args.from_weight)
+    found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
+    for flag, value in shape.items():
+        if value not in (None, found[flag]):
+            raise UserError(f"--{flag} {value}: the weights have {found[flag]}; drop the flag")
+    tokenizer = load_tokenizer(args.tokenizer_path or args.from_weight, model.config.vocab_size)
+    return model, tokenizer, weights_fingerprint(model)
 
 
 def load_data(
@@ -101,13 +86,10 @@ def load_data(
     if args.show_sample:
         print(lm_dataset.describe_sample(tokenizer, train_set, 0))
         raise SystemExit(0)
-    if eval_set is not None:
-        eval_set.info["also_in_training"] = int(np.isin(eval_set.digests, train_set.digests).sum())
-    for info in [dataset.info for dataset in (train_set, eval_set) if dataset is not None]:
-        names = ("records", "truncated", "dropped_without_labels", "duplicates", "also_in_training")
-        counts = ", ".join(f"{info[name]:,} {name}" for name in names if info.get(name))
-        files = " ".join(file["name"] for file in info["files"])
-        accelerator.print(escape_control(f"{files}: {counts}"))
+    for dataset in filter(None, (train_set, eval_set)):
+        info, files = dataset.info, " ".join(file["name"] for file in dataset.info["files"])
+        lost = f"{info['truncated']:,} cut, {info['dropped_without_labels']:,} without an answer"
+        accelerator.print(escape_control(f"{files}: {info['records']:,} records, {lost}"))
     return train_set, eval_set
 
 
@@ -132,23 +114,16 @@ def learning_rate_at(
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_ratio: Callable[[str], float]
 ) -> list[dict]:
-    """Group trainable parameters for AdamW; weight decay falls on matrices outside the embedding.
-
-    Args:
-        lr_ratio: a parameter's rate over --learning_rate, by its name; kept in its group.
-    """
+    """Group trainable parameters for AdamW; weight decay is for matrices outside the embedding."""
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_vocabulary = name.startswith(("model.embed_tokens", "lm_head"))
-            is_plain = parameter.ndim != 2 or in_vocabulary
-            groups[is_plain, lr_ratio(name)].append(parameter)
-    if weight_decay and all(is_plain for is_plain, _ in groups):
+            is_plain = parameter.ndim != 2 or name.startswith(("model.embed_tokens", "lm_head"))
+            groups[0.0 if is_plain else weight_decay, lr_ratio(name)].append(parameter)
+    if weight_decay and not any(decay for decay, _ in groups):
         raise UserError(f"--weight_decay {weight_decay}: no matrix that it acts on trains; drop it")
-    return [
-        {"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay, "lr_ratio": key[1]}
-        for key in sorted(groups)
-    ]
+    keys = sorted(groups, reverse=True)
+    return [{"params": groups[key], "weight_decay": key[0], "lr_ratio": key[1]} for key in keys]
 
 
 def flops_per_token(model: MiniMindForCausalLM, lengths: np.ndarray) -> float:
@@ -170,13 +145,10 @@ def compile_blocks(model: MiniMindForCausalLM, mode: str, tokens: float, device:
     `auto` goes by settings alone, so a resumed run computes what its first part computed; and not
     by what trains, so a comparison of methods compiles all of them or none.
     """
-    compilers = ("g++", "clang++") if device == "cpu" else ("gcc", "cc")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    is_able = header.is_file() and any(map(shutil.which, compilers))
-    if mode == "on" and not is_able:
-        raise UserError(f"--use_compile on: needs {compilers[0]} and {header}; install both")
+    is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
     earns = 6 * count_parameters(model)[0] * tokens >= COMPILE_FLOPS.get(device, math.inf)
-    is_wanted = mode == "on" or (mode == "auto" and earns and is_able)
+    is_wanted = mode == "on" or (mode == "auto" and earns and bool(is_able))
     for layer in model.model.layers if is_wanted else ():
         layer.compile()
     return is_wanted
@@ -190,11 +162,10 @@ def stop_on_signals(processes: int) -> list[int]:
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if number == signal.SIGINT and signal.SIGINT in received and processes == 1:
+        if number == signal.SIGINT and number in received and processes == 1:
             raise KeyboardInterrupt
         received.append(number)
-        # Not print, whose buffer the signal may have found half-written.
-        os.write(sys.__stderr__.fileno(), b"\nstopping: the state is saved first\n")
+        os.write(2, b"\nstopping: the state is saved first\n")  # print may be in the middle of one
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
@@ -205,9 +176,6 @@ def ignore_signals(_: int) -> None:
     """Leave a signal to the whole group to the main process, not to a data process."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------- the loop
 
 
 def train(
@@ -221,7 +189,6 @@ def train(
     facts: dict,
     lr_ratio: Callable[[str], float] = lambda name: 1.0,
     on_step: Callable[[int], None] = lambda step: None,
-    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, evaluate and save; return the exit code.
 
@@ -229,22 +196,21 @@ def train(
     process: neither accumulation nor the number of processes changes what a batch means.
 
     Args:
-        model: with the right parameters frozen.
         save_weights: writes weights or an adapter to a folder.
-        facts: what else makes the run what it is, for run.json: stage, fingerprint of the base.
+        facts: what makes the run what it is besides flags: stage, fingerprint of the base.
         lr_ratio: a parameter's rate over --learning_rate, by its name.
         on_step: is called after each update; for benchmarks and tests.
-        finish: is called when the weights are saved, before the run counts as completed.
     """
-    # What the run takes. Epochs are rounded first: 1.1 of 10 steps are 11, not 11.000000000000002.
     device, processes, rank = args.device, accelerator.num_processes, accelerator.process_index
     sizes = (args.batch_size, args.accumulation_steps)
     plan = StepPlan(train_set.lengths, *sizes, args.seed, processes)
+    # Epochs are rounded first: 1.1 of 10 steps are 11, not 11.000000000000002.
     steps = args.max_steps or max(1, math.ceil(round(args.epochs * plan.steps_per_epoch, 6)))
     kept = {round(steps * (i + 1) / args.keep_checkpoints) for i in range(args.keep_checkpoints)}
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
     flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
+    schedule = (args.learning_rate, args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
     facts = facts | {
         "processes": processes,
         "parameters": total,
@@ -255,24 +221,21 @@ def train(
         "train_data": train_set.info,
         "eval_data": eval_set.info if eval_set is not None else None,
     }
-    state = run.begin(facts)
-    progress = run.progress
-    start = "random weights" if args.from_weight == "none" else args.from_weight
-    share = f"from {escape_control(start)}, {trainable:,} of {total:,} parameters train"
+    state, record = run.begin(facts), run.record
+    share = f"{trainable:,} of {total:,} parameters train"
     accelerator.print(f"{args.run_name}: {share} for {steps} steps on {device} in {args.dtype}")
 
     with run.record_end():
         # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
         optimizer = AdamW(groups, args.learning_rate, fused=args.dtype != "float16")
-        if args.report_to != "none":
-            settings = {name: str(value) for name, value in printable_settings(args).items()}
-            accelerator.init_trackers("minimind-lora-study", config=settings)
+        settings = {name: str(value) for name, value in run.record["settings"].items()}
+        accelerator.init_trackers("minimind-lora-study", config=settings)  # none by default
         set_seed(args.seed, device_specific=True)  # dropout differs between processes
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         if state is not None:
             restore_state(state, trained, optimizer, accelerator)
-        todo = range(progress.step, steps)
+        todo = range(record["step"], steps)
         loader = DataLoader(
             train_set,
             batch_sampler=(micro for step in todo for micro in plan.micro_batches(step, rank)),
@@ -285,13 +248,12 @@ def train(
         )
         micro_batches, losses = iter(loader), []  # losses stay on the device between log lines
         hidden = None if accelerator.is_main_process else True  # None: if this is no terminal
-        bar = tqdm(todo, args.run_name, steps, initial=progress.step, disable=hidden)
+        bar = tqdm(todo, args.run_name, steps, initial=record["step"], disable=hidden)
         stop = stop_on_signals(processes)
         wrapped.train()
         clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
         for step in bar:
-            schedule = (args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
-            rate = learning_rate_at(step, steps, args.learning_rate, *schedule)
+            rate = learning_rate_at(step, steps, *schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_ratio"]
             labeled = int(train_set.targets[plan[step]].sum())
@@ -310,12 +272,12 @@ def train(
             optimizer.zero_grad()
             on_step(step + 1)
             losses.append(loss)
-            progress.step = now = step + 1
-            progress.tokens += int(train_set.lengths[plan[step]].sum())
-            progress.labeled_tokens += labeled
+            record["step"] = now = step + 1
+            record["tokens"] += int(train_set.lengths[plan[step]].sum())
+            record["labeled_tokens"] += labeled
 
-            logs, saves = (is_due(now, steps, n) for n in (args.log_interval, args.save_interval))
-            evaluates = eval_set is not None and is_due(now, steps, args.eval_interval)
+            intervals = (args.log_interval, args.save_interval, args.eval_interval)  # 0: at the end
+            logs, saves, evaluates = (now == steps or (n and now % n == 0) for n in intervals)
             if stop:
                 accelerator.set_trigger()
             # Several processes ask each other at log lines alone: that waits for the device.
@@ -324,8 +286,8 @@ def train(
                 continue
             values = accelerator.reduce(torch.stack(losses), "sum").tolist()
             losses.clear()
-            progress.losses += values
-            progress.seconds += time.perf_counter() - clock
+            run.losses += values
+            record["train_seconds"] += time.perf_counter() - clock
             # A float16 step whose scaled gradients overflow is skipped, and the next scaled less.
             is_finite = norm.isfinite() or accelerator.optimizer_step_was_skipped
             if not (is_finite and all(map(math.isfinite, values))):
@@ -336,19 +298,18 @@ def train(
                 text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(text, refresh=False)
                 if bar.disable:
-                    left = tqdm.format_interval((steps - now) * progress.seconds / now)
+                    left = tqdm.format_interval((steps - now) * record["train_seconds"] / now)
                     accelerator.print(f"step {now}/{steps}: {text}, {left} left", flush=True)
-            if evaluates:
+            if evaluates and eval_set is not None:
                 eval_loss = evaluate(model, eval_set, args.batch_size, accelerator)
                 if not math.isfinite(eval_loss):
                     raise Diverged(f"validation loss {eval_loss} after step {now}")
                 run.log({"step": now, "eval_loss": eval_loss})
                 run.write(eval_loss=eval_loss)
                 accelerator.log({"eval_loss": eval_loss}, step=now)
-            if saves or stops or now in kept:
-                for name, parameter in trained.items():
-                    if not parameter.isfinite().all():
-                        raise Diverged(f"{name} is not finite after step {now}")
+            keeps = saves or stops or now in kept
+            if keeps and not all(parameter.isfinite().all() for parameter in trained.values()):
+                raise Diverged(f"weights are not finite after step {now}")
             if now in kept and accelerator.is_main_process:
                 save_weights(run.path / "checkpoints" / f"step_{now}")
             if saves or stops:
@@ -356,21 +317,15 @@ def train(
             if stops:
                 break
             clock = time.perf_counter()
-        if progress.step < steps:
+        if record["step"] < steps:
             run.end("interrupted")
         else:
             if accelerator.is_main_process:
                 save_weights(run.path)
-                finish()
-            run.write(flops=flops * progress.tokens)
+            run.write(flops=flops * record["tokens"])
             run.end("completed")
     accelerator.end_training()
     return EXIT_CODES[run.record["status"]]
-
-
-def is_due(step: int, steps: int, interval: int) -> bool:
-    """Whether an action every `interval` steps, and in the last one, is due; 0: the last alone."""
-    return step == steps or (interval > 0 and step % interval == 0)
 
 
 @torch.no_grad()
@@ -400,7 +355,7 @@ def collect_state(trained: dict, optimizer: Optimizer, accelerator: Accelerator)
         "weights": {name: parameter.detach() for name, parameter in trained.items()},
         "optimizer": optimizer.state_dict(),
         "random": gather_object([random]),  # of every process
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
 
 
@@ -416,34 +371,31 @@ def restore_state(
     torch.set_rng_state(random[0])
     if accelerator.device.type != "cpu":
         torch.get_device_module(accelerator.device).set_rng_state(random[1])
-    if accelerator.scaler is not None:
+    if accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def print_answers(
+def answer_held_out(
     run: RunFolder,
-    model: nn.Module,
+    model: MiniMindForCausalLM,
     tokenizer: Tokenizer,
     eval_set: TokenDataset | None,
-    count: int,
 ) -> None:
-    """Print greedy answers to the first held-out conversations, and keep them in run.json."""
-    if eval_set is None or not count:
+    """Print a completed run's greedy answers to the first held-out conversations."""
+    count = min(run.args.show_answers, len(eval_set or ()))
+    if not (count and run.is_main and run.record["status"] == "completed"):
         return
     prompts, references = [], []
-    for ids, labels in (eval_set[i] for i in range(min(count, len(eval_set)))):
-        is_answer = labels == ids
-        start = int(is_answer.argmax())
-        end = start + int(is_answer[start:].cumprod().sum())
+    for ids, labels in (eval_set[i] for i in range(count)):
+        is_answer = (labels == ids).tolist()
+        start = is_answer.index(True)
+        end = (is_answer + [False]).index(False, start)
         prompts.append(ids[:start].tolist())
         references.append(ids[start:end].tolist())
     ends = (tokenizer.eos_token_id,)
     answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, ends)
-    rows = []
     for parts in zip(prompts, answers, references, strict=True):
         texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
-        rows.append(dict(zip(("prompt", "answer", "reference"), texts, strict=True)))
-        for name, text in rows[-1].items():
+        for name, text in zip(("prompt", "answer", "reference"), texts, strict=True):
             print(f"{name:>9}  {escape_control(' '.join(text.split()))}")
-    run.write(answers=rows)
     print(f"more answers: python eval_llm.py --model {escape_control(str(run.path))}")

@@ -1,7 +1,7 @@
 """Small runs of the three training scripts, here and in processes of their own."""
 
 import functools
-import hashlib
+import gc
 import json
 import multiprocessing
 import os
@@ -72,6 +72,7 @@ def call(stage: str, flags: str, home: Path, on_step: Callable[[int], None] = do
     """
     torch.manual_seed(hash(flags) % 2**32)  # nothing may depend on what ran before
     AcceleratorState._reset_state(True)
+    gc.collect()  # frees the lock of a run that was refused
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -107,9 +108,6 @@ def act_at(step: int, action: Callable[[], None], now: int) -> None:
 def at_step(step: int, action: Callable[[], None]) -> Callable[[int], None]:
     """Make an `on_step` that acts once, in step `step` of a run."""
     return functools.partial(act_at, step, action)
-
-
-# ---------------------------------------------------------------- processes
 
 
 def be_process(
@@ -175,9 +173,6 @@ def run_two(
     return [process.exitcode for process in processes]
 
 
-# ---------------------------------------------------------------- what a run leaves
-
-
 def record_of(run: Path) -> dict:
     return json.loads((run / "run.json").read_text())
 
@@ -192,7 +187,3 @@ def rows_of(run: Path) -> list[dict]:
 def bytes_of(weights: Path) -> dict[str, bytes]:
     """Read every tensor's bits; the order of a safetensors file's header may differ."""
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from dataset.lm_dataset import load_dataset
 from model.checkpoint import load_model, load_tokenizer, save_model
-from model.files import REPO_DIR, UserError
+from model.files import REPO_DIR, UserError, file_sha256
 from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
@@ -32,19 +32,16 @@ from tests.trainer.runs import (
     record_of,
     rows_of,
     run_two,
-    sha256,
     terminate,
     write_jsonl,
 )
 from trainer import train_lora, trainer_utils
-from trainer.arguments import DEFAULT_SHAPE, choose_dtype
-from trainer.run_folder import RunFolder
 from trainer.trainer_utils import (
+    answer_held_out,
     compile_blocks,
     flops_per_token,
     learning_rate_at,
     parameter_groups,
-    print_answers,
 )
 
 
@@ -83,9 +80,6 @@ def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torc
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
-# ---------------------------------------------------------------- whole runs
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     if stage != "pretrain":
@@ -103,7 +97,7 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     record, rows = record_of(run), rows_of(run)
     assert (record["status"], record["stage"]) == ("completed", stage)
     data = home / ("text.jsonl" if stage == "pretrain" else "sft.jsonl")
-    assert record["train_data"]["files"] == [{"name": data.name, "sha256": sha256(data)}]
+    assert record["train_data"]["files"] == [{"name": data.name, "sha256": file_sha256(data)}]
     assert record["settings"]["learning_rate"] == (1e-2 if stage == "pretrain" else 3e-3)
     assert record["machine"]["versions"]["torch"] == torch.__version__
     for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "flops"):
@@ -120,8 +114,6 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     train_rows = [row for row in rows if "loss" in row]
     assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
     assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
-    epochs = 3 if stage == "pretrain" else 4
-    assert record["steps"] == epochs * record["steps_per_epoch"]
     if stage == "pretrain":
         texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
         total = sum(len(load_tokenizer()(text)["input_ids"]) + 1 for text in texts)
@@ -131,10 +123,11 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
         samples = encode_chats(data)
         tokens = sum(len(ids) for ids, _ in samples)
         labeled = sum(int((labels != -100).sum()) for _, labels in samples)
-    assert record["steps_per_epoch"] == -(-len(samples) // 8)
+    epochs = 3 if stage == "pretrain" else 4
+    assert record["steps"] == epochs * record["steps_per_epoch"] == epochs * -(-len(samples) // 8)
     assert record["tokens"] == train_rows[-1]["tokens"] == epochs * tokens
+    assert record["labeled_tokens"] == epochs * record["train_data"]["labeled_tokens"]
     assert record["labeled_tokens"] == epochs * labeled
-    assert record["train_data"]["labeled_tokens"] == labeled
     evaluated = [row["step"] for row in rows if "eval_loss" in row]
     assert evaluated == ([record["steps"]] if stage == "pretrain" else [10, 20, 24])
     assert record["eval_loss"] == rows[-1]["eval_loss"]
@@ -145,17 +138,6 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
         # Not their files: safetensors writes metadata in any order.
         last, final = bytes_of(end / WEIGHTS[stage]), bytes_of(run / WEIGHTS[stage])
         assert last == final != bytes_of(half / WEIGHTS[stage])
-
-
-def test_shape_that_was_not_given_is_recorded(home: Path, tmp_path: Path) -> None:
-    assert minimind_config(**DEFAULT_SHAPE).to_dict() == minimind_config().to_dict()
-    flags = SHAPE_FLAGS.replace("--num_key_value_heads 1", "")
-    flags += f" {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path} --max_steps 1"
-    assert call("pretrain", flags, home) == 0
-    settings = record_of(tmp_path / "pretrain")["settings"]
-    shape = SHAPE | {"num_key_value_heads": 2, "qk_norm": False}
-    assert {name: settings[name] for name in shape} == shape
-    assert load_model(tmp_path / "pretrain").config.num_key_value_heads == 2
 
 
 def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: Path) -> None:
@@ -192,18 +174,6 @@ def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: P
     assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-3)
 
 
-def test_validation_loss_of_text_is_the_mean_over_targets(home: Path) -> None:
-    tokenizer, ids = load_tokenizer(), []
-    for line in (home / "text.jsonl").read_text().splitlines():
-        ids += [*tokenizer(json.loads(line)["text"])["input_ids"], 0]  # 0 is <|endoftext|>
-    total, count, model = 0.0, 0, load_model(home / "pretrain")
-    for start in range(0, len(ids) - 1, 32):
-        block = torch.tensor([ids[start : start + 32]])
-        total += mean_loss(model, block, block).item() * (block.shape[1] - 1)
-        count += block.shape[1] - 1
-    assert record_of(home / "pretrain")["eval_loss"] == pytest.approx(total / count, rel=1e-5)
-
-
 def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
     """MiniMind's placement, scale and initialization, and whatever else a flag sets."""
     flags = sft_flags(home, tmp_path) + " --max_steps 1 --lora_targets square --lora_rank 8"
@@ -223,10 +193,6 @@ def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
         ],
     }
     assert {name: config[name] for name in wanted} == wanted
-    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
-    # A has no gradient while B is 0, so after one step it still is as it was drawn: N(0, .02).
-    drawn = torch.cat([t.flatten() for name, t in tensors.items() if ".lora_A." in name])
-    assert drawn.std().item() == pytest.approx(0.02, rel=0.1)
     model = load_model(home / "pretrain")
     load_lora(model, tmp_path / "lora")
     with torch.no_grad():  # evaluated without dropout
@@ -234,35 +200,12 @@ def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
     assert rows_of(tmp_path / "lora")[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_trainable_parts_alone_change(home: Path, tmp_path: Path) -> None:
-    flags = sft_flags(home, tmp_path) + " --trainable frozen-embeddings --max_steps 2"
-    assert call("full_sft", flags, home) == 0
-    before = load_file(home / "pretrain/model.safetensors")
-    after = load_file(tmp_path / "full_sft/model.safetensors")
-    unchanged = [name for name in before if torch.equal(before[name], after[name])]
-    assert unchanged == ["model.embed_tokens.weight"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lora_leaves_the_base_alone(
-    home: Path, tmp_path: Path, monkeypatch: MonkeyPatch, dtype: str
-) -> None:
-    before, trained = sha256(home / "pretrain/model.safetensors"), []
-    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_: trained.append(model))
-    flags = sft_flags(home, tmp_path) + f" --weight_decay 0.1 --max_steps 3 --dtype {dtype}"
-    assert call("lora", flags, home) == 0
-    weights = trained[0].state_dict()
-    for name, tensor in load_file(home / "pretrain/model.safetensors").items():
-        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
-    assert any(weights[name].any() for name in weights if ".lora_B" in name)
-    assert sha256(home / "pretrain/model.safetensors") == before
-
-
-def test_residual_stream_has_one_type_in_full_and_lora_training(
+def test_lora_in_bfloat16_leaves_the_base_and_the_residual_stream_alone(
     home: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
-    """In bfloat16, both add block outputs up in float32: a comparison of methods, not of types."""
-    seen, forward = [], MiniMindForCausalLM.forward
+    """Full and LoRA training add block outputs up in float32: methods are compared, not types."""
+    seen, trained, forward = [], [], MiniMindForCausalLM.forward
+    before = file_sha256(home / "pretrain/model.safetensors")
 
     def watch(self: MiniMindForCausalLM, *args: object, **kwargs: object) -> object:
         if not self.model.norm._forward_pre_hooks:
@@ -270,31 +213,36 @@ def test_residual_stream_has_one_type_in_full_and_lora_training(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(MiniMindForCausalLM, "forward", watch)
+    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_: trained.append(model))
+    flags = f"{sft_flags(home, tmp_path)} --weight_decay 0.1 --max_steps 3 --dtype bfloat16"
     for stage in ("full_sft", "lora"):
-        flags = sft_flags(home, tmp_path) + " --max_steps 1 --dtype bfloat16"
         assert call(stage, flags, home) == 0
     assert set(seen) == {torch.float32}
+    weights = trained[0].state_dict()
+    for name, tensor in load_file(home / "pretrain/model.safetensors").items():
+        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
+    assert any(weights[name].any() for name in weights if ".lora_B" in name)
+    assert file_sha256(home / "pretrain/model.safetensors") == before
 
 
 def test_answers_stand_beside_their_references(
     home: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
-    args = {"run_name": "run", "from_resume": False, "overwrite": False, "show_sample": False}
-    run = RunFolder(Namespace(save_dir=tmp_path, **args), is_main=True)
     model, tokenizer = load_model(home / "pretrain"), load_tokenizer()
-    run.path.mkdir()
+    run = Namespace(record={"status": "completed"}, is_main=True, path=tmp_path)
+    run.args = Namespace(show_answers=2)
     path = tmp_path / "d.jsonl"
     turns = [("user", "Hi"), ("assistant", "0 1"), ("user", "And?"), ("assistant", "2")]
     messages = [{"role": role, "content": content} for role, content in turns]
     write_jsonl(path, [{"messages": messages}, {"messages": messages[2:]}] * 2)
     valid = load_dataset("sft", [path], tokenizer, 99, None, home / "cache")
-    print_answers(run, model, tokenizer, valid, 2)
-    answers = record_of(run.path)["answers"]
-    assert [row["reference"] for row in answers] == ["0 1", "2"]
+    answer_held_out(run, model, tokenizer, valid)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines if line[0] == "reference"] == ["0 1", "2"]
     opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     answer = generate(model, [opening], Decoding("greedy"), 0, 128, 1, (2,))[0]
-    assert answers[0]["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
-    assert capsys.readouterr().out.splitlines()[-2].endswith("reference  2")
+    answer = tokenizer.decode(answer, skip_special_tokens=True)
+    assert lines[1] == ["answer", " ".join(answer.split())]
 
 
 def test_rare_ends_are_announced(home: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
@@ -315,9 +263,6 @@ def test_rare_ends_are_announced(home: Path, tmp_path: Path, capsys: CaptureFixt
             assert not warnings or "probability of <|im_end|> stays below 0.50" in warnings[0]
 
 
-# ---------------------------------------------------------------- batches and processes
-
-
 def compare_runs(one: Path, other: Path, weights: str) -> None:
     """The same losses, gradients, counts and, but for rounding, weights."""
     for row, expected in zip(rows_of(one), rows_of(other), strict=True):
@@ -331,62 +276,6 @@ def compare_runs(one: Path, other: Path, weights: str) -> None:
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, others[name], rtol=0, atol=2e-4, msg=name)
-
-
-@pytest.mark.parametrize("stage", ["full_sft", "lora"])
-def test_accumulation_does_not_change_a_batch(home: Path, tmp_path: Path, stage: str) -> None:
-    assert call(stage, sft_flags(home, tmp_path / "8"), home) == 0
-    flags = sft_flags(home, tmp_path / "2x4") + " --batch_size 2 --accumulation_steps 4"
-    assert call(stage, flags, home) == 0
-    compare_runs(tmp_path / "8" / stage, tmp_path / "2x4" / stage, WEIGHTS[stage])
-
-
-@pytest.mark.parametrize(
-    ("stage", "flags"),
-    [
-        ("pretrain", f"{SHAPE_FLAGS} --max_seq_len 32"),
-        ("full_sft", "--from_weight {home}/pretrain --accumulation_steps 2 --weight_decay 0.1"),
-        ("lora", "--from_weight {home}/pretrain --lora_dropout 0.2 --train_tokens <|im_end|>"),
-    ],
-)
-def test_no_wait_for_the_device_between_log_lines(
-    home: Path, tmp_path: Path, stage: str, flags: str
-) -> None:
-    """`aten::_local_scalar_dense` reads a number from the device; the log line of step 9 does.
-
-    A CPU's fused AdamW reads its own counts of steps; CUDA's kernel has them on the device.
-    """
-    profiles, data = [], "text" if stage == "pretrain" else "sft"
-
-    def watch(step: int) -> None:  # after the update, before the log line
-        if step in (9, 10):
-            profiles[-1].stop()
-        if step in (2, 9):
-            profiles.append(torch.profiler.profile())
-            profiles[-1].start()
-
-    flags = f"{CPU} {flags.format(home=home)} --data_path {home}/{data}.jsonl --batch_size 4"
-    flags += f" --save_dir {tmp_path} --max_steps 12 --log_interval 9"
-    assert call(stage, flags, home, watch) == 0
-    reads = []
-    for profile in profiles:
-        found = [e for e in profile.events() if e.name == "aten::_local_scalar_dense"]
-        callers = [event.cpu_parent.cpu_parent for event in found]  # above aten::item
-        reads.append(sum(c is None or c.name != "aten::_fused_adamw_" for c in callers))
-        assert any(event.name == "aten::mm" for event in profile.events())
-    assert reads[0] == 0 < reads[1]
-
-
-def test_two_processes_equal_one(home: Path, tmp_path: Path) -> None:
-    """1 sample in the last batch, and for the validation: the second process has none."""
-    (tmp_path / "valid.jsonl").write_text((home / "valid.jsonl").read_text().splitlines()[3] + "\n")
-    flags = f"{sft_flags(home, tmp_path / 'one')} --train_tokens <|im_end|> --lora_rank 4"
-    flags += f" --max_train_samples 17 --eval_data_path {tmp_path}/valid.jsonl"
-    assert call("lora", flags, home) == 0
-    flags = flags.replace("/one ", "/two ") + " --batch_size 4"
-    assert run_two("lora", flags, home) == [0, 0]
-    assert record_of(tmp_path / "two/lora")["processes"] == 2
-    compare_runs(tmp_path / "one/lora", tmp_path / "two/lora", WEIGHTS["lora"])
 
 
 def test_two_processes_stop_together_and_go_on(home: Path, tmp_path: Path) -> None:
@@ -417,8 +306,10 @@ runpy.run_path({repo!r} + "/trainer/train_full_sft.py", run_name="__main__")
 
 
 def test_torchrun_from_any_folder_equals_one_process(home: Path, tmp_path: Path) -> None:
-    """5 in the last batch: 3 and 2 at two a micro-batch. Paths are relative to the user's."""
-    flags = f"{sft_flags(home, tmp_path / 'one')} --weight_decay 0.1 --max_train_samples 21"
+    """Of 1 sample in the last batch, and for the validation, the second process has none."""
+    (tmp_path / "valid.jsonl").write_text((home / "valid.jsonl").read_text().splitlines()[3] + "\n")
+    flags = f"{sft_flags(home, tmp_path / 'one')} --weight_decay 0.1 --max_train_samples 17"
+    flags += f" --eval_data_path {tmp_path}/valid.jsonl"
     assert call("full_sft", flags, home) == 0
     (tmp_path / "home").symlink_to(home)
     (tmp_path / "script.py").write_text(SCRIPT.format(repo=str(REPO_DIR)))
@@ -428,10 +319,8 @@ def test_torchrun_from_any_folder_equals_one_process(home: Path, tmp_path: Path)
     command += ["--batch_size", "2", "--accumulation_steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert record_of(tmp_path / "two/full_sft")["processes"] == 2
     compare_runs(tmp_path / "one/full_sft", tmp_path / "two/full_sft", WEIGHTS["full_sft"])
-
-
-# ---------------------------------------------------------------- schedule, groups, cost
 
 
 @pytest.mark.parametrize(
@@ -439,13 +328,10 @@ def test_torchrun_from_any_folder_equals_one_process(home: Path, tmp_path: Path)
     [
         # 10 steps, 2 of warm-up, peak 8, floor 2: the way down takes steps 2 to 9.
         ("cosine", 0, 4.0),
-        ("cosine", 1, 8.0),
         ("cosine", 2, 8.0),
         ("cosine", 9, 2.0),
         ("cosine", 4, 2 + 6 * (1 + 0.6234898018587336) / 2),  # cos(2 pi / 7)
         ("linear", 4, 2 + 6 * 5 / 7),
-        ("linear", 9, 2.0),
-        ("constant", 0, 4.0),
         ("constant", 9, 8.0),
     ],
 )
@@ -469,18 +355,13 @@ def test_flops_by_hand() -> None:
     assert flops_per_token(model, lengths) == 4 * (size + adapter) + 2 * adapter + attention
 
 
-def names_by_group(model: nn.Module, groups: list[dict]) -> list[set[str]]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
-
-
 def test_weight_decay_falls_on_matrices_outside_the_embedding() -> None:
     model = make_model()
-    groups = parameter_groups(model, 0.3, lambda name: 1.0)
-    decayed, plain = names_by_group(model, groups)
-    assert len(decayed) == 14 and all(name.endswith("_proj.weight") for name in decayed)
-    assert len(plain) == 6 and "model.embed_tokens.weight" in plain
-    assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.3, 1), (0.0, 1)]
+    decayed, plain = parameter_groups(model, 0.3, lambda name: 1.0)
+    matrices = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    assert set(map(id, decayed["params"])) == set(map(id, matrices)) and len(matrices) == 14
+    assert len(plain["params"]) == 6  # embedding and norms
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     model.requires_grad_(False)
     model.model.norm.requires_grad_(True)
     with pytest.raises(UserError, match="--weight_decay 0.3: no matrix that it acts on trains"):
@@ -501,35 +382,25 @@ def test_first_step_moves_each_by_its_own_rate(home: Path, tmp_path: Path) -> No
         assert moved.abs().max().item() == pytest.approx(0.5 * 3e-3, rel=1e-2)
 
 
-def test_auto_dtype_follows_the_processor(monkeypatch: MonkeyPatch) -> None:
-    for able, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        assert choose_dtype("auto", "cpu") == dtype
-    assert choose_dtype("float16", "cuda") == "float16"
-
-
 @pytest.mark.parametrize(
-    ("mode", "flops", "has_compiler", "compiles"),
+    ("mode", "flops", "compiler", "compiles"),
     [
-        ("auto", 1.2e14, True, True),
-        ("auto", 1.2e14, False, False),  # falls back
-        ("auto", 5e13, True, False),  # would not earn it back
-        ("on", 5e13, True, True),
-        ("off", 2e14, True, False),
+        ("auto", 1.2e14, "g++", True),
+        ("auto", 1.2e14, None, False),  # falls back
+        ("auto", 5e13, "g++", False),  # would not earn it back
+        ("on", 5e13, "g++", True),
+        ("off", 2e14, "g++", False),
     ],
 )
 def test_blocks_are_compiled_where_it_pays(
-    mode: str, flops: float, has_compiler: bool, compiles: bool, monkeypatch: MonkeyPatch
+    mode: str, flops: float, compiler: str | None, compiles: bool, monkeypatch: MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: "g++" if has_compiler else None)
+    monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: compiler)
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
     model = make_model()
     tokens = flops / 6 / sum(parameter.numel() for parameter in model.parameters())
     assert compile_blocks(model, mode, tokens, "cpu") is compiles
     assert {layer._compiled_call_impl is not None for layer in model.model.layers} == {compiles}
-
-
-# ---------------------------------------------------------------- refusals
 
 
 REFUSED = {  # flags beside those of a good run -> the error's words
@@ -542,18 +413,13 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
-        "--hidden_size 33": "hidden_size 33",
-        "--max_seq_len 40000": "--max_seq_len 40000: the model takes 32768 at most",
         "--from_resume": "resume.pt is not there; use --overwrite",
         "--data_path {home}/none.jsonl": "No such file or directory: '{home}/none.jsonl'",
         "--save_dir {home}/text.jsonl/out": "Not a directory: ",
-        "--max_train_samples 5": "unrecognized arguments: --max_train_samples 5",
     },
     "full_sft": {
         "--hidden_size 64": "--hidden_size 64: the weights have 32; drop the flag",
-        "--from_weight {home}/gone": "gone",
-        "--max_train_samples 99": "--max_train_samples 99: the data have 45 samples",
-        "--max_seq_len 3": "sft.jsonl: no answer within 3 tokens; raise --max_seq_len",
+        "--max_train_samples 99": "--max_train_samples 99: the data have 45",
         "--run_name pretrain --save_dir {home}": "pretrain exists: add --from_resume or",
     },
     "lora": {
@@ -587,12 +453,14 @@ def test_what_cannot_work_is_one_error(
 def test_sample_is_shown_and_nothing_is_written(
     home: Path, tmp_path: Path, capfd: CaptureFixture
 ) -> None:
+    """Each label stands in the row of the token before it."""
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"instruction": "a\x1b[2J\u202e", "output": "No"}) + "\n")
     flags = sft_flags(home, tmp_path / "out") + f" --data_path {data} --show_sample"
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="0"):
         call("full_sft", flags, home)
-    assert caught.value.code == 0
     out = capfd.readouterr().out
     assert "'\\x1b'" in out and all(line.isprintable() for line in out.splitlines())
+    predicted = [line.split()[-1] for line in out.splitlines()[1:]]
+    assert predicted[-4:] == ["'No'", "'<|im_end|>'", "-", "-"] and set(predicted[:-4]) == {"-"}
     assert not (tmp_path / "out").exists()
