@@ -137,6 +137,8 @@ def parse_args(
         args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]
         if weights == "none" and args.tokenizer_path is None:
             args.tokenizer_path = BASE_DIR
+    elif weights == str(BASE_DIR) and "from_weight" not in changed:
+        print("note: no --from_weight, so this starts from the small world's base")
     return args
 
 

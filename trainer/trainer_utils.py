@@ -381,7 +381,7 @@ def answer_held_out(
     tokenizer: Tokenizer,
     eval_set: TokenDataset | None,
 ) -> None:
-    """Print a completed run's greedy answers to the first held-out conversations."""
+    """Print a completed run's greedy answers to held-out conversations; run.json keeps them."""
     count = min(run.args.show_answers, len(eval_set or ()))
     if not (count and run.is_main and run.record["status"] == "completed"):
         return
@@ -394,8 +394,11 @@ def answer_held_out(
         references.append(ids[start:end].tolist())
     ends = (tokenizer.eos_token_id,)
     answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, ends)
+    rows = []
     for parts in zip(prompts, answers, references, strict=True):
         texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
-        for name, text in zip(("prompt", "answer", "reference"), texts, strict=True):
+        rows.append(dict(zip(("prompt", "answer", "reference"), texts, strict=True)))
+        for name, text in rows[-1].items():
             print(f"{name:>9}  {escape_control(' '.join(text.split()))}")
+    run.write(answers=rows)
     print(f"more answers: python eval_llm.py --model {escape_control(str(run.path))}")

@@ -230,7 +230,8 @@ def test_answers_stand_beside_their_references(
 ) -> None:
     model, tokenizer = load_model(home / "pretrain"), load_tokenizer()
     run = Namespace(record={"status": "completed"}, is_main=True, path=tmp_path)
-    run.args = Namespace(show_answers=2)
+    run.args, kept = Namespace(show_answers=2), {}
+    run.write = kept.update
     path = tmp_path / "d.jsonl"
     turns = [("user", "Hi"), ("assistant", "0 1"), ("user", "And?"), ("assistant", "2")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -239,6 +240,7 @@ def test_answers_stand_beside_their_references(
     answer_held_out(run, model, tokenizer, valid)
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines if line[0] == "reference"] == ["0 1", "2"]
+    assert [row["reference"] for row in kept["answers"]] == ["0 1", "2"]
     opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     answer = generate(model, [opening], Decoding("greedy"), 0, 128, 1, (2,))[0]
     answer = tokenizer.decode(answer, skip_special_tokens=True)
@@ -276,6 +278,50 @@ def compare_runs(one: Path, other: Path, weights: str) -> None:
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, others[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["full_sft", "lora"])
+def test_accumulation_does_not_change_a_batch(home: Path, tmp_path: Path, stage: str) -> None:
+    assert call(stage, sft_flags(home, tmp_path / "8"), home) == 0
+    flags = sft_flags(home, tmp_path / "2x4") + " --batch_size 2 --accumulation_steps 4"
+    assert call(stage, flags, home) == 0
+    compare_runs(tmp_path / "8" / stage, tmp_path / "2x4" / stage, WEIGHTS[stage])
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        ("pretrain", f"{SHAPE_FLAGS} --max_seq_len 32"),
+        ("full_sft", "--from_weight {home}/pretrain --accumulation_steps 2 --weight_decay 0.1"),
+        ("lora", "--from_weight {home}/pretrain --lora_dropout 0.2 --train_tokens <|im_end|>"),
+    ],
+)
+def test_no_wait_for_the_device_between_log_lines(
+    home: Path, tmp_path: Path, stage: str, flags: str
+) -> None:
+    """`aten::_local_scalar_dense` reads a number from the device; the log line of step 9 does.
+
+    A CPU's fused AdamW reads its own counts of steps; CUDA's kernel has them on the device.
+    """
+    profiles, data = [], "text" if stage == "pretrain" else "sft"
+
+    def watch(step: int) -> None:  # after the update, before the log line
+        if step in (9, 10):
+            profiles[-1].stop()
+        if step in (2, 9):
+            profiles.append(torch.profiler.profile())
+            profiles[-1].start()
+
+    flags = f"{CPU} {flags.format(home=home)} --data_path {home}/{data}.jsonl --batch_size 4"
+    flags += f" --save_dir {tmp_path} --max_steps 12 --log_interval 9"
+    assert call(stage, flags, home, watch) == 0
+    reads = []
+    for profile in profiles:
+        found = [e for e in profile.events() if e.name == "aten::_local_scalar_dense"]
+        callers = [event.cpu_parent.cpu_parent for event in found]  # above aten::item
+        reads.append(sum(c is None or c.name != "aten::_fused_adamw_" for c in callers))
+        assert any(event.name == "aten::mm" for event in profile.events())
+    assert reads[0] == 0 < reads[1]
 
 
 def test_two_processes_stop_together_and_go_on(home: Path, tmp_path: Path) -> None:
