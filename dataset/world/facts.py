@@ -54,7 +54,7 @@ class Thing:
     def slots(self, attribute: str | None = None) -> dict[str, str]:
         """Return what the slots of a pattern stand for, and each again with a capital."""
         slots = {"a": self.a, "name": self.name}
-        slots |= {"plural": self.plural} if self.plural is not None else {}
+        slots |= {"plural": self.plural} if self.plural else {}
         slots |= {"value": self.values[attribute]} if attribute else {}
         return slots | {capitalize(key): capitalize(text) for key, text in slots.items()}
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
-from dataset.world.skills import Pair, Writer, collect_makers
+from dataset.world.skills import NOUN_DRAWS, Pair, Writer, collect_fillers, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
 from model.files import run_script, write_text
 
@@ -53,6 +53,7 @@ SETS = {  # the sets of each part's probes
     "chinese": {"chinese": ["combinations"]},
 }
 MEDICAL = "condition"  # the category that the medical set is about
+FILLED = 0.5  # share of the training pairs on lists and scenes that are about a filler
 TRIES = 400  # draws for a wanted pair, before a skill is given up
 TRAIN = ("train", None)
 
@@ -118,13 +119,19 @@ class PairBuilder:
         self.asked: set[tuple] = set()  # skill and cell of each held-out prompt
         self.references: set[str] = set()  # of held-out prompts
         seen = [t for t in world.things if t.name not in held_out.half_of_thing]
-        self.writers = {held: Writer(world, self.rng, seen, held) for held in (False, True)}
+        self.fillers, specs = collect_fillers(world), world.wordings["skill"].items()
+        self.games = {name for name, spec in specs if NOUN_DRAWS.keys() >= set(spec["uses"])}
+        self.writers = {
+            held: Writer(world, self.rng, seen, held, self.fillers) for held in (False, True)
+        }
 
     def draw(self, skill: str, things: list[Thing], wanted: tuple) -> Pair | None:
         """Draw one new pair of a set and half."""
         held = wanted[0] == "wordings"
         for _ in range(TRIES):
-            pair = self.makers[skill](self.writers[held], self.rng.choice(things))
+            is_filled = wanted == TRAIN and skill in self.games and self.rng.random() < FILLED
+            thing = self.rng.choice(self.fillers if is_filled else things)
+            pair = self.makers[skill](self.writers[held], thing)
             if not pair or self.held_out.find_set(pair, held) != wanted or not self.is_sound(pair):
                 continue
             answer = pair.messages[-1]["content"]

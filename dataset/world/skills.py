@@ -34,12 +34,24 @@ class Pair:
 
 
 class Writer:
-    """Draw things, facts and people; `held` takes the question forms that never train."""
+    """Draw things, facts and people; `held` takes the question forms that never train.
 
-    def __init__(self, world: World, rng: random.Random, others: list[Thing], held: bool = False):
+    Args:
+        others: the things that may stand beside the one that is asked about.
+        fillers: more nouns for lists and scenes.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        rng: random.Random,
+        others: list[Thing],
+        held: bool = False,
+        fillers: tuple[Thing, ...] = (),
+    ):
         self.world, self.words, self.rng, self.held = world, world.stories, rng, held
-        self.others = others  # the things that may stand beside the one that is asked about
-        self.nouns = [thing for thing in others if thing.plural is not None]
+        self.others = others
+        self.nouns = [thing for thing in others if thing.plural is not None] + [*fillers]
 
     def question(self, thing: Thing, attribute: Attribute, held: bool = False) -> str:
         """Ask for a fact in one of the attribute's question forms."""
@@ -240,16 +252,17 @@ def make_maker(skill: str, spec: dict) -> Maker:
         d = Draw(w, thing, spec.get("key", skill), thing.slots() | people)
         d.add_cells(d.key, thing)
         d.slots["word"] = w.rng.choice(spec.get("words", [""]))
-        d.slots["category"] = w.world.categories[thing.category].a
+        if thing.category:
+            d.slots["category"] = w.world.categories[thing.category].a
         case = w.rng.choice(spec.get("cases", [spec]))
         try:
             for name in spec["uses"]:
                 SLOT_DRAWS[name](d)
-        except LookupError:  # clues that fit 2 things, or no other thing to draw
+            given = spec.get("text", [])
+            d.slots["text"] = d.fill(" ".join(w.rng.sample(given, len(given))))
+        except LookupError:  # clues that fit 2 things, no other thing to draw, or no plural
             return None
         d.slots["case"] = d.fill(case.get("case", ""))
-        given = spec.get("text", [])
-        d.slots["text"] = d.fill(" ".join(w.rng.sample(given, len(given))))
         forms = split_wordings(spec["prompts"])[w.held]
         fitting = [form for form in forms if find_slots(form) <= d.slots.keys()]
         if not fitting or not find_slots(case["answer"]) <= d.slots.keys():
@@ -268,6 +281,17 @@ def make_maker(skill: str, spec: dict) -> Maker:
         return Pair(skill, messages, d.cells, check)
 
     return ask
+
+
+def collect_fillers(world: World) -> tuple[Thing, ...]:
+    """Return the values that are nouns, "a rifle", as things without facts.
+
+    With them lists and scenes name so many nouns that copying is easier to learn than the nouns.
+    """
+    values = {value: None for thing in world.things for value in thing.values.values()}
+    bare = [value.partition(" ")[2] for value in values if value.startswith(("a ", "an "))]
+    names = {thing.name for thing in world.things}
+    return tuple(Thing(name, "", "", {}) for name in bare if name not in names)
 
 
 def collect_makers(world: World) -> dict[str, Maker]:
