@@ -30,14 +30,14 @@ from evaluation.probe.translations import load_translator, translate_samples
 from model.checkpoint import load_checkpoint, load_tokenizer
 from model.files import REPO_DIR, UserError, escape_control, file_sha256, run_script, write_json
 from model.generation import Decoding
-from trainer.arguments import DEVICES, MAX_SEQ_LEN, bounded, choose_device
+from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, limit
 
 
 def make_probe_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    count, out = bounded(int, 1), REPO_DIR / "out"
+    count, out = limit(int, 1), REPO_DIR / "out"
     group = parser.add_argument_group("instead of probing")
     add = group.add_mutually_exclusive_group().add_argument
     add("--list", type=Path, nargs="?", const=out, metavar="FOLDER", help="show the runs in out/")
@@ -47,7 +47,7 @@ def make_probe_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
     add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
     add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
-    add("--show_answers", type=bounded(int, 0), default=3, help="prompts to print answers to (3)")
+    add("--show_answers", type=limit(int, 0), default=3, help="prompts to print answers to (3)")
     add("--limit", type=count, help="only the first so many prompts")
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
@@ -56,7 +56,7 @@ def make_probe_parser() -> argparse.ArgumentParser:
     add("--translator", help="'world', or a transformers model that translates into English")
     add = parser.add_argument_group("generation").add_argument
     add("--decoding", nargs="+", default=list(DECODINGS), help="greedy, t1.0, t0.85p0.85, ...")
-    add("--seeds", type=bounded(int, 0), nargs="+", default=[0], help="of sampled decodings (0)")
+    add("--seeds", type=limit(int, 0), nargs="+", default=[0], help="of sampled decodings (0)")
     add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
     add("--batch_size", type=count, default=32, help="prompts at once (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: auto)")

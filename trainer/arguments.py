@@ -26,7 +26,7 @@ DEFAULT_SHAPE = {
 }
 
 
-def bounded(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:
+def limit(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:
     """Make an argparse type: a number from `least` to `most`."""
 
     def parse(text: str) -> float:
@@ -39,8 +39,8 @@ def bounded(kind: type, least: float, most: float = 1e12) -> Callable[[str], flo
     return parse
 
 
-COUNT, SIZE = bounded(int, 0), bounded(int, 1)
-NOT_NEGATIVE, POSITIVE, SHARE = bounded(float, 0), bounded(float, 1e-12), bounded(float, 0, 1)
+COUNT, SIZE = limit(int, 0), limit(int, 1)
+NOT_NEGATIVE, POSITIVE, SHARE = limit(float, 0), limit(float, 1e-12), limit(float, 0, 1)
 
 
 def make_parser(
@@ -58,7 +58,7 @@ def make_parser(
     add(name_flag, dest="run_name", default=run_name, help=f"run folder ({run_name})")
     add("--from_resume", action="store_true", help="continue this run from its resume.pt")
     add("--overwrite", action="store_true", help="delete the run folder first if it exists")
-    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, help="data, weights, dropout (42)")
+    add("--seed", type=limit(int, 0, 2**32 - 1), default=42, help="data, weights, dropout (42)")
     add("--device", choices=DEVICES, default="auto", help="(auto)")
     dtype = "of matrix products, not of weights (auto: bfloat16 where the processor computes it)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
@@ -78,7 +78,7 @@ def make_parser(
     add = parser.add_argument_group("data").add_argument
     add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (the small world)")
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
-    add("--max_seq_len", type=bounded(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
+    add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     if from_weight != "none":  # by default pretraining starts from none and reads no conversations
         subset = "train on so many conversations, the same random choice for every --seed (all)"
         add("--max_train_samples", type=SIZE, help=subset)

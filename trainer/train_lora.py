@@ -27,7 +27,7 @@ from model.files import REPO_DIR, UserError, run_script
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
-from trainer.arguments import BASE_DIR, COUNT, POSITIVE, bounded, make_parser, parse_args
+from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_parser, parse_args
 from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
 # Flags that --lora_rank 0 would ignore.
@@ -40,7 +40,7 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("adapter").add_argument
     add("--lora_rank", type=COUNT, default=8, help="r (8)")
     add("--lora_alpha", type=POSITIVE, default=32.0, help="the update counts alpha / r times (32)")
-    add("--lora_dropout", type=bounded(float, 0, 0.999), default=0.0, help="on A's input (0)")
+    add("--lora_dropout", type=limit(float, 0, 0.999), default=0.0, help="on A's input (0)")
     targets = f"{', '.join(TARGET_NAMES)}, or names, joined by commas; square is MiniMind's"
     add("--lora_targets", default="all-linear", help=f"{targets} placement (all-linear)")
     init = "of A: kaiming, PEFT's U(+-1/sqrt(in)), or gaussian, MiniMind's N(0, .02) (kaiming)"

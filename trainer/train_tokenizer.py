@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.lm_dataset import read_jsonl, record_messages, record_text
 from model.checkpoint import load_tokenizer
 from model.files import read_json, run_script, write_json
-from trainer.arguments import COUNT, bounded
+from trainer.arguments import COUNT, limit
 
 LEAST_SIZE = 256 + 3  # bytes and special tokens
 WORDS = 0.8  # share of the vocabulary for whole words, where --word_frequency asks for them
@@ -84,7 +84,7 @@ def train_tokenizer(
 def main(argv: list[str] | None = None) -> int:
     """Train the tokenizer and write its two files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, size = parser.add_argument, bounded(int, LEAST_SIZE, 2**20)
+    add, size = parser.add_argument, limit(int, LEAST_SIZE, 2**20)
     add("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
     add("--output_dir", type=Path, required=True, help="folder for the two files")
     add("--vocab_size", type=size, default=6400, help="tokens (6400)")
