@@ -200,17 +200,13 @@ class RunFolder:
 def printable_settings(args: argparse.Namespace) -> dict:
     """Return flags as JSON values: a path in the repository is relative, another is its name."""
 
-    def shorten(value: object) -> object:
-        if isinstance(value, list):
-            return [shorten(item) for item in value]
-        if not isinstance(value, Path):
-            return value
-        path = Path(os.path.abspath(value))
+    def shorten(path: Path) -> str:
+        path = Path(os.path.abspath(path))
         return str(path.relative_to(REPO_DIR)) if path.is_relative_to(REPO_DIR) else path.name
 
     start = args.from_weight  # a path, `none` or a hub id
-    settings = vars(args) | {"from_weight": Path(start) if Path(start).exists() else start}
-    return {name: shorten(value) for name, value in sorted(settings.items())}
+    settings = vars(args) | {"from_weight": shorten(start) if Path(start).exists() else start}
+    return json.loads(json.dumps(settings, default=shorten, sort_keys=True))
 
 
 def git_state() -> dict:
