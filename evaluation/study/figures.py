@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from evaluation.study import edition1
 from evaluation.study.analysis import Evidence, mark_answers
 from evaluation.study.claims import list_endings, list_paths
+from evaluation.study.edition1 import CONTENT, SIZES, choose_cells
 
 STYLE = {
     "svg.fonttype": "none",
@@ -36,7 +36,8 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     panels = table.groupby("panel", sort=False)
     names = list(dict.fromkeys(table.y)) if "low" in table else []
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False)
+        how = {"sharey": True, "squeeze": False, "figsize": (1 + 4.5 * len(panels), 3)}
+        figure, axes = plt.subplots(1, len(panels), **how)
         for ax, (panel, points) in zip(axes[0], panels, strict=True):
             for i, (label, rows) in enumerate(points.groupby("series", sort=False)):
                 if names:
@@ -50,13 +51,11 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
                 for row in rows.dropna(subset="note").itertuples():
                     ax.annotate(row.note, (row.x, row.y), fontsize=6)
             ax.set(xlabel=x, title=panel)
-        ax = axes[0][0]
-        ax.set_ylabel(y)
+        axes[0][0].set_ylabel(y)
         if names:
-            ax.set(xlim=(0, 1), ylim=(len(names), -1))
-            ax.set_yticks(range(len(names)), names)
-        ax.legend()
-        figure.set_size_inches(1 + 4.5 * len(panels), 3)
+            axes[0][0].set(xlim=(0, 1), ylim=(len(names), -1))
+            axes[0][0].set_yticks(range(len(names)), names)
+        axes[0][0].legend()
         figure.suptitle(title, x=0, ha="left")
         file = io.StringIO()
         figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -67,9 +66,9 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
 def draw_edition1(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     """Draw the first edition's R without ends at both sizes, by arm."""
     title = "Learning rate and frozen embedding hold LoRA back at 1.6M parameters"
-    main = edition1.list_main_cells().query("arm != 'fft'")
+    main = choose_cells(CONTENT["readme"]).query("arm != 'fft'")
     columns = {"x": main.R_no_end, "low": main.R_no_end_low, "high": main.R_no_end_high}
-    series = main.base.map(edition1.SIZES["name"]) + " parameters"
+    series = main.base.map(SIZES["name"]) + " parameters"
     table = pd.DataFrame(columns).assign(panel="", series=series, y=main.trained)
     return title, draw_panels(title, table, "share of full fine-tuning's gain, without end tokens")
 
@@ -78,14 +77,13 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     """Draw the share of correct answers by arm and size, both decodings."""
     if cells.empty:
         return None
-    usual = cells[(cells["set"] == "combinations") & cells.cell.isin(ARMS)]
-    table = pd.DataFrame([vars(share) for share in usual.share], usual.index)
-    table = table.rename(columns={"value": "x"}).assign(panel=usual["size"], y=usual.title)
-    table["series"] = usual.decoding.map(DECODING_TITLES)
-    last = usual[(usual["size"] == usual["size"].iloc[-1]) & (usual.decoding == "greedy")]
+    table = cells[(cells["set"] == "combinations") & cells.cell.isin(ARMS)]
+    last = table[(table["size"] == table["size"].iloc[-1]) & (table.decoding == "greedy")]
     last = last[last.cell.isin(["fft", "all_r8", "seed"])]
-    words = [f"{row.title} {100 * row.share.value:.0f}%" for row in last.itertuples()]
+    words = [f"{row.title} {100 * row.share:.0f}%" for row in last.itertuples()]
     title = f"Correct greedy answers at {last['size'].iloc[0]}: {', '.join(words)}"
+    table = table.rename(columns={"share": "x", "size": "panel", "title": "y"})
+    table["series"] = table.decoding.map(DECODING_TITLES)
     return title, draw_panels(title, table, "correct answers")
 
 
@@ -113,14 +111,9 @@ def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     table = list_endings(evidence)
     table = table.assign(panel="", series="edition " + table.edition.map(str), path=table.base)
     table = table.rename(columns={"bound": "x", "endless": "y", "base": "note"})
-    return title, draw_panels(
-        title, table, "bound of the end token's probability", "endless answers"
-    )
+    texts = "bound of the end token's probability", "endless answers"
+    return title, draw_panels(title, table, *texts)
 
 
-FIGURES = {
-    "edition1": draw_edition1,
-    "headline": draw_headline,
-    "keeping": draw_keeping,
-    "endings": draw_endings,
-}
+FIGURES = {"edition1": draw_edition1, "headline": draw_headline}
+FIGURES |= {"keeping": draw_keeping, "endings": draw_endings}
