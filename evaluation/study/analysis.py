@@ -20,7 +20,7 @@ from scipy import special
 from dataset.checks import KINDS
 from evaluation.probe.statistics import DRAWS, resampling_counts
 from evaluation.study.plan import Sweep, tune_rates
-from evaluation.study.results import LETTERS, RESULTS_DIR, read_nll, read_runs
+from evaluation.study.results import LETTERS, RESULTS_DIR, read_runs
 from evaluation.study.settings import MAIN_BASE, Condition, Study, read_study
 from model.files import UserError
 
@@ -68,7 +68,7 @@ class Estimate:
 
 
 def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
-    """Read study.toml, the prompts, and the runs of its edition in its order, with their NLL."""
+    """Read study.toml, the prompts, and the runs of its edition in its order."""
     study, path = read_study(), folder / "prompts.csv"
     runs, order = read_runs(folder, study.edition), [*study.sizes, "base", *study.arms]
     runs = runs.sort_values("seed", kind="stable").sort_values(
@@ -80,7 +80,6 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     prompts = pd.DataFrame(columns=["set", "half"])
     if path.is_file():
         prompts = pd.read_csv(path, keep_default_na=False)
-        runs = runs.join(tabulate_nll(folder, study.edition, prompts), "id")
     final = runs[~runs.id.str.contains("@") & (runs.status == "completed")]
     check_controlled(final)
     return Evidence(study, runs, final, prompts, sweeps)
@@ -107,11 +106,7 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
 
 
 def check_controlled(runs: pd.DataFrame) -> None:
-    """Refuse arms that were not trained alike: gate G3.
-
-    Arms of one data set read the same tokens with the same labels, and those from one base started
-    from the weights that this base was measured with.
-    """
+    """Refuse runs that differ in their data, or did not start from their base's weights (G3)."""
     weights, arms = runs.set_index("id").weights, runs[runs.arm != "base"]
     for (data, _), group in arms.groupby(["data", "samples"], dropna=False):
         if group.train_data.map(str).nunique() > 1:
@@ -160,12 +155,10 @@ def draw_shares(
 def estimate_sum(
     evidence: Evidence, condition: Condition, place: tuple[str, str, str], prompts: pd.DataFrame
 ) -> tuple[Estimate, int] | None:
-    """Estimate a sum of cells of a condition, and count their bases; None if a cell was not run.
+    """Estimate a sum of cells, and count their bases; None if a cell was not run.
 
-    Cells of one size are compared over the seeds that all of them have.
-
-    Args:
-        place: the sum, the size of cells that name none, and the decoding.
+    Cells of one size are compared over the seeds that all of them have. `place`: the sum, the size
+    of cells that name none, and the decoding.
     """
     estimate, size, decoding = place
     terms = TERM.findall(estimate)
@@ -216,20 +209,3 @@ def tabulate_cells(evidence: Evidence) -> pd.DataFrame:
             row["above_chance"] = (found.value - chance) / (1 - chance)
             rows.append(place | row | {kind: marks.mean() for kind, marks in kinds.items()})
     return pd.DataFrame(rows)
-
-
-def tabulate_nll(folder: Path, edition: int, prompts: pd.DataFrame) -> pd.DataFrame:
-    """Return `answer` and `end`, nats a token of the combinations' references, by run id.
-
-    `answer` leaves end tokens out, `end` is theirs.
-    """
-    name, path = "combinations", folder / "nll.parquet"
-    table = read_nll(folder, edition).query("set == @name") if path.is_file() else pd.DataFrame()
-    if table.empty:
-        return pd.DataFrame(columns=["answer", "end"], dtype=float)
-    is_test = (prompts[prompts["set"] == name].half == "test").to_numpy()
-    table = table.set_index("id")[["nats", "end_nats", "tokens", "ends"]]
-    sums = table.map(lambda values: np.array(values)[is_test].sum(), na_action="ignore")
-    counts, sums = sums.loc[""], sums.drop("")
-    answer = (sums.nats - sums.end_nats) / (counts.tokens - counts.ends)
-    return pd.DataFrame({"answer": answer, "end": sums.end_nats / counts.ends})

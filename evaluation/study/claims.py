@@ -29,14 +29,6 @@ def select_skills(evidence: Evidence, decoding: str, prompts: pd.DataFrame) -> p
     return prompts
 
 
-def list_paths(evidence: Evidence, arm: str, size: str) -> pd.DataFrame:
-    """Return kept checkpoints and ends of an arm's runs from the main base, at every rate."""
-    runs, base = evidence.runs, Run(size, MAIN_BASE).base_id
-    runs = runs[(runs.arm == arm) & (runs.base == base) & (runs.status == "completed")]
-    stems = runs.id.str.split("@").str[0]
-    return runs[stems.isin(stems[runs.id.str.contains("@")])]
-
-
 def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str, Estimate] | None:
     """Return all_r8's frontier minus full fine-tuning's, by level that both reach with each seed.
 
@@ -45,8 +37,11 @@ def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str,
     """
     frontiers = []
     for arm in ("all_r8", "fft"):
-        points = []
-        for _, runs in list_paths(evidence, arm, size).groupby(["learning_rate", "step"]):
+        points, runs, base = [], evidence.runs, Run(size, MAIN_BASE).base_id
+        runs = runs[(runs.arm == arm) & (runs.base == base) & (runs.status == "completed")]
+        stems = runs.id.str.split("@").str[0]
+        paths = runs[stems.isin(stems[runs.id.str.contains("@")])]  # with checkpoints and end
+        for _, runs in paths.groupby(["learning_rate", "step"]):
             sets = [evidence.choose_prompts(name) for name in ("combinations", "unseen")]
             points.append([draw_shares(mark_answers(runs, s, decoding), s, size) for s in sets])
         if not points:
@@ -105,11 +100,7 @@ def lies_within(found: Estimate, low: float, high: float, whole: bool = True) ->
 def estimate_claim(
     evidence: Evidence, claim: Claim, condition: Condition, place: tuple[str, str, str]
 ) -> tuple[dict[str, Estimate] | None, int]:
-    """Return estimates by name (None: not run), and on how many bases they rest.
-
-    Args:
-        place: an estimate of the condition, a size and a decoding.
-    """
+    """Return what (estimate, size, decoding) names (None: not run), and on how many bases."""
     (estimate, size, decoding), prompts = place, evidence.choose_prompts("combinations")
     if claim.kind == "frontier":
         return compare_frontiers(evidence, size, decoding), 1

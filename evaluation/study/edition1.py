@@ -69,8 +69,8 @@ def tabulate_answers() -> pd.DataFrame:
     """Return the greedy answers of 4 models to one prompt, word for word."""
     wanted, rows = CONTENT["answers"], []
     for title, folder in wanted["folders"].items():
-        samples = [line for _, line in read_jsonl(OUTPUT_DIR / folder / "samples.jsonl")]
-        one = next(s for s in samples if (s["id"], s["decoding"]) == (wanted["prompt"], "greedy"))
+        lines = read_jsonl(OUTPUT_DIR / folder / "samples.jsonl")
+        one = next(s for _, s in lines if (s["id"], s["decoding"]) == (wanted["prompt"], "greedy"))
         text = textwrap.shorten(one["output"], wanted["characters"], placeholder=" ...")
         link = f"[{folder}](evaluation/model_outputs/{folder}/samples.md)"
         rows.append((title, f"`{text}`", link))

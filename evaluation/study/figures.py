@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from evaluation.study.analysis import Evidence, mark_answers
-from evaluation.study.claims import list_endings, list_paths
+from evaluation.study.analysis import Evidence
+from evaluation.study.claims import list_endings
 from evaluation.study.edition1 import CONTENT, SIZES, choose_cells
 
 STYLE = {
@@ -21,16 +21,15 @@ STYLE = {
     "legend.frameon": False,
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-ARMS = ["seed", "seed_tuned", "all_r8", "all_r64", "all_r8_embedding", "all_r8_vocabulary"]
-ARMS += ["fft_frozen", "fft"]
+HEADLINE = ["base", "seed", "all_r8", "all_r8_vocabulary", "fft"]  # arms
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     """Draw a panel for each `panel` of a table, and in it a color for each `series`.
 
     Args:
-        table: points (`x`, `y`; y may be names), either with intervals from `low` to `high`, or
-            joined along each `path`, with a `note` beside those that have one.
+        table: points (`x`, `y`), either with names as y and intervals from `low` to `high`, or
+            with a `note` beside each.
         x, y: titles of the axes.
     """
     panels = table.groupby("panel", sort=False)
@@ -46,9 +45,7 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
                     ax.errorbar(rows.x, places, xerr=reach, fmt="o", label=label)
                     continue
                 ax.plot(rows.x, rows.y, ".", color=f"C{i}", label=label)
-                for _, path in rows.groupby("path"):
-                    ax.plot(path.x, path.y, color=f"C{i}")
-                for row in rows.dropna(subset="note").itertuples():
+                for row in rows.itertuples():
                     ax.annotate(row.note, (row.x, row.y), fontsize=6)
             ax.set(xlabel=x, title=panel)
         axes[0][0].set_ylabel(y)
@@ -77,7 +74,7 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     """Draw the share of correct answers by arm and size, both decodings."""
     if cells.empty:
         return None
-    table = cells[(cells["set"] == "combinations") & cells.cell.isin(ARMS)]
+    table = cells[(cells["set"] == "combinations") & cells.cell.isin(HEADLINE)]
     last = table[(table["size"] == table["size"].iloc[-1]) & (table.decoding == "greedy")]
     last = last[last.cell.isin(["fft", "all_r8", "seed"])]
     words = [f"{row.title} {100 * row.share:.0f}%" for row in last.itertuples()]
@@ -87,33 +84,14 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     return title, draw_panels(title, table, "correct answers")
 
 
-def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
-    """Draw unseen things against combinations, along the checkpoints of each rate."""
-    rows = []
-    for arm in ("fft", "all_r8", "fft_mixed"):
-        for (rate, _), runs in list_paths(evidence, arm, "xs").groupby(["learning_rate", "step"]):
-            for decoding, panel in DECODING_TITLES.items():
-                sets = [evidence.choose_prompts(name) for name in ("combinations", "unseen")]
-                shares = [mark_answers(runs, prompts, decoding).mean() for prompts in sets]
-                rows.append((panel, evidence.study.arms[arm].title, *shares, rate))
-    if not rows:
-        return None
-    table = pd.DataFrame(rows, columns=["panel", "series", "x", "y", "path"])
-    is_last = ~table.duplicated(["panel", "series", "path"], keep="last")
-    table["note"] = table.path.map("{:g}".format).where(is_last)
-    title = "What is learned against what is kept, at 8 checkpoints of each learning rate"
-    return title, draw_panels(title, table, "correct on combinations", "correct on unseen things")
-
-
 def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     """Draw the share of endless answers against the bound of the end token, a point a base."""
     title = "Where the end token cannot become probable, sampled answers do not end"
     table = list_endings(evidence)
-    table = table.assign(panel="", series="edition " + table.edition.map(str), path=table.base)
+    table = table.assign(panel="", series="edition " + table.edition.map(str))
     table = table.rename(columns={"bound": "x", "endless": "y", "base": "note"})
     texts = "bound of the end token's probability", "endless answers"
     return title, draw_panels(title, table, *texts)
 
 
-FIGURES = {"edition1": draw_edition1, "headline": draw_headline}
-FIGURES |= {"keeping": draw_keeping, "endings": draw_endings}
+FIGURES = {"edition1": draw_edition1, "headline": draw_headline, "endings": draw_endings}

@@ -80,14 +80,18 @@ def measure_checkpoint(study: Study, folder: Path, data: dict[str, Path], only_t
         outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
         nll[name] = measure_nll(checkpoint, "sft", paths, length, 32)["sequences"]
     count = PROBES["combinations"]["tune"]  # these come first
-    tuning = pd.DataFrame(nll["combinations"])[:count].sum()
     text = measure_nll(checkpoint, "pretrain", [data["pretrain_valid"]], length, 32)
     scalars = {
         "tune_correct": outcomes["combinations"]["greedy"][:count].count("c") / count,
-        "tune_nll": (tuning.nats - tuning.end_nats) / (tuning.tokens - tuning.ends),
         "nll_text": text["nats_per_token"],
         "reachable_end": float(reachable_probability(model, [tokenizer.eos_token_id])[0]),
     }
+    table = pd.DataFrame(nll["combinations"])
+    for half, rows in {"tune": table[:count], "test": table[count:]}.items():
+        one = rows.sum()
+        if one.tokens:
+            scalars[f"{half}_nll"] = (one.nats - one.end_nats) / (one.tokens - one.ends)
+            scalars[f"{half}_end_nll"] = one.end_nats / one.ends
     weights = weights_fingerprint(model)
     return {"weights": weights, "outcomes": outcomes, "scalars": scalars, "nll": nll}
 

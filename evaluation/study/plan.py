@@ -57,7 +57,6 @@ class Sweep:
 
     reported: list[float]  # the best rate, or fixed ones; none while the best is unknown
     missing: list[float]  # must run to know the best
-    is_interior: bool = True
     shares: dict[float, float] = field(default_factory=dict)  # correct, by rate; nan: diverged
 
 
@@ -85,12 +84,12 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     table = ended.set_index(ended.id.map(ids))[["tune_correct", "tune_nll"]].sort_index()
     shares = table.tune_correct.astype(float)
     if missing := [rate for rate in grid if rate not in table.index]:
-        return Sweep([], missing, False, shares.to_dict())
+        return Sweep([], missing, shares.to_dict())
     ties = table[shares.fillna(-1) >= shares.fillna(-1).max() - study.tie]
     best = float(ties.tune_nll.astype(float).fillna(float("inf")).idxmin())
     beyond = {shares.index[0]: below, shares.index[-1]: above}.get(best, [])
     missing = [rate for rate in beyond if rate not in table.index][:1]
-    return Sweep([] if missing else [best], missing, not beyond, shares.to_dict())
+    return Sweep([] if missing else [best], missing, shares.to_dict())
 
 
 def tune_rates(study: Study, done: pd.DataFrame) -> dict[tuple[str, str], Sweep]:

@@ -3,7 +3,7 @@
     python evaluation/study/report.py      # or: make report
 
 A block stands between `<!-- study:NAME -->` and `<!-- /study:NAME -->`: the figure of this name, if
-it has one, and its tables. Files whose content does not change are not written.
+it has one, and its tables. A second call changes nothing.
 """
 
 import os
@@ -22,16 +22,15 @@ from dataset.checks import KINDS
 from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
 from evaluation.study.claims import judge_claims, list_endings
 from evaluation.study.edition1 import make_edition1_tables
-from evaluation.study.figures import DECODING_TITLES, FIGURES
+from evaluation.study.figures import DECODING_TITLES, FIGURES, HEADLINE
 from evaluation.study.results import RESULTS_DIR
 from model.files import REPO_DIR, UserError, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
-HEADLINE = ["base", "seed", "all_r8", "all_r8_vocabulary", "fft"]
 CELL = ["size", "title", "learning_rate"]
-COSTS = ["answer", "end", "nll_text", "trainable_parameters", "steps", "tokens", "flops"]
+COSTS = ["test_nll", "test_end_nll", "nll_text", "trainable_parameters", "steps", "tokens", "flops"]
 COSTS += ["train_seconds", "peak_memory_bytes"]
 
 
@@ -51,10 +50,9 @@ def tabulate_rates(evidence: Evidence) -> pd.DataFrame:
         for rate, share in sweep.shares.items():
             text = f"{rate:g}: " + ("diverged" if np.isnan(share) else f"{share:.0%}")
             texts.append(f"**{text}**" if [rate] == sweep.reported else text)
-        place = "inside" if sweep.is_interior else "at the edge" if sweep.reported else "not tuned"
         if texts:
-            rows.append((size, evidence.study.arms[arm].title, ", ".join(texts), place))
-    return pd.DataFrame(rows, columns=["size", "trained", "rate: correct", "best rate"])
+            rows.append((size, evidence.study.arms[arm].title, ", ".join(texts)))
+    return pd.DataFrame(rows, columns=["size", "trained", "rate: correct"])
 
 
 def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
@@ -69,16 +67,14 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
     """Return the tables of every block by its name."""
     claims, estimates = judge_claims(evidence)
-    seeds = [one.by_seed or (one.value,) for one in estimates.value]
-    ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in seeds]
-    estimates = estimates.assign(value=estimates.value.map(str), seeds=ranges)
+    estimates["value"] = estimates.value.map(str)
     lost = evidence.runs.query("status != 'completed'")[["id", "status"]]
     endings = list_endings(evidence)
     endings["bound"] = endings.bound.map("{:.2f}".format)
     endings["endless"] = endings.endless.map("{:.0%}".format)
     tables = {"claims": [claims] + [estimates] * (not estimates.empty), "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
-    tables |= dict.fromkeys(["headline", "shares", "costs", "keeping"], [])
+    tables |= dict.fromkeys(["headline", "shares", "costs"], [])
     if cells.empty:
         return tables
     is_main = cells["set"].isin(["combinations", "unseen"]) & cells.cell.isin(HEADLINE)
@@ -94,11 +90,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
 
 
 def fill_block(found: re.Match[str], tables: dict, titles: dict, place: str) -> str:
-    """Return a block of a file made anew.
-
-    Args:
-        place: of the figures, as the file links it.
-    """
+    """Return a block of a file made anew; `place` is the figures' folder as the file links it."""
     name = found[1]
     if name not in tables:
         raise UserError(f"no block {name!r}; there are {', '.join(tables)}")
@@ -124,12 +116,10 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write the files of the report that change."""
+    """Write the files of the report."""
     for path, text in make_report(REPO_DIR, RESULTS_DIR).items():
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-            print(f"wrote {path.relative_to(REPO_DIR)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,6 @@ def read_runs(folder: Path, edition: int) -> pd.DataFrame:
     return table.astype({"id": str, "status": str, "samples": float})
 
 
-def read_nll(folder: Path, edition: int) -> pd.DataFrame:
-    """Read the nats of an edition's runs, a row a run and set."""
-    return pd.read_parquet(folder / "nll.parquet", filters=[("edition", "==", edition)])
-
-
 def append_run(folder: Path, line: dict, nll: list[dict]) -> None:
     """Add a run: its nats first, so that no line of runs.jsonl is without them.
 

@@ -92,6 +92,7 @@ class Runner:
     async def file(self, run: Run, folder: Path, record: dict, step: int | None = None) -> None:
         """Measure a checkpoint of a run, if it completed, and append its line."""
         name, settings = f"{run.id}@{step}" if step else run.id, record["settings"]
+        size = self.study.sizes[run.size]
         line = describe_run(self.study, run, record["status"])
         line |= {"id": name, "step": step or record.get("step")}
         line |= {key: settings[key] for key in ("learning_rate", "seed", "dtype", "device")}
@@ -104,7 +105,7 @@ class Runner:
             output.parent.mkdir(exist_ok=True)
             words = ["evaluation/study/measure.py", folder, "--output", output]
             words += ["--study", self.study_file, "--prompts_csv", self.results_dir / "prompts.csv"]
-            only_tune = serves_tuning_alone(self.study, run)
+            only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
             if not await self.call(words + ["--only_tune"] * only_tune, run.id):
                 raise UserError(f"{name}: measuring failed; see {self.save_dir / run.id}.log")
             measured = read_json(output)
@@ -176,13 +177,6 @@ def describe_run(study: Study, run: Run, status: str) -> dict:
     line = {"id": run.id, "edition": study.edition, "status": status} | asdict(run)
     line |= {"base": run.base_id, "data": run.data if run.arm != "base" else "pretrain"}
     return {key: line[key] for key in line if key not in ("checkpoints", "start_id")}
-
-
-def serves_tuning_alone(study: Study, run: Run) -> bool:
-    """Say whether a run serves the choice of a rate alone, so that no test prompt is asked."""
-    size = study.sizes[run.size]
-    is_shorter = run.epochs == size.tuning_epochs != size.epochs
-    return run.arm != "base" and is_shorter and run.data == "sft"
 
 
 def main() -> None:

@@ -1,13 +1,15 @@
 """Ten recoveries of the first edition, recomputed from `nll.parquet`."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from evaluation.study.edition1 import read_cells
-from evaluation.study.results import RESULTS_DIR, read_nll
+from evaluation.study.results import RESULTS_DIR
 
 CELLS = read_cells()
-NATS = read_nll(RESULTS_DIR, 1).query("part == '' and set == 'general'").set_index("id").nats
+NLL = pd.read_parquet(RESULTS_DIR / "nll.parquet", filters=[("edition", "==", 1)])
+NATS = NLL.query("part == '' and set == 'general'").set_index("id").nats
 FULL = {"xs": "fft-lr2e-3", "s": "fft-lr5e-4"}  # full fine-tuning at its tuned rate, by size
 PLACES = """xs-plain42 minimind@1e-4/one_epoch
 xs-plain42 minimind@1e-2

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import pandas as pd
 import pytest
 
 from evaluation.study import run as runner
 from evaluation.study.plan import Run
-from evaluation.study.results import append_run, read_nll, read_runs
+from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import read_study
 from model.files import UserError
 
@@ -64,7 +65,7 @@ def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:
     assert ids[0] == BASE
     assert set(ids[1:4]) == {f"{BASE}-fft-e3-lr{rate:g}-s1" for rate in RATES}
     assert sorted(ids[4:6]) == [f"{BASE}-fft-e3-lr0.001-s{seed}" for seed in (2, 3)]
-    nll = read_nll(fake.results_dir, 2)
+    nll = pd.read_parquet(fake.results_dir / "nll.parquet")
     assert sorted(nll.id) == ["", *sorted(ids)]  # tokens and end tokens stand there once
     calls = (fake.save_dir / "calls").read_text()
     asyncio.run(fake.run_all(2))
@@ -112,17 +113,11 @@ def test_a_stopped_runner_stops_its_scripts(tmp_path: Path, monkeypatch) -> None
     assert sys.executable in (tmp_path / f"{BASE}.log").read_text()
 
 
-def test_tuning_runs_of_m26_ask_the_tuning_half_alone() -> None:
-    """One epoch at m26 serves the choice of a rate; at xs the tuning run is also reported."""
-    for size, epochs, expected in (("m26", 1.0, True), ("m26", 2.0, False), ("xs", 3.0, False)):
-        run = Run(size, "wrapped42", "fft", 1e-3, 1, epochs)
-        assert runner.serves_tuning_alone(STUDY, run) == expected
-
-
 def test_editions_share_their_files(tmp_path: Path) -> None:
     """A new edition's lines are added to those that are there, which stay as they are."""
     for edition in (1, 2):
         row = {"id": "a", "edition": edition, "set": "unseen", "part": "", "nats": [1.0 * edition]}
+        row |= {"end_nats": [0.5], "tokens": None, "ends": None}
         append_run(tmp_path, {"id": "a", "edition": edition, "status": "completed"}, [row])
-    assert [read_nll(tmp_path, edition).nats[0].tolist() for edition in (1, 2)] == [[1.0], [2.0]]
+    assert pd.read_parquet(tmp_path / "nll.parquet").nats.map(list).tolist() == [[1.0], [2.0]]
     assert [len(read_runs(tmp_path, edition)) for edition in (1, 2)] == [1, 1]
