@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +37,16 @@ def spell_outcomes(share: float, wrong: str = "f") -> str:
 
 def find_runs(cell: str) -> list[Run]:
     """Return the runs of a cell, one a seed, at the middle rate of its arm's grid."""
-    arm, rate, epochs, samples, base, start, data, size = CELL.fullmatch(cell).groups()
-    size, place = STUDY.sizes[size or "xs"], size or "xs"
+    arm, rate, epochs, samples, base, start, data, place = CELL.fullmatch(cell).groups()
+    place, base = place or "xs", base or MAIN_BASE
     if arm == "base":
-        return [Run(place, base or MAIN_BASE)]
-    rates = STUDY.arms[arm].rates.get(place)
-    rate = float(rate) if rate else (rates[1] if rates else STUDY.arms[arm].fixed[0])
-    run = Run(place, base or MAIN_BASE, arm, rate, 0, float(epochs or size.epochs))
-    run = replace(run, data=data or STUDY.arms[arm].data, start=start or "base")
-    run = replace(run, samples=int(samples) if samples else None)
-    return [replace(run, seed=seed) for seed in size.seeds]
+        return [Run(place, base)]
+    size, settings = STUDY.sizes[place], STUDY.arms[arm]
+    rates = settings.rates.get(place)
+    rate = float(rate or (rates[1] if rates else settings.fixed[0]))
+    rest = float(epochs or size.epochs), data or settings.data, start or "base"
+    samples = int(samples) if samples else None
+    return [Run(place, base, arm, rate, seed, *rest, samples) for seed in size.seeds]
 
 
 def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: float) -> dict:
@@ -85,10 +85,9 @@ def write_runs(folder: Path, shares: dict[str, float | list | dict]) -> None:
             for rate in STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []:
                 lines.append(make_line(make_tuning_run(STUDY, run.size, run.arm, rate), {}))
             if isinstance(value, list):
-                steps = [100 * i for i in range(1, len(value))] + [0]
-                for step, pair in zip(steps, value, strict=True):
+                for i, pair in enumerate(value, start=1):
                     texts = dict(zip(SETS, map(spell_outcomes, pair), strict=True))
-                    lines.append(make_line(run, texts, step))
+                    lines.append(make_line(run, texts, 100 * i % (100 * len(value))))
             else:
                 scalars = value if isinstance(value, dict) else {"endless": 1 - value}
                 text = spell_outcomes(1 - scalars.get("endless", 1), "e")

@@ -25,14 +25,12 @@ def make_gaps(xs: float, m26: float, second_base: float | None = None) -> dict[s
 FALLING = [0.5, 0.3, 0.2, 0.1]
 CASES = {  # shares that make a claim supported, refuted, open
     "C1": [
-        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.05},
-        {"fft": 0.8, "seed": 0.77, "seed/1": 0.5, "seed/10": 0.8},
-        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.3},
+        {"fft": 0.8, "seed": a, "seed/1": b, "seed/10": c}
+        for a, b, c in ((0.04, 0.02, 0.05), (0.77, 0.5, 0.8), (0.04, 0.02, 0.3))
     ],
     "C2": [
-        {"fft_script*5e-7": 0.0, "fft_script*1e-6": 0.01, "fft_script*1e-5": 0.05},
-        {"fft_script*5e-7": 0.6, "fft_script*1e-6": 0.7, "fft_script*1e-5": 0.8},
-        {"fft_script*5e-7": 0.0, "fft_script*1e-6": 0.01, "fft_script*1e-5": 0.35},
+        {"fft_script*5e-7": a, "fft_script*1e-6": b, "fft_script*1e-5": c}
+        for a, b, c in ((0.0, 0.01, 0.05), (0.6, 0.7, 0.8), (0.0, 0.01, 0.35))
     ],
     "C3": [{"seed_tuned": a, "seed": 0.1} for a in (0.5, 0.12, 0.26)],
     "C4": [{"all_r8": 0.6, "square_r36": b} for b in (0.4, 0.59, 0.5)],
