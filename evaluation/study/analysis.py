@@ -6,9 +6,11 @@ and a training seed. Each draw takes seeds and clusters with replacement, the sa
 are compared. Prompts of the test half alone are counted.
 """
 
+import re
 import zlib
 from dataclasses import dataclass
-from functools import cache
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +19,23 @@ from scipy import special
 
 from dataset.checks import KINDS
 from evaluation.probe.statistics import DRAWS, resampling_counts
-from evaluation.study.plan import list_rates
-from evaluation.study.results import LETTERS, RESULTS_DIR, read_nll, read_runs
+from evaluation.study.plan import Sweep, tune_rates
+from evaluation.study.results import LETTERS, RESULTS_DIR, read_runs
 from evaluation.study.settings import MAIN_BASE, Condition, Study, read_study
 from model.files import UserError
+
+TERM = re.compile(r"(?:^|([+-]) )(?:([\d.]+) )?([a-z]\S*)")  # of a sum: sign, factor, cell
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The study, its runs (ends and kept checkpoints, with `cell` and `title`) and its prompts."""
+    """The study, its runs with `cell` and `title`, its prompts, and its learning rates."""
 
     study: Study
-    runs: pd.DataFrame
+    runs: pd.DataFrame  # their ends and kept checkpoints
+    final: pd.DataFrame  # the completed runs, without kept checkpoints
     prompts: pd.DataFrame
-    folder: Path
-
-    @property
-    def final(self) -> pd.DataFrame:
-        """Return the completed runs, without kept checkpoints."""
-        is_final = ~self.runs.id.str.contains("@") & (self.runs.status == "completed")
-        return self.runs[is_final]
+    sweeps: dict[tuple[str, str], Sweep]
 
     def find_cell(self, cell: str, size: str) -> pd.DataFrame:
         """Return the runs of a cell by seed; `cell:size` names its own size."""
@@ -69,54 +68,52 @@ class Estimate:
 
 
 def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
-    """Read study.toml, the runs of its edition in its order, and the prompts."""
+    """Read study.toml, the prompts, and the runs of its edition in its order."""
     study, path = read_study(), folder / "prompts.csv"
-    runs = read_runs(folder, study.edition)
-    order = [*study.sizes, "base", *study.arms]
+    runs, order = read_runs(folder, study.edition), [*study.sizes, "base", *study.arms]
     runs = runs.sort_values("seed", kind="stable").sort_values(
         ["size", "arm"], key=lambda names: names.map(order.index), kind="stable"
     )
-    pairs = runs[["size", "arm"]].drop_duplicates().itertuples(index=False)
-    rates = {pair: list_rates(study, *pair, runs) for pair in map(tuple, pairs)}
-    names = [name_cell(study, run, rates[run.size, run.arm]) for run in runs.itertuples()]
+    sweeps = tune_rates(study, runs)
+    names = [name_cell(study, run, sweeps) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
-    prompts = pd.read_csv(path, keep_default_na=False) if path.is_file() else pd.DataFrame()
-    evidence = Evidence(study, runs, prompts, folder)
-    check_controlled(evidence.final)
-    return evidence
+    prompts = pd.DataFrame(columns=["set", "half"])
+    if path.is_file():
+        prompts = pd.read_csv(path, keep_default_na=False)
+    final = runs[~runs.id.str.contains("@") & (runs.status == "completed")]
+    check_controlled(final)
+    return Evidence(study, runs, final, prompts, sweeps)
 
 
-def name_cell(study: Study, run: tuple, rates: list[float]) -> tuple[str, str]:
+def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
     """Return the name of a run's cell and its title: its arm, and what is not usual."""
-    arm, base = study.arms.get(run.arm), run.base.rpartition("-")[2]
-    start = study.arms[run.start].title if run.start in study.arms else ""
+    base = run.base.rpartition("-")[2]
+    if run.arm == "base":
+        is_other = base != MAIN_BASE
+        return "base" + f"@{base}" * is_other, "the base alone" + f", {base}" * is_other
+    arm, rates = study.arms[run.arm], sweeps[run.size, run.arm].reported
+    start = study.arms.get(run.start, arm).title
     extras = [
-        (f"*{run.learning_rate:g}", "", arm and rates != [run.learning_rate]),
+        (f"*{run.learning_rate:g}", "", rates != [run.learning_rate]),
         (f"/{run.epochs:g}", f"{run.epochs:g} epochs", run.epochs != study.sizes[run.size].epochs),
         (f"~{run.samples:g}", f"{run.samples:,.0f} pairs", pd.notna(run.samples)),
         (f"@{base}", f"from {base}", base != MAIN_BASE),
         (f"^{run.start}", f"after {start}", run.start != "base"),
-        (f"#{run.data}", run.data, arm and run.data != arm.data),
+        (f"#{run.data}", run.data, run.data != arm.data),
     ]
-    extras = [(code, words) for code, words, is_unusual in extras if is_unusual]
-    extras = extras if arm else [one for one in extras if one[0][0] == "@"]
-    words = [arm.title if arm else "the base alone", *(words for _, words in extras if words)]
-    return run.arm + "".join(code for code, _ in extras), ", ".join(words)
+    codes, words, _ = zip(("", arm.title, True), *filter(itemgetter(2), extras), strict=True)
+    return run.arm + "".join(codes), ", ".join(filter(None, words))
 
 
 def check_controlled(runs: pd.DataFrame) -> None:
-    """Refuse arms that were not trained alike: gate G3.
-
-    Arms of one data set read the same tokens with the same labels, and those from one base started
-    from the weights that this base was measured with.
-    """
+    """Refuse runs that differ in their data, or did not start from their base's weights (G3)."""
     weights, arms = runs.set_index("id").weights, runs[runs.arm != "base"]
     for (data, _), group in arms.groupby(["data", "samples"], dropna=False):
         if group.train_data.map(str).nunique() > 1:
             raise UserError(f"runs on {data!r} differ in their training data; run them again")
-    for run in arms[(arms.start == "base") & arms.base.isin(weights.index)].itertuples():
-        if run.base_fingerprint != weights[run.base]:
-            raise UserError(f"{run.id}: started from other weights than those of {run.base}")
+    own = arms.base.map(weights)
+    for run in arms[(arms.start == "base") & own.notna() & (arms.base_fingerprint != own)].id:
+        raise UserError(f"{run}: started from other weights than those of its base; run it again")
 
 
 # ---------------------------------------------------------------- shares
@@ -134,12 +131,6 @@ def mark_answers(
     return np.array(marks)
 
 
-@cache
-def draw_counts(units: int, stream: str) -> np.ndarray:
-    """Return how often each draw takes each unit: (DRAWS, units)."""
-    return resampling_counts(units, DRAWS, zlib.crc32(stream.encode()))
-
-
 def draw_shares(
     marks: np.ndarray, prompts: pd.DataFrame, size: str, alone: int | None = None
 ) -> np.ndarray:
@@ -151,41 +142,45 @@ def draw_shares(
     codes, names = pd.factorize(prompts.cluster)
     members = np.eye(len(names))[codes]
     sums, counts = marks @ members, members.sum(axis=0)
-    of_clusters = draw_counts(len(counts), prompts["set"].iloc[0])
-    of_seeds = draw_counts(len(marks), f"seeds {size}")
+    units = {prompts["set"].iloc[0]: len(counts), f"seeds {size}": len(marks)}
+    of_clusters, of_seeds = (
+        resampling_counts(count, DRAWS, zlib.crc32(stream.encode()))
+        for stream, count in units.items()
+    )
     total = (of_seeds * (of_clusters @ sums.T)).sum(axis=1)
     draws = total / (of_seeds.sum(axis=1) * (of_clusters @ counts))
     return np.concatenate([[marks.mean()], marks.mean(axis=1)[:alone], draws])
 
 
 def estimate_sum(
-    evidence: Evidence, condition: Condition, size: str, decoding: str, prompts: pd.DataFrame
+    evidence: Evidence, condition: Condition, place: tuple[str, str, str], prompts: pd.DataFrame
 ) -> tuple[Estimate, int] | None:
-    """Estimate a condition's sum of cells, and count their bases; None if a cell was not run.
+    """Estimate a sum of cells, and count their bases; None if a cell was not run.
 
-    Cells of one size are compared over the seeds that all of them have.
+    Cells of one size are compared over the seeds that all of them have. `place`: the sum, the size
+    of cells that name none, and the decoding.
     """
-    cells = [evidence.find_cell(cell, size) for _, cell in condition.terms]
-    if any(runs.empty for runs in cells):
+    estimate, size, decoding = place
+    terms = TERM.findall(estimate)
+    runs = pd.concat(
+        evidence.find_cell(cell, size).assign(cell=i, factor=float(f"{sign}{factor or 1}"))
+        for i, (sign, factor, cell) in enumerate(terms)
+    )
+    cells = runs.groupby("size").cell.transform("nunique")
+    runs = runs[runs.groupby(["size", "seed"]).cell.transform("nunique") == cells]
+    if runs.cell.nunique() < len(terms):
         return None
-    sizes = [runs["size"].iloc[0] for runs in cells]
-    seeds: dict[str, set] = {}
-    for one, runs in zip(sizes, cells, strict=True):
-        seeds[one] = seeds.get(one, set(runs.seed)) & set(runs.seed)
-    if not (alone := min(map(len, seeds.values()))):
-        return None
-    total = 0.0
-    for (factor, _), one, runs in zip(condition.terms, sizes, cells, strict=True):
-        runs, chosen = runs[runs.seed.isin(seeds[one])], prompts
+    alone, total = runs.cell.value_counts().min(), 0.0
+    for (_, factor, one), group in runs.groupby(["cell", "factor", "size"]):
         if condition.scalar:
-            marks, chosen = runs[[condition.scalar]].to_numpy(float), prompts.iloc[:1]
+            marks, chosen = group[[condition.scalar]].to_numpy(float), prompts.iloc[:1]
         else:
-            marks = mark_answers(runs, prompts, decoding)
+            marks, chosen = mark_answers(group, prompts, decoding), prompts
         shares = draw_shares(marks, chosen, one, alone)
         if condition.log_odds:
             shares = special.logit(np.clip(shares, 5e-4, 1 - 5e-4))  # half a prompt of 1,000
         total = total + factor * shares
-    return Estimate.of(total), pd.concat(cells).base.nunique()
+    return Estimate.of(total), runs.base.nunique()
 
 
 # ---------------------------------------------------------------- tables
@@ -194,38 +189,23 @@ def estimate_sum(
 def tabulate_cells(evidence: Evidence) -> pd.DataFrame:
     """Return a row a reported cell, set and decoding, in the order of study.toml.
 
-    Columns: size, cell, arm, title, learning_rate, seeds, diverged, set, decoding, share (an
-    Estimate), above_chance, and the share of each kind of `KINDS`.
+    Columns: size, cell, arm, title, learning_rate, seeds, set, decoding, share (correct) with its
+    interval (low, high), above_chance, and the share of each kind of `KINDS`.
     """
-    rows, final = [], evidence.final
-    lost = evidence.runs[evidence.runs.status == "diverged"].groupby(["size", "cell"]).size()
-    for (size, cell), runs in final.groupby(["size", "cell"], sort=False):
+    rows, sets = [], evidence.prompts["set"].unique()
+    for (size, cell), runs in evidence.final.groupby(["size", "cell"], sort=False):
         first = runs.iloc[0]
         is_rate_trial = "*" in cell and not evidence.study.arms[first.arm].fixed
-        if is_rate_trial or runs.outcomes.map(str).str.contains("-", regex=False).any():
+        if is_rate_trial or set(first.outcomes) != set(sets):
             continue  # serves the choice of a rate
         place = first[["size", "cell", "arm", "title", "learning_rate"]].to_dict()
-        place |= {"seeds": len(runs), "diverged": lost.get((size, cell), 0)}
-        for name in evidence.prompts["set"].unique():
+        for name, decoding in product(sets, evidence.study.probe["decodings"]):
             prompts = evidence.choose_prompts(name)
-            for decoding in evidence.study.probe.draws:
-                kinds = {kind: mark_answers(runs, prompts, decoding, kind) for kind in KINDS}
-                share = Estimate.of(draw_shares(kinds["correct"], prompts, size))
-                chance = prompts.chance.astype(float).mean()
-                row = {"set": name, "decoding": decoding, "share": share}
-                row["above_chance"] = (share.value - chance) / (1 - chance)
-                rows.append(place | row | {kind: marks.mean() for kind, marks in kinds.items()})
+            kinds = {kind: mark_answers(runs, prompts, decoding, kind) for kind in KINDS}
+            found = Estimate.of(draw_shares(kinds["correct"], prompts, size))
+            chance = prompts.chance.mean()
+            row = {"seeds": len(runs), "set": name, "decoding": decoding, "share": found.value}
+            row |= {"low": found.low, "high": found.high}
+            row["above_chance"] = (found.value - chance) / (1 - chance)
+            rows.append(place | row | {kind: marks.mean() for kind, marks in kinds.items()})
     return pd.DataFrame(rows)
-
-
-def tabulate_nll(evidence: Evidence, name: str = "combinations") -> pd.DataFrame:
-    """Return nats a token of a set's reference answers by run id: without end tokens, and ends."""
-    if not (evidence.folder / "nll.parquet").is_file() or evidence.prompts.empty:
-        return pd.DataFrame(columns=["answer", "end"], dtype=float)
-    table = read_nll(evidence.folder, evidence.study.edition).query("set == @name").set_index("id")
-    places = evidence.choose_prompts(name).index
-    table = table[["nats", "end_nats", "tokens", "ends"]]
-    sums = table.map(lambda values: np.array(values)[places].sum(), na_action="ignore")
-    counts, sums = sums.loc[""], sums.drop("")
-    answer = (sums.nats - sums.end_nats) / (counts.tokens - counts.ends)
-    return pd.DataFrame({"answer": answer, "end": sums.end_nats / counts.ends})

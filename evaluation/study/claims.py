@@ -29,38 +29,27 @@ def select_skills(evidence: Evidence, decoding: str, prompts: pd.DataFrame) -> p
     return prompts
 
 
-def list_paths(evidence: Evidence, arm: str, size: str) -> pd.DataFrame:
-    """Return kept checkpoints and ends of an arm's runs from the main base, at every rate."""
-    runs, base = evidence.runs, Run(size, MAIN_BASE).base_id
-    runs = runs[(runs.arm == arm) & (runs.base == base) & (runs.status == "completed")]
-    stems = runs.id.str.split("@").str[0]
-    return runs[stems.isin(stems[runs.id.str.contains("@")])]
-
-
-def draw_frontier(evidence: Evidence, arm: str, size: str, decoding: str) -> np.ndarray | None:
-    """Return the best share of unseen things at each level of combinations: (draws, levels).
-
-    The best is over checkpoints and rates whose share of combinations reaches the level; -inf where
-    none does.
-    """
-    points = []
-    for _, runs in list_paths(evidence, arm, size).groupby(["learning_rate", "step"]):
-        sets = [evidence.choose_prompts(name) for name in ("combinations", "unseen")]
-        points.append([draw_shares(mark_answers(runs, s, decoding), s, size) for s in sets])
-    if not points:
-        return None
-    taught, unseen = np.moveaxis(np.array(points), 1, 0)
-    return np.where(taught[:, :, None] >= LEVELS, unseen[:, :, None], -np.inf).max(axis=0)
-
-
 def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str, Estimate] | None:
     """Return all_r8's frontier minus full fine-tuning's, by level that both reach with each seed.
 
-    None if a frontier was not run.
+    A frontier is the best share of unseen things, over checkpoints and rates whose share of
+    combinations reaches the level. None if a frontier was not run.
     """
-    ours, full = (draw_frontier(evidence, arm, size, decoding) for arm in ("all_r8", "fft"))
-    if ours is None or full is None:
-        return None
+    frontiers = []
+    for arm in ("all_r8", "fft"):
+        points, runs, base = [], evidence.runs, Run(size, MAIN_BASE).base_id
+        runs = runs[(runs.arm == arm) & (runs.base == base) & (runs.status == "completed")]
+        stems = runs.id.str.split("@").str[0]
+        paths = runs[stems.isin(stems[runs.id.str.contains("@")])]  # with checkpoints and end
+        for _, runs in paths.groupby(["learning_rate", "step"]):
+            sets = [evidence.choose_prompts(name) for name in ("combinations", "unseen")]
+            points.append([draw_shares(mark_answers(runs, s, decoding), s, size) for s in sets])
+        if not points:
+            return None
+        taught, unseen = np.moveaxis(np.array(points), 1, 0)
+        reached = np.where(taught[:, :, None] >= LEVELS, unseen[:, :, None], -np.inf)
+        frontiers.append(reached.max(axis=0))  # (draws, levels)
+    ours, full = frontiers
     both = np.isfinite(ours) & np.isfinite(full)
     gaps = np.where(both, ours, np.nan) - full
     levels = np.flatnonzero(both[:-DRAWS].all(axis=0))
@@ -85,7 +74,7 @@ def list_endings(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["base", "edition", "bound", "endless"])
 
 
-def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimate | None]:
+def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimate]:
     """Return the rank correlation of bound and endless answers, and the smallest ordered step.
 
     Args:
@@ -96,46 +85,34 @@ def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimat
     shares = table.set_index("base").endless.reindex([Run("xs", name).base_id for name in bases])
     values = {"rank correlation": found if len(table) >= FEWEST_BASES else np.nan}
     values["smallest step"] = shares.diff().iloc[1:].min(skipna=False)
-    return {
-        key: None if np.isnan(one) else Estimate(*[float(one)] * 3) for key, one in values.items()
-    }
+    return {key: Estimate(*[float(one)] * 3) for key, one in values.items() if not np.isnan(one)}
 
 
 # ---------------------------------------------------------------- verdicts
 
 
-def is_satisfied(condition: Condition, found: Estimate) -> bool:
+def lies_within(found: Estimate, low: float, high: float, whole: bool = True) -> bool:
     """Say whether an estimate, and unless `whole` is off its interval and seeds, are in bounds."""
-    values = [found.value] + [found.low, found.high, *found.by_seed] * condition.whole
-    return min(values) >= condition.at_least and max(values) <= condition.at_most
+    values = [found.value] + [found.low, found.high, *found.by_seed] * whole
+    return low <= min(values) and max(values) <= high
 
 
-def judge_condition(
-    evidence: Evidence, claim: Claim, condition: Condition, size: str, decoding: str
-) -> tuple[bool | None, list[dict]]:
-    """Say whether a condition holds (None: not run), and list what it bounds."""
-    found: dict[str, Estimate] | None = None
-    bases = 1
-    if evidence.prompts.empty:
-        pass
-    elif claim.kind == "frontier":
-        found = compare_frontiers(evidence, size, decoding)
-    elif claim.kind == "reachability":
-        one = correlate_endings(evidence, claim.bases)[condition.estimate]
-        found = {condition.estimate: one} if one else None
-        bases = len(list_endings(evidence))
-    else:
-        prompts = evidence.choose_prompts("combinations")
-        prompts = select_skills(evidence, decoding, prompts) if claim.middle_skills else prompts
-        if not prompts.empty and (
-            one := estimate_sum(evidence, condition, size, decoding, prompts)
-        ):
-            found, bases = {condition.title: one[0]}, one[1]
-    place = {"claim": claim.name, "size": size, "decoding": decoding, "bases": bases}
-    if found is None:
-        return None, []
-    rows = [place | {"estimate": text, "value": one} for text, one in found.items()]
-    return bool(rows) and all(is_satisfied(condition, row["value"]) for row in rows), rows
+def estimate_claim(
+    evidence: Evidence, claim: Claim, condition: Condition, place: tuple[str, str, str]
+) -> tuple[dict[str, Estimate] | None, int]:
+    """Return what (estimate, size, decoding) names (None: not run), and on how many bases."""
+    (estimate, size, decoding), prompts = place, evidence.choose_prompts("combinations")
+    if claim.kind == "frontier":
+        return compare_frontiers(evidence, size, decoding), 1
+    if claim.kind == "reachability":
+        found = {k: v for k, v in correlate_endings(evidence, claim.bases).items() if k == estimate}
+        return found or None, len(list_endings(evidence))
+    if claim.middle_skills:
+        prompts = select_skills(evidence, decoding, prompts)
+    found = None if prompts.empty else estimate_sum(evidence, condition, place, prompts)
+    scale = "log-odds" if condition.log_odds else condition.scalar
+    name = f"{estimate}, {scale}" if scale else estimate
+    return ({name: found[0]}, found[1]) if found else (None, 1)
 
 
 def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -145,20 +122,23 @@ def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     claims, estimates = [], []
     for claim in evidence.study.claims:
-        sides: dict[str, list[bool | None]] = {"supported": [], "refuted": []}
-        for side, met in sides.items():
-            for condition in getattr(claim, side):
-                sizes = condition.sizes or claim.sizes
-                sizes = [s for s in sizes if s in set(evidence.final["size"])] or sizes
-                for size, decoding in product(sizes, claim.decodings):
-                    one, rows = judge_condition(evidence, claim, condition, size, decoding)
-                    met.append(one)
-                    estimates += rows
-        is_met = {"supported": all(sides["supported"]), "refuted": all(sides["refuted"])}
-        if claim.refuted_by == "any":
-            is_met["refuted"] = any(sides["refuted"])
-        conditions = sides["supported"] + sides["refuted"]
-        verdicts = [side for side, holds in is_met.items() if holds]
+        met: dict[str, list[bool | None]] = {"supported": [], "refuted": []}
+        missed = []  # whether an estimate is wholly out of bounds
+        for side, condition in [(s, one) for s in met for one in getattr(claim, s)]:
+            low, high = condition.at_least, condition.at_most
+            sizes = condition.sizes or claim.sizes
+            sizes = [s for s in sizes if s in set(evidence.final["size"])] or sizes
+            for place in product(condition.estimates, sizes, claim.decodings):
+                found, bases = estimate_claim(evidence, claim, condition, place)
+                met[side].append(None if found is None else bool(found))
+                for name, one in (found or {}).items():
+                    estimates.append((claim.name, name, *place[1:], bases, one))
+                    met[side][-1] &= lies_within(one, low, high, condition.whole)
+                    missed.append(lies_within(one, -np.inf, low) or lies_within(one, high, np.inf))
+        is_refuted = all(met["refuted"]) if claim.refuted else any(missed)
+        sides = {"supported": all(met["supported"]), "refuted": is_refuted}
+        conditions = met["supported"] + met["refuted"]
+        verdicts = [side for side, holds in sides.items() if holds]
         verdict = verdicts[0] if len(verdicts) == 1 else "open"
         if verdict == "open" and None in conditions:
             verdict = "open, not all run" if set(conditions) != {None} else "not run"

@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from evaluation.study import edition1
-from evaluation.study.analysis import Evidence, mark_answers
-from evaluation.study.claims import list_endings, list_paths
+from evaluation.study.analysis import Evidence
+from evaluation.study.claims import list_endings
+from evaluation.study.edition1 import CONTENT, SIZES, choose_cells
 
 STYLE = {
     "svg.fonttype": "none",
@@ -21,22 +21,22 @@ STYLE = {
     "legend.frameon": False,
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-ARMS = ["seed", "seed_tuned", "all_r8", "all_r64", "all_r8_embedding", "all_r8_vocabulary"]
-ARMS += ["fft_frozen", "fft"]
+HEADLINE = ["base", "seed", "all_r8", "all_r8_vocabulary", "fft"]  # arms
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     """Draw a panel for each `panel` of a table, and in it a color for each `series`.
 
     Args:
-        table: points (`x`, `y`; y may be names), either with intervals from `low` to `high`, or
-            joined along each `path`, with a `note` beside those that have one.
+        table: points (`x`, `y`), either with names as y and intervals from `low` to `high`, or
+            with a `note` beside each.
         x, y: titles of the axes.
     """
     panels = table.groupby("panel", sort=False)
     names = list(dict.fromkeys(table.y)) if "low" in table else []
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False)
+        how = {"sharey": True, "squeeze": False, "figsize": (1 + 4.5 * len(panels), 3)}
+        figure, axes = plt.subplots(1, len(panels), **how)
         for ax, (panel, points) in zip(axes[0], panels, strict=True):
             for i, (label, rows) in enumerate(points.groupby("series", sort=False)):
                 if names:
@@ -45,18 +45,14 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
                     ax.errorbar(rows.x, places, xerr=reach, fmt="o", label=label)
                     continue
                 ax.plot(rows.x, rows.y, ".", color=f"C{i}", label=label)
-                for _, path in rows.groupby("path"):
-                    ax.plot(path.x, path.y, color=f"C{i}")
-                for row in rows.dropna(subset="note").itertuples():
+                for row in rows.itertuples():
                     ax.annotate(row.note, (row.x, row.y), fontsize=6)
             ax.set(xlabel=x, title=panel)
-        ax = axes[0][0]
-        ax.set_ylabel(y)
+        axes[0][0].set_ylabel(y)
         if names:
-            ax.set(xlim=(0, 1), ylim=(len(names), -1))
-            ax.set_yticks(range(len(names)), names)
-        ax.legend()
-        figure.set_size_inches(1 + 4.5 * len(panels), 3)
+            axes[0][0].set(xlim=(0, 1), ylim=(len(names), -1))
+            axes[0][0].set_yticks(range(len(names)), names)
+        axes[0][0].legend()
         figure.suptitle(title, x=0, ha="left")
         file = io.StringIO()
         figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -67,9 +63,9 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
 def draw_edition1(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     """Draw the first edition's R without ends at both sizes, by arm."""
     title = "Learning rate and frozen embedding hold LoRA back at 1.6M parameters"
-    main = edition1.list_main_cells().query("arm != 'fft'")
+    main = choose_cells(CONTENT["readme"]).query("arm != 'fft'")
     columns = {"x": main.R_no_end, "low": main.R_no_end_low, "high": main.R_no_end_high}
-    series = main.base.map(edition1.SIZES["name"]) + " parameters"
+    series = main.base.map(SIZES["name"]) + " parameters"
     table = pd.DataFrame(columns).assign(panel="", series=series, y=main.trained)
     return title, draw_panels(title, table, "share of full fine-tuning's gain, without end tokens")
 
@@ -78,49 +74,24 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     """Draw the share of correct answers by arm and size, both decodings."""
     if cells.empty:
         return None
-    usual = cells[(cells["set"] == "combinations") & cells.cell.isin(ARMS)]
-    table = pd.DataFrame([vars(share) for share in usual.share], usual.index)
-    table = table.rename(columns={"value": "x"}).assign(panel=usual["size"], y=usual.title)
-    table["series"] = usual.decoding.map(DECODING_TITLES)
-    last = usual[(usual["size"] == usual["size"].iloc[-1]) & (usual.decoding == "greedy")]
+    table = cells[(cells["set"] == "combinations") & cells.cell.isin(HEADLINE)]
+    last = table[(table["size"] == table["size"].iloc[-1]) & (table.decoding == "greedy")]
     last = last[last.cell.isin(["fft", "all_r8", "seed"])]
-    words = [f"{row.title} {100 * row.share.value:.0f}%" for row in last.itertuples()]
+    words = [f"{row.title} {100 * row.share:.0f}%" for row in last.itertuples()]
     title = f"Correct greedy answers at {last['size'].iloc[0]}: {', '.join(words)}"
+    table = table.rename(columns={"share": "x", "size": "panel", "title": "y"})
+    table["series"] = table.decoding.map(DECODING_TITLES)
     return title, draw_panels(title, table, "correct answers")
-
-
-def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
-    """Draw unseen things against combinations, along the checkpoints of each rate."""
-    rows = []
-    for arm in ("fft", "all_r8", "fft_mixed"):
-        for (rate, _), runs in list_paths(evidence, arm, "xs").groupby(["learning_rate", "step"]):
-            for decoding, panel in DECODING_TITLES.items():
-                sets = [evidence.choose_prompts(name) for name in ("combinations", "unseen")]
-                shares = [mark_answers(runs, prompts, decoding).mean() for prompts in sets]
-                rows.append((panel, evidence.study.arms[arm].title, *shares, rate))
-    if not rows:
-        return None
-    table = pd.DataFrame(rows, columns=["panel", "series", "x", "y", "path"])
-    is_last = ~table.duplicated(["panel", "series", "path"], keep="last")
-    table["note"] = table.path.map("{:g}".format).where(is_last)
-    title = "What is learned against what is kept, at 8 checkpoints of each learning rate"
-    return title, draw_panels(title, table, "correct on combinations", "correct on unseen things")
 
 
 def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     """Draw the share of endless answers against the bound of the end token, a point a base."""
     title = "Where the end token cannot become probable, sampled answers do not end"
     table = list_endings(evidence)
-    table = table.assign(panel="", series="edition " + table.edition.map(str), path=table.base)
+    table = table.assign(panel="", series="edition " + table.edition.map(str))
     table = table.rename(columns={"bound": "x", "endless": "y", "base": "note"})
-    return title, draw_panels(
-        title, table, "bound of the end token's probability", "endless answers"
-    )
+    texts = "bound of the end token's probability", "endless answers"
+    return title, draw_panels(title, table, *texts)
 
 
-FIGURES = {
-    "edition1": draw_edition1,
-    "headline": draw_headline,
-    "keeping": draw_keeping,
-    "endings": draw_endings,
-}
+FIGURES = {"edition1": draw_edition1, "headline": draw_headline, "endings": draw_endings}

@@ -15,17 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import pandas as pd
 
-from dataset.checks import judge_answer
-from dataset.lm_dataset import encode_conversations, read_jsonl
+from dataset.lm_dataset import read_jsonl
 from dataset.world.generate import PROBES, ensure_world
-from evaluation.probe.answers import Checkpoint, probe
-from evaluation.probe.likelihood import measure_nll, sum_nats
-from evaluation.probe.prompts import Prompt, encode_prompts, read_prompts
+from evaluation.probe.answers import probe
+from evaluation.probe.likelihood import measure_nll
+from evaluation.probe.prompts import read_prompts
+from evaluation.probe.world_measure import is_right, replace_thing, split_answer
 from evaluation.study.results import LETTERS, RESULTS_DIR
-from evaluation.study.settings import STUDY_FILE, ProbeSettings, read_study
+from evaluation.study.settings import STUDY_FILE, Study, read_study
 from model.checkpoint import load_checkpoint
 from model.files import UserError, run_script, write_json
-from model.model_minimind import IGNORE_INDEX, weights_fingerprint
+from model.model_minimind import weights_fingerprint
 from model.reachability import reachable_probability
 
 MOST_DONORS = 20  # answers to other prompts of the skill, for the chance level
@@ -33,107 +33,67 @@ MOST_DONORS = 20  # answers to other prompts of the skill, for the chance level
 
 def find_chance(record: dict, others: list[dict]) -> float:
     """Return the share of other answers of the skill that are right once they name this thing."""
-    answers = [
-        other["conversations"][-1]["content"].lower().replace(old.lower(), new.lower())
-        for other in others[:MOST_DONORS]
-        for old, new in zip(other["things"][:1], record["things"][:1], strict=False)
-        if other["things"] != record["things"]
-    ]
-    found = [judge_answer(answer, True, record) == "correct" for answer in answers]
-    return round(float(np.mean(found)), 4) if found else 0.0
+    new = split_answer(record)[0]
+    donors = [other for other in others[:MOST_DONORS] if other["things"] != record["things"]]
+    answers = [replace_thing(answer, old, new) for old, answer in map(split_answer, donors)]
+    return round(float(np.mean([is_right(answer, record) for answer in answers] or [0])), 4)
 
 
-def list_prompts(records: list[dict]) -> pd.DataFrame:
-    """Describe the prompts: set, half, skill, cluster (thing, or thing and skill), chance."""
+def check_prompts(data: dict[str, Path], path: Path) -> None:
+    """Write prompts.csv at the first run, and refuse other prompts after that.
+
+    Columns: id, set, half, skill, cluster (thing, or thing and skill), chance.
+    """
+    files = [data[f"{name}_{half}"] for name in PROBES for half in PROBES[name]]
+    records = [record for file in files for _, record in read_jsonl(file)]
     table = pd.DataFrame(records)[["id", "set", "half", "skill"]]
-    table["thing"] = ["+".join(record["things"]) for record in records]
-    is_pair = table["set"] == "combinations"
-    table["cluster"] = table.thing.where(~is_pair, table.thing + ":" + table.skill)
-    for _, group in table.groupby(["set", "skill"]):
-        others = [records[i] for i in group.index]
-        table.loc[group.index, "chance"] = [find_chance(one, others) for one in others]
-    return table
-
-
-def check_prompts(records: list[dict], path: Path) -> pd.DataFrame:
-    """Write prompts.csv at the first run, and refuse other prompts after that."""
     if not path.is_file():
-        list_prompts(records).to_csv(path, index=False)
-    table = pd.read_csv(path, keep_default_na=False)
-    if table.id.tolist() != [record["id"] for record in records]:
+        things = pd.Series(["+".join(record["things"]) for record in records])
+        is_thing = table["set"] != "combinations"
+        table["cluster"] = things.where(is_thing, things + ":" + table.skill)
+        for _, group in table.groupby(["set", "skill"]):
+            others = [records[i] for i in group.index]
+            table.loc[group.index, "chance"] = [find_chance(one, others) for one in others]
+        table.to_csv(path, index=False)
+    if not pd.read_csv(path).id.equals(table.id):
         raise UserError(f"{path}: the world has other prompts now; restore the world of this study")
-    return table
 
 
-def ask_prompts(
-    checkpoint: Checkpoint, prompts: list[Prompt], draws: dict[str, int], probing: ProbeSettings
-) -> dict[str, np.ndarray]:
-    """Return, by decoding, letters of `LETTERS`: (draws, prompts)."""
-    letters = {}
-    for name, count in draws.items():
-        settings = range(1, count + 1), probing.max_new_tokens, probing.batch_size
-        samples = probe(checkpoint, prompts, [name], *settings)  # draw by draw
-        found = np.array([LETTERS[sample["outcome"]] for sample in samples])
-        letters[name] = found.reshape(count, len(prompts))
-    return letters
-
-
-def measure_references(checkpoint: Checkpoint, prompts: list[Prompt], batch_size: int) -> dict:
-    """Return nats, end_nats, tokens and ends of each prompt's reference answer, its last turn."""
-    model, tokenizer = checkpoint
-    whole = encode_conversations(tokenizer, [one.record["conversations"] for one in prompts])
-    before = encode_prompts(tokenizer, prompts)
-    samples, end = [], tokenizer.eos_token_id
-    for (ids, labeled), prompt in zip(whole, before, strict=True):
-        is_answer = np.array(labeled) & (np.arange(len(ids)) >= len(prompt))
-        samples.append((np.array(ids), np.where(is_answer, ids, IGNORE_INDEX)))
-    nats, end_nats = sum_nats(model, samples, batch_size, end).T
-    tokens = [(labels != IGNORE_INDEX).sum() for _, labels in samples]
-    ends = [(labels == end).sum() for _, labels in samples]
-    return {"nats": nats, "end_nats": end_nats, "tokens": tokens, "ends": ends}
-
-
-def measure_checkpoint(
-    folder: Path, prompts_csv: Path, only_tune: bool, probing: ProbeSettings
-) -> dict:
-    """Return outcomes, nats and scalars of a checkpoint.
+def measure_checkpoint(study: Study, folder: Path, data: dict[str, Path], only_tune: bool) -> dict:
+    """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
     Args:
-        prompts_csv: written at the first run, compared with the world's prompts after that.
-        only_tune: ask the tuning half alone, greedily; other prompts have the letter "-".
+        only_tune: ask the tuning half of the combinations alone, greedily.
     """
-    data = ensure_world()
-    paths = [data[f"{name}_{half}"] for name in PROBES for half in ("tune", "test")]
-    table = check_prompts([record for path in paths for _, record in read_jsonl(path)], prompts_csv)
     model, tokenizer = checkpoint = load_checkpoint(folder)
-    rows = table.index[(table.half == "tune") | (not only_tune)]
-    prompts = [prompt for path in paths for prompt in read_prompts(path)]
-    prompts = [prompts[row] for row in rows]
-    draws = {"greedy": 1} if only_tune else probing.draws
-    letters = {
-        name: pd.DataFrame(found, columns=rows).reindex(columns=table.index, fill_value="-")
-        for name, found in ask_prompts(checkpoint, prompts, draws, probing).items()
-    }
-    nll = pd.DataFrame(measure_references(checkpoint, prompts, probing.batch_size), rows)
-    nll = nll.reindex(table.index)
-    is_tuning = (table["set"] == "combinations") & (table.half == "tune")
-    tuning = nll[is_tuning].sum()
-    text = measure_nll(checkpoint, "pretrain", [data["pretrain_valid"]], 340, 32)
-    outcomes, nats = {}, {}
-    for name, group in table.groupby("set", sort=False):
-        nats[name] = nll.loc[group.index].to_dict("list")
-        outcomes[name] = {
-            decoding: " ".join(found[group.index].sum(axis=1))
-            for decoding, found in letters.items()
-        }
+    sets = {name: [data[f"{name}_{half}"] for half in PROBES[name]] for name in PROBES}
+    options, length = study.probe, study.common["max_seq_len"]
+    if only_tune:
+        sets = {"combinations": [data["combinations_tune"]]}
+        options = options | {"decodings": ["greedy"]}
+    outcomes, nll = {}, {}
+    for name, paths in sets.items():
+        prompts = [prompt for path in paths for prompt in read_prompts(path)]
+        samples = pd.DataFrame(probe(checkpoint, prompts, **options)).fillna({"seed": 0})
+        letters = samples.assign(letter=samples.outcome.map(LETTERS))
+        draws = letters.groupby(["decoding", "seed"]).letter.agg("".join)
+        outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
+        nll[name] = measure_nll(checkpoint, "sft", paths, length, 32)["sequences"]
+    count = PROBES["combinations"]["tune"]  # these come first
+    text = measure_nll(checkpoint, "pretrain", [data["pretrain_valid"]], length, 32)
     scalars = {
-        "tune_correct": float((letters["greedy"].loc[0, is_tuning] == "c").mean()),
-        "tune_nll": (tuning.nats - tuning.end_nats) / (tuning.tokens - tuning.ends),
+        "tune_correct": outcomes["combinations"]["greedy"][:count].count("c") / count,
         "nll_text": text["nats_per_token"],
         "reachable_end": float(reachable_probability(model, [tokenizer.eos_token_id])[0]),
     }
+    table = pd.DataFrame(nll["combinations"])
+    for half, rows in {"tune": table[:count], "test": table[count:]}.items():
+        one = rows.sum()
+        if one.tokens:
+            scalars[f"{half}_nll"] = (one.nats - one.end_nats) / (one.tokens - one.ends)
+            scalars[f"{half}_end_nll"] = one.end_nats / one.ends
     weights = weights_fingerprint(model)
-    return {"weights": weights, "outcomes": outcomes, "scalars": scalars, "nll": nats}
+    return {"weights": weights, "outcomes": outcomes, "scalars": scalars, "nll": nll}
 
 
 def main() -> None:
@@ -145,9 +105,9 @@ def main() -> None:
     parser.add_argument("--prompts_csv", type=Path, default=RESULTS_DIR / "prompts.csv")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     args = parser.parse_args()
-    probing = read_study(args.study).probe
-    record = measure_checkpoint(args.folder, args.prompts_csv, args.only_tune, probing)
-    write_json(args.output, record)
+    study, data = read_study(args.study), ensure_world()
+    check_prompts(data, args.prompts_csv)
+    write_json(args.output, measure_checkpoint(study, args.folder, data, args.only_tune))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import pandas as pd
 from evaluation.study.settings import MAIN_BASE, Experiment, Study
 
 MOST_EXTENSIONS = 3  # of a grid, on each side
-SCRIPTS = {"pretrain": "train_pretrain", "full_sft": "train_full_sft", "lora": "train_lora"}
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,9 @@ class Run:
 class Sweep:
     """What is known of an arm's learning rates at a size."""
 
-    best: float | None  # None while runs are missing
-    missing: list[float]
-    is_interior: bool
-    shares: pd.Series  # correct on the tuning half, by rate; nan where a run diverged
+    reported: list[float]  # the best rate, or fixed ones; none while the best is unknown
+    missing: list[float]  # must run to know the best
+    shares: dict[float, float] = field(default_factory=dict)  # correct, by rate; nan: diverged
 
 
 def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
@@ -75,7 +73,9 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     Args:
         done: runs of this edition, with `id`, `status`, `tune_correct` and `tune_nll`.
     """
-    grid = sorted(study.arms[arm].rates[size])
+    grid = sorted(study.arms[arm].rates.get(size, []))
+    if not grid:
+        return Sweep(study.arms[arm].fixed, [])
     ratio, steps = grid[1] / grid[0], range(1, MOST_EXTENSIONS + 1)
     below = [float(f"{grid[0] / ratio**step:.3g}") for step in steps]
     above = [float(f"{grid[-1] * ratio**step:.3g}") for step in steps]
@@ -84,44 +84,37 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     table = ended.set_index(ended.id.map(ids))[["tune_correct", "tune_nll"]].sort_index()
     shares = table.tune_correct.astype(float)
     if missing := [rate for rate in grid if rate not in table.index]:
-        return Sweep(None, missing, False, shares)
+        return Sweep([], missing, shares.to_dict())
     ties = table[shares.fillna(-1) >= shares.fillna(-1).max() - study.tie]
     best = float(ties.tune_nll.astype(float).fillna(float("inf")).idxmin())
     beyond = {shares.index[0]: below, shares.index[-1]: above}.get(best, [])
     missing = [rate for rate in beyond if rate not in table.index][:1]
-    return Sweep(None if missing else best, missing, not beyond, shares)
+    return Sweep([] if missing else [best], missing, shares.to_dict())
 
 
-def list_rates(study: Study, size: str, arm: str, done: pd.DataFrame) -> list[float]:
-    """Return the rates at which an arm is reported; none while its best rate is unknown."""
-    if arm not in study.arms or size not in study.arms[arm].rates:
-        return study.arms[arm].fixed if arm in study.arms else []
-    best = tune_rate(study, size, arm, done).best
-    return [] if best is None else [best]
+def tune_rates(study: Study, done: pd.DataFrame) -> dict[tuple[str, str], Sweep]:
+    """Return what is known of the learning rates of all arms by (size, arm)."""
+    places = [(size, arm) for arm in study.arms for size in study.sizes]
+    return {place: tune_rate(study, *place, done) for place in places}
 
 
-def plan_experiment(study: Study, experiment: Experiment, done: pd.DataFrame) -> Iterator[Run]:
+def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Iterator[Run]:
     """Yield an experiment's runs as far as their rates are known, those that tune first."""
-    rates = {}
-    for size, arm in product(experiment.sizes, experiment.arms):
-        rates[size, arm] = list_rates(study, size, arm, done)
-        if grid := study.arms[arm].rates.get(size):
-            for rate in tune_rate(study, size, arm, done).missing or grid:
-                yield make_tuning_run(study, size, arm, rate)
-            if experiment.grid and rates[size, arm]:
-                rates[size, arm] = grid
-    for size, base, arm, start in product(
-        experiment.sizes, experiment.bases, experiment.arms, experiment.starts
-    ):
+    places = list(product(experiment.sizes, experiment.arms))
+    for size, arm in places:
+        for rate in sweeps[size, arm].missing or study.arms[arm].rates.get(size, []):
+            yield make_tuning_run(study, size, arm, rate)
+    for (size, arm), base, start in product(places, experiment.bases, experiment.starts):
         shape, data = study.sizes[size], experiment.data or study.arms[arm].data
-        epochs = experiment.epochs or shape.epochs
-        first = list_rates(study, size, start, done)
-        for seed, rate in product(experiment.seeds or shape.seeds, rates[size, arm]):
+        epochs, rates = experiment.epochs or shape.epochs, sweeps[size, arm].reported
+        if experiment.grid and rates:
+            rates = study.arms[arm].rates[size]
+        for seed, rate in product(experiment.seeds or shape.seeds, rates):
             run = Run(size, base, arm, rate, seed, epochs, data, start, experiment.samples)
             run = replace(run, checkpoints=experiment.checkpoints, start_id=run.base_id)
             if start == "base":
                 yield run
-            elif first:
+            elif first := sweeps[size, start].reported:
                 yield replace(run, start_id=Run(size, base, start, *first, seed, shape.epochs).id)
 
 
@@ -131,8 +124,9 @@ def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
     A run keeps checkpoints if any experiment asks for them.
     """
     runs: dict[str, Run] = {}
+    sweeps = tune_rates(study, done)
     for experiment in study.experiments:
-        for run in plan_experiment(study, experiment, done):
+        for run in plan_experiment(study, experiment, sweeps):
             base = Run(run.size, run.base)
             runs.setdefault(base.id, base)
             most = max(run.checkpoints, runs.get(run.id, run).checkpoints)
@@ -155,7 +149,7 @@ def make_command(study: Study, run: Run, data: dict[str, Path], save_dir: Path) 
         flags |= {"seed": run.seed, "epochs": run.epochs, "data_path": data[run.data]}
         flags |= {"max_train_samples": run.samples} if run.samples else {}
         flags |= {"keep_checkpoints": run.checkpoints} if run.checkpoints else {}
-    words = [f"trainer/{SCRIPTS[stage]}.py"]
+    words = [f"trainer/train_{stage}.py"]
     for name, value in flags.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{name}", *map(str, values)]

@@ -1,10 +1,12 @@
 """The study's results on disk: a line a run in runs.jsonl, nats by sequence in nll.parquet."""
 
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+from filelock import FileLock
 
 from dataset.checks import KINDS
 from dataset.lm_dataset import read_jsonl
@@ -13,7 +15,7 @@ from model.files import replace_file, write_text
 RESULTS_DIR = Path(__file__).parent
 LETTERS = dict(zip(KINDS, "cbelofw", strict=True))  # of the outcome strings
 COLUMNS = ["id", "size", "base", "arm", "learning_rate", "seed", "status", "start", "data"]
-COLUMNS += ["epochs", "samples", "step", "cost", "outcomes", "train_data", "weights"]
+COLUMNS += ["epochs", "samples", "step", "outcomes", "train_data", "weights"]
 COLUMNS += ["base_fingerprint", "tune_correct", "tune_nll", "nll_text", "reachable_end"]
 # The row without an id holds what is the same for all runs: tokens and end tokens by sequence.
 KEYS = ["id", "edition", "set", "part"]  # part: of the update; "" is the whole run
@@ -32,18 +34,13 @@ PACKING = {
 
 
 def read_runs(folder: Path, edition: int) -> pd.DataFrame:
-    """Read the runs of an edition; each scalar is a column of its own."""
+    """Read the runs of an edition; each scalar and each cost is a column of its own."""
     path = folder / "runs.jsonl"
     lines = [line for _, line in read_jsonl(path)] if path.is_file() else []
-    rows = [line | line.get("scalars", {}) for line in lines if line["edition"] == edition]
-    table = pd.DataFrame(rows)
+    lines = [line for line in lines if line["edition"] == edition]
+    table = pd.DataFrame([line | line.get("cost", {}) | line.get("scalars", {}) for line in lines])
     table = table.reindex(columns=[*table, *(name for name in COLUMNS if name not in table)])
     return table.astype({"id": str, "status": str, "samples": float})
-
-
-def read_nll(folder: Path, edition: int) -> pd.DataFrame:
-    """Read the nats of an edition's runs, a row a run and set."""
-    return pd.read_parquet(folder / "nll.parquet", filters=[("edition", "==", edition)])
 
 
 def append_run(folder: Path, line: dict, nll: list[dict]) -> None:
@@ -54,18 +51,16 @@ def append_run(folder: Path, line: dict, nll: list[dict]) -> None:
     Args:
         nll: rows of `SCHEMA`; a row without an id is added once a set.
     """
-    path = folder / "nll.parquet"
-    if nll:
-        tables = [pd.read_parquet(path)] if path.is_file() else []
-        table = pd.concat([*tables, pd.DataFrame(nll)]).drop_duplicates(KEYS)
-        aside = path.with_name(f"{path.name}.tmp")
-        table.to_parquet(aside, index=False, schema=SCHEMA, **PACKING)
-        replace_file(aside, path)
-    path = folder / "runs.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = []
-    for old in filter(None, text.split("\n")):
-        found = json.loads(old)
-        if (found["id"], found["status"]) != (line["id"], "failed"):
-            lines.append(old)
-    write_text(path, "\n".join([*lines, json.dumps(line, ensure_ascii=False)]) + "\n")
+    with FileLock(folder / "lock"):
+        path = folder / "nll.parquet"
+        if nll:
+            tables = [pd.read_parquet(path)] if path.is_file() else []
+            table = pd.concat([*tables, pd.DataFrame(nll)]).drop_duplicates(KEYS)
+            aside = path.with_name(f"{path.name}.tmp")
+            table.to_parquet(aside, index=False, schema=SCHEMA, **PACKING)
+            replace_file(aside, path)
+        path = folder / "runs.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        is_failure = itemgetter("id", "status")
+        lines = [x for x in lines if x and is_failure(json.loads(x)) != (line["id"], "failed")]
+        write_text(path, "\n".join([*lines, json.dumps(line, ensure_ascii=False)]) + "\n")

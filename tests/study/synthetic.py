@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +22,12 @@ CELL = re.compile(
 
 def write_prompts(folder: Path) -> None:
     """Write prompts.csv: things with two prompts each, in two skills."""
-    rows = [
-        (
-            f"{name}-{i}",
-            name,
-            "test" if i % 10 else "tune",
-            f"skill {i % 2}",
-            f"thing {i // 2}",
-            0.1,
-        )
-        for name in SETS
-        for i in range(PROMPTS)
-    ]
-    table = pd.DataFrame(rows, columns=["id", "set", "half", "skill", "cluster", "chance"])
-    table.to_csv(folder / "prompts.csv", index=False)
+    table = pd.DataFrame([(name, i) for name in SETS for i in range(PROMPTS)], columns=["set", "i"])
+    table["half"] = np.where(table.i % 10, "test", "tune")
+    texts = {"id": table["set"] + "-", "skill": "skill ", "cluster": "thing "}
+    numbers = {"id": table.i, "skill": table.i % 2, "cluster": table.i // 2}
+    table = table.assign(**{key: texts[key] + numbers[key].astype(str) for key in texts})
+    table.assign(chance=0.1).to_csv(folder / "prompts.csv", index=False)
 
 
 def spell_outcomes(share: float, wrong: str = "f") -> str:
@@ -45,21 +37,16 @@ def spell_outcomes(share: float, wrong: str = "f") -> str:
 
 def find_runs(cell: str) -> list[Run]:
     """Return the runs of a cell, one a seed, at the middle rate of its arm's grid."""
-    arm, rate, epochs, samples, base, start, data, size = CELL.fullmatch(cell).groups()
-    size, place = STUDY.sizes[size or "xs"], size or "xs"
+    arm, rate, epochs, samples, base, start, data, place = CELL.fullmatch(cell).groups()
+    place, base = place or "xs", base or MAIN_BASE
     if arm == "base":
-        return [Run(place, base or MAIN_BASE)]
-    rates = STUDY.arms[arm].rates.get(place)
-    rate = float(rate) if rate else (rates[1] if rates else STUDY.arms[arm].fixed[0])
-    run = Run(place, base or MAIN_BASE, arm, rate, 0, float(epochs or size.epochs))
-    run = replace(run, data=data or STUDY.arms[arm].data, start=start or "base")
-    run = replace(run, samples=int(samples) if samples else None)
-    return [replace(run, seed=seed) for seed in size.seeds]
-
-
-def list_grid(run: Run) -> list[float]:
-    """Return the learning rates that are tried for a run's arm; none if it has fixed ones."""
-    return STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []
+        return [Run(place, base)]
+    size, settings = STUDY.sizes[place], STUDY.arms[arm]
+    rates = settings.rates.get(place)
+    rate = float(rate or (rates[1] if rates else settings.fixed[0]))
+    rest = float(epochs or size.epochs), data or settings.data, start or "base"
+    samples = int(samples) if samples else None
+    return [Run(place, base, arm, rate, seed, *rest, samples) for seed in size.seeds]
 
 
 def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: float) -> dict:
@@ -73,8 +60,10 @@ def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: floa
     line |= {"id": f"{run.id}@{step}" if step else run.id, "step": step or 1000}
     line |= {"weights": "w", "base_fingerprint": "w", "train_data": {"tokens": 1}}
     line["cost"] = dict.fromkeys((*costs, "peak_memory_bytes"), 1e9)
-    best = 0.6 if run.learning_rate in list_grid(run)[1:2] else 0.5
-    line["scalars"] = {"tune_correct": best, "tune_nll": 1.0, "nll_text": 3.0} | scalars
+    grid = STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []
+    best = 0.6 if run.learning_rate in grid[1:2] else 0.5
+    names = ("tune_nll", "nll_text", "test_nll", "test_end_nll")
+    line["scalars"] = {"tune_correct": best} | dict.fromkeys(names, 1.0) | scalars
     line["outcomes"] = {
         name: {decoding: " ".join([text] * n) for decoding, n in decodings.items()}
         for name, text in outcomes.items()
@@ -93,13 +82,12 @@ def write_runs(folder: Path, shares: dict[str, float | list | dict]) -> None:
     lines = []
     for cell, value in shares.items():
         for run in find_runs(cell):
-            trials = [make_tuning_run(STUDY, run.size, run.arm, rate) for rate in list_grid(run)]
-            lines += [make_line(trial, {}) for trial in trials]
+            for rate in STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []:
+                lines.append(make_line(make_tuning_run(STUDY, run.size, run.arm, rate), {}))
             if isinstance(value, list):
-                steps = [100 * i for i in range(1, len(value))] + [0]
-                for step, pair in zip(steps, value, strict=True):
+                for i, pair in enumerate(value, start=1):
                     texts = dict(zip(SETS, map(spell_outcomes, pair), strict=True))
-                    lines.append(make_line(run, texts, step))
+                    lines.append(make_line(run, texts, 100 * i % (100 * len(value))))
             else:
                 scalars = value if isinstance(value, dict) else {"endless": 1 - value}
                 text = spell_outcomes(1 - scalars.get("endless", 1), "e")

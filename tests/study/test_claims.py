@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.study.analysis import Estimate, load_evidence
-from evaluation.study.claims import is_satisfied, judge_claims
-from evaluation.study.settings import Condition
+from evaluation.study import analysis, claims
 from tests.study.synthetic import STUDY, write_runs
 
 FACTS = "/100#facts16000"
@@ -24,38 +22,15 @@ def make_gaps(xs: float, m26: float, second_base: float | None = None) -> dict[s
     }  # fmt: skip
 
 
-def make_paths(all_r8: float, fft: float) -> dict[str, list]:
-    """Return checkpoints that keep a share of unseen things at 50 and 70% of combinations."""
-    return {
-        arm: [(0.1, 0.9), (0.5, kept), (0.7, kept)]
-        for arm, kept in (("all_r8", all_r8), ("fft", fft))
-    }
-
-
-def make_facts(bits: float, stored: float) -> dict[str, dict]:
-    """Return what adapters of different sizes store of 16,000 facts."""
-    small = {f"{arm}{FACTS}": {"bits_per_parameter": bits, "stored": 0.1} for arm in SMALL}
-    return small | {f"{arm}{FACTS}": {"stored": stored} for arm in ("all_r8", "fft")}
-
-
-def make_endings(bounds: list[float], endless: list[float]) -> dict[str, dict]:
-    """Return the bounds and endless answers of plain bases with more and more unused rows."""
-    bases = {f"base@{base}": {"reachable_end": b} for base, b in zip(EXTRA, bounds, strict=True)}
-    pairs = zip(EXTRA, endless, strict=True)
-    return bases | {f"all_r8@{base}": {"endless": share} for base, share in pairs}
-
-
 FALLING = [0.5, 0.3, 0.2, 0.1]
 CASES = {  # shares that make a claim supported, refuted, open
     "C1": [
-        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.05},
-        {"fft": 0.8, "seed": 0.77, "seed/1": 0.5, "seed/10": 0.8},
-        {"fft": 0.8, "seed": 0.04, "seed/1": 0.02, "seed/10": 0.3},
+        {"fft": 0.8, "seed": a, "seed/1": b, "seed/10": c}
+        for a, b, c in ((0.04, 0.02, 0.05), (0.77, 0.5, 0.8), (0.04, 0.02, 0.3))
     ],
     "C2": [
-        {"fft_script*5e-7": 0.0, "fft_script*1e-6": 0.01, "fft_script*1e-5": 0.05},
-        {"fft_script*5e-7": 0.6, "fft_script*1e-6": 0.7, "fft_script*1e-5": 0.8},
-        {"fft_script*5e-7": 0.0, "fft_script*1e-6": 0.01, "fft_script*1e-5": 0.35},
+        {"fft_script*5e-7": a, "fft_script*1e-6": b, "fft_script*1e-5": c}
+        for a, b, c in ((0.0, 0.01, 0.05), (0.6, 0.7, 0.8), (0.0, 0.01, 0.35))
     ],
     "C3": [{"seed_tuned": a, "seed": 0.1} for a in (0.5, 0.12, 0.26)],
     "C4": [{"all_r8": 0.6, "square_r36": b} for b in (0.4, 0.59, 0.5)],
@@ -66,24 +41,38 @@ CASES = {  # shares that make a claim supported, refuted, open
     ],
     "C7": [{"all_r8_vocabulary": a, "all_r8": 0.4} for a in (0.6, 0.41, 0.5)],
     "C8": [make_gaps(0.3, 0.1), make_gaps(0.2, 0.2), make_gaps(0.3, 0.1, second_base=0.1)],
-    "C9": [make_paths(0.5, 0.3), make_paths(0.3, 0.5), make_paths(0.5, 0.45)],
+    "C9": [  # checkpoints keep a share of unseen things at 50 and 70% of combinations
+        {arm: [(0.1, 0.9), (0.5, kept), (0.7, kept)] for arm, kept in (("all_r8", a), ("fft", b))}
+        for a, b in ((0.5, 0.3), (0.3, 0.5), (0.5, 0.45))
+    ],
     "C10": [{"fft": 0.8, "seed/10": a, "seed/50~16000": a} for a in (0.05, 0.5, 0.3)],
-    "C11": [make_facts(2.0, 0.95), make_facts(4.0, 0.95), make_facts(2.0, 0.9)],
-    "C12": [
-        make_endings(FALLING, [0.2, 0.4, 0.6, 0.95]),
-        make_endings(FALLING, [0.0, 0.0, 0.0, 0.0]),
-        make_endings(FALLING, [0.2, 0.6, 0.4, 0.95]),
+    "C11": [  # adapters of different sizes, 16,000 facts
+        {f"{arm}{FACTS}": {"bits_per_parameter": bits} for arm in SMALL}
+        | {f"{arm}{FACTS}": {"stored": stored} for arm in ("all_r8", "fft")}
+        for bits, stored in ((2.0, 0.95), (4.0, 0.95), (2.0, 0.9))
+    ],
+    "C12": [  # plain bases with more and more unused rows
+        {f"base@{EXTRA[i]}": {"reachable_end": FALLING[i]} for i in range(4)}
+        | {f"all_r8@{EXTRA[i]}": {"endless": endless[i]} for i in range(4)}
+        for endless in ((0.2, 0.4, 0.6, 0.95), (0.0, 0.0, 0.0, 0.0), (0.2, 0.6, 0.4, 0.95))
     ],
     "C13": [{"fft": 0.8, "all_r8^fft#medical": b} for b in (0.5, 0.79, 0.72)],
 }
 
 
+@pytest.fixture(autouse=True)
+def draw_less(monkeypatch) -> None:
+    """Draw 500 times: the rules need no precise intervals."""
+    for module in (analysis, claims):
+        monkeypatch.setattr(module, "DRAWS", 500)
+
+
 def judge(folder: Path, claim: str) -> str:
     """Return the verdict of one claim."""
-    claims = [one for one in STUDY.claims if one.name == claim]
-    evidence = load_evidence(folder)
-    study = evidence.study.model_copy(update={"claims": claims})
-    return judge_claims(replace(evidence, study=study))[0].verdict[0]
+    evidence = analysis.load_evidence(folder)
+    wanted = [one for one in STUDY.claims if one.name == claim]
+    study = evidence.study.model_copy(update={"claims": wanted})
+    return claims.judge_claims(replace(evidence, study=study))[0].verdict[0]
 
 
 @pytest.mark.parametrize("claim", [claim.name for claim in STUDY.claims])
@@ -105,7 +94,7 @@ def test_a_side_needs_all_its_cells(tmp_path: Path) -> None:
 
 def test_a_condition_needs_interval_and_seeds() -> None:
     """All are within the bounds, unless the condition speaks of the estimate alone."""
-    found = Estimate(0.3, 0.25, 0.35, (0.31, 0.19))
-    assert not is_satisfied(Condition(estimate="fft", at_least=0.2), found)
-    assert is_satisfied(Condition(estimate="fft", at_least=0.2, whole=False), found)
-    assert is_satisfied(Condition(estimate="fft", at_least=0.1, at_most=0.35), found)
+    found = analysis.Estimate(0.3, 0.25, 0.35, (0.31, 0.19))
+    assert not claims.lies_within(found, 0.2, 1.0)
+    assert claims.lies_within(found, 0.2, 1.0, whole=False)
+    assert claims.lies_within(found, 0.1, 0.35)

@@ -1,13 +1,15 @@
 """Ten recoveries of the first edition, recomputed from `nll.parquet`."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from evaluation.study.edition1 import read_cells
-from evaluation.study.results import RESULTS_DIR, read_nll
+from evaluation.study.results import RESULTS_DIR
 
 CELLS = read_cells()
-NATS = read_nll(RESULTS_DIR, 1).query("part == '' and set == 'general'").set_index("id").nats
+NLL = pd.read_parquet(RESULTS_DIR / "nll.parquet", filters=[("edition", "==", 1)])
+NATS = NLL.query("part == '' and set == 'general'").set_index("id").nats
 FULL = {"xs": "fft-lr2e-3", "s": "fft-lr5e-4"}  # full fine-tuning at its tuned rate, by size
 PLACES = """xs-plain42 minimind@1e-4/one_epoch
 xs-plain42 minimind@1e-2
@@ -21,20 +23,20 @@ s-whole42 minimind@1e-4
 s-whole42 all_r8_vocabulary@2e-3"""
 
 
-def sum_nats(run_ids: list[str]) -> float:
-    """Return the mean over runs of the nats of the test conversations, those of odd index."""
-    return np.mean([NATS[run_id][1::2].astype(float).sum() for run_id in run_ids])
-
-
 @pytest.mark.parametrize("place", PLACES.splitlines())
 def test_recovery(place: str) -> None:
-    """R = (L_base - L_arm) / (L_base - L_FFT), over the seeds that both arms have."""
+    """R = (L_base - L_arm) / (L_base - L_FFT), over the seeds that both arms have.
+
+    L: nats of the test conversations, those of odd index, in the mean over seeds.
+    """
     base, cell = place.split()
     row = CELLS.loc[(base, cell)]
     variant = "" if row.variant == "main" else f"-{row.variant}"
     seeds = range(1, int(row.seeds) + 1)
     arm = [f"{base}-{row.arm}{variant}-lr{row.lr}-s{seed}" for seed in seeds]
     full = [f"{base}-{FULL[row['size']]}-s{seed}" for seed in seeds]
-    start = sum_nats([base])
-    recovery = (start - sum_nats(arm)) / (start - sum_nats(full))
-    assert recovery == pytest.approx(row.recovery, abs=2e-4), cell
+    base, arm, full = (
+        np.mean([NATS[run][1::2].astype(float).sum() for run in runs])
+        for runs in ([base], arm, full)
+    )
+    assert (base - arm) / (base - full) == pytest.approx(row.recovery, abs=2e-4), cell
