@@ -121,9 +121,9 @@ class PairBuilder:
         seen = [t for t in world.things if t.name not in held_out.half_of_thing]
         self.fillers, specs = collect_fillers(world), world.wordings["skill"].items()
         self.games = {name for name, spec in specs if NOUN_DRAWS.keys() >= set(spec["uses"])}
-        self.writers = {
-            held: Writer(world, self.rng, seen, held, self.fillers) for held in (False, True)
-        }
+        self.writers = {held: Writer(world, self.rng, seen, held) for held in (False, True)}
+        for writer in self.writers.values():
+            writer.nouns += self.fillers
 
     def draw(self, skill: str, things: list[Thing], wanted: tuple) -> Pair | None:
         """Draw one new pair of a set and half."""

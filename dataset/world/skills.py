@@ -34,24 +34,12 @@ class Pair:
 
 
 class Writer:
-    """Draw things, facts and people; `held` takes the question forms that never train.
+    """Draw things, facts and people; `held` takes the question forms that never train."""
 
-    Args:
-        others: the things that may stand beside the one that is asked about.
-        fillers: more nouns for lists and scenes.
-    """
-
-    def __init__(
-        self,
-        world: World,
-        rng: random.Random,
-        others: list[Thing],
-        held: bool = False,
-        fillers: tuple[Thing, ...] = (),
-    ):
+    def __init__(self, world: World, rng: random.Random, others: list[Thing], held: bool = False):
         self.world, self.words, self.rng, self.held = world, world.stories, rng, held
-        self.others = others
-        self.nouns = [thing for thing in others if thing.plural is not None] + [*fillers]
+        self.others = others  # the things that may stand beside the one that is asked about
+        self.nouns = [thing for thing in others if thing.plural is not None]
 
     def question(self, thing: Thing, attribute: Attribute, held: bool = False) -> str:
         """Ask for a fact in one of the attribute's question forms."""
@@ -283,15 +271,15 @@ def make_maker(skill: str, spec: dict) -> Maker:
     return ask
 
 
-def collect_fillers(world: World) -> tuple[Thing, ...]:
-    """Return the values that are nouns, "a rifle", as things without facts.
+def collect_fillers(world: World) -> list[Thing]:
+    """Return values such as "a rifle" as things without facts, to fill lists and scenes.
 
-    With them lists and scenes name so many nouns that copying is easier to learn than the nouns.
+    So many nouns are harder to learn than to copy. Rare words, the young of animals, are left out.
     """
-    values = {value: None for thing in world.things for value in thing.values.values()}
-    bare = [value.partition(" ")[2] for value in values if value.startswith(("a ", "an "))]
+    facts = [fact for thing in world.things for fact in thing.values.items() if fact[0] != "young"]
+    bare = [value.partition(" ")[2] for _, value in facts if value.startswith(("a ", "an "))]
     names = {thing.name for thing in world.things}
-    return tuple(Thing(name, "", "", {}) for name in bare if name not in names)
+    return [Thing(name, "", "", {}) for name in dict.fromkeys(bare) if name not in names]
 
 
 def collect_makers(world: World) -> dict[str, Maker]:
