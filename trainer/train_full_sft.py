@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # The loop.
     save_weights = partial(save_model, model, tokenizer.name_or_path)
-    code = train(args, accelerator, run, model, *data, save_weights, facts)
-    answer_held_out(run, model, tokenizer, data[1])
-    return code
+    finish = partial(answer_held_out, run, model, tokenizer, data[1])
+    return train(args, accelerator, run, model, *data, save_weights, facts, finish=finish)
 
 
 if __name__ == "__main__":

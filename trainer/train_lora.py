@@ -16,6 +16,7 @@ The folder loads in PEFT; `python eval_llm.py --model out/<lora_name>` probes it
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -130,9 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     def save_weights(folder):
         save_lora(model, settings, folder, str(base), fingerprint)
 
-    code = train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio)
-    answer_held_out(run, model, tokenizer, data[1])
-    return code
+    finish = partial(answer_held_out, run, model, tokenizer, data[1])
+    return train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio, finish=finish)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def train(
     facts: dict,
     lr_ratio: Callable[[str], float] = lambda name: 1.0,
     on_step: Callable[[int], None] = lambda step: None,
+    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, evaluate and save; return the exit code.
 
@@ -200,6 +201,7 @@ def train(
         facts: what makes the run what it is besides flags: stage, fingerprint of the base.
         lr_ratio: a parameter's rate over --learning_rate, by its name.
         on_step: is called after each update; for benchmarks and tests.
+        finish: is called when the weights are saved, before the run counts as completed.
     """
     device, processes, rank = args.device, accelerator.num_processes, accelerator.process_index
     sizes = (args.batch_size, args.accumulation_steps)
@@ -322,6 +324,7 @@ def train(
         else:
             if accelerator.is_main_process:
                 save_weights(run.path)
+                finish()
             run.write(flops=flops * record["tokens"])
             run.end("completed")
     accelerator.end_training()
@@ -381,9 +384,9 @@ def answer_held_out(
     tokenizer: Tokenizer,
     eval_set: TokenDataset | None,
 ) -> None:
-    """Print a completed run's greedy answers to held-out conversations; run.json keeps them."""
+    """Print greedy answers to held-out conversations; run.json keeps them."""
     count = min(run.args.show_answers, len(eval_set or ()))
-    if not (count and run.is_main and run.record["status"] == "completed"):
+    if not count:
         return
     prompts, references = [], []
     for ids, labels in (eval_set[i] for i in range(count)):

@@ -229,7 +229,7 @@ def test_answers_stand_beside_their_references(
     home: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     model, tokenizer = load_model(home / "pretrain"), load_tokenizer()
-    run = Namespace(record={"status": "completed"}, is_main=True, path=tmp_path)
+    run = Namespace(path=tmp_path)
     run.args, kept = Namespace(show_answers=2), {}
     run.write = kept.update
     path = tmp_path / "d.jsonl"
