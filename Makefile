@@ -46,10 +46,11 @@ page: install
 	$(RUN) evaluation/page/build.py
 
 # ---------------------------------------------------------------- the demo
-# The base that ships learns to follow instructions in 3 ways. Full fine-tuning and a tuned LoRA
-# follow them after a part of an epoch, the study's LoRA does not.
+# A short pretraining shows that stage. Then the base that ships is fine-tuned in 3 ways, and all 4
+# models answer held-out prompts of the tuning half.
 SHAPE := --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 352
 DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_study demo_lora_tuned
+DEMO_MODELS := model/base_xs $(addprefix out/,$(wordlist 2,4,$(DEMO_RUNS)))
 WORLD := dataset/data/world
 STEPS := --max_steps 1000 --show_answers 0
 
@@ -64,8 +65,8 @@ demo: install
 		--learning_rate 3e-3
 	head -qn 100 $(WORLD)/probe_combinations_tune.jsonl $(WORLD)/probe_unseen_tune.jsonl \
 		> out/demo_prompts.jsonl
-	$(RUN) eval_llm.py $(DEMO_RUNS:%=--model out/%) --prompts out/demo_prompts.jsonl
+	$(RUN) eval_llm.py $(DEMO_MODELS:%=--model %) --prompts out/demo_prompts.jsonl --output_dir out/demo
 
 clean-demo:
-	rm -rf $(DEMO_RUNS:%=out/%) $(DEMO_RUNS:%=evaluation/model_outputs/%)
+	rm -rf $(DEMO_RUNS:%=out/%) out/demo
 	rm -f $(DEMO_RUNS:%=out/.%.lock) out/demo_prompts.jsonl
