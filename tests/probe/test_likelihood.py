@@ -102,9 +102,9 @@ def test_off_topic_is_by_the_judges_logits():
     opening = make_talk("Hi", "Hello")  # an earlier answer is not judged
     prompts[1] = Prompt("p1", "A", opening + prompts[1].messages)
     outputs = ["It is a dog.", "No<|endoftext|>", "  ", "Something that goes on"]
-    samples = [{"id": p.id, "output": o} for p, o in zip(prompts, outputs, strict=False)]
+    samples = [{"id": p.id, "output": o} for p, o in zip(prompts[:4], outputs, strict=True)]
     add_topic_measures((model, tokenizer), prompts, samples, batch_size=7)
-    for sample, candidates in zip(samples, draw_candidates(prompts), strict=False):
+    for sample, candidates in zip(samples, draw_candidates(prompts)[:4], strict=True):
         text, scores = sample["output"].removesuffix("<|endoftext|>").strip(), []
         for i in candidates:
             talk = [*prompts[i].messages, {"role": "assistant", "content": text}]
