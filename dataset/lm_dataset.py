@@ -20,14 +20,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -44,6 +43,7 @@ UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call")
 UNREAD_FIELDS += ("reasoning_content", "weight")
 # Stands for a message's content while the chat template is rendered: private-use characters.
 CONTENT_SLOT = "\ue000\ue001\ue000"
+Shape = tuple[int, int, int]  # of a batch: rows, tokens of the longest, labels
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -348,13 +348,43 @@ class StepPlan:
         return list(chunks(mine, self.batch_size)) or [[]]
 
 
-def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:
+def plan_shapes(plan: StepPlan, targets: np.ndarray, steps: int, most: int) -> list[Shape]:
+    """Choose at most `most` shapes, by length, into which every micro-batch of a run fits.
+
+    Two neighboring lengths become one where that pads least; `targets` counts a sample's labels.
+    """
+    groups: dict[int, tuple[int, int]] = {}  # length -> batches, and most labels in one
+    for step, process in product(range(steps), range(plan.processes)):
+        for batch in filter(None, plan.micro_batches(step, process)):
+            length = int(plan.lengths[batch].max())
+            count, labels = groups.get(length, (0, 0))
+            groups[length] = count + 1, max(labels, int(targets[batch].sum()))
+    while len(groups) > most:
+        pairs = pairwise(sorted(groups))
+        short, long = min(pairs, key=lambda pair: (pair[1] - pair[0]) * groups[pair[0]][0])
+        (count, labels), (others, most_labels) = groups.pop(short), groups[long]
+        groups[long] = count + others, max(labels, most_labels)
+    return [(plan.batch_size, length, groups[length][1]) for length in sorted(groups)]
+
+
+def collate(
+    samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int, shapes: list[Shape] = ()
+) -> dict[str, torch.Tensor]:
     """Stack samples as `input_ids` and `labels`, (batch, longest) int64, padded on the right.
 
+    `label_positions` are those of the flattened batch that predict a label. The batch fills up to
+    the first of `shapes` that is long enough; a row's last position fills up the positions.
     No samples make a row of padding without a label: it keeps a process in step with the others.
     """
-    ids, labels = zip(*(samples or [([pad_id] * 2, [IGNORE_INDEX] * 2)]), strict=True)
-    return {
-        "input_ids": pad_sequence([torch.as_tensor(row) for row in ids], True, pad_id),
-        "labels": pad_sequence([torch.as_tensor(row) for row in labels], True, IGNORE_INDEX),
-    }
+    samples = samples or [([pad_id] * 2, [IGNORE_INDEX] * 2)]
+    longest = max(len(ids) for ids, _ in samples)
+    fitting = (shape for shape in shapes if shape[1] >= longest)
+    rows, length, count = next(fitting, (len(samples), longest, 0))
+    ids, labels = np.full((rows, length), pad_id), np.full((rows, length), IGNORE_INDEX)
+    for row, (own_ids, own_labels) in enumerate(samples):
+        ids[row, : len(own_ids)], labels[row, : len(own_ids)] = own_ids, own_labels
+    row, column = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
+    positions = np.full(max(count, len(row)), length - 1)
+    positions[: len(row)] = row * length + column
+    batch = {"input_ids": ids, "labels": labels, "label_positions": positions}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -213,6 +213,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
         num_items_in_batch: int | Tensor | None = None,
@@ -224,23 +225,34 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, T) int64.
             attention_mask: (B, S), 0 on padding; not needed for padding on the right.
             labels: (B, T) int64, as `input_ids`, `IGNORE_INDEX` where no loss falls; shifted here.
-                Logits are then computed for the labeled positions only and not returned.
+            label_positions: (N,) positions in the flattened `input_ids` that predict a label, so
+                that only their logits are computed; by default all positions.
             logits_to_keep: logits of the last so many positions; 0 keeps all.
             num_items_in_batch: divides the summed loss, in nats; by default the labels counted
                 here. Pass the optimizer step's total to average over tokens across micro-batches.
         """
+        if labels is not None:
+            nats = self.sum_nats(input_ids, labels, label_positions, attention_mask, position_ids)
+            items = num_items_in_batch
+            items = (labels[:, 1:] != IGNORE_INDEX).sum() if items is None else items
+            return CausalLMOutputWithPast(loss=nats / items)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden = self.model(input_ids, attention_mask, position_ids, cache)
-        if labels is None:
-            logits = self.lm_head(hidden[:, -logits_to_keep:])
-            return CausalLMOutputWithPast(logits=logits, cache=cache)
-        targets = labels[:, 1:]
-        labeled = targets != IGNORE_INDEX
-        logits = self.lm_head(hidden[:, :-1][labeled]).float()  # float32 under autocast, too
-        loss = F.cross_entropy(logits, targets[labeled], reduction="sum")
-        items = labeled.sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss / items, cache=cache)
+        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, cache=cache)
+
+    def sum_nats(
+        self, input_ids: Tensor, labels: Tensor, label_positions: Tensor | None, *others: Tensor
+    ) -> Tensor:
+        """Sum the loss over labels, one graph without a wait for the device; see `forward`."""
+        states = self.model(input_ids, *others).flatten(0, 1)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        if label_positions is not None:
+            states = states.index_select(0, label_positions)
+            targets = targets.index_select(0, label_positions)
+        logits = self.lm_head(states).float()  # float32 under autocast, too
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset import lm_dataset
-from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset
+from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset, plan_shapes
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
 from model.files import UserError, escape_control
 from model.generation import Decoding, generate
@@ -39,6 +39,7 @@ from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
+MAX_SHAPES = 6  # graphs that a run compiles on CUDA
 
 
 def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
@@ -139,18 +140,25 @@ def flops_per_token(model: MiniMindForCausalLM, lengths: np.ndarray) -> float:
     return 4 * total + 2 * trainable + attention
 
 
-def compile_blocks(model: MiniMindForCausalLM, mode: str, tokens: float, device: str) -> bool:
-    """Compile the transformer block, once for all layers, if `mode` or the run's size says so.
+def compile_loss(
+    model: MiniMindForCausalLM, args: argparse.Namespace, tokens: float, processes: int
+) -> bool:
+    """Compile forward pass and loss as one graph, if --use_compile or the run's size says so.
 
     `auto` goes by settings alone, so a resumed run computes what its first part computed; and not
-    by what trains, so a comparison of methods compiles all of them or none.
+    by what trains, so a comparison of methods compiles all of them or none. On CUDA each shape has
+    its graph; elsewhere one graph is for all.
     """
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    header, device = Path(sysconfig.get_paths()["include"]) / "Python.h", args.device
     is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
     earns = 6 * count_parameters(model)[0] * tokens >= COMPILE_FLOPS.get(device, math.inf)
-    is_wanted = mode == "on" or (mode == "auto" and earns and bool(is_able))
-    for layer in model.model.layers if is_wanted else ():
-        layer.compile()
+    is_wanted = args.use_compile == "on" or (args.use_compile == "auto" and earns and bool(is_able))
+    if is_wanted:
+        # CUDA graphs reuse the memory of gradients, so these cannot add up over micro-batches or
+        # processes. The choice is not measured.
+        replays = device == "cuda" and args.accumulation_steps == processes == 1
+        options = {"dynamic": device != "cuda", "mode": "reduce-overhead" if replays else "default"}
+        model.sum_nats = torch.compile(model.sum_nats, fullgraph=True, **options)
     return is_wanted
 
 
@@ -210,6 +218,10 @@ def train(
     steps = args.max_steps or max(1, math.ceil(round(args.epochs * plan.steps_per_epoch, 6)))
     kept = {round(steps * (i + 1) / args.keep_checkpoints) for i in range(args.keep_checkpoints)}
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
+    is_compiled = compile_loss(model, args, tokens, processes)
+    shapes = ()  # else a batch has its own
+    if is_compiled and device == "cuda":
+        shapes = plan_shapes(plan, train_set.targets, steps, MAX_SHAPES)
     flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
     schedule = (args.learning_rate, args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
@@ -219,7 +231,7 @@ def train(
         "trainable_parameters": trainable,
         "steps": steps,
         "steps_per_epoch": plan.steps_per_epoch,
-        "compiled": compile_blocks(model, args.use_compile, tokens, device),
+        "compiled": is_compiled,
         "train_data": train_set.info,
         "eval_data": eval_set.info if eval_set is not None else None,
     }
@@ -241,7 +253,7 @@ def train(
         loader = DataLoader(
             train_set,
             batch_sampler=(micro for step in todo for micro in plan.micro_batches(step, rank)),
-            collate_fn=partial(collate, pad_id=model.config.pad_token_id or 0),
+            collate_fn=partial(collate, pad_id=model.config.pad_token_id or 0, shapes=shapes),
             num_workers=args.num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=device == "cuda",
@@ -332,6 +344,7 @@ def train(
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # a graph of its own would compile longer than it saves
 def evaluate(
     model: MiniMindForCausalLM, dataset: TokenDataset, batch_size: int, accelerator: Accelerator
 ) -> float:

@@ -21,6 +21,7 @@ from dataset.lm_dataset import (
     encode_conversations,
     load_dataset,
     load_tokens,
+    plan_shapes,
     read_jsonl,
     record_messages,
     record_text,
@@ -288,8 +289,15 @@ def test_samples_are_padded_on_the_right_and_none_make_a_row_without_a_label() -
     batch = collate([tuple(map(np.array, sample)) for sample in samples], 7)
     assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 7, 7]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 8], [9, IGNORE_INDEX, IGNORE_INDEX]]
+    assert batch["label_positions"].tolist() == [0, 1]  # they predict 6 and 8
+    filled = collate(
+        [tuple(map(np.array, sample)) for sample in samples], 7, [(1, 2, 9), (3, 4, 5)]
+    )
+    assert filled["input_ids"].tolist() == [[5, 6, 8, 7], [9, 7, 7, 7], [7] * 4]
+    assert filled["label_positions"].tolist() == [0, 1, 3, 3, 3]  # a row's last predicts none
     batch = collate([], 7)
     assert batch["input_ids"].tolist() == [[7, 7]]
+    assert batch["label_positions"].tolist() == []
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 2]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
@@ -323,6 +331,30 @@ def test_every_sample_comes_once_an_epoch(
     assert np.array_equal(StepPlan(*settings_of_plan)[step], plan[step])
     alone = StepPlan(np.array(lengths), batch_size * accumulation * processes, seed=seed)
     assert np.array_equal(alone[step], plan[step])
+
+
+def test_six_shapes_hold_every_batch_and_pad_little() -> None:
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(5, 60, 203)
+    targets, plan = lengths // 2, StepPlan(lengths, 8, 2, processes=2)
+    shapes = plan_shapes(plan, targets, 2 * plan.steps_per_epoch, 6)
+    assert len(shapes) == 6 and shapes == sorted(shapes)
+    tokens = 0
+    for step in range(2 * plan.steps_per_epoch):
+        for batch in plan.micro_batches(step, 0) + plan.micro_batches(step, 1):
+            rows, length, labels = next(s for s in shapes if s[1] >= lengths[batch].max(initial=2))
+            assert rows >= len(batch) and labels >= targets[batch].sum()
+            tokens += len(batch) * length
+    assert tokens < 1.2 * 2 * lengths.sum()
+    # Of 4 batches, all of one length, one graph.
+    assert plan_shapes(StepPlan(np.full(31, 9), 8), np.full(31, 8), 4, 6) == [(8, 9, 64)]
+    # 10 pads 2 batches to 11, but 30 would pad 1 to 50: the near ones become one.
+    by_hand = StepPlan(np.array([10, 10, 11, 30, 50]), 1)
+    assert plan_shapes(by_hand, np.array([1, 2, 3, 4, 5]), 5, 3) == [
+        (1, 11, 3),
+        (1, 30, 4),
+        (1, 50, 5),
+    ]
 
 
 def test_grouping_by_length_saves_padding_and_keeps_the_order_random() -> None:

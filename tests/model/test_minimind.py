@@ -8,9 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
 
+from dataset.lm_dataset import collate
 from model.checkpoint import TOKENIZER_DIR, save_model
 from model.files import UserError
-from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
+from model.model_minimind import (
+    IGNORE_INDEX,
+    MiniMindForCausalLM,
+    count_parameters,
+    minimind_config,
+)
 from tests.model.small import SMALL, make_model
 
 
@@ -91,6 +97,29 @@ def test_loss_and_gradients_equal_transformers(pair: tuple) -> None:
     for name, parameter in model.named_parameters():
         error = (parameter.grad - grads[name].grad).norm() / grads[name].grad.norm()
         assert error < 1e-4, name
+
+
+def test_a_batch_equals_conversations_one_by_one(pair: tuple) -> None:
+    """Padding, rows without tokens and filled positions add nothing to loss and gradients."""
+    model, reference = pair
+    samples = []
+    for length, start in ((5, 2), (9, 4), (3, 1), (7, 0)):
+        ids = torch.randint(3, 6400, (length,)).numpy()
+        labels = ids.copy()
+        labels[:start] = IGNORE_INDEX
+        labels[start + 1 : start + 2] = IGNORE_INDEX
+        samples.append((ids, labels))
+        ids, labels = torch.tensor(ids[None]), torch.tensor(labels[None])
+        reference(ids, labels=labels, num_items_in_batch=torch.tensor(10)).loss.backward()
+    expected = dict(reference.named_parameters())
+    for shapes in ([], [(6, 8, 40), (6, 16, 40)]):
+        model.zero_grad()
+        batch = collate(samples, 0, shapes)
+        assert batch["input_ids"].shape == ((6, 16) if shapes else (4, 9))
+        model(**batch, num_items_in_batch=10).loss.backward()
+        for name, parameter in model.named_parameters():
+            gradient = expected[name].grad
+            assert (parameter.grad - gradient).norm() < 1e-4 * gradient.norm(), name
 
 
 def test_loss_is_the_shifted_mean_over_labels_by_hand() -> None:

@@ -38,7 +38,7 @@ from tests.trainer.runs import (
 from trainer import train_lora, trainer_utils
 from trainer.trainer_utils import (
     answer_held_out,
-    compile_blocks,
+    compile_loss,
     flops_per_token,
     learning_rate_at,
     parameter_groups,
@@ -299,10 +299,11 @@ def test_accumulation_does_not_change_a_batch(home: Path, tmp_path: Path, stage:
 def test_no_wait_for_the_device_between_log_lines(
     home: Path, tmp_path: Path, stage: str, flags: str
 ) -> None:
-    """`aten::_local_scalar_dense` reads a number from the device; the log line of step 9 does.
+    """Operators whose result has to reach the host; the log line of step 9 has some.
 
     A CPU's fused AdamW reads its own counts of steps; CUDA's kernel has them on the device.
     """
+    waits = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")
     profiles, data = [], "text" if stage == "pretrain" else "sft"
 
     def watch(step: int) -> None:  # after the update, before the log line
@@ -317,9 +318,12 @@ def test_no_wait_for_the_device_between_log_lines(
     assert call(stage, flags, home, watch) == 0
     reads = []
     for profile in profiles:
-        found = [e for e in profile.events() if e.name == "aten::_local_scalar_dense"]
-        callers = [event.cpu_parent.cpu_parent for event in found]  # above aten::item
-        reads.append(sum(c is None or c.name != "aten::_fused_adamw_" for c in callers))
+        found = [event for event in profile.events() if event.name in waits]
+        callers = [
+            {p.name for p in (e.cpu_parent, e.cpu_parent and e.cpu_parent.cpu_parent) if p}
+            for e in found
+        ]
+        reads.append(sum("aten::_fused_adamw_" not in names for names in callers))
         assert any(event.name == "aten::mm" for event in profile.events())
     assert reads[0] == 0 < reads[1]
 
@@ -438,15 +442,44 @@ def test_first_step_moves_each_by_its_own_rate(home: Path, tmp_path: Path) -> No
         ("off", 2e14, "g++", False),
     ],
 )
-def test_blocks_are_compiled_where_it_pays(
+def test_loss_is_compiled_where_it_pays(
     mode: str, flops: float, compiler: str | None, compiles: bool, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: compiler)
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
     model = make_model()
     tokens = flops / 6 / sum(parameter.numel() for parameter in model.parameters())
-    assert compile_blocks(model, mode, tokens, "cpu") is compiles
-    assert {layer._compiled_call_impl is not None for layer in model.model.layers} == {compiles}
+    args = Namespace(use_compile=mode, device="cpu", accumulation_steps=1)
+    eager = model.sum_nats
+    assert compile_loss(model, args, tokens, 1) is compiles
+    assert (model.sum_nats != eager) is compiles
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_compiles_one_graph(
+    home: Path, tmp_path: Path, monkeypatch: MonkeyPatch, stage: str
+) -> None:
+    """Later steps of other lengths and an evaluation compile nothing; the loss is the plain one."""
+    compile_graph, graphs = torch.compile, []
+
+    def count_graph(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda *args, mode, **kwargs: compile_graph(*args, **kwargs, backend=count_graph),
+    )
+    flags = f"{sft_flags(home, tmp_path)} --eval_interval 4 --lora_targets all-linear,embedding"
+    if stage != "lora":
+        flags = flags.replace(" --lora_targets all-linear,embedding", "")
+    if stage == "pretrain":
+        flags += f" --data_path {home}/text.jsonl --eval_data_path {home}/text.jsonl"
+    assert call(stage, flags, home) == 0
+    assert call(stage, f"{flags} --save_dir {tmp_path}/one --use_compile on", home) == 0
+    compare_runs(tmp_path / stage, tmp_path / "one" / stage, WEIGHTS[stage])
+    assert len(graphs) == 1
 
 
 REFUSED = {  # flags beside those of a good run -> the error's words
