@@ -2,7 +2,7 @@
 
     model = load_model("out/pretrain")
     apply_lora(model, LoraSettings(rank=8, alpha=32))    # the base is frozen, the update trains
-    merge_lora(model)                                    # the same logits from plain weights
+    plain = merge_lora(model)                            # the same logits from plain weights
 
 `save_lora` writes an adapter that PEFT loads; `load_lora` loads one of ours or of PEFT's.
 """
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model.files import UserError, read_json, write_bytes, write_json
-from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
+from model.model_minimind import (
+    EMBEDDING_WEIGHT,
+    HEAD_WEIGHT,
+    MiniMindForCausalLM,
+    fill_model,
+    list_weights,
+    weights_fingerprint,
+)
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TARGET_NAMES = ("square", "attention", "mlp", "all-linear", "embedding")
@@ -70,7 +77,7 @@ class LoRALinear(nn.Module):
         self.lora_A = skip_init(nn.Linear, in_features, settings.rank, **options)  # (r, in)
         self.lora_B = skip_init(nn.Linear, settings.rank, out_features, **options)  # (out, r)
         self.dropout = nn.Dropout(settings.dropout)
-        self.scaling = settings.scaling  # alpha / r; 0 while the update is merged into W
+        self.scaling = settings.scaling
         if settings.init == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=0.02)
         else:
@@ -88,7 +95,7 @@ class LoRALinear(nn.Module):
 
     def delta(self) -> Tensor:
         """Compute the update of W, (out, in)."""
-        return self.scaling * (self.lora_B.weight.detach() @ self.lora_A.weight.detach())
+        return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
 
 class TokenRows(nn.Module):
@@ -97,7 +104,6 @@ class TokenRows(nn.Module):
     def __init__(self, head: nn.Module, token_ids: tuple[int, ...]):
         super().__init__()
         self.weight = head.weight  # (V, D)
-        self.scaling = 1.0  # not used: merged or not, the rows stand in for those of the weight
         ids = torch.tensor(token_ids, device=self.weight.device)
         self.register_buffer("token_ids", ids, persistent=False)
         self.rows = nn.Parameter(self.weight.detach()[ids].float())  # (tokens, D)
@@ -115,8 +121,8 @@ class TokenRows(nn.Module):
 
     def delta(self) -> Tensor:
         """Compute the update of the matrix, (V, D)."""
-        weight = self.weight.detach().float()
-        return weight.index_copy(0, self.token_ids, self.rows.detach()) - weight
+        weight = self.weight.float()
+        return weight.index_copy(0, self.token_ids, self.rows) - weight
 
 
 class TiedEmbedding(nn.Module):
@@ -222,38 +228,25 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
 # ---------------------------------------------------------------- merging
 
 
-def merge_lora(model: MiniMindForCausalLM) -> None:
-    """Add every update to its weight, in float32 and cast once; `unmerge_lora` undoes it.
+@torch.no_grad()
+def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
+    """Build a plain model with the logits of the adapted one; `model` is unchanged.
 
-    An update of a tied head alone is refused: merging it would change the embedding, too.
+    Each update is added to its weight in float32 and cast once. An update of a tied head alone is
+    refused: merging it would change the embedding, too.
     """
-    is_plain = isinstance(model.model.embed_tokens, nn.Embedding)
-    if isinstance(model.lm_head, LoRALinear) and is_plain and model.config.tie_word_embeddings:
+    plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
+    is_tied, embedding = model.config.tie_word_embeddings, model.model.embed_tokens
+    if isinstance(model.lm_head, LoRALinear) and isinstance(embedding, nn.Embedding) and is_tied:
         remedy = "would change the input end too; use the adapter unmerged"
         raise UserError(f"{HEAD} is tied to the embedding: merging its update {remedy}")
-    if hasattr(model, "before_merge"):
-        raise UserError("the adapter is merged already; unmerge it first")
-    adapted = [m for m in model.modules() if isinstance(m, LoRALinear | TokenRows)]
-    model.before_merge = [(m, m.weight.detach().clone(), m.scaling) for m in adapted]
-    for module in adapted:
-        module.weight.data.copy_(module.weight.float() + module.delta())
-        module.scaling = 0.0
-
-
-def unmerge_lora(model: MiniMindForCausalLM) -> None:
-    """Put the bits of the weights before `merge_lora` back."""
-    for module, weight, scaling in model.before_merge:
-        module.weight.data.copy_(weight)
-        module.scaling = scaling
-    del model.before_merge
-
-
-def build_merged(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """Build a plain model with the logits of the adapted one; `model` is unchanged."""
-    merge_lora(model)
-    plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear | TokenRows):
+            total = module.weight.float() + module.delta()
+            tensors[f"{name}.weight"] = total.to(module.weight.dtype)
+    if is_tied:
+        tensors[EMBEDDING_WEIGHT] = tensors[HEAD_WEIGHT]
     plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
-    unmerge_lora(model)
     return plain
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.checkpoint import find_base, load_model, save_model, weights_fingerprint
 from model.files import UserError, escape_control, file_sha256, run_script, write_json
-from model.model_lora import ADAPTER_WEIGHTS, build_merged, load_lora
+from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
 from model.model_minimind import count_parameters
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(base)
     fingerprint = weights_fingerprint(model)
     settings = load_lora(model, args.adapter)
-    merged = build_merged(model)
+    merged = merge_lora(model)
     save_model(merged, base, args.output_dir)
     record = {
         "status": "completed",

@@ -30,7 +30,7 @@ from torch import Tensor
 from evaluation.updates.spectra import cut_to_rank, describe_matrix, draw_low_rank
 from model.checkpoint import load_checkpoint, load_model, save_model, weights_fingerprint
 from model.files import UserError, run_script, write_json
-from model.model_lora import build_merged, select_trainable
+from model.model_lora import merge_lora, select_trainable
 from model.model_minimind import MiniMindForCausalLM
 
 Update = dict[str, Tensor]  # float64, by the name of the weight; a tied head is the embedding
@@ -38,7 +38,7 @@ Update = dict[str, Tensor]  # float64, by the name of the weight; a tied head is
 
 def read_update(base: MiniMindForCausalLM, path: Path) -> Update:
     """Return what the checkpoint or adapter at `path` added to its base."""
-    tuned = dict(build_merged(load_checkpoint(path)[0]).named_parameters())
+    tuned = dict(merge_lora(load_checkpoint(path)[0]).named_parameters())
     before = dict(base.named_parameters())
     if {n: w.shape for n, w in before.items()} != {n: w.shape for n, w in tuned.items()}:
         raise UserError(f"{path}: has other weights than --base; name its own base")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from model.checkpoint import load_model, weights_fingerprint
 from model.generation import Decoding, generate
-from model.model_lora import LoraSettings, apply_lora, build_merged, load_lora, save_lora
+from model.model_lora import LoraSettings, apply_lora, load_lora, merge_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
 
 REPO = Path(__file__).resolve().parents[2]
@@ -93,7 +93,7 @@ def test_adapter(name: str, tmp_path: Path) -> None:
         assert file.metadata() == old["metadata"]
     load_lora(again, tmp_path)
     assert summarize_outputs(again) == pytest.approx(old["logits"], rel=1e-5)
-    merged = build_merged(again).state_dict()
+    merged = merge_lora(again).state_dict()
     for tensors, summaries in ((load_file(path), old["file"]), (merged, old["merged"])):
         assert tensors.keys() == summaries.keys()
         for key, summary in summaries.items():

@@ -17,11 +17,9 @@ from model.model_lora import (
     LoRALinear,
     LoraSettings,
     apply_lora,
-    build_merged,
     load_lora,
     merge_lora,
     select_trainable,
-    unmerge_lora,
 )
 from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
 from tests.model.small import (
@@ -118,7 +116,7 @@ def test_gradients_of_rows_and_factors_come_from_both_ends(base: Path) -> None:
     apply_lora(factors, LoraSettings(rank=4, alpha=8, targets="embedding"))
     for model in (rows, factors):
         move_parameters(model)
-        dense = build_merged(model)
+        dense = merge_lora(model)
         model(IDS, labels=IDS).loss.backward()
         dense(IDS, labels=IDS).loss.backward()
         full = dense.model.embed_tokens.weight.grad
@@ -197,13 +195,12 @@ def test_our_adapter_gives_its_logits_loaded_in_peft_and_merged(
         warnings.filterwarnings("default", message=".*tie_word_embeddings.*")
         reference = PeftModel.from_pretrained(reference, tmp_path)
     assert torch.allclose(compute_logits(reference), expected, rtol=0, atol=1e-5)
-    merge_lora(model)
-    assert torch.allclose(compute_logits(model), expected, rtol=0, atol=1e-5)
-    unmerge_lora(model)
-    save_model(build_merged(model), TOKENIZER_DIR, tmp_path / "merged")
+    merged = merge_lora(model)
+    assert torch.allclose(compute_logits(merged), expected, rtol=0, atol=1e-5)
+    save_model(merged, TOKENIZER_DIR, tmp_path / "merged")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(compute_logits(reference), expected, rtol=0, atol=1e-5)
-    for tensor_name, tensor in saved.state_dict().items():  # unmerged twice, to the bit
+    for tensor_name, tensor in saved.state_dict().items():  # unchanged, to the bit
         assert torch.equal(model.state_dict()[tensor_name], tensor), tensor_name
 
 
@@ -246,15 +243,13 @@ def test_merge_adds_in_float32_and_casts_once() -> None:
     model = make_model().bfloat16()
     apply_lora(model, LoraSettings(rank=2, alpha=0.6, targets="q_proj,embedding"))
     move_parameters(model)
-    layers = lora_layers(model)
-    deltas = [layer.delta() for layer in layers]
-    sums = [m.weight.float() + d for m, d in zip(layers, deltas, strict=True)]
-    merge_lora(model)
-    with pytest.raises(UserError, match="merged already"):
-        merge_lora(model)
-    assert {delta.dtype for delta in deltas} == {torch.float32}
-    for layer, expected in zip(layers, sums, strict=True):
-        assert torch.equal(layer.weight, expected.bfloat16())
+    merged = merge_lora(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            update = 0.3 * (layer.lora_B.weight.float() @ layer.lora_A.weight.float())
+            expected = (layer.weight.float() + update).bfloat16().float()
+            assert torch.equal(merged.get_submodule(name).weight, expected), name
+    assert torch.equal(merged.model.embed_tokens.weight, merged.lm_head.weight)
 
 
 def test_merging_into_a_tied_head_alone_is_refused(base: Path) -> None:
