@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -353,18 +354,16 @@ def plan_shapes(plan: StepPlan, targets: np.ndarray, steps: int, most: int) -> l
 
     Two neighboring lengths become one where that pads least; `targets` counts a sample's labels.
     """
-    groups: dict[int, tuple[int, int]] = {}  # length -> batches, and most labels in one
-    for step, process in product(range(steps), range(plan.processes)):
-        for batch in filter(None, plan.micro_batches(step, process)):
-            length = int(plan.lengths[batch].max())
-            count, labels = groups.get(length, (0, 0))
-            groups[length] = count + 1, max(labels, int(targets[batch].sum()))
-    while len(groups) > most:
-        pairs = pairwise(sorted(groups))
-        short, long = min(pairs, key=lambda pair: (pair[1] - pair[0]) * groups[pair[0]][0])
-        (count, labels), (others, most_labels) = groups.pop(short), groups[long]
-        groups[long] = count + others, max(labels, most_labels)
-    return [(plan.batch_size, length, groups[length][1]) for length in sorted(groups)]
+    shares = product(range(steps), range(plan.processes))
+    batches = [part for share in shares for part in plan.micro_batches(*share) if part]
+    sizes = [(int(plan.lengths[part].max()), int(targets[part].sum())) for part in batches]
+    counts = Counter(length for length, _ in sizes)
+    while len(counts) > most:
+        pairs = pairwise(sorted(counts))
+        short, long = min(pairs, key=lambda pair: (pair[1] - pair[0]) * counts[pair[0]])
+        counts[long] += counts.pop(short)
+    labels = {long: max(count for length, count in sizes if length <= long) for long in counts}
+    return [(plan.batch_size, length, labels[length]) for length in sorted(counts)]
 
 
 def collate(

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model.files import UserError, read_json, write_bytes, write_json
-from model.model_minimind import (
-    EMBEDDING_WEIGHT,
-    HEAD_WEIGHT,
-    MiniMindForCausalLM,
-    fill_model,
-    list_weights,
-    weights_fingerprint,
-)
+from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TARGET_NAMES = ("square", "attention", "mlp", "all-linear", "embedding")
@@ -93,9 +86,10 @@ class LoRALinear(nn.Module):
         update = (F.embedding(input_ids, self.lora_B.weight) * self.scaling) @ self.lora_A.weight
         return F.embedding(input_ids, self.weight) + update
 
-    def delta(self) -> Tensor:
-        """Compute the update of W, (out, in)."""
-        return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+    def compute_weight(self) -> Tensor:
+        """Compute W with its update, (out, in), added in float32 and cast once."""
+        update = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        return (self.weight.float() + update).to(self.weight.dtype)
 
 
 class TokenRows(nn.Module):
@@ -116,13 +110,11 @@ class TokenRows(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Look rows up: (...) int64 -> (..., D)."""
-        rows = self.rows.to(self.weight.dtype)
-        return F.embedding(input_ids, self.weight.index_copy(0, self.token_ids, rows))
+        return F.embedding(input_ids, self.compute_weight())
 
-    def delta(self) -> Tensor:
-        """Compute the update of the matrix, (V, D)."""
-        weight = self.weight.float()
-        return weight.index_copy(0, self.token_ids, self.rows) - weight
+    def compute_weight(self) -> Tensor:
+        """Compute the matrix with the rows that train, (V, D)."""
+        return self.weight.index_copy(0, self.token_ids, self.rows.to(self.weight.dtype))
 
 
 class TiedEmbedding(nn.Module):
@@ -186,9 +178,6 @@ def choose_modules(
     parts, kinds = ",".join(settings.modules_to_save), (nn.RMSNorm, nn.Embedding)
     parts = parts.replace(HEAD, EMBEDDING)  # the tied matrix
     whole = select_modules(model, parts, kinds, "--modules_to_save") if parts else []
-    for name in targets:
-        if rank > (limit := min(model.get_submodule(name).weight.shape)):
-            raise UserError(f"--lora_rank {rank}: the rank of {name} is {limit} at most")
     ids = range(model.config.vocab_size)
     if len({*tokens} & {*ids}) < len(tokens):
         raise UserError(f"--train_tokens: ids must differ and lie in 0..{ids[-1]}")
@@ -232,8 +221,7 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
 def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
     """Build a plain model with the logits of the adapted one; `model` is unchanged.
 
-    Each update is added to its weight in float32 and cast once. An update of a tied head alone is
-    refused: merging it would change the embedding, too.
+    An update of a tied head alone is refused: merging it would change the embedding, too.
     """
     plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
     is_tied, embedding = model.config.tie_word_embeddings, model.model.embed_tokens
@@ -242,10 +230,9 @@ def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
         raise UserError(f"{HEAD} is tied to the embedding: merging its update {remedy}")
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear | TokenRows):
-            total = module.weight.float() + module.delta()
-            tensors[f"{name}.weight"] = total.to(module.weight.dtype)
+            tensors[f"{name}.weight"] = module.compute_weight()
     if is_tied:
-        tensors[EMBEDDING_WEIGHT] = tensors[HEAD_WEIGHT]
+        tensors[f"{EMBEDDING}.weight"] = tensors[f"{HEAD}.weight"]
     plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
     return plain
 
@@ -348,10 +335,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
         raise UserError(f"{folder}: was trained on another base than the one loaded; {named}")
     settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
     weights = list_weights(model)
-    try:
-        apply_lora(model, settings)
-    except UserError as error:  # the message names a flag, not the file
-        raise UserError(f"{path}: does not fit this model: {error}") from error
+    apply_lora(model, settings)
     for name, tensor in tensors.items():
         if ".lora_embedding_" not in name:  # the head's update, compared below
             weights[name.removeprefix(PEFT_PREFIX).replace(PEFT_ROWS, ROWS)] = tensor

@@ -63,7 +63,7 @@ def make_parser(
     dtype = "of matrix products, not of weights (auto: bfloat16 where the processor computes it)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
     compile_flag = {"nargs": "?", "choices": ("auto", "on", "off"), "const": "on"}
-    when = "compile the blocks (auto: if the run is long enough)"
+    when = "compile forward pass and loss (auto: if the run is long enough)"
     add("--use_compile", **compile_flag, default="auto", help=when)
     add("--num_workers", type=COUNT, default=0, help="data loading processes (0)")
 

@@ -351,14 +351,13 @@ def evaluate(
     """Return the mean NLL over the labeled tokens of a data set, in nats a token."""
     order = dataset.lengths.argsort(kind="stable").tolist()
     batches = list(lm_dataset.chunks(order, batch_size))
-    losses = [torch.zeros((), device=accelerator.device)]  # a process may have no batch
+    total = torch.zeros((), device=accelerator.device)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         batch = collate([dataset[i] for i in indices], model.config.pad_token_id or 0)
         batch = send_to_device(batch, accelerator.device)
-        losses.append(model(**batch, num_items_in_batch=1).loss)
+        total += model(**batch, num_items_in_batch=1).loss
     model.train()
-    total = torch.tensor(sum(torch.stack(losses).tolist()), device=accelerator.device)
     return (accelerator.reduce(total, "sum") / int(dataset.targets.sum())).item()
 
 
@@ -403,9 +402,8 @@ def answer_held_out(
         return
     prompts, references = [], []
     for ids, labels in (eval_set[i] for i in range(count)):
-        is_answer = (labels == ids).tolist()
-        start = is_answer.index(True)
-        end = (is_answer + [False]).index(False, start)
+        changes = np.diff(labels == ids, prepend=False, append=False)
+        start, end = np.flatnonzero(changes)[:2]
         prompts.append(ids[:start].tolist())
         references.append(ids[start:end].tolist())
     ends = (tokenizer.eos_token_id,)

@@ -3,7 +3,7 @@
     python evaluation/bench/bench.py                     # or: make bench
     python evaluation/bench/bench.py --sizes xs --quick  # does it run? too few turns to report
 
-An arm is a process that trains by one engine: "ours", a script of trainer/ with compiled blocks;
+An arm is a process that trains by one engine: "ours", a compiled script of trainer/;
 "minimind", the same with MiniMind's way of loading; "trainer", transformers' Trainer with PEFT, not
 compiled, its default. Arms take turns, with the same weights and batches. Numbers are medians over
 turns, without first steps. "% of the peak" is MFU; the peak is that of a large product, measured.

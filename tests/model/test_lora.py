@@ -61,7 +61,7 @@ def test_forward_is_w_plus_scaled_ba_by_hand() -> None:
     layer.lora_B.weight.data = torch.tensor([[2.0], [-4.0]])
     # W x = (5, 11); A x = 8; half of B A x = (8, -16).
     assert layer(torch.tensor([1.0, 2.0])).tolist() == [13.0, -5.0]
-    assert layer.delta().tolist() == [[10.0, -1.0], [-20.0, 2.0]]
+    assert layer.compute_weight().tolist() == [[11.0, 1.0], [-17.0, 6.0]]
     assert LoraSettings(rank=16, alpha=32).scaling == 2
     assert LoraSettings(rank=16, alpha=32, use_rslora=True).scaling == 8
 
@@ -130,6 +130,7 @@ def test_gradients_of_rows_and_factors_come_from_both_ends(base: Path) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_loss_with_an_adapter_is_one_graph_of_all_shapes(base: Path, name: str) -> None:
+    torch.compiler.reset()
     model, plain = load_model(base), load_model(base)
     for each in (model, plain):
         apply_lora(each, SETTINGS[name])
@@ -265,7 +266,6 @@ def test_merging_into_a_tied_head_alone_is_refused(base: Path) -> None:
     ("settings", "message"),
     [
         (LoraSettings(targets="qproj"), "--lora_targets: 'qproj' selects nothing; use .*square"),
-        (LoraSettings(rank=33), "--lora_rank 33: the rank of .*k_proj is 32 at most"),
         (LoraSettings(modules_to_save=("q_proj",)), "--modules_to_save: 'q_proj' selects nothing"),
         (LoraSettings(rank=0), "nothing to train"),
         (LoraSettings(train_tokens=(6400,)), "0..6399"),
@@ -297,7 +297,7 @@ def test_adapters_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> Non
         ({"init_lora_weights": "pissa"}, "", None, "init_lora_weights 'pissa'"),
         ({"r": 3}, "", None, r"size mismatch for .*lora_A.weight.*\[4, 64\]"),
         ({}, lora_b, None, "Missing key.*q_proj.lora_B.weight"),
-        ({}, extra, torch.ones(1), "does not fit this model: .*'lm_tail' selects nothing"),
+        ({}, extra, torch.ones(1), "'lm_tail' selects nothing"),
         ({}, head, torch.ones(6400, 4), "differs from the other end"),
     ]:
         path.write_text(json.dumps(config | change))
