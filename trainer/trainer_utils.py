@@ -344,7 +344,7 @@ def train(
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # a graph of its own would compile longer than it saves
+@torch.compiler.set_stance("force_eager")  # without gradients it would be a second graph
 def evaluate(
     model: MiniMindForCausalLM, dataset: TokenDataset, batch_size: int, accelerator: Accelerator
 ) -> float:
