@@ -15,7 +15,6 @@ take answers as independent. Sampling seeds do not replicate the training.
 
 import argparse
 import contextlib
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
 from model.checkpoint import load_checkpoint, load_tokenizer
-from model.files import REPO_DIR, UserError, escape_control, file_sha256, run_script, write_json
+from model.files import REPO_DIR, UserError, escape_control, run_script, write_json
 from model.generation import Decoding
 from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, limit
 
@@ -96,22 +95,6 @@ def load(path: Path, args: argparse.Namespace) -> Checkpoint:
     return model.to(choose_device(args.device), getattr(torch, args.dtype)).eval(), tokenizer
 
 
-def describe_probe(path: Path, args: argparse.Namespace) -> dict:
-    """Describe where results come from: weights, prompts, settings, versions."""
-    names = ("adapter_model.safetensors", "model.safetensors")
-    weights = next(path / name for name in names if (path / name).is_file())
-    keys = ("decoding", "seeds", "max_new_tokens", "batch_size", "dtype", "translator")
-    return {
-        "weights_sha256": file_sha256(weights),
-        "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},
-        "judge": args.judge and args.judge.resolve().name,
-        **{key: vars(args)[key] for key in keys},
-        "device": choose_device(args.device),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
-
-
 def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
@@ -142,7 +125,7 @@ def run_probes(args: argparse.Namespace) -> None:
             summaries[name] = summarize(samples)
             short = {key: one | {"sequences": "in nll.json"} for key, one in nll[name].items()}
             results = {"training": outputs.describe_training(path), "nll": short}
-            results["provenance"] = describe_probe(path, args)
+            results["provenance"] = outputs.describe_probe(path, args)
             outputs.write_outputs(folder, samples, summaries[name], results)
         print(escape_control(f"wrote {folder}"))
     outputs.print_answers(answers, args.show_answers)

@@ -128,9 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))
         return args.modules_to_save_lr_ratio if is_whole else 1.0
 
-    def save_weights(folder):
-        save_lora(model, settings, folder, str(base), fingerprint)
-
+    save_weights = partial(save_lora, model, settings, base=str(base), fingerprint=fingerprint)
     finish = partial(answer_held_out, run, model, tokenizer, data[1])
     return train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio, finish=finish)
 
