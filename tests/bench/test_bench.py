@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from evaluation.bench import bench
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 from tests.trainer.runs import write_jsonl
 from trainer import trainer_utils
 
@@ -18,7 +18,7 @@ from trainer import trainer_utils
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """A tiny model and 8 conversations of different lengths, one of them of two turns."""
-    save_model(tiny_model(), TOKENIZER_DIR, tmp_path / "tiny")
+    save_model(make_model(), TOKENIZER_DIR, tmp_path / "tiny")
     counts = [" ".join(map(str, range(1 + 3 * i))) for i in range(8)]
     question = {"role": "user", "content": "Count."}
     chats = [[question, {"role": "assistant", "content": count}] for count in counts]

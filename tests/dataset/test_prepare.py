@@ -13,8 +13,7 @@ import pytest
 
 from dataset.lm_dataset import record_messages
 from dataset.prepare import CORPORA, hold_out, main
-from tests.tiny import exit_code
-from tests.trainer.runs import write_jsonl
+from tests.trainer.runs import exit_code, write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.
 HELD_OUT = ["Asthma", "Scurvy", "Water", "Iron", "What is tea?", "Say hello."]

@@ -17,7 +17,7 @@ from evaluation.probe.likelihood import (
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
 from model.files import UserError
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 
 
 def make_talk(question: str, answer: str) -> list[dict]:
@@ -41,7 +41,7 @@ def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
     pairs = [("Hi", "Hello, you."), ("A longer question?", "No"), ("x", "Some more words")]
     talks, path = [make_talk(*pair) for pair in pairs], tmp_path / "nll.jsonl"
     path.write_text("".join(json.dumps({"conversations": talk}) + "\n" for talk in talks))
-    model, tokenizer = tiny_model(), load_tokenizer()
+    model, tokenizer = make_model(), load_tokenizer()
     losses = [
         -log_p(model, ids)[torch.tensor(labeled[1:])]
         for ids, labeled in encode_conversations(tokenizer, talks)
@@ -59,7 +59,7 @@ def test_text_nll_is_of_blocks_packed_as_in_pretraining(tmp_path):
     texts = ["The sun is a star.", "A dog ran home, and then it slept for a long time."]
     path, stream = tmp_path / "text.jsonl", []
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    model, tokenizer = tiny_model(), load_tokenizer()
+    model, tokenizer = make_model(), load_tokenizer()
     for text in texts:
         stream += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.pad_token_id]
     blocks = [stream[i : i + 8] for i in range(0, len(stream), 8)]
@@ -97,7 +97,7 @@ def test_candidates_are_the_prompt_and_nine_others_of_its_script():
 
 
 def test_off_topic_is_by_the_judges_logits():
-    model, tokenizer = tiny_model(), load_tokenizer()
+    model, tokenizer = make_model(), load_tokenizer()
     prompts = make_prompts(11, "Tell me about {}!!!")
     opening = make_talk("Hi", "Hello")  # an earlier answer is not judged
     prompts[1] = Prompt("p1", "A", opening + prompts[1].messages)
@@ -118,8 +118,8 @@ def test_off_topic_is_by_the_judges_logits():
 
 def test_a_judge_that_is_probed_or_its_base_is_refused(tmp_path):
     for seed, name in enumerate(["base", "other", "tuned"]):
-        save_model(tiny_model(seed), TOKENIZER_DIR, tmp_path / name)
-    run = {"base_fingerprint": weights_fingerprint(tiny_model(0))}
+        save_model(make_model(seed), TOKENIZER_DIR, tmp_path / name)
+    run = {"base_fingerprint": weights_fingerprint(make_model(0))}
     (tmp_path / "tuned" / "run.json").write_text(json.dumps(run))
     check_judge(tmp_path / "other", [tmp_path / "base", tmp_path / "tuned"])
     for probed in ("base", "tuned"):

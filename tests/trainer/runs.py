@@ -173,6 +173,13 @@ def run_two(
     return [process.exitcode for process in processes]
 
 
+def exit_code(main: Callable[[list[str]], int], words: list[str]) -> int:
+    """Return what a script with these words on its command line ends with."""
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: main(words))
+    return caught.value.code
+
+
 def record_of(run: Path) -> dict:
     return json.loads((run / "run.json").read_text())
 

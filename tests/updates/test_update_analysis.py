@@ -10,13 +10,13 @@ from evaluation.updates.update_analysis import main
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model, weights_fingerprint
 from model.files import UserError
 from model.model_lora import LoraSettings, apply_lora, save_lora
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small base with its tokenizer; beside it `tuned`, which differs in every weight."""
-    folder, model = tmp_path_factory.mktemp("updates"), tiny_model()
+    folder, model = tmp_path_factory.mktemp("updates"), make_model()
     save_model(model, TOKENIZER_DIR, folder / "base")
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
@@ -54,14 +54,14 @@ def test_truncated_and_kept_parts(base: Path) -> None:
 
 
 def test_analysis_of_a_checkpoint(base: Path) -> None:
-    """Shares sum to 1, and each of the 7 matrices of each block and the embedding has a line."""
+    """Shares sum to 1, and each of the 7 matrices of 3 blocks and the embedding has a line."""
     result = analyze(base, base.with_name("tuned"))
-    assert len(result["matrices"]) == 2 * 7 + 1 and result["unchanged"] == []
+    assert len(result["matrices"]) == 3 * 7 + 1 and result["unchanged"] == []
     for table in result["shares"].values():
         for column in ("update", "parameters"):
             assert sum(row[column] for row in table.values()) == pytest.approx(1)
-    assert list(result["shares"]["by_layer"]) == ["embed_tokens", "0", "1", "norm"]
-    embedding = 6400 * 32 / load_model(base).num_parameters()
+    assert list(result["shares"]["by_layer"]) == ["embed_tokens", "0", "1", "2", "norm"]
+    embedding = 6400 * 64 / load_model(base).num_parameters()
     assert result["shares"]["by_kind"]["embed_tokens"]["parameters"] == pytest.approx(embedding)
 
 
