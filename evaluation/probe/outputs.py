@@ -27,7 +27,7 @@ from model.files import (
     write_json,
     write_text,
 )
-from model.model_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from model.model_lora import ADAPTER_WEIGHTS
 from trainer.arguments import choose_device
 from trainer.run_folder import describe_machine
 

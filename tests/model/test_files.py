@@ -6,15 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from model.files import (
-    UserError,
-    escape_control,
-    file_sha256,
-    read_json,
-    run_script,
-    write_json,
-    write_text,
-)
+from model.files import UserError, escape_control, file_sha256, read_json, run_script, write_json
 
 
 def test_scripts_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,10 +42,10 @@ def test_files_are_written_whole_or_not_at_all(
 
     monkeypatch.setattr(Path, "write_bytes", fill_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_text(path, "another")
+        write_json(path, {"a": 2})
     assert read_json(path) == {"a": [1]}
     monkeypatch.undo()
-    write_text(path, "another")
+    write_json(path, {"a": 2})
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from dataset.lm_dataset import encode_conversations
-from evaluation.probe.likelihood import (
-    CANDIDATES,
-    add_topic_measures,
-    check_judge,
-    compare_nll,
-    draw_candidates,
-    measure_nll,
-)
+from evaluation.probe import likelihood
+from evaluation.probe.likelihood import check_judge, compare_nll, draw_candidates, measure_nll
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
 from model.files import UserError
@@ -88,7 +82,7 @@ def test_candidates_are_the_prompt_and_nine_others_of_its_script():
     candidates = draw_candidates(prompts)
     assert candidates == draw_candidates(prompts)
     for own, (first, *others) in enumerate(candidates):
-        assert first == own and own not in others and len(set(others)) == CANDIDATES - 1
+        assert first == own and own not in others and len(set(others)) == 9
         assert all((other >= 30) == (own >= 30) for other in others)
     twice = [*make_prompts(10), *make_prompts(1, first="again")]
     assert 10 not in draw_candidates(twice)[0]  # the same question
@@ -103,7 +97,7 @@ def test_off_topic_is_by_the_judges_logits():
     prompts[1] = Prompt("p1", "A", opening + prompts[1].messages)
     outputs = ["It is a dog.", "No<|endoftext|>", "  ", "Something that goes on"]
     samples = [{"id": p.id, "output": o} for p, o in zip(prompts[:4], outputs, strict=True)]
-    add_topic_measures((model, tokenizer), prompts, samples, batch_size=7)
+    likelihood.add_topic_measures((model, tokenizer), prompts, samples, batch_size=7)
     for sample, candidates in zip(samples, draw_candidates(prompts)[:4], strict=True):
         text, scores = sample["output"].removesuffix("<|endoftext|>").strip(), []
         for i in candidates:
