@@ -9,8 +9,8 @@ r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat
 
 A model is a folder that a training script wrote; an adapter names its base. evaluation/probe/
 outputs.py lists the files in `evaluation/model_outputs/<name>/`, measures.py the measures. With
-several models, each one is compared with the first, prompt by prompt. Intervals in results.json
-take answers as independent. Sampling seeds do not replicate the training.
+several models, each one is compared with the first, prompt by prompt. Several sampling seeds do
+not stand for several training seeds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from evaluation.probe.likelihood import add_topic_measures, check_judge, compare
 from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
-from model.checkpoint import load_checkpoint, load_tokenizer
+from model.checkpoint import load_checkpoint
 from model.files import REPO_DIR, UserError, escape_control, run_script, write_json
 from model.generation import Decoding
 from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, limit
@@ -89,10 +89,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def load(path: Path, args: argparse.Namespace) -> Checkpoint:
     """Load a checkpoint onto the device."""
-    model, tokenizer = load_checkpoint(path)
-    if args.tokenizer_path:
-        tokenizer = load_tokenizer(args.tokenizer_path)
-    return model.to(choose_device(args.device), getattr(torch, args.dtype)).eval(), tokenizer
+    model, tokenizer = load_checkpoint(path, args.tokenizer_path)
+    return model.to(choose_device(args.device), getattr(torch, args.dtype)), tokenizer
 
 
 def run_probes(args: argparse.Namespace) -> None:
@@ -103,22 +101,19 @@ def run_probes(args: argparse.Namespace) -> None:
         judge = load(args.judge, args)
     translator = args.translator and load_translator(args.translator, choose_device(args.device))
     data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
+    measured = {key: (kind, files) for key, (kind, files) in data.items() if files}
+    sizes = (args.max_seq_len, args.batch_size)
+    choices = (args.decoding, args.seeds, args.max_new_tokens, args.batch_size)
     nll, answers, summaries = {}, {}, {}
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
         folder = args.output_dir / name
         folder.mkdir(parents=True, exist_ok=True)
-        nll[name] = {
-            key: measure_nll(checkpoint, kind, files, args.max_seq_len, args.batch_size)
-            for key, (kind, files) in data.items()
-            if files
-        }
+        nll[name] = {key: measure_nll(checkpoint, *one, *sizes) for key, one in measured.items()}
         if nll[name]:
             write_json(folder / "nll.json", nll[name])
         if prompts:
-            samples = answers[name] = probe(
-                checkpoint, prompts, args.decoding, args.seeds, args.max_new_tokens, args.batch_size
-            )
+            samples = answers[name] = probe(checkpoint, prompts, *choices)
             if args.judge:
                 add_topic_measures(judge, prompts, samples, args.batch_size)
             translate_samples(samples, folder, translator)

@@ -94,9 +94,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or a hub id; it neither cuts nor pads by itself.
 
-    Raises:
-        UserError: a file, the chat template or a special token is missing, or the tokenizer has
-            more tokens than the model has rows, `vocab_size`.
+    Refused if it lacks a file, the chat template or a special token, or has more than `vocab_size`
+    tokens, the rows of the model.
     """
     for name in TOKENIZER_FILES[:2]:
         find_file(source, name)
@@ -126,11 +125,13 @@ def find_base(folder: str | Path) -> str | Path:
     raise UserError(f"{path}: the base {named!r} is not there; put it back")
 
 
-def load_checkpoint(path: str | Path) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
-    """Load a model, or an adapter on its base, and the tokenizer of either."""
+def load_checkpoint(
+    path: str | Path, tokenizer_path: str | Path | None = None
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
+    """Load a model, or an adapter on its base, and the tokenizer of either or the one named."""
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
     base = find_base(path) if is_adapter else path
     model = load_model(base)
     if is_adapter:
         load_lora(model, path)
-    return model.eval(), load_tokenizer(base, model.config.vocab_size)
+    return model.eval(), load_tokenizer(tokenizer_path or base, model.config.vocab_size)

@@ -79,9 +79,8 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
 
 def main(argv: list[str] | None = None) -> int:
     """Convert by the flags on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("pth", type=Path, help="a model's or an adapter's .pth")
     add("--output_dir", type=Path, required=True, help="folder to make")

@@ -1,9 +1,8 @@
 """LoRA on conversations: the base is frozen, low-rank updates of chosen linears train.
 
     python trainer/train_lora.py                            # the small world, from model/base_xs
-    python trainer/train_lora.py --lora_name lora_all_s --from_weight out/pretrain_s \
-        --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
-        --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz
+    python trainer/train_lora.py --lora_name lora_s --from_weight out/pretrain_s \
+        --data_path dataset/data/dolly.jsonl.gz --eval_data_path dataset/data/dolly_valid.jsonl.gz
 
 MiniMind's placement, scaling, initialization and rate, from the pretrained base; MiniMind's own
 script starts from its fully fine-tuned model:
@@ -102,9 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     base = base.absolute() if base.exists() else base
     base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     vocabulary = tokenizer.get_vocab()
-    for token in args.train_tokens:
-        if token not in vocabulary:
-            raise UserError(f"--train_tokens {token}: no single token of the vocabulary")
+    if missing := [token for token in args.train_tokens if token not in vocabulary]:
+        raise UserError(f"--train_tokens {missing[0]}: no single token of the vocabulary")
     settings = LoraSettings(
         rank=args.lora_rank,
         alpha=args.lora_alpha,

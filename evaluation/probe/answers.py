@@ -28,11 +28,7 @@ def probe(
 ) -> list[dict]:
     """Ask every prompt once per decoding and seed; greedy decoding draws nothing and runs once.
 
-    Returns:
-        Samples (see `make_sample`), in the order decoding, seed, prompt.
-
-    Raises:
-        UserError: a prompt leaves no room for its answer.
+    Samples come in the order decoding, seed, prompt. A prompt that leaves no room is refused.
     """
     model, tokenizer = checkpoint
     opened = encode_conversations(tokenizer, [prompt.messages for prompt in prompts], True)

@@ -34,9 +34,7 @@ def sum_nats(
 ) -> np.ndarray:
     """Sum the negative log-likelihood of each sample's labeled tokens: (samples, 2) float64, nats.
 
-    Args:
-        samples: token ids and labels of each.
-        end_id: the token whose share of the sum the second column holds.
+    A sample is its token ids and labels. The second column holds the part of the token `end_id`.
     """
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
     nats = np.zeros((len(samples), 2))
@@ -57,12 +55,8 @@ def measure_nll(
 ) -> dict:
     """Measure the NLL of held-out data in nats per token.
 
-    Args:
-        kind: "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
-
-    Returns:
-        data, tokens, nats_per_token, and `sequences`: nats and tokens of each, and how much of
-        both is end tokens ("sft" alone).
+    `kind` is "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
+    `sequences` holds nats and tokens of each, and the part of end tokens in both ("sft" alone).
     """
     model, tokenizer = checkpoint
     dataset = load_dataset(kind, paths, tokenizer, max_seq_len)

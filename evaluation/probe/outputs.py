@@ -18,20 +18,12 @@ from pathlib import Path
 import pandas as pd
 
 from model.checkpoint import WEIGHTS_FILE
-from model.files import (
-    REPO_DIR,
-    UserError,
-    escape_control,
-    file_sha256,
-    read_json,
-    write_json,
-    write_text,
-)
+from model.files import UserError, escape_control, file_sha256, read_json, write_json, write_text
 from model.model_lora import ADAPTER_WEIGHTS
 from trainer.arguments import choose_device
 from trainer.run_folder import describe_machine
 
-OUTPUT_DIR = REPO_DIR / "evaluation" / "model_outputs"
+OUTPUT_DIR = Path(__file__).resolve().parents[1] / "model_outputs"
 PLAIN_NAMES = {"square": "q and o", "all-linear": "all layers", "mlp": "the MLP"}
 FLAGS = ("blank", "endless", "loop", "off_topic")
 
@@ -51,8 +43,7 @@ def fence(text: str) -> str:
 def describe_training(folder: Path) -> dict:
     """Describe what was trained, from run.json, or from adapter_config.json of a foreign adapter.
 
-    Returns:
-        title (a plain name of the arm), stage, base, and more lines of samples.md; None: not known.
+    `title` is a plain name of the arm; None stands for what is not known.
     """
     run, adapter = (
         read_json(folder / name) if (folder / name).is_file() else {}

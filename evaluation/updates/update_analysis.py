@@ -129,9 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         if tensor.ndim == 2 and tensor.any()
     ]
     unchanged = [name for name, tensor in delta.items() if not tensor.any()]
-    shares, table = compute_shares(delta), pd.DataFrame(matrices)
-    intruders = pd.DataFrame(list(table["intruders"]))[["count", "random", "k"]]
-    table = table.drop(columns=["intruders", "singular_values"]).join(intruders)
+    shares, table = compute_shares(delta), pd.json_normalize(matrices)
+    table = table.drop(columns=["singular_values", "intruders.max_cos", "intruders.null95"])
     print(table.to_string(index=False, float_format="{:.3f}".format))
     print(pd.DataFrame(shares["by_kind"]).T.to_string(float_format="{:.1%}".format))
     record |= {"tuned": args.tuned.name, "shares": shares, "unchanged": unchanged}

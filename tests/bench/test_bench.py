@@ -60,22 +60,12 @@ def test_ours_and_trainer_train_alike_and_are_timed(job: dict) -> None:
 
 def test_medians_by_hand() -> None:
     """Ours takes 1, 2 and 9 s for 90 tokens, Trainer 3, 4 and 9 s: 3, 2 and 1 times as long."""
-    keys = dict.fromkeys(bench.ARM_KEYS, "FFT") | {
-        "tokens": 90,
-        "MiB": 2,
-        "flops": 10,
-        "peak": 1800,
-    }
-    seconds = {"ours": (1, 2, 9), "trainer": (3, 4, 9)}
-    rows = [
-        keys | {"turn": turn, "engine": engine, "seconds": times[turn]}
-        for turn in range(3)
-        for engine, times in seconds.items()
-    ]
-    profile = {"% outside products": 75, "kernels": 0.5, "turn": 3}
-    rows += [
-        dict.fromkeys(bench.ARM_KEYS, "FFT") | {"engine": engine} | profile for engine in seconds
-    ]
+    keys, rows = dict.fromkeys(bench.ARM_KEYS, "FFT"), []
+    run = keys | {"tokens": 90, "MiB": 2, "flops": 10, "peak": 1800}
+    profile = keys | {"% outside products": 75, "kernels": 0.5, "turn": 3}
+    for engine, times in {"ours": (1, 2, 9), "trainer": (3, 4, 9)}.items():
+        turns = [run | {"turn": turn, "seconds": seconds} for turn, seconds in enumerate(times)]
+        rows += [row | {"engine": engine} for row in (*turns, profile)]
     ours, trainer = bench.take_medians(pd.DataFrame(rows)).to_dict("records")
     assert ours["tokens/s"] == 45 and trainer["tokens/s"] == 22.5
     assert ours["% of the peak"] == 25 and ours["MiB"] == 2

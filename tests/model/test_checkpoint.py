@@ -53,8 +53,7 @@ def test_fingerprint_tells_weights_and_shapes_apart() -> None:
     assert weights_fingerprint(model) != before
 
 
-# Heads wider than hidden_size / heads; and the base of rotary angles where transformers before
-# version 5 wrote it.
+# Heads wider than hidden_size / heads; the base of rotary angles as before transformers 5.
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

@@ -27,9 +27,7 @@ def test_control_characters_are_escaped_by_hand() -> None:
     assert escape_control("\ud83d\U000e0041 你好") == "\\ud83d\\udb40\\udc41 你好"
 
 
-def test_files_are_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_whole_or_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": [1]})
     assert read_json(path) == {"a": [1]}

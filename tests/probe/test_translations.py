@@ -89,7 +89,7 @@ def test_nothing_is_lost_when_outputs_are_made_again(tmp_path):
     assert read_translations(tmp_path) == {"草原。": ("In the grass, by hand.", "hand")}
 
 
-def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
+def test_a_model_translates_line_by_line_or_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(translations, "MAX_TOKENS", 8)
     folder, tokenizer = tmp_path / "tiny-zh-en", load_tokenizer()
     sizes = ("layers", "attention_heads", "ffn_dim")
@@ -101,8 +101,5 @@ def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
     assert translator.name == "tiny-zh-en"
     alone = translator.translate("你好")
     assert alone and translator.translate("1. OK\n你好\n\nBye") == f"1. OK\n{alone}\n\nBye"
-
-
-def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(UserError, match="--translator .*nothing: .*'world' or a model"):
         translations.load_translator(str(tmp_path / "nothing"), "cpu")
