@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 from evaluation.probe import outputs
-from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, Checkpoint, probe
+from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, probe
 from evaluation.probe.chat import chat
 from evaluation.probe.likelihood import add_topic_measures, check_judge, compare_nll, measure_nll
 from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
-from model.checkpoint import load_checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint
 from model.files import REPO_DIR, UserError, escape_control, run_script, write_json
 from model.generation import Decoding
 from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, limit
@@ -133,6 +133,7 @@ def run_probes(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """List runs, chat, or probe, by the flags on the command line."""
     args = make_probe_parser().parse_args(argv)
     check_args(args)
     if args.list:

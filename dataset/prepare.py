@@ -7,7 +7,7 @@
 Reads the Hugging Face hub, or the corpus's own files with --source. Writes `NAME.jsonl.gz`,
 `NAME_valid.jsonl.gz` (held out) and `NAME.json` (source, license, settings, counts, hashes). A hash
 of the title, the question or the disease alone decides what is held out, so a text stays on its
-side when the order changes or when a newer dump has more of them.
+side when the order changes or when a newer dump adds texts.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def load_files(corpus: dict, source: Path) -> tuple[Iterable[dict], dict]:
 
 
 def hold_out(key: str, fraction: float) -> bool:
-    """Whether all examples of this group are held out; more are, at a larger fraction."""
+    """Decide whether a group is held out; a larger fraction holds out the same and more."""
     digest = hashlib.sha256(normalize(key).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 

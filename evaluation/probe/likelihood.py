@@ -14,27 +14,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dataset.lm_dataset import collate, encode_conversations, load_dataset
-from evaluation.probe.answers import Checkpoint
 from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
-from model.checkpoint import load_checkpoint, weights_fingerprint
+from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from model.files import UserError, file_sha256, read_json
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others
+Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
 
 
 @torch.inference_mode()
 def sum_nats(
-    model: MiniMindForCausalLM,
-    samples: list[tuple[np.ndarray, np.ndarray]],
-    batch_size: int,
-    end_id: int | None = None,
+    model: MiniMindForCausalLM, samples: list[Sample], batch_size: int, end_id: int | None = None
 ) -> np.ndarray:
     """Sum the negative log-likelihood of each sample's labeled tokens: (samples, 2) float64, nats.
 
-    A sample is its token ids and labels. The second column holds the part of the token `end_id`.
+    The second column holds the part of the token `end_id`.
     """
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
     nats = np.zeros((len(samples), 2))

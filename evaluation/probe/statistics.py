@@ -27,7 +27,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def most_unseen(n: int) -> float:
-    """Bound a share of which n trials showed not one (Clopper-Pearson); resampling says 0 there."""
+    """Bound a share that none of n trials showed (Clopper-Pearson); resampling gives 0 there."""
     return float(stats.binomtest(0, n).proportion_ci(CONFIDENCE, method="exact").high)
 
 

@@ -108,12 +108,12 @@ def at_step(step: int, action: Callable[[], None]) -> Action:
 
 
 def be_process(
-    stage: str, flags: str, environment: dict[str, str], home: Path, log: Path, on_step: Action
+    stage: str, flags: str, environment: dict, home: Path, log: Path, on_step: Action
 ) -> None:
     """Do what the script of a stage does, as the head of a process group, with output to `log`."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of data processes
-    os.environ.update(environment)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -133,7 +133,6 @@ def start(
     started = []
     for rank in range(processes):
         environment = {"RANK": rank, "LOCAL_RANK": rank} | group if processes > 1 else {}
-        environment = {name: str(value) for name, value in environment.items()}
         acts = on_step if rank == processes - 1 else do_nothing
         given = (stage, flags, environment, home, log, acts)
         started.append(CONTEXT.Process(target=be_process, args=given))
