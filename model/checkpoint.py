@@ -94,8 +94,8 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
 def load_tokenizer(source: str | Path = TOKENIZER_DIR, vocab_size: int | None = None) -> Tokenizer:
     """Load the tokenizer of a folder or a hub id; it neither cuts nor pads by itself.
 
-    Refused if it lacks a file, the chat template or a special token, or has more than `vocab_size`
-    tokens, the rows of the model.
+    Refuse one without a file, the chat template or a special token, and one of more tokens than
+    the model has rows, `vocab_size`.
     """
     for name in TOKENIZER_FILES[:2]:
         find_file(source, name)
@@ -111,10 +111,7 @@ def load_tokenizer(source: str | Path = TOKENIZER_DIR, vocab_size: int | None = 
 
 
 def find_base(folder: str | Path) -> str | Path:
-    """Find the base that an adapter's config names: a folder or a hub id.
-
-    A path is looked up from here, from the repository, and beside the adapter.
-    """
+    """Find an adapter's base: a hub id, or a folder from here, from the repository or beside it."""
     path = Path(folder) / ADAPTER_CONFIG
     named = read_json(path).get("base_model_name_or_path") or ""
     for base in (Path(named), REPO_DIR / named, Path(folder).parent / named):

@@ -2,8 +2,8 @@
 
     python evaluation/updates/reachability.py out/pretrain out/other --tokens '<|im_end|>'
 
-No adapter below the final norm exceeds this bound (model/reachability.py). Where the end token's
-is low, sampled answers rarely end.
+No adapter below the final norm exceeds this bound (model/reachability.py). If the end token has a
+low bound, sampled answers rarely end.
 """
 
 import argparse
