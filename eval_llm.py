@@ -29,35 +29,33 @@ from evaluation.probe.translations import load_translator, translate_samples
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.files import REPO_DIR, UserError, escape_control, run_script, write_json
 from model.generation import Decoding
-from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, limit
+from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device
 
 
 def make_probe_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    count, out = limit(int, 1), REPO_DIR / "out"
-    group = parser.add_argument_group("instead of probing")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--list", type=Path, nargs="?", const=out, metavar="FOLDER", help="show the runs in out/")
+    add = parser.add_argument_group("other modes").add_mutually_exclusive_group().add_argument
+    add("--list", type=Path, nargs="?", const=REPO_DIR / "out", help="show a folder's runs (out/)")
     add("--interactive", action="store_true", help="chat with one model; an empty line ends it")
     add("--no_generation", action="store_true", help="measure NLL only")
     add = parser.add_argument_group("what is probed").add_argument
     add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
     add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
     add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
-    add("--show_answers", type=limit(int, 0), default=3, help="prompts to print answers to (3)")
-    add("--limit", type=count, help="only the first so many prompts")
+    add("--show_answers", type=COUNT, default=3, help="prompts to print answers to (3)")
+    add("--limit", type=SIZE, help="only the first so many prompts")
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
-    add("--max_seq_len", type=count, default=MAX_SEQ_LEN, help="tokens of an NLL sequence (340)")
+    add("--max_seq_len", type=SIZE, default=MAX_SEQ_LEN, help="tokens of an NLL sequence (340)")
     add("--judge", type=Path, help="checkpoint, trained apart, that finds off-topic answers")
     add("--translator", help="'world', or a transformers model that translates into English")
     add = parser.add_argument_group("generation").add_argument
     add("--decoding", nargs="+", default=list(DECODINGS), help="greedy, t1.0, t0.85p0.85, ...")
-    add("--seeds", type=limit(int, 0), nargs="+", default=[0], help="of sampled decodings (0)")
-    add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
-    add("--batch_size", type=count, default=32, help="prompts at once (default: %(default)s)")
+    add("--seeds", type=COUNT, nargs="+", default=[0], help="of sampled decodings (0)")
+    add("--max_new_tokens", type=SIZE, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
+    add("--batch_size", type=SIZE, default=32, help="prompts at once (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: auto)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     add("--output_dir", type=Path, default=outputs.OUTPUT_DIR, help="evaluation/model_outputs")

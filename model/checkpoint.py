@@ -42,9 +42,8 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
 
 def is_hub_id(source: str | Path) -> bool:
     """Decide whether a name is a hub id, `owner/name`, and no path here."""
-    path, name = Path(source), str(source)
-    is_local = path.is_absolute() or path.parent.exists() or name.startswith(".")
-    return name.count("/") == 1 and not is_local
+    is_local = Path(source).parent.exists() or str(source).startswith(".")
+    return str(source).count("/") == 1 and not is_local
 
 
 def find_file(source: str | Path, name: str) -> Path:

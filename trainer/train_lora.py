@@ -71,11 +71,10 @@ def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
 
     Not the embedding, whose type the residual stream takes: float32, as in full fine-tuning.
     """
-    if dtype != "float32":
-        for name, parameter in model.named_parameters():
-            is_matrix = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
-            if not parameter.requires_grad and is_matrix:
-                parameter.data = parameter.data.to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
+        if is_matrix and not parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def main(argv: list[str] | None = None) -> int:
