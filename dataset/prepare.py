@@ -35,7 +35,7 @@ CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encod
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
 
-# Of a record: what is held out together, the line to write, and what may not occur twice.
+# A record's group, which is held out as a whole, its line to write, and texts that stand once only.
 Example = tuple[str, dict, dict[str, str]]
 
 
@@ -58,7 +58,7 @@ def convert_text(record: dict, rules: dict) -> Example | str:
 
 
 def convert_instruction(record: dict, rules: dict) -> Example | str:
-    """Convert an instruction, one without an input, to a question and an answer."""
+    """Convert an instruction without an input to a question and an answer."""
     for name in ("context", "input"):
         if (record.get(name) or "").strip():
             return f"has_{name}"

@@ -6,7 +6,7 @@
         --output_dir out/minimind_medical
 
 A model's .pth holds neither tokenizer nor number of heads: name its tokenizer's folder, and
---num_attention_heads if it is not 8. An adapter's needs its base. Code in a .pth is not run.
+--num_attention_heads if it is not 8. An adapter's .pth needs --base. Code in a .pth is not run.
 """
 
 import argparse
