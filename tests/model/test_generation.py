@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Qwen3ForCausalLM
-from transformers.generation.logits_process import TopPLogitsWarper
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM, TopPLogitsWarper
 
 from model import generation
 from model.files import UserError
@@ -51,9 +50,7 @@ def test_a_sampled_answer_depends_on_seed_and_place_not_on_its_batch() -> None:
 
 @pytest.mark.parametrize("likely", [4, 256])  # enough for some rows, or for all
 @pytest.mark.parametrize("top_p", [0.3, 0.85, 0.999])
-def test_nucleus_is_that_of_transformers(
-    top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nucleus(top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "LIKELY_TOKENS", likely)
     logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
     expected = TopPLogitsWarper(top_p)(None, logits).softmax(dim=-1)

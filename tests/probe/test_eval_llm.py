@@ -16,7 +16,7 @@ from evaluation.probe.answers import make_sample, probe
 from evaluation.probe.prompts import Prompt, read_prompts
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from model.files import UserError
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 
 PROMPTS = """# Test
 ## Facts
@@ -43,7 +43,7 @@ def home(tmp_path_factory) -> Path:
     """Make a folder with the checkpoints `one` and `two`, the prompts above, and held-out data."""
     folder = tmp_path_factory.mktemp("home")
     for seed, name in enumerate(["one", "two"]):
-        save_model(tiny_model(seed), TOKENIZER_DIR, folder / name)
+        save_model(make_model(seed), TOKENIZER_DIR, folder / name)
     run = {"stage": "full_sft", "settings": {"from_weight": "none", "learning_rate": 1e-3}}
     (folder / "one" / "run.json").write_text(json.dumps(run))
     (folder / "prompts.md").write_text(PROMPTS)
@@ -146,7 +146,7 @@ def test_special_tokens_are_shown_and_not_measured():
 
 
 def test_a_prompt_that_leaves_no_room_is_named(home):
-    model = tiny_model()
+    model = make_model()
     model.config.max_position_embeddings = 40
     prompts = read_prompts(home / "prompts.md")
     with pytest.raises(UserError, match="facts-02: the prompt has .* lower --max_new_tokens"):

@@ -61,8 +61,7 @@ def flags_of(stage: str, flags: str, home: Path, run: Path) -> str:
 def run_for(seconds: float, case: tuple, flags: str, home: Path, log: Path, alone: bool) -> bool:
     """Start a run and kill it after some seconds; return whether it had ended by itself.
 
-    Args:
-        alone: kill the first process alone, and the others 1 s later.
+    With `alone` the first process is killed, and the others 1 s later.
     """
     processes = start(case[0], flags, case[2], home, log)
     until = time.monotonic() + seconds

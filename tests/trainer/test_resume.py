@@ -20,7 +20,6 @@ from pytest import CaptureFixture, MonkeyPatch
 
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model
 from model.files import file_sha256
-from tests.tiny import exit_code
 from tests.trainer import stress_resume
 from tests.trainer.runs import (
     CPU,
@@ -30,6 +29,7 @@ from tests.trainer.runs import (
     bytes_of,
     call,
     do_nothing,
+    exit_code,
     kill,
     record_of,
     rows_of,

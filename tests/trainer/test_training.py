@@ -19,7 +19,6 @@ from model.files import REPO_DIR, UserError, file_sha256
 from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
-from tests.tiny import exit_code
 from tests.trainer.runs import (
     CPU,
     SHAPE,
@@ -29,6 +28,7 @@ from tests.trainer.runs import (
     at_step,
     bytes_of,
     call,
+    exit_code,
     record_of,
     rows_of,
     run_two,
