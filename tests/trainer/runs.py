@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from dataset.lm_dataset import load_dataset
 from model.files import run_script
+from tests import DEVICE
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
 
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
@@ -34,7 +35,7 @@ SHAPE = {
 }
 SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
 # Answers take longer than the training of so small a model.
-CPU = "--device cpu --dtype float32 --log_interval 1 --show_answers 0"
+ON_DEVICE = f"--device {DEVICE} --dtype float32 --log_interval 1 --show_answers 0"
 Action = Callable[[int], None]  # after a step
 train = trainer_utils.train
 # A server imports the libraries once; each run is a fork of it, and has no thread of another.
@@ -72,6 +73,7 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
     gc.collect()  # frees the lock of a run that was refused
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(DEVICE == "cuda")  # else 2 runs differ in last bits
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     load = functools.partial(load_dataset, cache_dir=home / "cache")
     try:
@@ -81,6 +83,7 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
             return STAGES[stage].main(flags.split())
     finally:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

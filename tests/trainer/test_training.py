@@ -20,7 +20,7 @@ from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
 from tests.trainer.runs import (
-    CPU,
+    ON_DEVICE,
     SHAPE,
     SHAPE_FLAGS,
     STAGES,
@@ -48,7 +48,7 @@ from trainer.trainer_utils import (
 def sft_flags(home: Path, out: Path) -> str:
     """Six optimizer steps an epoch, the last of five samples; two epochs."""
     return (
-        f"{CPU} --from_weight {home}/pretrain --save_dir {out} --data_path {home}/sft.jsonl "
+        f"{ON_DEVICE} --from_weight {home}/pretrain --save_dir {out} --data_path {home}/sft.jsonl "
         f"--eval_data_path {home}/valid.jsonl --batch_size 8 --learning_rate 3e-3"
     )
 
@@ -80,6 +80,7 @@ def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torc
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", STAGES)
 def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     if stage != "pretrain":
@@ -288,6 +289,15 @@ def test_accumulation_does_not_change_a_batch(home: Path, tmp_path: Path, stage:
     compare_runs(tmp_path / "8" / stage, tmp_path / "2x4" / stage, WEIGHTS[stage])
 
 
+@pytest.mark.gpu
+def test_compiled_run_equals_a_plain_one(home: Path, tmp_path: Path) -> None:
+    for mode in ("on", "off"):
+        flags = f"{sft_flags(home, tmp_path / mode)} --max_steps 4 --use_compile {mode}"
+        assert call("lora", flags, home) == 0
+    compare_runs(tmp_path / "on/lora", tmp_path / "off/lora", WEIGHTS["lora"])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("stage", "flags"),
     [
@@ -312,7 +322,7 @@ def test_no_wait_for_the_device_between_log_lines(
             profiles.append(torch.profiler.profile())
             profiles[-1].start()
 
-    flags = f"{CPU} {flags.format(home=home)} --data_path {home}/{data}.jsonl --batch_size 4"
+    flags = f"{ON_DEVICE} {flags.format(home=home)} --data_path {home}/{data}.jsonl --batch_size 4"
     flags += f" --save_dir {tmp_path} --max_steps 12 --log_interval 9"
     assert call(stage, flags, home, watch) == 0
     reads = []
@@ -485,7 +495,7 @@ def test_what_cannot_work_is_one_error(
 ) -> None:
     common = sft_flags(home, tmp_path).replace("--batch_size 8", "")
     if stage == "pretrain":
-        common = f"{SHAPE_FLAGS} {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path}"
+        common = f"{SHAPE_FLAGS} {ON_DEVICE} --data_path {home}/text.jsonl --save_dir {tmp_path}"
     reason, given = REFUSED[stage][flags].format(home=home), flags.format(home=home)
     capfd.readouterr()
     code = exit_code(lambda words: call(stage, " ".join(words), home), [common, given])
