@@ -1,5 +1,6 @@
 # make demo   from the base that ships: fine-tuning in 3 ways, answers side by side, minutes
 # make test   lint and tests
+# make gpu    the tests that compute on a GPU, minutes; DEVICE=cpu make gpu: the same without one
 # make stress kills training runs at random moments, continues and compares them, minutes
 # make study  every run of evaluation/study/study.toml that has no result yet, then the report
 # make bench  speed and memory beside transformers and PEFT
@@ -9,10 +10,11 @@
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
 
 PYTHON ?= python3
+DEVICE ?= cuda
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test report study stress bench page install clean-demo
+.PHONY: demo test gpu report study stress bench page install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -26,7 +28,12 @@ install: $(VENV)/installed
 test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest
+	DEVICE=cpu $(MAKE) gpu
+	$(RUN) -m pytest -m "not gpu"
+
+# On CUDA runs are equal to the bit with deterministic kernels alone; cuBLAS's need the workspace.
+gpu: install
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 DEVICE=$(DEVICE) $(RUN) -m pytest -m gpu
 
 # One thread a process: the models are too small for more.
 stress: install

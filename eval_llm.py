@@ -9,56 +9,53 @@ r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat
 
 A model is a folder that a training script wrote; an adapter names its base. evaluation/probe/
 outputs.py lists the files in `evaluation/model_outputs/<name>/`, measures.py the measures. With
-several models, each one is compared with the first, prompt by prompt. Intervals in results.json
-take answers as independent. Sampling seeds do not replicate the training.
+several models, each one is compared with the first, prompt by prompt. Several sampling seeds do
+not stand for several training seeds.
 """
 
 import argparse
 import contextlib
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from evaluation.probe import outputs
-from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, Checkpoint, probe
+from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, probe
 from evaluation.probe.chat import chat
 from evaluation.probe.likelihood import add_topic_measures, check_judge, compare_nll, measure_nll
 from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
-from model.checkpoint import load_checkpoint, load_tokenizer
-from model.files import REPO_DIR, UserError, escape_control, file_sha256, run_script, write_json
+from model.checkpoint import Checkpoint, load_checkpoint
+from model.files import REPO_DIR, UserError, escape_control, run_script, write_json
 from model.generation import Decoding
-from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, limit
+from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device
 
 
 def make_probe_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    count, out = limit(int, 1), REPO_DIR / "out"
-    group = parser.add_argument_group("instead of probing")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--list", type=Path, nargs="?", const=out, metavar="FOLDER", help="show the runs in out/")
+    add = parser.add_argument_group("other modes").add_mutually_exclusive_group().add_argument
+    add("--list", type=Path, nargs="?", const=REPO_DIR / "out", help="show a folder's runs (out/)")
     add("--interactive", action="store_true", help="chat with one model; an empty line ends it")
     add("--no_generation", action="store_true", help="measure NLL only")
     add = parser.add_argument_group("what is probed").add_argument
     add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
     add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
     add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
-    add("--show_answers", type=limit(int, 0), default=3, help="prompts to print answers to (3)")
-    add("--limit", type=count, help="only the first so many prompts")
+    add("--show_answers", type=COUNT, default=3, help="prompts to print answers to (3)")
+    add("--limit", type=SIZE, help="only the first so many prompts")
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
-    add("--max_seq_len", type=count, default=MAX_SEQ_LEN, help="tokens of an NLL sequence (340)")
+    add("--max_seq_len", type=SIZE, default=MAX_SEQ_LEN, help="tokens of an NLL sequence (340)")
     add("--judge", type=Path, help="checkpoint, trained apart, that finds off-topic answers")
     add("--translator", help="'world', or a transformers model that translates into English")
     add = parser.add_argument_group("generation").add_argument
     add("--decoding", nargs="+", default=list(DECODINGS), help="greedy, t1.0, t0.85p0.85, ...")
-    add("--seeds", type=limit(int, 0), nargs="+", default=[0], help="of sampled decodings (0)")
-    add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
-    add("--batch_size", type=count, default=32, help="prompts at once (default: %(default)s)")
+    add("--seeds", type=COUNT, nargs="+", default=[0], help="of sampled decodings (0)")
+    add("--max_new_tokens", type=SIZE, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
+    add("--batch_size", type=SIZE, default=32, help="prompts at once (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: auto)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     add("--output_dir", type=Path, default=outputs.OUTPUT_DIR, help="evaluation/model_outputs")
@@ -90,26 +87,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def load(path: Path, args: argparse.Namespace) -> Checkpoint:
     """Load a checkpoint onto the device."""
-    model, tokenizer = load_checkpoint(path)
-    if args.tokenizer_path:
-        tokenizer = load_tokenizer(args.tokenizer_path)
-    return model.to(choose_device(args.device), getattr(torch, args.dtype)).eval(), tokenizer
-
-
-def describe_probe(path: Path, args: argparse.Namespace) -> dict:
-    """Describe where results come from: weights, prompts, settings, versions."""
-    names = ("adapter_model.safetensors", "model.safetensors")
-    weights = next(path / name for name in names if (path / name).is_file())
-    keys = ("decoding", "seeds", "max_new_tokens", "batch_size", "dtype", "translator")
-    return {
-        "weights_sha256": file_sha256(weights),
-        "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},
-        "judge": args.judge and args.judge.resolve().name,
-        **{key: vars(args)[key] for key in keys},
-        "device": choose_device(args.device),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
+    model, tokenizer = load_checkpoint(path, args.tokenizer_path)
+    return model.to(choose_device(args.device), getattr(torch, args.dtype)), tokenizer
 
 
 def run_probes(args: argparse.Namespace) -> None:
@@ -120,29 +99,26 @@ def run_probes(args: argparse.Namespace) -> None:
         judge = load(args.judge, args)
     translator = args.translator and load_translator(args.translator, choose_device(args.device))
     data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
+    measured = {key: (kind, files) for key, (kind, files) in data.items() if files}
+    sizes = (args.max_seq_len, args.batch_size)
+    choices = (args.decoding, args.seeds, args.max_new_tokens, args.batch_size)
     nll, answers, summaries = {}, {}, {}
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
         folder = args.output_dir / name
         folder.mkdir(parents=True, exist_ok=True)
-        nll[name] = {
-            key: measure_nll(checkpoint, kind, files, args.max_seq_len, args.batch_size)
-            for key, (kind, files) in data.items()
-            if files
-        }
+        nll[name] = {key: measure_nll(checkpoint, *one, *sizes) for key, one in measured.items()}
         if nll[name]:
             write_json(folder / "nll.json", nll[name])
         if prompts:
-            samples = answers[name] = probe(
-                checkpoint, prompts, args.decoding, args.seeds, args.max_new_tokens, args.batch_size
-            )
+            samples = answers[name] = probe(checkpoint, prompts, *choices)
             if args.judge:
                 add_topic_measures(judge, prompts, samples, args.batch_size)
             translate_samples(samples, folder, translator)
             summaries[name] = summarize(samples)
             short = {key: one | {"sequences": "in nll.json"} for key, one in nll[name].items()}
             results = {"training": outputs.describe_training(path), "nll": short}
-            results["provenance"] = describe_probe(path, args)
+            results["provenance"] = outputs.describe_probe(path, args)
             outputs.write_outputs(folder, samples, summaries[name], results)
         print(escape_control(f"wrote {folder}"))
     outputs.print_answers(answers, args.show_answers)
@@ -155,6 +131,7 @@ def run_probes(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """List runs, chat, or probe, by the flags on the command line."""
     args = make_probe_parser().parse_args(argv)
     check_args(args)
     if args.list:

@@ -7,7 +7,7 @@
 Reads the Hugging Face hub, or the corpus's own files with --source. Writes `NAME.jsonl.gz`,
 `NAME_valid.jsonl.gz` (held out) and `NAME.json` (source, license, settings, counts, hashes). A hash
 of the title, the question or the disease alone decides what is held out, so a text stays on its
-side when the order changes or when a newer dump has more of them.
+side when the order changes or when a newer dump adds texts.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encod
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
 
-# Of a record: what is held out together, the line to write, and what may not occur twice.
+# A record's group, which is held out as a whole, its line to write, and texts that stand once only.
 Example = tuple[str, dict, dict[str, str]]
 
 
@@ -58,7 +58,7 @@ def convert_text(record: dict, rules: dict) -> Example | str:
 
 
 def convert_instruction(record: dict, rules: dict) -> Example | str:
-    """Convert an instruction, one without an input, to a question and an answer."""
+    """Convert an instruction without an input to a question and an answer."""
     for name in ("context", "input"):
         if (record.get(name) or "").strip():
             return f"has_{name}"
@@ -147,7 +147,7 @@ def load_files(corpus: dict, source: Path) -> tuple[Iterable[dict], dict]:
 
 
 def hold_out(key: str, fraction: float) -> bool:
-    """Whether all examples of this group are held out; more are, at a larger fraction."""
+    """Decide whether a group is held out; a larger fraction holds out the same and more."""
     digest = hashlib.sha256(normalize(key).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import GenerationConfig, LlamaConfig, Qwen3Config
+from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import cached_file
 
 from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json, write_text
@@ -15,6 +16,7 @@ from model.model_lora import ADAPTER_CONFIG, load_lora
 from model.model_minimind import Config, MiniMindForCausalLM, fill_model, list_weights
 from model.model_minimind import weights_fingerprint as weights_fingerprint  # for importers
 
+Checkpoint = tuple[MiniMindForCausalLM, Tokenizer]
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS_FILE = "model.safetensors"
@@ -32,7 +34,7 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_text(folder / "generation_config.json", GenerationConfig(**ids).to_json_string())
     if is_hub_id(tokenizer_dir):
-        PreTrainedTokenizerFast.from_pretrained(tokenizer_dir).save_pretrained(folder)
+        Tokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (path := Path(tokenizer_dir) / name).is_file():
             write_text(folder / name, path.read_text(encoding="utf-8"))
@@ -40,9 +42,8 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
 
 def is_hub_id(source: str | Path) -> bool:
     """Decide whether a name is a hub id, `owner/name`, and no path here."""
-    path, name = Path(source), str(source)
-    is_local = path.is_absolute() or path.parent.exists() or name.startswith(".")
-    return name.count("/") == 1 and not is_local
+    is_local = Path(source).parent.exists() or str(source).startswith(".")
+    return str(source).count("/") == 1 and not is_local
 
 
 def find_file(source: str | Path, name: str) -> Path:
@@ -89,18 +90,15 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
     return model
 
 
-def load_tokenizer(
-    source: str | Path = TOKENIZER_DIR, vocab_size: int | None = None
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: str | Path = TOKENIZER_DIR, vocab_size: int | None = None) -> Tokenizer:
     """Load the tokenizer of a folder or a hub id; it neither cuts nor pads by itself.
 
-    Raises:
-        UserError: a file, the chat template or a special token is missing, or the tokenizer has
-            more tokens than the model has rows, `vocab_size`.
+    Refuse one without a file, the chat template or a special token, and one of more tokens than
+    the model has rows, `vocab_size`.
     """
     for name in TOKENIZER_FILES[:2]:
         find_file(source, name)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="right")
+    tokenizer = Tokenizer.from_pretrained(source, padding_side="right")
     tokenizer.backend_tokenizer.no_truncation()  # long texts would lose their ends in silence
     tokenizer.backend_tokenizer.no_padding()
     if None in (tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token):
@@ -112,10 +110,7 @@ def load_tokenizer(
 
 
 def find_base(folder: str | Path) -> str | Path:
-    """Find the base that an adapter's config names: a folder or a hub id.
-
-    A path is looked up from here, from the repository, and beside the adapter.
-    """
+    """Find an adapter's base: a hub id, or a folder from here, from the repository or beside it."""
     path = Path(folder) / ADAPTER_CONFIG
     named = read_json(path).get("base_model_name_or_path") or ""
     for base in (Path(named), REPO_DIR / named, Path(folder).parent / named):
@@ -126,11 +121,11 @@ def find_base(folder: str | Path) -> str | Path:
     raise UserError(f"{path}: the base {named!r} is not there; put it back")
 
 
-def load_checkpoint(path: str | Path) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
-    """Load a model, or an adapter on its base, and the tokenizer of either."""
+def load_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None) -> Checkpoint:
+    """Load a model, or an adapter on its base, and the tokenizer of either or the one named."""
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
     base = find_base(path) if is_adapter else path
     model = load_model(base)
     if is_adapter:
         load_lora(model, path)
-    return model.eval(), load_tokenizer(base, model.config.vocab_size)
+    return model.eval(), load_tokenizer(tokenizer_path or base, model.config.vocab_size)

@@ -1,7 +1,7 @@
 """Batched greedy and nucleus decoding with the model's own forward pass and a cache.
 
-Prompts are padded on the left. Greedy answers are those of transformers' `generate`. A sampled
-answer is drawn by numbers of its own, so neither depends on its batch, except where the last bits
+Prompts are padded on the left. Greedy answers are those of transformers' `generate`. Each sampled
+answer has random numbers of its own. So no answer depends on its batch, except where the last bits
 of a probability decide.
 """
 

@@ -1,6 +1,7 @@
 """Flags that the three training scripts share; a value that cannot work is refused here."""
 
 import argparse
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,21 +10,15 @@ from accelerate.tracking import get_available_trackers
 
 from dataset.world.generate import ensure_world
 from model.files import REPO_DIR, UserError
+from model.model_minimind import minimind_config
 
 BASE_DIR = REPO_DIR / "model" / "base_xs"  # the world's base, where the scripts start by default
-OUT_DIR = REPO_DIR / "out"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
-# Of a model with random weights, where the flags do not say otherwise: MiniMind2-small's.
-DEFAULT_SHAPE = {
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "intermediate_size": 1408,
-    "qk_norm": False,
-}
+SHAPE = inspect.getfullargspec(minimind_config)
+# Flags of a model's shape, with MiniMind2-small's values: the default for random weights.
+DEFAULT_SHAPE = dict(zip(SHAPE.args, SHAPE.defaults, strict=True))
 
 
 def limit(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:
@@ -54,7 +49,7 @@ def make_parser(
         allow_abbrev=False,
     )
     add = parser.add_argument_group("run").add_argument
-    add("--save_dir", type=Path, default=OUT_DIR, help="where run folders go (out/)")
+    add("--save_dir", type=Path, default=REPO_DIR / "out", help="where run folders go (out/)")
     add(name_flag, dest="run_name", default=run_name, help=f"run folder ({run_name})")
     add("--from_resume", action="store_true", help="continue this run from its resume.pt")
     add("--overwrite", action="store_true", help="delete the run folder first if it exists")

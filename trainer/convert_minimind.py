@@ -6,7 +6,7 @@
         --output_dir out/minimind_medical
 
 A model's .pth holds neither tokenizer nor number of heads: name its tokenizer's folder, and
---num_attention_heads if it is not 8. An adapter's needs its base. Code in a .pth is not run.
+--num_attention_heads if it is not 8. An adapter's .pth needs --base. Code in a .pth is not run.
 """
 
 import argparse
@@ -79,9 +79,8 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
 
 def main(argv: list[str] | None = None) -> int:
     """Convert by the flags on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("pth", type=Path, help="a model's or an adapter's .pth")
     add("--output_dir", type=Path, required=True, help="folder to make")

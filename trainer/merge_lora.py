@@ -22,9 +22,8 @@ from model.model_minimind import count_parameters
 
 def main(argv: list[str] | None = None) -> int:
     """Merge by the flags on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder")
     add("--base", help="its base: a folder or hub id (default: what its config names)")

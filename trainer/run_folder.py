@@ -122,10 +122,7 @@ class RunFolder:
         return row
 
     def save_state(self, state: dict) -> None:
-        """Write the resume file aside, flush it, and move it into the place of the last one.
-
-        So a kill at any moment, or a full disk, leaves one whole state.
-        """
+        """Write the resume file aside, then move it into place: a kill leaves one whole state."""
         if not self.is_main:
             return
         state |= {"losses": self.losses, "record": {name: self.record[name] for name in STARTS}}

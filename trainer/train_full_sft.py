@@ -2,9 +2,7 @@
 
     python trainer/train_full_sft.py                        # the small world, from model/base_xs
     python trainer/train_full_sft.py --run_name full_sft_s --from_weight out/pretrain_s \
-        --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
-        --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz \
-        --epochs 2 --learning_rate 5e-4
+        --data_path dataset/data/dolly.jsonl.gz --eval_data_path dataset/data/dolly_valid.jsonl.gz
     python trainer/train_full_sft.py --trainable norms,embeddings   # a floor for the adapters
 
 Loss falls on the assistant's tokens and end tokens; --show_sample prints them and exits.

@@ -1,9 +1,8 @@
 """LoRA on conversations: the base is frozen, low-rank updates of chosen linears train.
 
     python trainer/train_lora.py                            # the small world, from model/base_xs
-    python trainer/train_lora.py --lora_name lora_all_s --from_weight out/pretrain_s \
-        --data_path dataset/data/dolly.jsonl.gz dataset/data/alpaca.jsonl.gz \
-        --eval_data_path dataset/data/dolly_valid.jsonl.gz dataset/data/alpaca_valid.jsonl.gz
+    python trainer/train_lora.py --lora_name lora_s --from_weight out/pretrain_s \
+        --data_path dataset/data/dolly.jsonl.gz --eval_data_path dataset/data/dolly_valid.jsonl.gz
 
 MiniMind's placement, scaling, initialization and rate, from the pretrained base; MiniMind's own
 script starts from its fully fine-tuned model:
@@ -72,11 +71,10 @@ def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
 
     Not the embedding, whose type the residual stream takes: float32, as in full fine-tuning.
     """
-    if dtype != "float32":
-        for name, parameter in model.named_parameters():
-            is_matrix = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
-            if not parameter.requires_grad and is_matrix:
-                parameter.data = parameter.data.to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
+        if is_matrix and not parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,9 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     base = base.absolute() if base.exists() else base
     base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     vocabulary = tokenizer.get_vocab()
-    for token in args.train_tokens:
-        if token not in vocabulary:
-            raise UserError(f"--train_tokens {token}: no single token of the vocabulary")
+    if missing := [token for token in args.train_tokens if token not in vocabulary]:
+        raise UserError(f"--train_tokens {missing[0]}: no single token of the vocabulary")
     settings = LoraSettings(
         rank=args.lora_rank,
         alpha=args.lora_alpha,
@@ -128,9 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))
         return args.modules_to_save_lr_ratio if is_whole else 1.0
 
-    def save_weights(folder):
-        save_lora(model, settings, folder, str(base), fingerprint)
-
+    save_weights = partial(save_lora, model, settings, base=str(base), fingerprint=fingerprint)
     finish = partial(answer_held_out, run, model, tokenizer, data[1])
     return train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio, finish=finish)
 

@@ -45,9 +45,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens, special tokens first.
 
-    Plain BPE fills part of a small vocabulary with steps on the way to a word, which never occur
-    themselves. With a `word_frequency`, a word that occurs so often, or a Chinese character, is one
-    token without merges (`ignore_merges`, as in Llama 3), and BPE finds pieces of the other words.
+    Plain BPE spends part of a small vocabulary on pieces that occur only inside longer tokens. With
+    a `word_frequency`, a word that occurs so often, or a Chinese character, is one token without
+    merges (`ignore_merges`, as in Llama 3), and BPE finds the pieces of the other words.
     """
     alphabet, words = pre_tokenizers.ByteLevel.alphabet(), []
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -67,7 +67,6 @@ class Category:
     plural: str
     attributes: dict[str, Attribute]
     things: tuple[Thing, ...]
-    english: dict[str, str]  # of a Chinese category: the English of names and values
 
     @property
     def a(self) -> str:
@@ -137,14 +136,12 @@ def read_category(path: Path) -> Category:
                 f"for each of {', '.join(attributes)}, parted by |"
             )
         things.append(Thing(*heads, name, dict(zip(attributes, values, strict=True))))
-    return Category(name, data["plural"], attributes, tuple(things), data.get("english", {}))
+    return Category(name, data["plural"], attributes, tuple(things))
 
 
 def read_world(folder: Path = WORLD_DIR, things_each: int | None = None) -> World:
     """Read all categories; with `things_each`, only the first things of each (for tests).
-
-    Raises:
-        UserError: a broken file, or a name that stands twice.
+    Raise a UserError for a broken file, or a name that stands twice.
     """
     categories, seen = {}, {}
     for path in sorted((folder / "facts").glob("*.toml")):

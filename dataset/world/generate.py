@@ -1,7 +1,6 @@
 """Write the world's files: pretraining text, instructions, medical instructions and probes.
 
-    python dataset/world/generate.py                    # all of it, to dataset/data/world/
-    python dataset/world/generate.py --seed 7 --output_dir other_world
+    python dataset/world/generate.py   # to dataset/data/world/; --help: another folder or seed
 
     pretrain_world.jsonl        documents; _valid: held-out documents; _patterns: held-out patterns
     sft_world.jsonl             instructions
@@ -32,7 +31,7 @@ from dataset.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.skills import NOUN_DRAWS, Pair, Writer, collect_fillers, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
-from model.files import run_script, write_text
+from model.files import run_script, write_json, write_text
 
 FILES_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
@@ -47,11 +46,7 @@ PROBES = {  # prompts of each set and half
     "medical": {"tune": 150, "test": 300},
     "chinese": {"tune": 60, "test": 150},
 }
-SETS = {  # the sets of each part's probes
-    "general": {name: [name] for name in ("combinations", "unseen", "wordings")},
-    "medical": {"medical": ["combinations", "unseen"]},
-    "chinese": {"chinese": ["combinations"]},
-}
+PART_SETS = {"medical": ("combinations", "unseen"), "chinese": ("combinations",)}  # in one file
 MEDICAL = "condition"  # the category that the medical set is about
 FILLED = 0.5  # share of the training pairs on lists and scenes that are about a filler
 TRIES = 400  # draws for a wanted pair, before a skill is given up
@@ -84,8 +79,7 @@ class HeldOut:
     def find_set(self, pair: Pair, held_wording: bool) -> tuple[str, str | None] | None:
         """Return `TRAIN`, or the probe set and half of a pair; None if it fits nowhere.
 
-        A pair is held out by its first cell alone, all else of it is known; in the set "wordings"
-        the form of the question is new, too.
+        A pair is held out by its first cell alone; in "wordings" the question's form is new, too.
         """
         main, *rest = pair.cells
         unseen, half = self.half_of_thing.get(main[0]), self.half_of_cell(main)
@@ -98,14 +92,13 @@ class HeldOut:
 
 def find_mirrors(world: World) -> dict[tuple[str, str], tuple[str, str]]:
     """Map a fact told from both ends to one cell: a baker's tool is a rolling pin's user."""
-    names, mirrors = {thing.name: thing for thing in world.things}, {}
-    for thing in world.things:
-        for attribute, value in thing.values.items():
-            other = names.get(ARTICLE.sub("", value))
-            for back, other_value in other.values.items() if other else ():
-                if ARTICLE.sub("", other_value) == thing.name:
-                    mirrors[other.name, back] = min((thing.name, attribute), (other.name, back))
-    return mirrors
+    cells = {
+        (thing.name, ARTICLE.sub("", value)): (thing.name, attribute)
+        for thing in world.things
+        for attribute, value in thing.values.items()
+    }
+    both = cells.keys() & {(value, name) for name, value in cells}
+    return {cells[pair]: min(cells[pair], cells[pair[::-1]]) for pair in both}
 
 
 class PairBuilder:
@@ -120,6 +113,7 @@ class PairBuilder:
         self.references: set[str] = set()  # of held-out prompts
         seen = [t for t in world.things if t.name not in held_out.half_of_thing]
         self.fillers, specs = collect_fillers(world), world.wordings["skill"].items()
+        self.times = {name: spec.get("times", 1) for name, spec in specs}
         self.games = {name for name, spec in specs if NOUN_DRAWS.keys() >= set(spec["uses"])}
         self.writers = {held: Writer(world, self.rng, seen, held) for held in (False, True)}
         for writer in self.writers.values():
@@ -149,10 +143,9 @@ class PairBuilder:
 
     def is_sound(self, pair: Pair) -> bool:
         """Say whether the prompt is new, the reference correct and no unseen thing beside it."""
-        if pair.prompt in self.prompts:
-            return False
         text = "\n".join(message["content"] for message in pair.messages)
-        if self.unseen.intersection(self.vocabulary.names.find(text)) - {pair.cells[0][0]}:
+        beside = self.unseen.intersection(self.vocabulary.names.find(text)) - {pair.cells[0][0]}
+        if pair.prompt in self.prompts or beside:
             return False
         answer = pair.messages[-1]["content"]
         return judge_answer(answer, True, make_record(pair), self.vocabulary) == "correct"
@@ -161,13 +154,13 @@ class PairBuilder:
         """Draw pairs of one set and half, as many of each skill, in random order."""
         half = wanted[1] if wanted[0] == "unseen" else None
         things = [t for t in self.things if self.held_out.half_of_thing.get(t.name) == half]
-        skills, drawn = list(self.makers), []
-        for _ in range(quota):
+        skills, drawn, times = list(self.makers), [], self.times if wanted == TRAIN else {}
+        for i in range(quota * max(times.values(), default=1)):
             if total is None or len(drawn) < total:
+                skills = [skill for skill in skills if i < quota * times.get(skill, 1)]
                 pairs = [self.draw(skill, things, wanted) for skill in skills]
                 drawn += filter(None, pairs)
                 skills = [pair.skill for pair in pairs if pair]
-        drawn.sort(key=lambda pair: list(self.makers).index(pair.skill))
         self.rng.shuffle(drawn)
         return drawn[:total]
 
@@ -219,23 +212,23 @@ def write_world(
     train = {}
     for part, things in parts.items():
         builder = PairBuilder(things, held[part], vocabulary, names)
-        for name, sets in SETS[part].items():
-            for half, count in PROBES[name].items():
-                each = max(1, round(count * scale)) // len(sets)
-                pairs = [pair for s in sets for pair in builder.collect((s, half), each, each)]
-                records = (
-                    make_record(pair, id=f"{name}-{half}-{i:04}", set=name, half=half)
-                    for i, pair in enumerate(pairs, start=1)
-                )
-                write_records(output_dir / f"probe_{name}_{half}.jsonl", records)
+        mine = [part] if part in PART_SETS else PROBES.keys() - PART_SETS
+        for name, half in [(n, h) for n in PROBES if n in mine for h in HELD_CELLS]:
+            sets = PART_SETS.get(part, [name])
+            each = max(1, round(PROBES[name][half] * scale)) // len(sets)
+            pairs = [pair for s in sets for pair in builder.collect((s, half), each, each)]
+            records = (
+                make_record(pair, id=f"{name}-{half}-{i:04}", set=name, half=half)
+                for i, pair in enumerate(pairs, start=1)
+            )
+            write_records(output_dir / f"probe_{name}_{half}.jsonl", records)
         train[part] = builder.collect(TRAIN, max(4, round(PAIRS[part] * scale)))
     sft = train["general"] + train["chinese"]
     random.Random(seed).shuffle(sft)
     for name, pairs in (("sft_world", sft), ("lora_medical_world", train["medical"])):
         records = ({"conversations": pair.messages, "skill": pair.skill} for pair in pairs)
         write_records(output_dir / f"{name}.jsonl", records)
-    things = {part: held_out.things for part, held_out in held.items()}
-    write_text(output_dir / "held_out.json", json.dumps(things, ensure_ascii=False, indent=1))
+    write_json(output_dir / "held_out.json", {part: h.things for part, h in held.items()})
     return list_files(output_dir)
 
 

@@ -1,12 +1,11 @@
 """Instructions about the world, from the forms of words in `skills.toml`.
 
-Each attribute of a category is asked for in its own question forms (`facts/*.toml`). All other
-skills are tables of `skills.toml`: prompts, answer, check, and `uses`, the draws below that give
-their slots.
+Each attribute is asked for in its own question forms (`facts/*.toml`). All other skills are tables
+of `skills.toml`; their `uses` name the draws below, which give the slots.
 
-A pair names its *cells*: (thing, skill), and (thing, attribute) for each fact that it reveals. The
-first is what the pair is about; held-out cells never train. The cell of a plain question is its
-(thing, attribute) alone: where that is held out, no training pair reveals the fact.
+A pair names its *cells*: (thing, skill), which it is about, and (thing, attribute) for each fact
+that it reveals. Held-out cells never train. A plain question has one cell, (thing, attribute):
+where that is held out, no training pair reveals the fact.
 """
 
 import random
@@ -49,10 +48,10 @@ class Writer:
         """Answer with a fact, in the one form of words that no pretraining text holds."""
         return attribute.answer.format(**thing.slots(attribute.name))
 
-    def attributes(self, thing: Thing, count: int | None = None) -> list[Attribute]:
-        """Draw attributes of a thing; all of them, in random order, where no count is given."""
+    def attributes(self, thing: Thing) -> list[Attribute]:
+        """Return the attributes of a thing in random order."""
         attributes = list(self.world.categories[thing.category].attributes.values())
-        return self.rng.sample(attributes, count or len(attributes))
+        return self.rng.sample(attributes, len(attributes))
 
     def companions(self, thing: Thing, count: int) -> list[Thing]:
         """Draw other things that have a plural."""
@@ -85,7 +84,7 @@ class Draw:
 
 def draw_fact(d: Draw) -> None:
     """Draw an attribute: its question and answer, in several forms."""
-    attribute = d.w.attributes(d.thing, 1)[0]
+    attribute = d.w.attributes(d.thing)[0]
     answer, slots = d.w.answer(d.thing, attribute), d.thing.slots(attribute.name)
     small = uncapitalize(answer, d.thing)
     d.slots |= slots | {"label": attribute.name, "question": d.w.question(d.thing, attribute)}
@@ -98,8 +97,7 @@ def draw_fact(d: Draw) -> None:
 
 def draw_second(d: Draw) -> None:
     """Draw a second attribute of the thing; the pair is about it where its question follows."""
-    found = d.w.world.categories[d.thing.category].attributes.values()
-    attribute = d.w.rng.choice([a for a in found if a not in d.facts])
+    attribute = next(a for a in d.w.attributes(d.thing) if a not in d.facts)
     d.slots |= {"label2": attribute.name, "answer2": d.w.answer(d.thing, attribute)}
     d.slots["small_answer2"] = uncapitalize(d.slots["answer2"], d.thing)
     d.slots["question2"] = d.w.question(d.thing, attribute)
@@ -118,6 +116,7 @@ def draw_other(d: Draw) -> None:
     d.slots |= {"other_a": other.a, "other_question": d.w.question(other, attribute)}
     d.slots |= {"other_answer": answer, "same": "Yes" if other in alike else "No"}
     d.slots["bare_other_answer"] = uncapitalize(answer, other).rstrip(".")
+    d.add_cells(d.key, other)  # "a lion and a shark" teaches "a shark and a lion"
     d.add_cells(attribute.name, other)
 
 
@@ -135,7 +134,7 @@ def draw_wrong(d: Draw) -> None:
 
 def draw_clues(d: Draw) -> None:
     """Draw 3 facts that no other thing shares."""
-    clues, values = d.w.attributes(d.thing, 3), d.thing.values
+    clues, values = d.w.attributes(d.thing)[:3], d.thing.values
     for other in d.w.world.categories[d.thing.category].things:
         if other != d.thing and all(other.values[c.name] == values[c.name] for c in clues):
             raise LookupError("two things share the clues")
@@ -154,7 +153,8 @@ def draw_categories(d: Draw) -> None:
     rest = [name for name in (one, two, three) if name != d.thing.category]
     d.slots |= {"not_one": categories[rest[0]].a, "not_two": categories[rest[1]].a}
     items = rng.sample([t for t in d.w.others if t.category == other], 3)
-    d.slots["odd_list"] = ", ".join(t.name for t in rng.sample([d.thing, *items], 4))
+    names = ", ".join(item.name for item in rng.sample([d.thing, *items], 4))
+    d.slots |= {"odd_list": names, "odd_kind": categories[other].plural}
     d.add_cells(d.key, *items)
 
 
@@ -164,8 +164,7 @@ def draw_list(d: Draw) -> None:
     rest = d.w.companions(d.thing, rng.randint(2, 3))
     place = rng.randint(0, len(rest))
     items = [*rest[:place], d.thing, *rest[place:]]
-    is_last = d.thing is items[-1] and rng.random() < 0.5
-    d.slots["place"] = "last" if is_last else words["order"][place]
+    d.slots["place"] = words["order"][place] if rng.random() < 0.5 or items[place + 1 :] else "last"
     names = [item.name for item in items]
     lists = {"list": names, "reversed": names[::-1], "rest": [item.name for item in rest]}
     d.slots |= {slot: ", ".join(found) for slot, found in lists.items()}
@@ -188,6 +187,7 @@ def draw_scene(d: Draw) -> None:
     d.slots |= {"spot": f"{colors[0]} {boxes[0]}", "spot2": f"{colors[1]} {boxes[1]}"}
     d.slots |= dict(zip(("see", "saw", "sees"), rng.choice(words["verbs"]), strict=True))
     d.slots |= {"b": other.a, "other": other.name, "does": rng.choice(words["verbs"])[-1]}
+    d.slots |= {"others": other.plural} if other.plural else {}
     d.add_cells(d.key, d.thing, other)
 
 
@@ -218,14 +218,12 @@ def make_fact_maker(skill: str) -> Maker:
     """Ask for an attribute of this skill, in the attribute's own question forms."""
 
     def ask(w: Writer, thing: Thing) -> Pair | None:
-        found = w.world.categories[thing.category].attributes.values()
-        attributes = [a for a in found if a.skill == skill]
-        if not attributes:
+        attribute = next((a for a in w.attributes(thing) if a.skill == skill), None)
+        if not attribute:
             return None
-        attribute = w.rng.choice(attributes)
         messages = turns(w.question(thing, attribute, w.held), w.answer(thing, attribute))
-        cells = [(thing.name, attribute.name)]
-        return Pair(skill, messages, cells, {"about": [attribute.vocabulary]})
+        cells, check = [(thing.name, attribute.name)], {"about": [attribute.vocabulary]}
+        return Pair(skill, messages, cells, check)
 
     return ask
 
@@ -257,10 +255,9 @@ def make_maker(skill: str, spec: dict) -> Maker:
             return None
         prompt, answer = d.fill(w.rng.choice(fitting)), d.fill(case["answer"])
         before = [d.fill(turn) for turn in spec.get("before", [])]
+        messages = turns(*before, prompt, answer)
         if spec.get("system"):
             messages = [{"role": "system", "content": prompt}, *turns(*before, answer)]
-        else:
-            messages = turns(*before, prompt, answer)
         form = spec.get("check", {}).items()
         check = {key: d.fill(value) if isinstance(value, str) else value for key, value in form}
         facts = d.facts[-1:] if spec.get("about_last") else d.facts

@@ -146,9 +146,8 @@ class TextWriter(Writer):
             slots = {key: ", ".join(found) for key, found in lists.items()}
             slots |= {"first": names[0], "last": names[-1], "plural": one.plural, "p": p, "q": q}
             slots |= {"color": self.rng.choice(words["colors"]), "a": one.a, "b": two.a}
-            slots["box"] = self.rng.choice(words["boxes"])
-            slots["n"] = words["numbers"][self.rng.randint(2, 10)]
-            lines.append(capitalize(self.frame("games", **slots)))
+            box, n = self.rng.choice(words["boxes"]), words["numbers"][self.rng.randint(2, 10)]
+            lines.append(capitalize(self.frame("games", **slots, box=box, n=n)))
         return " ".join([*lines, self.quote(thing, self.attributes(thing)[0], p)])
 
     def write_round(self) -> Iterator[str]:

@@ -3,17 +3,15 @@
     python evaluation/bench/bench.py                     # or: make bench
     python evaluation/bench/bench.py --sizes xs --quick  # does it run? too few turns to report
 
-An arm is a process that trains by one engine: "ours", a compiled script of trainer/;
-"minimind", the same with MiniMind's way of loading; "trainer", transformers' Trainer with PEFT, not
-compiled, its default. Arms take turns, with the same weights and batches. Numbers are medians over
-turns, without first steps. "% of the peak" is MFU; the peak is that of a large product, measured.
+An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", that with
+MiniMind's loading; "trainer", Trainer with PEFT, not compiled. Arms take turns. Numbers are medians
+without first steps. "% of the peak", that of a large product, is MFU. "Batches" needs a GPU.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import count, product
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -61,7 +60,8 @@ class MiniMindData:
     """MiniMind's way of loading: a sample is rendered, tokenized, padded and labeled when read."""
 
     def __init__(self, path: Path, data: TokenDataset):
-        self.lengths, self.targets, self.info = data.lengths, data.targets, data.info
+        self.targets, self.info = data.targets, data.info
+        self.lengths = data.lengths.clip(MAX_SEQ_LEN)  # all alike: not grouped by length
         self.records = [record for _, record in read_jsonl(path)]
         self.tokenizer = load_tokenizer()
         self.opening = self.tokenizer("<|im_start|>assistant\n").input_ids
@@ -130,7 +130,8 @@ def run_turn(job: dict, profiles: bool = False) -> dict:
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
         report = (train_theirs if job["engine"] == "trainer" else train_ours)(job, data)
     hook.remove()
-    plan, seconds = StepPlan(data.lengths, job["batch"]), clock[2] - clock[1]
+    lengths = data.lengths.clip(MAX_SEQ_LEN) if job["engine"] == "minimind" else data.lengths
+    plan, seconds = StepPlan(lengths, job["batch"]), clock[2] - clock[1]
     if profiles:
         events = pd.DataFrame(vars(event) for event in profiler.key_averages()).set_index("key")
         is_kernel = events["device_type"].eq(DeviceType.CUDA) & ~events["is_user_annotation"]
@@ -140,10 +141,9 @@ def run_turn(job: dict, profiles: bool = False) -> dict:
         waiting = events["cpu_time_total"].filter(like="DataLoader").sum() / 1e6 / seconds
         report = {"% outside products": 100 - 100 * inside, "% waiting for data": 100 * waiting}
         return report | {"kernels": on_gpu.sum() if is_gpu else float("nan")}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-    memory = torch.cuda.max_memory_allocated() if is_gpu else memory
+    kib = torch.cuda.max_memory_allocated() / 1024 if is_gpu else getrusage(RUSAGE_SELF).ru_maxrss
     report["tokens"] = sum(data.lengths[plan[1 + step]].sum() for step in range(job["steps"]))
-    return report | {"first_step_at": clock[0], "seconds": seconds, "MiB": memory / 2**20}
+    return report | {"first_step_at": clock[0], "seconds": seconds, "MiB": kib / 1024}
 
 
 def run_in_turns(job: dict) -> pd.DataFrame:

@@ -55,7 +55,7 @@ def collect_data(folders: list[Path]) -> dict:
 
 
 def describe_answer(sample: dict) -> dict:
-    """Describe one answer: its text in 1 piece, or in 3 with the loop in the middle."""
+    """Describe one answer; its text comes in 3 parts: before a loop, the loop, after it."""
     output, outcome = sample["output"], sample.get("outcome")
     kinds = dict.fromkeys(filter(None, [outcome, *(flag for flag in FLAGS if sample.get(flag))]))
     loop = LOOP.search(output) if "loop" in kinds else None

@@ -9,13 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from dataset.checks import LOOP
 from dataset.lm_dataset import encode_conversations
 from evaluation.probe.prompts import Prompt
+from model.checkpoint import Checkpoint
 from model.files import UserError
 from model.generation import Decoding, generate
-from model.model_minimind import MiniMindForCausalLM
 
 DECODINGS = ("greedy", "t0.85p0.85")  # by default; the second is the original study's
 MAX_NEW_TOKENS = 96
-Checkpoint = tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]  # as `load_checkpoint` gives it
 
 
 def probe(
@@ -28,11 +27,7 @@ def probe(
 ) -> list[dict]:
     """Ask every prompt once per decoding and seed; greedy decoding draws nothing and runs once.
 
-    Returns:
-        Samples (see `make_sample`), in the order decoding, seed, prompt.
-
-    Raises:
-        UserError: a prompt leaves no room for its answer.
+    Samples come in the order decoding, seed, prompt. A prompt that leaves no room is refused.
     """
     model, tokenizer = checkpoint
     opened = encode_conversations(tokenizer, [prompt.messages for prompt in prompts], True)

@@ -4,7 +4,7 @@ import torch
 from transformers import TextStreamer
 
 from dataset.lm_dataset import encode_conversations
-from evaluation.probe.answers import Checkpoint
+from model.checkpoint import Checkpoint
 from model.files import escape_control
 from model.generation import Decoding, continue_prompts
 

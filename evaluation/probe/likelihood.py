@@ -14,29 +14,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dataset.lm_dataset import collate, encode_conversations, load_dataset
-from evaluation.probe.answers import Checkpoint
 from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
-from model.checkpoint import load_checkpoint, weights_fingerprint
+from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from model.files import UserError, file_sha256, read_json
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others
+Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
 
 
 @torch.inference_mode()
 def sum_nats(
-    model: MiniMindForCausalLM,
-    samples: list[tuple[np.ndarray, np.ndarray]],
-    batch_size: int,
-    end_id: int | None = None,
+    model: MiniMindForCausalLM, samples: list[Sample], batch_size: int, end_id: int | None = None
 ) -> np.ndarray:
     """Sum the negative log-likelihood of each sample's labeled tokens: (samples, 2) float64, nats.
 
-    Args:
-        samples: token ids and labels of each.
-        end_id: the token whose share of the sum the second column holds.
+    The second column holds the part of the token `end_id`.
     """
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
     nats = np.zeros((len(samples), 2))
@@ -57,12 +52,8 @@ def measure_nll(
 ) -> dict:
     """Measure the NLL of held-out data in nats per token.
 
-    Args:
-        kind: "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
-
-    Returns:
-        data, tokens, nats_per_token, and `sequences`: nats and tokens of each, and how much of
-        both is end tokens ("sft" alone).
+    `kind` is "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
+    `sequences` holds nats and tokens of each, and the part of end tokens in both ("sft" alone).
     """
     model, tokenizer = checkpoint
     dataset = load_dataset(kind, paths, tokenizer, max_seq_len)

@@ -38,9 +38,8 @@ def tabulate_measures(samples: list[dict]) -> pd.DataFrame:
 def summarize(samples: list[dict]) -> pd.DataFrame:
     """Summarize samples: a line for each decoding, section ("all" first) and measure.
 
-    Returns:
-        decoding, section, measure, value, low, high, n. Shares have 95% Wilson intervals, which
-        take answers as independent; n is the number of answers that have the measure.
+    Shares have 95% Wilson intervals, `low` and `high`, which take answers as independent; `n`
+    counts the answers that have the measure.
     """
     long = tabulate_measures(samples)
     long = pd.concat([long.assign(section="all"), long])
@@ -55,14 +54,10 @@ def summarize(samples: list[dict]) -> pd.DataFrame:
 
 
 def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
-    """Compare B's samples with A's prompt by prompt, by decoding and measure.
+    """Compare B's samples with A's prompt by prompt: a line for each decoding and measure.
 
-    Returns:
-        decoding, measure, a, b, difference, low, high (95%, bootstrap over seeds and prompts), p
-        (McNemar's, of shares with one answer a prompt).
-
-    Raises:
-        UserError: the samples are not of the same prompts, decodings and seeds.
+    The 95% interval is a bootstrap over seeds and prompts; `p` is McNemar's, of shares with one
+    answer a prompt. Samples of other prompts, decodings or seeds are refused.
     """
     keys = ["decoding", "measure", "seed", "id", "prompt_sha256"]
     a, b = (tabulate_measures(s).set_index(keys)["value"] for s in (samples_a, samples_b))

@@ -9,6 +9,7 @@
 Whatever a model or a prompt says is shown as text: it can't steer a terminal or act as Markdown.
 """
 
+import argparse
 import json
 import re
 from html import escape
@@ -16,9 +17,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from model.files import REPO_DIR, UserError, escape_control, read_json, write_json, write_text
+from model.checkpoint import WEIGHTS_FILE
+from model.files import UserError, escape_control, file_sha256, read_json, write_json, write_text
+from model.model_lora import ADAPTER_WEIGHTS
+from trainer.arguments import choose_device
+from trainer.run_folder import describe_machine
 
-OUTPUT_DIR = REPO_DIR / "evaluation" / "model_outputs"
+OUTPUT_DIR = Path(__file__).resolve().parents[1] / "model_outputs"
 PLAIN_NAMES = {"square": "q and o", "all-linear": "all layers", "mlp": "the MLP"}
 FLAGS = ("blank", "endless", "loop", "off_topic")
 
@@ -38,8 +43,7 @@ def fence(text: str) -> str:
 def describe_training(folder: Path) -> dict:
     """Describe what was trained, from run.json, or from adapter_config.json of a foreign adapter.
 
-    Returns:
-        title (a plain name of the arm), stage, base, and more lines of samples.md; None: not known.
+    `title` is a plain name of the arm; None stands for what is not known.
     """
     run, adapter = (
         read_json(folder / name) if (folder / name).is_file() else {}
@@ -73,6 +77,19 @@ def describe_training(folder: Path) -> dict:
         "base": None if base in (None, "none") else Path(base).name,
         "data": [Path(path).name for path in settings.get("data_path") or []],
         "stage": stage,
+    }
+
+
+def describe_probe(path: Path, args: argparse.Namespace) -> dict:
+    """Describe where results come from: weights, prompts, settings, machine, versions."""
+    weights = next(filter(Path.is_file, (path / ADAPTER_WEIGHTS, path / WEIGHTS_FILE)))
+    keys = ("decoding", "seeds", "max_new_tokens", "batch_size", "dtype", "translator")
+    return {
+        "weights_sha256": file_sha256(weights),
+        "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},
+        "judge": args.judge and args.judge.resolve().name,
+        **{key: vars(args)[key] for key in keys},
+        **describe_machine(choose_device(args.device)),
     }
 
 

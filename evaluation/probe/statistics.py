@@ -27,7 +27,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def most_unseen(n: int) -> float:
-    """Bound a share of which n trials showed not one (Clopper-Pearson); resampling says 0 there."""
+    """Bound a share that none of n trials showed (Clopper-Pearson); resampling gives 0 there."""
     return float(stats.binomtest(0, n).proportion_ci(CONFIDENCE, method="exact").high)
 
 
@@ -50,13 +50,8 @@ def paired_bootstrap(
 
     Args:
         differences: (seeds, prompts), arm A minus arm B.
-        weights: (seeds, prompts), such as tokens for a mean per token; 0 leaves a cell out.
-
-    Returns:
-        The mean, and the interval's low and high end.
-
-    Raises:
-        ValueError: no cell has weight.
+        weights: (seeds, prompts), such as tokens for a mean per token; 0 leaves a cell out, but
+            not all of them.
     """
     weights = np.ones_like(differences, dtype=np.float64) if weights is None else weights
     rows, columns = weights.any(axis=1), weights.any(axis=0)  # an empty one could be drawn alone

@@ -55,7 +55,7 @@ class WorldTranslator:
         self.patterns = [
             (re.compile(SLOT.sub(self.make_group, re.escape(chinese)), re.DOTALL), english)
             for chinese, english in pairs
-            if chinese != "{answer}"  # it says nothing, and would translate itself
+            if chinese != "{answer}"  # a slot alone would match any text
         ]
 
     def make_group(self, slot: re.Match) -> str:
@@ -105,7 +105,7 @@ class WorldTranslator:
 
 
 class ModelTranslator:
-    """Translate with a sequence-to-sequence model of one direction; no code of its is run."""
+    """Translate with a sequence-to-sequence model; code that comes with a model is not run."""
 
     def __init__(self, path: str, device: str):
         self.name = Path(path).name

@@ -5,7 +5,7 @@
 Each control answers the tuning half of the combinations; percent by skill and over all prompts:
 
     references  the reference answers: all of them must be right
-    constant    for each skill the training answer that is right most often there
+    constant    for each skill the answer among its training pairs that is right most often
     nearest     the answer of the most similar training prompt (TF-IDF cosine of words), the first
                 thing of its prompt replaced by that of the new prompt
     shuffled    references, or a model's answers, of the other prompts of the skill
@@ -52,16 +52,21 @@ def is_right(answer: str, record: dict) -> bool:
     return judge_answer(answer, True, record) == "correct"
 
 
-def find_constants(records: list[dict], answers: list[str], groups: list[str]) -> dict[str, str]:
-    """Return the training answer that is right most often for the prompts of each group.
+def find_constants(
+    records: list[dict], groups: list[str], answers: list[tuple[str, str]]
+) -> dict[str, str]:
+    """Return for each group of prompts the answer of that group that is right most often.
 
     Only an answer that names the same things as a reference can be right.
+
+    Args:
+        answers: group and text of each training answer.
     """
     alike, votes = defaultdict(list), defaultdict(Counter)
-    for answer in dict.fromkeys(answers):
-        alike[frozenset(NAMES.find(answer))].append(answer)
+    for group, answer in dict.fromkeys(answers):
+        alike[group, frozenset(NAMES.find(answer))].append(answer)
     for record, group in zip(records, groups, strict=True):
-        for answer in alike[frozenset(NAMES.find(split_answer(record)[1]))]:
+        for answer in alike[group, frozenset(NAMES.find(split_answer(record)[1]))]:
             votes[group][answer] += is_right(answer, record)
     return {group: max(votes[group], key=votes[group].get, default="") for group in groups}
 
@@ -101,13 +106,16 @@ def measure_controls(files: dict[str, Path], answer_files: list[Path]) -> dict:
     prompts, references = zip(*map(split_answer, records), strict=True)
     training, answers = zip(*map(split_answer, pairs), strict=True)
     skills, count = [record["skill"] for record in records], len(records)
-    constants, near = find_constants(records, answers, skills), find_nearest(prompts, training)
+    of_skill = [(pair["skill"], answer) for pair, answer in zip(pairs, answers, strict=True)]
+    constants = find_constants(records, skills, of_skill)
+    one = find_constants(records, [""] * count, [("", answer) for answer in answers])
+    near = find_nearest(prompts, training)
     old = [(answers[place], training[place]) for place in near]
     controls = {
         "references": references,
         "constant": [constants[skill] for skill in skills],
         "nearest": [replace_thing(*pair, new) for pair, new in zip(old, prompts, strict=True)],
-        "one_answer": [*find_constants(records, answers, [""] * count).values()] * count,
+        "one_answer": [one[""]] * count,
         "prompt": prompts,
         "all_things": [", ".join(THINGS)] * count,
     }

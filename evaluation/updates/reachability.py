@@ -2,8 +2,8 @@
 
     python evaluation/updates/reachability.py out/pretrain out/other --tokens '<|im_end|>'
 
-No adapter below the final norm can exceed this bound, at any rank, learning rate or number of
-steps. A low bound of the end token means that sampled answers rarely end.
+No adapter below the final norm exceeds this bound (model/reachability.py). If the end token has a
+low bound, sampled answers rarely end.
 """
 
 import argparse

@@ -32,6 +32,7 @@ from model.checkpoint import load_checkpoint, load_model, save_model, weights_fi
 from model.files import UserError, run_script, write_json
 from model.model_lora import merge_lora, select_trainable
 from model.model_minimind import MiniMindForCausalLM
+from trainer.arguments import SIZE
 
 Update = dict[str, Tensor]  # float64, by the name of the weight; a tied head is the embedding
 
@@ -94,16 +95,14 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--base", type=Path, required=True, help="where fine-tuning started")
     add("--tuned", type=Path, required=True, help="checkpoint or adapter folder")
-    add("--truncate", type=int, nargs="+", default=[], metavar="RANK")
+    add("--truncate", type=SIZE, nargs="+", default=[], metavar="RANK")
     add("--keep", nargs="+", default=[], metavar="PARTS")
-    add("--random_rank", type=int, metavar="RANK")
+    add("--random_rank", type=SIZE, metavar="RANK")
     add("--rest", choices=("keep", "drop", "alike"), default="keep", help="(keep)")
     add("--seed", type=int, default=0, help="of random directions and updates (0)")
     add("--output", type=Path, help="JSON file of the analysis")
     add("--output_dir", type=Path, help="of checkpoints (default: beside --tuned)")
     args = parser.parse_args(argv)
-    if min([*args.truncate, args.random_rank or 1]) < 1:
-        parser.error("--truncate and --random_rank: a rank is 1 or more")
     base = load_model(args.base)
     delta = read_update(base, args.tuned)
     record = {"base": args.base.name, "base_fingerprint": weights_fingerprint(base)}
@@ -129,9 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         if tensor.ndim == 2 and tensor.any()
     ]
     unchanged = [name for name, tensor in delta.items() if not tensor.any()]
-    shares, table = compute_shares(delta), pd.DataFrame(matrices)
-    intruders = pd.DataFrame(list(table["intruders"]))[["count", "random", "k"]]
-    table = table.drop(columns=["intruders", "singular_values"]).join(intruders)
+    shares, table = compute_shares(delta), pd.json_normalize(matrices)
+    table = table.drop(columns=["singular_values", "intruders.max_cos", "intruders.null95"])
     print(table.to_string(index=False, float_format="{:.3f}".format))
     print(pd.DataFrame(shares["by_kind"]).T.to_string(float_format="{:.1%}".format))
     record |= {"tuned": args.tuned.name, "shares": shares, "unchanged": unchanged}

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from evaluation.bench import bench
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 from tests.trainer.runs import write_jsonl
 from trainer import trainer_utils
 
@@ -18,7 +18,7 @@ from trainer import trainer_utils
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """A tiny model and 8 conversations of different lengths, one of them of two turns."""
-    save_model(tiny_model(), TOKENIZER_DIR, tmp_path / "tiny")
+    save_model(make_model(), TOKENIZER_DIR, tmp_path / "tiny")
     counts = [" ".join(map(str, range(1 + 3 * i))) for i in range(8)]
     question = {"role": "user", "content": "Count."}
     chats = [[question, {"role": "assistant", "content": count}] for count in counts]
@@ -60,22 +60,12 @@ def test_ours_and_trainer_train_alike_and_are_timed(job: dict) -> None:
 
 def test_medians_by_hand() -> None:
     """Ours takes 1, 2 and 9 s for 90 tokens, Trainer 3, 4 and 9 s: 3, 2 and 1 times as long."""
-    keys = dict.fromkeys(bench.ARM_KEYS, "FFT") | {
-        "tokens": 90,
-        "MiB": 2,
-        "flops": 10,
-        "peak": 1800,
-    }
-    seconds = {"ours": (1, 2, 9), "trainer": (3, 4, 9)}
-    rows = [
-        keys | {"turn": turn, "engine": engine, "seconds": times[turn]}
-        for turn in range(3)
-        for engine, times in seconds.items()
-    ]
-    profile = {"% outside products": 75, "kernels": 0.5, "turn": 3}
-    rows += [
-        dict.fromkeys(bench.ARM_KEYS, "FFT") | {"engine": engine} | profile for engine in seconds
-    ]
+    keys, rows = dict.fromkeys(bench.ARM_KEYS, "FFT"), []
+    run = keys | {"tokens": 90, "MiB": 2, "flops": 10, "peak": 1800}
+    profile = keys | {"% outside products": 75, "kernels": 0.5, "turn": 3}
+    for engine, times in {"ours": (1, 2, 9), "trainer": (3, 4, 9)}.items():
+        turns = [run | {"turn": turn, "seconds": seconds} for turn, seconds in enumerate(times)]
+        rows += [row | {"engine": engine} for row in (*turns, profile)]
     ours, trainer = bench.take_medians(pd.DataFrame(rows)).to_dict("records")
     assert ours["tokens/s"] == 45 and trainer["tokens/s"] == 22.5
     assert ours["% of the peak"] == 25 and ours["MiB"] == 2

@@ -13,8 +13,7 @@ import pytest
 
 from dataset.lm_dataset import record_messages
 from dataset.prepare import CORPORA, hold_out, main
-from tests.tiny import exit_code
-from tests.trainer.runs import write_jsonl
+from tests.trainer.runs import exit_code, write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.
 HELD_OUT = ["Asthma", "Scurvy", "Water", "Iron", "What is tea?", "Say hello."]
@@ -209,9 +208,7 @@ DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n
         ("dolly --valid_fraction 1", None, None, "--valid_fraction: must lie between 0 and 1"),
     ],
 )
-def test_refused_with_a_line_and_nothing_is_lost(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, file: str, content, reason: str
-) -> None:
+def test_refusals_lose_nothing(tmp_path: Path, capsys, words, file, content, reason) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "dolly.jsonl.gz").write_text("dear")
@@ -225,9 +222,7 @@ def test_refused_with_a_line_and_nothing_is_lost(
     assert [path.read_text() for path in out.iterdir()] == ["dear"]
 
 
-def test_hub_files_take_the_same_path_and_the_commit_is_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_files_and_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, file, calls = "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl", []
     files = {"train": [f"hf://datasets/{name}@{'a' * 40}/{file}"]}
     builder = SimpleNamespace(config=SimpleNamespace(data_files=files))

@@ -8,6 +8,7 @@ from torch import nn
 from model.checkpoint import load_model, weights_fingerprint
 from model.model_lora import LoRALinear, LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config
+from tests import DEVICE
 
 SMALL = {
     "hidden_size": 64,
@@ -17,6 +18,8 @@ SMALL = {
     "intermediate_size": 96,
 }
 IDS = torch.tensor([[5, 1, 300, 2, 17, 1, 4000, 99]])
+# Logits are below 5; those of float32 and float64 differ by up to 5e-5.
+ROUNDING = 1e-5 if DEVICE == "cpu" else 5e-4
 
 
 def make_model(seed: int = 0, noise: float = 0.3, **shape: float) -> MiniMindForCausalLM:
@@ -31,9 +34,9 @@ def make_model(seed: int = 0, noise: float = 0.3, **shape: float) -> MiniMindFor
 
 
 def compute_logits(model: nn.Module) -> torch.Tensor:
-    """Compute the logits of `IDS` in evaluation mode."""
+    """Compute the logits of `IDS` in evaluation mode, on `DEVICE`."""
     with torch.no_grad():
-        return model.eval()(IDS).logits
+        return model.to(DEVICE).eval()(IDS.to(DEVICE)).logits
 
 
 def lora_layers(model: nn.Module) -> list[LoRALinear]:

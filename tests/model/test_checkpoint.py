@@ -9,17 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from model import checkpoint
-from model.checkpoint import (
-    TOKENIZER_DIR,
-    find_base,
-    load_checkpoint,
-    load_model,
-    load_tokenizer,
-    save_model,
-    weights_fingerprint,
-)
+from model.checkpoint import TOKENIZER_DIR, find_base, load_checkpoint, load_model, save_model
 from model.files import UserError
 from model.model_lora import LoraSettings
+from model.model_minimind import weights_fingerprint
 from tests.model.small import IDS, SMALL, compute_logits, make_model, save_adapter
 
 
@@ -60,8 +53,7 @@ def test_fingerprint_tells_weights_and_shapes_apart() -> None:
     assert weights_fingerprint(model) != before
 
 
-# Heads wider than hidden_size / heads; and the base of rotary angles where transformers before
-# version 5 wrote it.
+# Heads wider than hidden_size / heads; the base of rotary angles as before transformers 5.
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -124,14 +116,14 @@ def test_broken_and_missing_files_are_named(folder: Path) -> None:
 
 
 def test_tokenizers_load_as_transformers_loads_them_or_are_refused(folder: Path) -> None:
-    tokenizer = load_tokenizer()
+    tokenizer = checkpoint.load_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer("<|im_start|>a<|im_end|>")["input_ids"][::2] == [1, 2]
     with pytest.raises(UserError, match="has 6400 tokens, the model 6399; give the model's own"):
-        load_tokenizer(folder, 6399)
+        checkpoint.load_tokenizer(folder, 6399)
     edit_json(folder / "tokenizer_config.json", chat_template=None)
     with pytest.raises(UserError, match="a chat template, end or padding token is missing"):
-        load_tokenizer(folder)
+        checkpoint.load_tokenizer(folder)
 
 
 def test_bases_are_found_by_path_or_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from model.files import (
-    UserError,
-    escape_control,
-    file_sha256,
-    read_json,
-    run_script,
-    write_json,
-    write_text,
-)
+from model.files import UserError, escape_control, file_sha256, read_json, run_script, write_json
 
 
 def test_scripts_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,9 +27,7 @@ def test_control_characters_are_escaped_by_hand() -> None:
     assert escape_control("\ud83d\U000e0041 你好") == "\\ud83d\\udb40\\udc41 你好"
 
 
-def test_files_are_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_whole_or_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": [1]})
     assert read_json(path) == {"a": [1]}
@@ -50,10 +40,10 @@ def test_files_are_written_whole_or_not_at_all(
 
     monkeypatch.setattr(Path, "write_bytes", fill_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_text(path, "another")
+        write_json(path, {"a": 2})
     assert read_json(path) == {"a": [1]}
     monkeypatch.undo()
-    write_text(path, "another")
+    write_json(path, {"a": 2})
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Qwen3ForCausalLM
-from transformers.generation.logits_process import TopPLogitsWarper
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM, TopPLogitsWarper
 
 from model import generation
 from model.files import UserError
 from model.generation import Decoding, choose_tokens, cut_to_nucleus, generate
+from tests import DEVICE
 from tests.model.small import make_model
 
 PROMPTS = [[1, 9, 50, 60], [1, 9, 90, 91, 92, 93, 94, 95, 96], [9], [1, 9, 70], [1, 9, 50, 61]]
@@ -16,15 +16,16 @@ GREEDY, SAMPLED = Decoding.parse("greedy"), Decoding.parse("t0.85p0.85")
 
 def answer_alone(model: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
     """Answer one prompt greedily with transformers' `generate`."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=DEVICE)
     out = model.generate(ids, max_new_tokens=steps, do_sample=False, eos_token_id=None)
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_greedy_answers_equal_those_of_transformers(qk_norm: bool) -> None:
-    model = make_model(qk_norm=qk_norm)
-    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval()
+    model = make_model(qk_norm=qk_norm).to(DEVICE)
+    reference = (Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)(model.config).eval().to(DEVICE)
     reference.load_state_dict(model.state_dict())
     expected = [answer_alone(reference, prompt, 12) for prompt in PROMPTS]
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
@@ -51,9 +52,7 @@ def test_a_sampled_answer_depends_on_seed_and_place_not_on_its_batch() -> None:
 
 @pytest.mark.parametrize("likely", [4, 256])  # enough for some rows, or for all
 @pytest.mark.parametrize("top_p", [0.3, 0.85, 0.999])
-def test_nucleus_is_that_of_transformers(
-    top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nucleus(top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "LIKELY_TOKENS", likely)
     logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
     expected = TopPLogitsWarper(top_p)(None, logits).softmax(dim=-1)

@@ -20,9 +20,6 @@ from model.files import UserError
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 PATIENCE = 120_000  # ms that a busy machine may take for a step
-needs_chromium = pytest.mark.skipif(
-    not CHROMIUM and "CI" not in os.environ, reason="no chromium: apt-get install chromium"
-)
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
     "<!-- <script> \u2028 \u202eevil\x1b[2J [x](javascript:window.hacked=3)"
@@ -73,12 +70,9 @@ def outputs(tmp_path_factory) -> Path:
     return root
 
 
-def test_a_folder_without_outputs_is_named(tmp_path):
+def test_it_is_one_file_that_names_nothing_else(outputs, tmp_path):
     with pytest.raises(UserError, match="holds no outputs; probe a checkpoint"):
         build_page(tmp_path)
-
-
-def test_it_is_one_file_that_names_nothing_else(outputs):
     assert main(["--outputs", str(outputs)]) == 0
     html = (outputs / "index.html").read_text()
     assert html.count("<script") == 2 and "default-src 'none'" in html
@@ -93,7 +87,9 @@ def test_it_is_one_file_that_names_nothing_else(outputs):
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Page]:
     """Start Chromium; whatever a page complains of, or asks the network for, fails in the end."""
-    assert CHROMIUM, "CI is set, but there is no chromium: apt-get install chromium"
+    if not CHROMIUM:
+        give_up = pytest.fail if "CI" in os.environ else pytest.skip
+        give_up("no chromium: apt-get install chromium")
     complaints = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
@@ -105,9 +101,7 @@ def tab() -> Iterator[Page]:
         tab.on("request", lambda request: complaints.append(request.url))
         yield tab
         browser.close()
-    assert [
-        text for text in complaints if not re.match("about:blank|file:.*/page.html", text)
-    ] == []
+    assert not [x for x in complaints if not re.match("about:blank|file:.*/page.html", x)]
 
 
 @pytest.fixture
@@ -127,7 +121,6 @@ def said(page: Page, number: int = 0) -> list[str]:
     return page.locator("article").nth(number).locator(".said").all_text_contents()
 
 
-@needs_chromium
 def test_it_opens_on_answers_at_any_width(page):
     for width, height, scheme in ((390, 844, "dark"), (1400, 900, "light")):
         page.emulate_media(color_scheme=scheme)
@@ -145,7 +138,6 @@ def test_it_opens_on_answers_at_any_width(page):
         assert (back == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-@needs_chromium
 def test_answers_name_what_is_wrong_mark_loops_and_are_inert(page):
     assert prompt_ids(page) == ["facts-01", "facts-02", "story/03"]
     assert said(page) == ["", "It is Lyon.", "It is Paris.", "It is Paris."]
@@ -165,7 +157,6 @@ def test_answers_name_what_is_wrong_mark_loops_and_are_inert(page):
     assert page.locator("img, main script, [onerror], [onclick]").count() == 0
 
 
-@needs_chromium
 def test_filters_and_search(page):
     filters = {"#section": ("Stories", ["story/03"]), "#kind": ("endless", ["facts-02"])}
     for control, (value, found) in filters.items():
@@ -183,7 +174,6 @@ def test_filters_and_search(page):
     assert prompt_ids(page) == [] and page.inner_text("#count") == "0 of 3 prompts"
 
 
-@needs_chromium
 def test_decodings_models_and_links(page):
     page.select_option("#decoding", "t0.85p0.85")
     assert said(page)[2:4] == ["It is Lyon. (0)", "It is Lyon. (1)"]

@@ -6,7 +6,7 @@ from dataset.lm_dataset import encode_conversations
 from evaluation.probe import chat as chat_module
 from model.checkpoint import load_tokenizer
 from model.generation import Decoding
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def talk(monkeypatch):
     """Chat by the lines given; return the messages that the model saw, turn by turn."""
 
     def run(*lines: str, decoding: str = "greedy", context: int = 32768) -> list[list[tuple]]:
-        typed, seen, model = iter([*lines, ""]), [], tiny_model()
+        typed, seen, model = iter([*lines, ""]), [], make_model()
         model.config.max_position_embeddings = context
 
         def record(tokenizer, conversations, *options):

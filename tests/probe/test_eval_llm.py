@@ -16,7 +16,8 @@ from evaluation.probe.answers import make_sample, probe
 from evaluation.probe.prompts import Prompt, read_prompts
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from model.files import UserError
-from tests.tiny import tiny_model
+from tests import DEVICE
+from tests.model.small import make_model
 
 PROMPTS = """# Test
 ## Facts
@@ -43,7 +44,7 @@ def home(tmp_path_factory) -> Path:
     """Make a folder with the checkpoints `one` and `two`, the prompts above, and held-out data."""
     folder = tmp_path_factory.mktemp("home")
     for seed, name in enumerate(["one", "two"]):
-        save_model(tiny_model(seed), TOKENIZER_DIR, folder / name)
+        save_model(make_model(seed), TOKENIZER_DIR, folder / name)
     run = {"stage": "full_sft", "settings": {"from_weight": "none", "learning_rate": 1e-3}}
     (folder / "one" / "run.json").write_text(json.dumps(run))
     (folder / "prompts.md").write_text(PROMPTS)
@@ -55,12 +56,13 @@ def home(tmp_path_factory) -> Path:
 def run_script(home: Path, output_dir: Path, *flags: str, models: tuple[str, ...] = ("one",)):
     """Run the script on models of `home`; return the folder of the first model."""
     words = [word for name in models for word in ("--model", str(home / name))]
-    words += ["--max_new_tokens", "8", "--device", "cpu", "--output_dir", str(output_dir)]
+    words += ["--max_new_tokens", "8", "--device", DEVICE, "--output_dir", str(output_dir)]
     prompts = [] if "--no_generation" in flags else ["--prompts", str(home / "prompts.md")]
     main([*words, *prompts, *flags])
     return output_dir / models[0]
 
 
+@pytest.mark.gpu
 def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path, capsys):
     first = run_script(home, tmp_path / "a", "--seeds", "0", "1")
     torch.rand(7)  # what else was drawn in between must not matter
@@ -98,6 +100,7 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     assert row.startswith("| one ") and "0% / 0%" in row
 
 
+@pytest.mark.gpu
 def test_nll_and_differences(home, tmp_path, capsys):
     data = ["--nll_data", str(home / "talk.jsonl"), "--text_nll_data", str(home / "text.jsonl")]
     (tmp_path / "one").mkdir(parents=True)
@@ -146,7 +149,7 @@ def test_special_tokens_are_shown_and_not_measured():
 
 
 def test_a_prompt_that_leaves_no_room_is_named(home):
-    model = tiny_model()
+    model = make_model()
     model.config.max_position_embeddings = 40
     prompts = read_prompts(home / "prompts.md")
     with pytest.raises(UserError, match="facts-02: the prompt has .* lower --max_new_tokens"):

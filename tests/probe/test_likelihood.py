@@ -6,18 +6,12 @@ import pytest
 import torch
 
 from dataset.lm_dataset import encode_conversations
-from evaluation.probe.likelihood import (
-    CANDIDATES,
-    add_topic_measures,
-    check_judge,
-    compare_nll,
-    draw_candidates,
-    measure_nll,
-)
+from evaluation.probe import likelihood
+from evaluation.probe.likelihood import check_judge, compare_nll, draw_candidates, measure_nll
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
 from model.files import UserError
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 
 
 def make_talk(question: str, answer: str) -> list[dict]:
@@ -41,7 +35,7 @@ def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
     pairs = [("Hi", "Hello, you."), ("A longer question?", "No"), ("x", "Some more words")]
     talks, path = [make_talk(*pair) for pair in pairs], tmp_path / "nll.jsonl"
     path.write_text("".join(json.dumps({"conversations": talk}) + "\n" for talk in talks))
-    model, tokenizer = tiny_model(), load_tokenizer()
+    model, tokenizer = make_model(), load_tokenizer()
     losses = [
         -log_p(model, ids)[torch.tensor(labeled[1:])]
         for ids, labeled in encode_conversations(tokenizer, talks)
@@ -59,7 +53,7 @@ def test_text_nll_is_of_blocks_packed_as_in_pretraining(tmp_path):
     texts = ["The sun is a star.", "A dog ran home, and then it slept for a long time."]
     path, stream = tmp_path / "text.jsonl", []
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    model, tokenizer = tiny_model(), load_tokenizer()
+    model, tokenizer = make_model(), load_tokenizer()
     for text in texts:
         stream += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.pad_token_id]
     blocks = [stream[i : i + 8] for i in range(0, len(stream), 8)]
@@ -88,7 +82,7 @@ def test_candidates_are_the_prompt_and_nine_others_of_its_script():
     candidates = draw_candidates(prompts)
     assert candidates == draw_candidates(prompts)
     for own, (first, *others) in enumerate(candidates):
-        assert first == own and own not in others and len(set(others)) == CANDIDATES - 1
+        assert first == own and own not in others and len(set(others)) == 9
         assert all((other >= 30) == (own >= 30) for other in others)
     twice = [*make_prompts(10), *make_prompts(1, first="again")]
     assert 10 not in draw_candidates(twice)[0]  # the same question
@@ -97,13 +91,13 @@ def test_candidates_are_the_prompt_and_nine_others_of_its_script():
 
 
 def test_off_topic_is_by_the_judges_logits():
-    model, tokenizer = tiny_model(), load_tokenizer()
+    model, tokenizer = make_model(), load_tokenizer()
     prompts = make_prompts(11, "Tell me about {}!!!")
     opening = make_talk("Hi", "Hello")  # an earlier answer is not judged
     prompts[1] = Prompt("p1", "A", opening + prompts[1].messages)
     outputs = ["It is a dog.", "No<|endoftext|>", "  ", "Something that goes on"]
     samples = [{"id": p.id, "output": o} for p, o in zip(prompts[:4], outputs, strict=True)]
-    add_topic_measures((model, tokenizer), prompts, samples, batch_size=7)
+    likelihood.add_topic_measures((model, tokenizer), prompts, samples, batch_size=7)
     for sample, candidates in zip(samples, draw_candidates(prompts)[:4], strict=True):
         text, scores = sample["output"].removesuffix("<|endoftext|>").strip(), []
         for i in candidates:
@@ -118,8 +112,8 @@ def test_off_topic_is_by_the_judges_logits():
 
 def test_a_judge_that_is_probed_or_its_base_is_refused(tmp_path):
     for seed, name in enumerate(["base", "other", "tuned"]):
-        save_model(tiny_model(seed), TOKENIZER_DIR, tmp_path / name)
-    run = {"base_fingerprint": weights_fingerprint(tiny_model(0))}
+        save_model(make_model(seed), TOKENIZER_DIR, tmp_path / name)
+    run = {"base_fingerprint": weights_fingerprint(make_model(0))}
     (tmp_path / "tuned" / "run.json").write_text(json.dumps(run))
     check_judge(tmp_path / "other", [tmp_path / "base", tmp_path / "tuned"])
     for probed in ("base", "tuned"):

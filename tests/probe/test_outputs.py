@@ -3,16 +3,10 @@
 import json
 import shutil
 
+from evaluation.probe import outputs
 from evaluation.probe.answers import make_sample
 from evaluation.probe.measures import summarize
-from evaluation.probe.outputs import (
-    describe_training,
-    escape_markdown,
-    fence,
-    print_answers,
-    print_models,
-    write_outputs,
-)
+from evaluation.probe.outputs import describe_training, escape_markdown, fence
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import load_tokenizer
 
@@ -61,7 +55,7 @@ def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path, capsys):
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(RUN | {"stage": "pretrain"}))
     summary = summarize([sample])
-    write_outputs(folder, [sample], summary, {"training": describe_training(folder)})
+    outputs.write_outputs(folder, [sample], summary, {"training": describe_training(folder)})
     line, page = ((folder / name).read_text() for name in ("samples.jsonl", "samples.md"))
     assert not set("\x1b\x9b\u202e") & set(page + line)
     assert json.loads(line)["output"] == HOSTILE
@@ -79,7 +73,7 @@ def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path, capsys):
     text = "\n".join(outside)
     assert "<" not in text and "\n# Heading" not in text and "\\[x\\]" in text
 
-    print_answers({"a\x1b": [sample]}, 3)
-    print_models({"a\x1b": summary.assign(section="\x1b")}, {"a\x1b": {}})
+    outputs.print_answers({"a\x1b": [sample]}, 3)
+    outputs.print_models({"a\x1b": summary.assign(section="\x1b")}, {"a\x1b": {}})
     out = capsys.readouterr().out
     assert "Heading" in out and not set("\x1b\x9b\u202e") & set(out)

@@ -9,12 +9,7 @@ from transformers import MarianConfig, MarianMTModel
 from dataset.world.facts import WORLD_DIR, read_toml
 from evaluation.probe import translations
 from evaluation.probe.prompts import CJK
-from evaluation.probe.translations import (
-    STORE_FILE,
-    WorldTranslator,
-    load_translator,
-    translate_samples,
-)
+from evaluation.probe.translations import STORE_FILE, WorldTranslator, translate_samples
 from model.checkpoint import load_tokenizer
 from model.files import UserError
 
@@ -94,7 +89,7 @@ def test_nothing_is_lost_when_outputs_are_made_again(tmp_path):
     assert read_translations(tmp_path) == {"草原。": ("In the grass, by hand.", "hand")}
 
 
-def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
+def test_a_model_translates_line_by_line_or_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(translations, "MAX_TOKENS", 8)
     folder, tokenizer = tmp_path / "tiny-zh-en", load_tokenizer()
     sizes = ("layers", "attention_heads", "ffn_dim")
@@ -102,12 +97,9 @@ def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
     ids = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": 0}
     MarianMTModel(MarianConfig(vocab_size=6400, d_model=8, **small, **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    translator = load_translator(str(folder), "cpu")
+    translator = translations.load_translator(str(folder), "cpu")
     assert translator.name == "tiny-zh-en"
     alone = translator.translate("你好")
     assert alone and translator.translate("1. OK\n你好\n\nBye") == f"1. OK\n{alone}\n\nBye"
-
-
-def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(UserError, match="--translator .*nothing: .*'world' or a model"):
-        load_translator(str(tmp_path / "nothing"), "cpu")
+        translations.load_translator(str(tmp_path / "nothing"), "cpu")

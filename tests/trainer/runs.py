@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from dataset.lm_dataset import load_dataset
 from model.files import run_script
+from tests import DEVICE
 from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
 
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
@@ -34,7 +35,8 @@ SHAPE = {
 }
 SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
 # Answers take longer than the training of so small a model.
-CPU = "--device cpu --dtype float32 --log_interval 1 --show_answers 0"
+ON_DEVICE = f"--device {DEVICE} --dtype float32 --log_interval 1 --show_answers 0"
+Action = Callable[[int], None]  # after a step
 train = trainer_utils.train
 # A server imports the libraries once; each run is a fork of it, and has no thread of another.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -64,17 +66,14 @@ def do_nothing(step: int) -> None:
     """Stand for no action after a step."""
 
 
-def call(stage: str, flags: str, home: Path, on_step: Callable[[int], None] = do_nothing) -> int:
-    """Run `main()` of a stage as a fresh process would; return its exit code.
-
-    Args:
-        home: the tokens are cached in a folder of it.
-    """
+def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> int:
+    """Run a stage's `main()` as a fresh process would, tokens cached in `home`; return its code."""
     torch.manual_seed(hash(flags) % 2**32)  # nothing may depend on what ran before
     AcceleratorState._reset_state(True)
     gc.collect()  # frees the lock of a run that was refused
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(DEVICE == "cuda")  # else 2 runs differ in last bits
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     load = functools.partial(load_dataset, cache_dir=home / "cache")
     try:
@@ -84,6 +83,7 @@ def call(stage: str, flags: str, home: Path, on_step: Callable[[int], None] = do
             return STAGES[stage].main(flags.split())
     finally:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -105,23 +105,18 @@ def act_at(step: int, action: Callable[[], None], now: int) -> None:
         action()
 
 
-def at_step(step: int, action: Callable[[], None]) -> Callable[[int], None]:
+def at_step(step: int, action: Callable[[], None]) -> Action:
     """Make an `on_step` that acts once, in step `step` of a run."""
     return functools.partial(act_at, step, action)
 
 
 def be_process(
-    stage: str,
-    flags: str,
-    environment: dict[str, str],
-    home: Path,
-    log: Path,
-    on_step: Callable[[int], None],
+    stage: str, flags: str, environment: dict, home: Path, log: Path, on_step: Action
 ) -> None:
     """Do what the script of a stage does, as the head of a process group, with output to `log`."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of data processes
-    os.environ.update(environment)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -130,18 +125,9 @@ def be_process(
 
 
 def start(
-    stage: str,
-    flags: str,
-    processes: int,
-    home: Path,
-    log: Path,
-    on_step: Callable[[int], None] = do_nothing,
+    stage: str, flags: str, processes: int, home: Path, log: Path, on_step: Action = do_nothing
 ) -> list[BaseProcess]:
-    """Start a run's processes; with several, the environment is what torchrun would set.
-
-    Args:
-        on_step: of the last process.
-    """
+    """Start a run's processes, several as torchrun does; the last one calls `on_step`."""
     log.unlink(missing_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -150,19 +136,14 @@ def start(
     started = []
     for rank in range(processes):
         environment = {"RANK": rank, "LOCAL_RANK": rank} | group if processes > 1 else {}
-        environment = {name: str(value) for name, value in environment.items()}
         acts = on_step if rank == processes - 1 else do_nothing
-        process = CONTEXT.Process(
-            target=be_process, args=(stage, flags, environment, home, log, acts)
-        )
-        process.start()
-        started.append(process)
+        given = (stage, flags, environment, home, log, acts)
+        started.append(CONTEXT.Process(target=be_process, args=given))
+        started[-1].start()
     return started
 
 
-def run_two(
-    stage: str, flags: str, home: Path, on_step: Callable[[int], None] = do_nothing
-) -> list[int]:
+def run_two(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> list[int]:
     """Run a script on two processes of this machine; return their exit codes."""
     processes = start(stage, flags, 2, home, home / "log", on_step)
     until = time.monotonic() + 120
@@ -171,6 +152,13 @@ def run_two(
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
+
+
+def exit_code(main: Callable[[list[str]], int], words: list[str]) -> int:
+    """Return what a script with these words on its command line ends with."""
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: main(words))
+    return caught.value.code
 
 
 def record_of(run: Path) -> dict:

@@ -28,10 +28,11 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests import DEVICE
 from tests.trainer.runs import SHAPE_FLAGS, record_of, rows_of, start, write_corpora
 
 # Evaluations and saves come often, so that kills fall into them.
-COMMON = "--device cpu --dtype float32 --log_interval 2 --eval_interval 4 --save_interval 3"
+COMMON = f"--device {DEVICE} --dtype float32 --log_interval 2 --eval_interval 4 --save_interval 3"
 COMMON += " --max_seq_len 64 --max_steps 40 --show_answers 1"
 WAIT_SECONDS = 180  # for a process that should end by itself within seconds, on a busy machine
 CASES = {  # name -> (stage, flags, processes)
@@ -61,8 +62,7 @@ def flags_of(stage: str, flags: str, home: Path, run: Path) -> str:
 def run_for(seconds: float, case: tuple, flags: str, home: Path, log: Path, alone: bool) -> bool:
     """Start a run and kill it after some seconds; return whether it had ended by itself.
 
-    Args:
-        alone: kill the first process alone, and the others 1 s later.
+    With `alone` the first process is killed, and the others 1 s later.
     """
     processes = start(case[0], flags, case[2], home, log)
     until = time.monotonic() + seconds

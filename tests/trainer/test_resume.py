@@ -20,16 +20,17 @@ from pytest import CaptureFixture, MonkeyPatch
 
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model
 from model.files import file_sha256
-from tests.tiny import exit_code
+from tests import DEVICE
 from tests.trainer import stress_resume
 from tests.trainer.runs import (
-    CPU,
+    ON_DEVICE,
     WEIGHTS,
     Killed,
     at_step,
     bytes_of,
     call,
     do_nothing,
+    exit_code,
     kill,
     record_of,
     rows_of,
@@ -45,7 +46,7 @@ STEPS = 10
 def flags_in(home: Path, out: Path) -> str:
     """Ten steps, with a state and a validation after every second one."""
     return (
-        f"{CPU} --from_weight {home}/pretrain --data_path {home}/sft.jsonl --save_dir {out} "
+        f"{ON_DEVICE} --from_weight {home}/pretrain --data_path {home}/sft.jsonl --save_dir {out} "
         f"--eval_data_path {home}/valid.jsonl --batch_size 8 --max_steps {STEPS} "
         "--eval_interval 2 --save_interval 2"
     )
@@ -102,9 +103,13 @@ RESUMED = [
         "--modules_to_save norms --modules_to_save_lr_ratio 0.5",
         "bfloat16",
     ),
+    ("lora", "--use_compile on", "float32"),
 ]
+if DEVICE == "cuda":  # float16 trains there alone
+    RESUMED.append(("full_sft", "", "float16"))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("stage", "extra", "dtype"), RESUMED)
 def test_resumed_run_equals_an_uninterrupted_one(
     home: Path, tmp_path: Path, stage: str, extra: str, dtype: str
@@ -334,5 +339,6 @@ def test_code_is_dirty_when_it_was_changed(tmp_path: Path, monkeypatch: MonkeyPa
     assert run_folder.git_state()["dirty"] is True
 
 
+@pytest.mark.gpu
 def test_a_few_random_kills() -> None:
     assert stress_resume.main(["--kills", "2", "--case", "full_sft, float32, data processes"]) == 0

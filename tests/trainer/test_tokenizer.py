@@ -27,9 +27,8 @@ TEXTS = {
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     """A tokenizer of 300 tokens, trained by the script on documents and conversations."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    messages = [{"role": "user", "content": "zebra?"}]
-    messages += [{"role": "assistant", "content": "zebra zebra"}]
-    records = [{"text": "the quick quick fox"}, {"conversations": messages}] * 20
+    talk = {"instruction": "zebra?", "output": "zebra zebra"}
+    records = [{"text": "the quick quick fox"}, talk] * 20
     write_jsonl(folder / "data.jsonl", records)
     flags = f"--data_path {folder}/data.jsonl --output_dir {folder}/out --vocab_size 300"
     assert train_tokenizer.main(flags.split()) == 0
@@ -81,9 +80,7 @@ def test_chat_template_as_written_by_hand(tokenizer: PreTrainedTokenizerFast) ->
     assert tokenizer.decode(ids) == text
 
 
-def test_training_learns_words_of_documents_and_conversations(
-    small_tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_documents_and_conversations_are_read(small_tokenizer: PreTrainedTokenizerFast) -> None:
     assert {"Ġquick", "the", "zebra", "Ġzebra"} <= small_tokenizer.get_vocab().keys()
     assert small_tokenizer.tokenize("the zebra") == ["the", "Ġzebra"]
 
@@ -92,8 +89,5 @@ def test_words_are_tokens_without_merges() -> None:
     """A word of the 40 needed is one token; "th", on the way to "the", is none."""
     texts = ["the the the quick 语 语 fox"] * 20
     vocab = train_tokenizer.train_tokenizer(iter(texts), 262, 1000, 40).get_vocab()
-    assert vocab.keys() - set(train_tokenizer.pre_tokenizers.ByteLevel.alphabet()) == {
-        *SPECIAL,
-        "Ġthe",
-        "è¯Ń",
-    }
+    alphabet = set(train_tokenizer.pre_tokenizers.ByteLevel.alphabet())
+    assert vocab.keys() - alphabet == {*SPECIAL, "Ġthe", "è¯Ń"}

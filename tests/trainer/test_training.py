@@ -20,9 +20,8 @@ from model.files import REPO_DIR, UserError, file_sha256
 from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
-from tests.tiny import exit_code
 from tests.trainer.runs import (
-    CPU,
+    ON_DEVICE,
     SHAPE,
     SHAPE_FLAGS,
     STAGES,
@@ -30,6 +29,7 @@ from tests.trainer.runs import (
     at_step,
     bytes_of,
     call,
+    exit_code,
     record_of,
     rows_of,
     run_two,
@@ -49,7 +49,7 @@ from trainer.trainer_utils import (
 def sft_flags(home: Path, out: Path) -> str:
     """Six optimizer steps an epoch, the last of five samples; two epochs."""
     return (
-        f"{CPU} --from_weight {home}/pretrain --save_dir {out} --data_path {home}/sft.jsonl "
+        f"{ON_DEVICE} --from_weight {home}/pretrain --save_dir {out} --data_path {home}/sft.jsonl "
         f"--eval_data_path {home}/valid.jsonl --batch_size 8 --learning_rate 3e-3"
     )
 
@@ -81,6 +81,7 @@ def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torc
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", STAGES)
 def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     if stage != "pretrain":
@@ -294,6 +295,15 @@ def is_inside(event: object, name: str) -> bool:
     return event is not None and (event.name == name or is_inside(event.cpu_parent, name))
 
 
+@pytest.mark.gpu
+def test_compiled_run_equals_a_plain_one(home: Path, tmp_path: Path) -> None:
+    for mode in ("on", "off"):
+        flags = f"{sft_flags(home, tmp_path / mode)} --max_steps 4 --use_compile {mode}"
+        assert call("lora", flags, home) == 0
+    compare_runs(tmp_path / "on/lora", tmp_path / "off/lora", WEIGHTS["lora"])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("stage", "flags"),
     [
@@ -319,7 +329,7 @@ def test_no_wait_for_the_device_between_log_lines(
             profiles.append(torch.profiler.profile())
             profiles[-1].start()
 
-    flags = f"{CPU} {flags.format(home=home)} --data_path {home}/{data}.jsonl --batch_size 4"
+    flags = f"{ON_DEVICE} {flags.format(home=home)} --data_path {home}/{data}.jsonl --batch_size 4"
     flags += f" --save_dir {tmp_path} --max_steps 12 --log_interval 9"
     assert call(stage, flags, home, watch) == 0
     reads = []
@@ -514,7 +524,7 @@ def test_what_cannot_work_is_one_error(
 ) -> None:
     common = sft_flags(home, tmp_path).replace("--batch_size 8", "")
     if stage == "pretrain":
-        common = f"{SHAPE_FLAGS} {CPU} --data_path {home}/text.jsonl --save_dir {tmp_path}"
+        common = f"{SHAPE_FLAGS} {ON_DEVICE} --data_path {home}/text.jsonl --save_dir {tmp_path}"
     reason, given = REFUSED[stage][flags].format(home=home), flags.format(home=home)
     capfd.readouterr()
     code = exit_code(lambda words: call(stage, " ".join(words), home), [common, given])

@@ -1,22 +1,72 @@
-"""The update of a full checkpoint and of an adapter, and checkpoints with a part of it."""
+"""Spectra and intruder dimensions by hand; updates of a checkpoint and an adapter, and parts."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from evaluation.updates import spectra
 from evaluation.updates.update_analysis import main
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model, weights_fingerprint
 from model.files import UserError
 from model.model_lora import LoraSettings, apply_lora, save_lora
-from tests.tiny import tiny_model
+from tests.model.small import make_model
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def test_ranks_of_known_spectra() -> None:
+    """Equal values have full rank by all three measures, and 9 of 10 hold 90%."""
+    equal = spectra.measure_ranks(torch.ones(10, dtype=torch.float64))
+    assert list(equal.values()) == pytest.approx([9, 10, 10])
+    two = spectra.measure_ranks(torch.tensor([3.0, 1.0], dtype=torch.float64))  # squares 9 and 1
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert list(two.values()) == pytest.approx([1, math.exp(entropy), 10 / 9])
+
+
+def test_low_rank_keeps_the_largest_directions() -> None:
+    """A diagonal is cut to its largest entries; a vector has rank 1."""
+    entries = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
+    cut = spectra.cut_to_rank(torch.diag(entries), 2)
+    assert torch.allclose(cut, torch.diag(entries * torch.tensor([1, 1, 0])))
+    vector = torch.randn(7, dtype=torch.float64, generator=GENERATOR)
+    assert torch.allclose(spectra.cut_to_rank(vector, 1), vector)
+
+
+def test_random_updates_have_rank_norm_and_spectrum() -> None:
+    delta = torch.randn(12, 8, dtype=torch.float64, generator=GENERATOR)
+    random = spectra.draw_low_rank(delta, 3, GENERATOR)
+    assert torch.linalg.matrix_rank(random) == 3
+    assert random.norm().item() == pytest.approx(delta.norm().item())
+    turned = spectra.draw_directions(torch.linalg.svdvals(delta), delta.shape, GENERATOR)
+    assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(delta))
+
+
+def test_intruders() -> None:
+    """A large update in a new direction intrudes, a scaled W0 does not."""
+    w0 = torch.diag(torch.linspace(2, 1, 128, dtype=torch.float64))
+    scaled = spectra.count_intruders(w0, w0.clone(), GENERATOR)
+    assert scaled["count"] == 0
+    assert scaled["null95"] == pytest.approx(0.308, abs=5e-4)  # of 128 x 128
+    flat = torch.full((128,), 128**-0.5, dtype=torch.float64)  # cos 0.09 with each axis
+    found = spectra.count_intruders(w0, 100 * torch.outer(flat, flat), GENERATOR)
+    assert found["count"] >= 1 and min(found["max_cos"]) < 0.5 and found["k"] == 3
+
+
+def test_description_of_half_the_base() -> None:
+    """Sizes are relative to the base; singular values descend."""
+    w0 = torch.eye(8, dtype=torch.float64)
+    row = spectra.describe_matrix(w0, 0.5 * w0, GENERATOR)
+    assert (row["shape"], row["r90"], row["relative"]) == ([8, 8], 8, pytest.approx(0.5))
+    assert row["singular_values"] == pytest.approx([0.5] * 8)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small base with its tokenizer; beside it `tuned`, which differs in every weight."""
-    folder, model = tmp_path_factory.mktemp("updates"), tiny_model()
+    folder, model = tmp_path_factory.mktemp("updates"), make_model()
     save_model(model, TOKENIZER_DIR, folder / "base")
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
@@ -54,15 +104,17 @@ def test_truncated_and_kept_parts(base: Path) -> None:
 
 
 def test_analysis_of_a_checkpoint(base: Path) -> None:
-    """Shares sum to 1, and each of the 7 matrices of each block and the embedding has a line."""
+    """Shares sum to 1, and each of the 7 matrices of 3 blocks and the embedding has a line."""
     result = analyze(base, base.with_name("tuned"))
-    assert len(result["matrices"]) == 2 * 7 + 1 and result["unchanged"] == []
+    assert len(result["matrices"]) == 3 * 7 + 1 and result["unchanged"] == []
     for table in result["shares"].values():
         for column in ("update", "parameters"):
             assert sum(row[column] for row in table.values()) == pytest.approx(1)
-    assert list(result["shares"]["by_layer"]) == ["embed_tokens", "0", "1", "norm"]
-    embedding = 6400 * 32 / load_model(base).num_parameters()
+    assert list(result["shares"]["by_layer"]) == ["embed_tokens", "0", "1", "2", "norm"]
+    embedding = 6400 * 64 / load_model(base).num_parameters()
     assert result["shares"]["by_kind"]["embed_tokens"]["parameters"] == pytest.approx(embedding)
+    with pytest.raises(UserError, match="no update"):
+        analyze(base, base)
 
 
 def test_update_of_an_adapter_has_its_rank(base: Path) -> None:
@@ -78,8 +130,3 @@ def test_update_of_an_adapter_has_its_rank(base: Path) -> None:
     matrices = analyze(base, adapter)["matrices"]
     assert {row["name"].rpartition(".")[2] for row in matrices} == {"q_proj", "o_proj"}
     assert all(max(row["singular_values"][4:]) < 1e-4 for row in matrices)
-
-
-def test_refuses_the_base_itself(base: Path) -> None:
-    with pytest.raises(UserError, match="no update"):
-        analyze(base, base)
