@@ -17,17 +17,17 @@ import json
 import sys
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise, product
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -44,7 +44,8 @@ UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call")
 UNREAD_FIELDS += ("reasoning_content", "weight")
 # Stands for a message's content while the chat template is rendered: private-use characters.
 CONTENT_SLOT = "\ue000\ue001\ue000"
-Shape = tuple[int, int, int]  # of a batch: rows, tokens of the longest, labels
+Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
+Shape = tuple[int, int]  # of a batch: tokens of a row, labels
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -253,7 +254,7 @@ class TokenDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Sample:
         """Return token ids and labels, not shifted, each (length,) int64."""
         span = slice(self.starts[index], self.ends[index])
         ids = self.tokens[span].astype(np.int64)
@@ -350,40 +351,32 @@ class StepPlan:
 
 
 def plan_shapes(plan: StepPlan, targets: np.ndarray, steps: int, most: int) -> list[Shape]:
-    """Choose at most `most` shapes, by length, into which every micro-batch of a run fits.
+    """Choose at most `most` shapes into which every micro-batch of a run fits.
 
-    Two neighboring lengths become one where that pads least; `targets` counts a sample's labels.
+    Each length is the longest of an equal share of the batches; `targets` counts a sample's labels.
     """
-    shares = product(range(steps), range(plan.processes))
-    batches = [part for share in shares for part in plan.micro_batches(*share) if part]
-    sizes = [(int(plan.lengths[part].max()), int(targets[part].sum())) for part in batches]
-    counts = Counter(length for length, _ in sizes)
-    while len(counts) > most:
-        pairs = pairwise(sorted(counts))
-        short, long = min(pairs, key=lambda pair: (pair[1] - pair[0]) * counts[pair[0]])
-        counts[long] += counts.pop(short)
-    labels = {long: max(count for length, count in sizes if length <= long) for long in counts}
-    return [(plan.batch_size, length, labels[length]) for length in sorted(counts)]
+    parts = [plan.micro_batches(step, i) for step in range(steps) for i in range(plan.processes)]
+    lengths = np.array([plan.lengths[batch].max(initial=2) for part in parts for batch in part])
+    labels = np.array([targets[batch].sum() for part in parts for batch in part])
+    ends = np.quantile(lengths, np.arange(1, most + 1) / most, method="inverted_cdf")
+    return [(int(end), int(labels[lengths <= end].max())) for end in np.unique(ends)]
 
 
-def collate(
-    samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int, shapes: list[Shape] = ()
-) -> dict[str, torch.Tensor]:
-    """Stack samples as `input_ids` and `labels`, (batch, longest) int64, padded on the right.
+def collate(samples: list[Sample], rows: int = 0, shapes: list[Shape] = ()) -> dict[str, Tensor]:
+    """Stack samples as `input_ids` and `labels`, (batch, longest) int64, with 0 on the right.
 
-    `label_positions` are those of the flattened batch that predict a label. The batch fills up to
-    the first of `shapes` that is long enough; a row's last position fills up the positions.
-    No samples make a row of padding without a label: it keeps a process in step with the others.
+    `label_positions` are those of the flattened batch that predict a label. For compiled code the
+    batch fills up to `rows` and to the first of `shapes` that is long enough.
+    A row of padding has no label, so it only keeps a process in step with the others.
     """
-    samples = samples or [([pad_id] * 2, [IGNORE_INDEX] * 2)]
-    longest = max(len(ids) for ids, _ in samples)
-    fitting = (shape for shape in shapes if shape[1] >= longest)
-    rows, length, count = next(fitting, (len(samples), longest, 0))
-    ids, labels = np.full((rows, length), pad_id), np.full((rows, length), IGNORE_INDEX)
+    longest = max((len(ids) for ids, _ in samples), default=2)
+    length, count = next((shape for shape in shapes if shape[0] >= longest), (longest, 2))
+    size = (max(rows, len(samples), 1), length)
+    ids, labels = np.zeros(size, np.int64), np.full(size, IGNORE_INDEX)
     for row, (own_ids, own_labels) in enumerate(samples):
         ids[row, : len(own_ids)], labels[row, : len(own_ids)] = own_ids, own_labels
     row, column = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
-    positions = np.full(max(count, len(row)), length - 1)
+    positions = np.full(max(count, len(row)), length - 1)  # a row's last one predicts nothing
     positions[: len(row)] = row * length + column
     batch = {"input_ids": ids, "labels": labels, "label_positions": positions}
     return {name: torch.from_numpy(array) for name, array in batch.items()}

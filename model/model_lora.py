@@ -178,6 +178,9 @@ def choose_modules(
     parts, kinds = ",".join(settings.modules_to_save), (nn.RMSNorm, nn.Embedding)
     parts = parts.replace(HEAD, EMBEDDING)  # the tied matrix
     whole = select_modules(model, parts, kinds, "--modules_to_save") if parts else []
+    for name in targets:
+        if rank > (limit := min(model.get_submodule(name).weight.shape)):
+            raise UserError(f"--lora_rank {rank}: the rank of {name} is {limit} at most")
     ids = range(model.config.vocab_size)
     if len({*tokens} & {*ids}) < len(tokens):
         raise UserError(f"--train_tokens: ids must differ and lie in 0..{ids[-1]}")
@@ -335,7 +338,10 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
         raise UserError(f"{folder}: was trained on another base than the one loaded; {named}")
     settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
     weights = list_weights(model)
-    apply_lora(model, settings)
+    try:
+        apply_lora(model, settings)
+    except UserError as error:  # the message names a flag, not the file
+        raise UserError(f"{path}: does not fit this model: {error}") from error
     for name, tensor in tensors.items():
         if ".lora_embedding_" not in name:  # the head's update, compared below
             weights[name.removeprefix(PEFT_PREFIX).replace(PEFT_ROWS, ROWS)] = tensor

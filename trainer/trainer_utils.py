@@ -146,18 +146,17 @@ def compile_loss(
     """Compile forward pass and loss as one graph, if --use_compile or the run's size says so.
 
     `auto` goes by settings alone, so a resumed run computes what its first part computed; and not
-    by what trains, so a comparison of methods compiles all of them or none. On CUDA each shape has
-    its graph; elsewhere one graph is for all.
+    by what trains, so a comparison of methods compiles all of them or none.
     """
     header, device = Path(sysconfig.get_paths()["include"]) / "Python.h", args.device
     is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
     earns = 6 * count_parameters(model)[0] * tokens >= COMPILE_FLOPS.get(device, math.inf)
     is_wanted = args.use_compile == "on" or (args.use_compile == "auto" and earns and bool(is_able))
     if is_wanted:
-        # CUDA graphs reuse the memory of gradients, so these cannot add up over micro-batches or
-        # processes. The choice is not measured.
+        # One graph for all shapes; on CUDA, where few shapes are planned, one each, and launched as
+        # a whole. Such a launch overwrites gradients, so they must not add up over micro-batches.
         replays = device == "cuda" and args.accumulation_steps == processes == 1
-        options = {"dynamic": device != "cuda", "mode": "reduce-overhead" if replays else "default"}
+        options = {"dynamic": device != "cuda", "mode": "reduce-overhead" if replays else None}
         model.sum_nats = torch.compile(model.sum_nats, fullgraph=True, **options)
     return is_wanted
 
@@ -218,10 +217,10 @@ def train(
     steps = args.max_steps or max(1, math.ceil(round(args.epochs * plan.steps_per_epoch, 6)))
     kept = {round(steps * (i + 1) / args.keep_checkpoints) for i in range(args.keep_checkpoints)}
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
-    is_compiled = compile_loss(model, args, tokens, processes)
-    shapes = ()  # else a batch has its own
+    is_compiled, shapes = compile_loss(model, args, tokens, processes), []
     if is_compiled and device == "cuda":
         shapes = plan_shapes(plan, train_set.targets, steps, MAX_SHAPES)
+    fill = partial(collate, rows=args.batch_size * is_compiled, shapes=shapes)
     flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
     schedule = (args.learning_rate, args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
@@ -247,13 +246,22 @@ def train(
         set_seed(args.seed, device_specific=True)  # dropout differs between processes
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wrapped, optimizer = accelerator.prepare(model, optimizer)
+        wrapped.train()
+        clock = time.perf_counter()  # stands still in evaluation and saving
+        if is_compiled and not shapes:
+            # Code for all sizes depends on those that it is made for: here they are the same in a
+            # resumed run, and no 2 of them are equal.
+            batch = fill([(np.zeros(256, np.int64),) * 2], rows=min(args.batch_size, 8))
+            batch = send_to_device(batch, accelerator.device)
+            accelerator.backward(wrapped(**batch, num_items_in_batch=1).loss)
+            optimizer.zero_grad()
         if state is not None:
             restore_state(state, trained, optimizer, accelerator)
         todo = range(record["step"], steps)
         loader = DataLoader(
             train_set,
             batch_sampler=(micro for step in todo for micro in plan.micro_batches(step, rank)),
-            collate_fn=partial(collate, pad_id=model.config.pad_token_id or 0, shapes=shapes),
+            collate_fn=fill,
             num_workers=args.num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=device == "cuda",
@@ -264,8 +272,6 @@ def train(
         hidden = None if accelerator.is_main_process else True  # None: if this is no terminal
         bar = tqdm(todo, args.run_name, steps, initial=record["step"], disable=hidden)
         stop = stop_on_signals(processes)
-        wrapped.train()
-        clock = time.perf_counter()  # runs while training and loading, not in evaluation or saving
         for step in bar:
             rate = learning_rate_at(step, steps, *schedule)
             for group in optimizer.param_groups:
@@ -354,7 +360,7 @@ def evaluate(
     total = torch.zeros((), device=accelerator.device)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
-        batch = collate([dataset[i] for i in indices], model.config.pad_token_id or 0)
+        batch = collate([dataset[i] for i in indices])
         batch = send_to_device(batch, accelerator.device)
         total += model(**batch, num_items_in_batch=1).loss
     model.train()

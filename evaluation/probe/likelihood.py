@@ -38,7 +38,7 @@ def sum_nats(
     starts = range(0, len(samples), batch_size)
     for start in tqdm(starts, desc="NLL", leave=False, disable=None):
         rows = by_length[start : start + batch_size]
-        batch = collate([samples[i] for i in rows], model.config.pad_token_id or 0)
+        batch = collate([samples[i] for i in rows])
         logits = model(batch["input_ids"].to(model.device)).logits[:, :-1]
         targets = batch["labels"][:, 1:].to(model.device)
         for i, row, ids in zip(rows, logits, targets, strict=True):

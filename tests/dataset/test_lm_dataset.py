@@ -285,20 +285,17 @@ def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
 
 
 def test_samples_are_padded_on_the_right_and_none_make_a_row_without_a_label() -> None:
-    samples = [([5, 6, 8], [IGNORE_INDEX, 6, 8]), ([9], [9])]
-    batch = collate([tuple(map(np.array, sample)) for sample in samples], 7)
-    assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 7, 7]]
-    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 8], [9, IGNORE_INDEX, IGNORE_INDEX]]
+    no = IGNORE_INDEX
+    samples = [tuple(map(np.array, s)) for s in (([5, 6, 8], [no, 6, 8]), ([9], [9]))]
+    batch = collate(samples)
+    assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 0, 0]]
+    assert batch["labels"].tolist() == [[no, 6, 8], [9, no, no]]
     assert batch["label_positions"].tolist() == [0, 1]  # they predict 6 and 8
-    filled = collate(
-        [tuple(map(np.array, sample)) for sample in samples], 7, [(1, 2, 9), (3, 4, 5)]
-    )
-    assert filled["input_ids"].tolist() == [[5, 6, 8, 7], [9, 7, 7, 7], [7] * 4]
-    assert filled["label_positions"].tolist() == [0, 1, 3, 3, 3]  # a row's last predicts none
-    batch = collate([], 7)
-    assert batch["input_ids"].tolist() == [[7, 7]]
-    assert batch["label_positions"].tolist() == []
-    assert batch["labels"].tolist() == [[IGNORE_INDEX] * 2]
+    batch = collate(samples, 3, [(2, 9), (4, 5)])
+    assert batch["input_ids"].tolist() == [[5, 6, 8, 0], [9, 0, 0, 0], [0] * 4]
+    assert batch["label_positions"].tolist() == [0, 1, 3, 3, 3]  # 3 predicts none
+    batch = collate([])
+    assert [batch[name].tolist() for name in batch] == [[[0, 0]], [[no, no]], [1, 1]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
@@ -340,12 +337,10 @@ def test_few_shapes_hold_every_batch() -> None:
     assert len(shapes) == 6
     for step in range(plan.steps_per_epoch):
         for batch in plan.micro_batches(step, 0) + plan.micro_batches(step, 1):
-            fitting = (shape for shape in shapes if shape[1] >= lengths[batch].max(initial=2))
-            rows, _, labels = next(fitting)
-            assert rows >= len(batch) and labels >= (lengths[batch] // 2).sum()
-    # 2 batches of 10 pad to 11, and none to 50: so least is added.
-    plan, targets = StepPlan(np.array([10, 10, 11, 30, 50]), 1), np.array([1, 4, 3, 7, 5])
-    assert plan_shapes(plan, targets, 5, 3) == [(1, 11, 4), (1, 30, 7), (1, 50, 7)]
+            fitting = (shape for shape in shapes if shape[0] >= lengths[batch].max(initial=2))
+            assert next(fitting)[1] >= (lengths[batch] // 2).sum()
+    plan, targets = StepPlan(np.array([10, 10, 11, 30, 50, 60]), 1), np.array([1, 4, 3, 7, 5, 6])
+    assert plan_shapes(plan, targets, 6, 3) == [(10, 4), (30, 7), (60, 7)]
 
 
 def test_grouping_by_length_saves_padding_and_keeps_the_order_random() -> None:

@@ -70,6 +70,7 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
     """Run a stage's `main()` as a fresh process would, tokens cached in `home`; return its code."""
     torch.manual_seed(hash(flags) % 2**32)  # nothing may depend on what ran before
     AcceleratorState._reset_state(True)
+    torch.compiler.reset()
     gc.collect()  # frees the lock of a run that was refused
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
