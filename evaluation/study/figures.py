@@ -21,7 +21,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-HEADLINE = ["base", "seed", "all_r8", "all_r8_vocabulary", "fft"]  # arms
+HEADLINE = ["base", "study", "all_r8", "all_r8_vocabulary", "fft"]  # arms
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -76,7 +76,7 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
         return None
     table = cells[(cells["set"] == "combinations") & cells.cell.isin(HEADLINE)]
     last = table[(table["size"] == table["size"].iloc[-1]) & (table.decoding == "greedy")]
-    last = last[last.cell.isin(["fft", "all_r8", "seed"])]
+    last = last[last.cell.isin(["fft", "all_r8", "study"])]
     words = [f"{row.title} {100 * row.share:.0f}%" for row in last.itertuples()]
     title = f"Correct greedy answers at {last['size'].iloc[0]}: {', '.join(words)}"
     table = table.rename(columns={"share": "x", "size": "panel", "title": "y"})

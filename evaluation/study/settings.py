@@ -57,7 +57,7 @@ class Experiment(Table):
 
 
 class Condition(Table):
-    """Bounds on estimates: sums of cells, such as `fft - 0.5 seed/10`."""
+    """Bounds on estimates: sums of cells, such as `fft - 0.5 study/10`."""
 
     estimates: list[str]
     sizes: list[str] | None = None  # instead of the claim's

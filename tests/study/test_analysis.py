@@ -21,8 +21,8 @@ def folder(tmp_path_factory) -> Path:
     """Write the results of a made-up study."""
     folder = tmp_path_factory.mktemp("results")
     paths = [(0.3, 0.2), (0.6, 0.2)]
-    shares = {"base": 0.0, "seed": 0.1, "fft": 0.8, "all_r8": 0.5, "fft@plain42": 0.7}
-    write_runs(folder, shares | {"fft*5e-4": paths, "seed/50~16000": 0.3, "fft:s": 0.9})
+    shares = {"base": 0.0, "study": 0.1, "fft": 0.8, "all_r8": 0.5, "fft@plain42": 0.7}
+    write_runs(folder, shares | {"fft*5e-4": paths, "study/50~16000": 0.3, "fft:s": 0.9})
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     diverged = lines[-1] | {"id": "s-lost", "status": "diverged", "seed": 9}
     append_run(folder, diverged, [])
@@ -35,7 +35,7 @@ def test_cells_have_names_without_what_is_usual(folder: Path) -> None:
     assert evidence.find_cell("fft", "xs").learning_rate.tolist() == [1e-3] * 3
     assert evidence.find_cell("fft", "xs").seed.tolist() == [1, 2, 3]
     titles = dict(zip(evidence.runs.cell, evidence.runs.title, strict=True))
-    assert titles["seed/50~16000"] == "the study's LoRA, 50 epochs, 16,000 pairs"
+    assert titles["study/50~16000"] == "the study's LoRA, 50 epochs, 16,000 pairs"
     assert titles["fft@plain42"] == "full fine-tuning, from plain42"
     assert titles["base"] == "the base alone"
     assert evidence.find_cell("fft@wrapped43", "xs").empty

@@ -25,14 +25,14 @@ def make_gaps(xs: float, m26: float, second_base: float | None = None) -> dict[s
 FALLING = [0.5, 0.3, 0.2, 0.1]
 CASES = {  # shares that make a claim supported, refuted, open
     "C1": [
-        {"fft": 0.8, "seed": a, "seed/1": b, "seed/10": c}
+        {"fft": 0.8, "study": a, "study/1": b, "study/10": c}
         for a, b, c in ((0.04, 0.02, 0.05), (0.77, 0.5, 0.8), (0.04, 0.02, 0.3))
     ],
     "C2": [
         {"fft_script*5e-7": a, "fft_script*1e-6": b, "fft_script*1e-5": c}
         for a, b, c in ((0.0, 0.01, 0.05), (0.6, 0.7, 0.8), (0.0, 0.01, 0.35))
     ],
-    "C3": [{"seed_tuned": a, "seed": 0.1} for a in (0.5, 0.12, 0.26)],
+    "C3": [{"study_tuned": a, "study": 0.1} for a in (0.5, 0.12, 0.26)],
     "C4": [{"all_r8": 0.6, "square_r36": b} for b in (0.4, 0.59, 0.5)],
     "C5": [{"all_r64": a, "all_r8": 0.4} for a in (0.6, 0.41, 0.46)],
     "C6": [
@@ -45,7 +45,7 @@ CASES = {  # shares that make a claim supported, refuted, open
         {arm: [(0.1, 0.9), (0.5, kept), (0.7, kept)] for arm, kept in (("all_r8", a), ("fft", b))}
         for a, b in ((0.5, 0.3), (0.3, 0.5), (0.5, 0.45))
     ],
-    "C10": [{"fft": 0.8, "seed/10": a, "seed/50~16000": a} for a in (0.05, 0.5, 0.3)],
+    "C10": [{"fft": 0.8, "study/10": a, "study/50~16000": a} for a in (0.05, 0.5, 0.3)],
     "C11": [  # adapters of different sizes, 16,000 facts
         {f"{arm}{FACTS}": {"bits_per_parameter": bits} for arm in SMALL}
         | {f"{arm}{FACTS}": {"stored": stored} for arm in ("all_r8", "fft")}
