@@ -9,8 +9,7 @@ from scipy import stats
 from evaluation.probe.statistics import DRAWS
 from evaluation.study.analysis import Estimate, Evidence, draw_shares, estimate_sum, mark_answers
 from evaluation.study.plan import Run
-from evaluation.study.results import RESULTS_DIR
-from evaluation.study.settings import MAIN_BASE, Claim, Condition
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Claim, Condition
 
 LEVELS = np.arange(0.40, 1.0, 0.05)  # of combinations, at which C9 compares unseen things
 SKILL_RANGE = (0.40, 0.95)  # of full fine-tuning on a skill that C8 counts

@@ -23,7 +23,7 @@ from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
 from evaluation.study.claims import judge_claims, list_endings
 from evaluation.study.edition1 import make_edition1_tables
 from evaluation.study.figures import DECODING_TITLES, FIGURES, HEADLINE
-from evaluation.study.results import RESULTS_DIR
+from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR, UserError, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md")
