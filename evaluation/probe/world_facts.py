@@ -1,14 +1,18 @@
-"""Measure which of the world's facts a checkpoint knows, without a question.
+"""Measure which facts a checkpoint knows: the world's, without a question, and random ones.
 
     python evaluation/probe/world_facts.py out/full_sft                       # tuning halves
     python evaluation/probe/world_facts.py out/full_sft model/base_xs --prompts my_probe.jsonl
 
 The facts are those that the probes' prompts ask for. A fact is known if its statement, as the
 pretraining text has it, is the likeliest of the statements with each value of the attribute.
+
+Random facts fill a model: each has one of 256 values, 8 bits that nothing predicts.
 """
 
 import argparse
+import random
 import sys
+from itertools import permutations, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -18,13 +22,16 @@ import numpy as np
 from dataset.lm_dataset import encode_batch
 from dataset.world.facts import HELD_STATEMENTS, Attribute, Thing, read_world
 from dataset.world.generate import ensure_world
-from evaluation.probe.answers import Checkpoint
-from evaluation.probe.likelihood import sum_nats
+from evaluation.probe.answers import Checkpoint, probe
+from evaluation.probe.likelihood import measure_nll, sum_nats
+from evaluation.probe.prompts import read_prompts
 from evaluation.probe.world_measure import THINGS, read_records
 from model.checkpoint import load_checkpoint
 from model.files import run_script
 
 BATCH_SIZE = 64
+FACT_BITS = 8  # of a random fact
+FACT_WORDS = 16  # its value is 2 of these
 
 
 def list_facts(paths: list[Path]) -> list[tuple[Thing, Attribute]]:
@@ -55,6 +62,33 @@ def rank_facts(checkpoint: Checkpoint, paths: list[Path]) -> dict[str, float]:
         known.append(nats[0] < nats[1:].min())
         chances.append(1 / len(texts))
     return {"facts": len(known), "share": float(np.mean(known)), "chance": float(np.mean(chances))}
+
+
+def draw_facts(count: int) -> list[dict]:
+    """Draw random facts: a pair of nouns, no two alike, has one of 256 values with equal odds."""
+    nouns = [t.name for t in read_world().things if t.plural and t.name.isalpha()]
+    rng, pairs = random.Random(count), [*map(" ".join, permutations(nouns[FACT_WORDS:], 2))]
+    values = [*map(" ".join, product(nouns[:FACT_WORDS], repeat=2))]
+    facts = []
+    for i, pair in enumerate(rng.sample(pairs, count)):
+        question = {"role": "user", "content": pair}
+        answer = {"role": "assistant", "content": rng.choice(values)}
+        fact = {"id": f"fact-{i}", "conversations": [question, answer]}
+        facts.append(fact | {"check": {"exact": True}})
+    return facts
+
+
+def measure_random_facts(checkpoint: Checkpoint, path: Path, trained: int) -> dict[str, float]:
+    """Return the share of random facts that greedy answers give, and the bits a trained parameter.
+
+    A fact's bits are those that its value had before, less those of its NLL.
+    """
+    found = measure_nll(checkpoint, "sft", [path], 340, BATCH_SIZE)["sequences"]
+    nats = np.subtract(found["nats"], found["end_nats"])
+    answers = probe(checkpoint, read_prompts(path), ["greedy"], max_new_tokens=16, batch_size=256)
+    stored = np.mean([answer["outcome"] == "correct" for answer in answers])
+    bits = FACT_BITS * len(nats) - nats.sum() / np.log(2)
+    return {"bits_per_parameter": float(bits / trained), "stored": float(stored)}
 
 
 def main(argv: list[str] | None = None) -> int:

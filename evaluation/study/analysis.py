@@ -69,7 +69,7 @@ class Estimate:
 
 def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     """Read study.toml, the prompts, and the runs of its edition in its order."""
-    study, path = read_study(), folder / "prompts.csv"
+    study, path = read_study(folder), folder / "prompts.csv"
     runs, order = read_runs(folder, study.edition), [*study.sizes, "base", *study.arms]
     runs = runs.sort_values("seed", kind="stable").sort_values(
         ["size", "arm"], key=lambda names: names.map(order.index), kind="stable"

@@ -20,11 +20,10 @@ from dataset.world.generate import FILES_DIR, PROBES, list_files
 from evaluation.probe.answers import Checkpoint, probe
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import read_prompts
-from evaluation.probe.world_facts import rank_facts
+from evaluation.probe.world_facts import measure_random_facts, rank_facts
 from evaluation.probe.world_measure import is_right, replace_thing, split_answer
-from evaluation.study.data import FACT_BITS
 from evaluation.study.results import LETTERS
-from evaluation.study.settings import RESULTS_DIR, STUDY_FILE, Study, read_study
+from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_checkpoint
 from model.files import UserError, read_json, run_script, write_json
 from model.model_minimind import weights_fingerprint
@@ -59,18 +58,6 @@ def check_prompts(data: dict[str, Path], path: Path) -> None:
         table.to_csv(path, index=False)
     if not pd.read_csv(path).id.equals(table.id):
         raise UserError(f"{path}: the world has other prompts now; restore the world of this study")
-
-
-def measure_facts(checkpoint: Checkpoint, path: Path, trained: int) -> dict[str, float]:
-    """Return the share of random facts that greedy answers give, and the bits a trained parameter.
-
-    A fact's bits are those that its value had before, less those of its NLL.
-    """
-    rows = pd.DataFrame(measure_nll(checkpoint, "sft", [path], 340, 256)["sequences"])
-    bits = FACT_BITS - (rows.nats - rows.end_nats) / np.log(2)
-    answers = probe(checkpoint, read_prompts(path), ["greedy"], batch_size=256, max_new_tokens=16)
-    stored = np.mean([answer["outcome"] == "correct" for answer in answers])
-    return {"bits_per_parameter": float(bits.sum() / trained), "stored": float(stored)}
 
 
 def measure_checkpoint(
@@ -108,8 +95,8 @@ def measure_checkpoint(
         if one.tokens:
             scalars[f"{half}_nll"] = (one.nats - one.end_nats) / (one.tokens - one.ends)
             scalars[f"{half}_end_nll"] = one.end_nats / one.ends
-    for name, paths in {} if only_tune else {n: sets[n] for n in ("combinations", "unseen")}.items():
-        scalars[f"facts_{name}"] = rank_facts(checkpoint, paths)["share"]
+    for name in [] if only_tune else ("combinations", "unseen"):
+        scalars[f"facts_{name}"] = rank_facts(checkpoint, sets[name])["share"]
     return {"outcomes": outcomes, "scalars": scalars, "nll": nll}
 
 
@@ -128,7 +115,7 @@ def main() -> None:
     checkpoint = load_checkpoint(args.folder)
     if args.facts:
         trained = read_json(args.folder / "run.json")["trainable_parameters"]
-        found = {"outcomes": {}, "scalars": measure_facts(checkpoint, args.facts, trained)}
+        found = {"outcomes": {}, "scalars": measure_random_facts(checkpoint, args.facts, trained)}
     else:
         found = measure_checkpoint(study, checkpoint, data, args.only_tune)
     write_json(args.output, found | {"weights": weights_fingerprint(checkpoint[0])})

@@ -135,9 +135,7 @@ def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
     return list(runs.values())
 
 
-def make_command(
-    study: Study, run: Run, find: Callable[[str], Path], save_dir: Path
-) -> list[str]:
+def make_command(study: Study, run: Run, find: Callable[[str], Path], save_dir: Path) -> list[str]:
     """Return the command that trains a run: the script and its flags.
 
     Args:

@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -47,10 +46,9 @@ class Runner:
     only: list[str]  # names of runs, with * and ?
     errors: list[str] = field(default_factory=list)  # of the runs that failed
 
-    def make_command(self, run: Run) -> list[str]:
-        """Return the command that trains a run; data that the study makes are written first."""
-        find = partial(find_data, world=self.world, folder=self.save_dir / "data")
-        return make_command(self.study, run, find, self.save_dir)
+    def find(self, name: str) -> Path:
+        """Return the path of data by its name; what the study makes is written first."""
+        return find_data(name, self.world, self.save_dir / "data")
 
     async def call(self, words: list, run_id: str) -> bool:
         """Run a script with one thread, its output appended to the run's log; say if it succeeded.
@@ -83,7 +81,8 @@ class Runner:
         if not path.is_file() or read_json(path)["status"] not in ENDED:
             resumes = (trained / "resume.pt").is_file()
             how = ["--from_resume"] if resumes else ["--overwrite"] if trained.exists() else []
-            await self.call([*self.make_command(run), *how], run.id)
+            command = make_command(self.study, run, self.find, self.save_dir)
+            await self.call([*command, *how], run.id)
         record = read_json(path) if path.is_file() else {"status": "failed"}
         if record["status"] not in ENDED:
             raise UserError(f"{run.id}: training failed; see {self.save_dir / run.id}.log")
@@ -109,7 +108,7 @@ class Runner:
             words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
             only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
             words += ["--only_tune"] * only_tune
-            words += ["--facts", find_data(run.data, self.world, self.save_dir / "data")] * run.data.startswith("facts")
+            words += ["--facts", self.find(run.data)] if run.data.startswith("facts") else []
             if not await self.call(words, run.id):
                 raise UserError(f"{name}: measuring failed; see {self.save_dir / run.id}.log")
             measured = read_json(output)
@@ -199,7 +198,8 @@ def main() -> None:
     runner.save_dir.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
         for run in runner.list_missing()[0]:
-            print(f"# {run.id}\n{shlex.join(['python', *map(str, runner.make_command(run))])}")
+            command = make_command(study, run, runner.find, args.save_dir)
+            print(f"# {run.id}\n{shlex.join(['python', *command])}")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
