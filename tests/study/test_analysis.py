@@ -10,9 +10,10 @@ from evaluation.study.analysis import load_evidence, tabulate_cells
 from evaluation.study.report import make_report
 from evaluation.study.results import append_run
 from model.files import UserError
-from tests.study.synthetic import PROMPTS, spell_outcomes, write_runs
+from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
-NAMES = ["headline", "edition1", "shares", "rates", "costs", "claims", "endings", "sizes1"]
+NAMES = ["headline", "shares", "kinds", "keeping", "harm", "rates", "costs", "claims", "gates"]
+NAMES += ["endings", "edition1", "sizes1"]
 PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES)
 
 
@@ -25,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     write_runs(folder, shares | {"fft*5e-4": paths, "study/50~16000": 0.3, "fft:s": 0.9})
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     diverged = lines[-1] | {"id": "s-lost", "status": "diverged", "seed": 9}
-    append_run(folder, diverged, [])
+    append_run(folder, diverged)
     return folder
 
 
@@ -69,10 +70,10 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     path.write_text("<!-- study:nothing -->\n<!-- /study:nothing -->")
     with pytest.raises(UserError, match="no block 'nothing'"):
         make_report(tmp_path, folder)
-    assert "Not run yet" not in first[path]
+    assert first[path].count("Not run yet") == 1  # of the medical set
     assert "| s-lost | diverged |" in first[path]
     assert "full fine-tuning, from plain42" in first[path]
-    assert {file.stem for file in first} == {"README", "edition1", "headline", "endings"}
+    assert {file.stem for file in first} == {"README", "edition1", "headline", "endings", "keeping"}
 
 
 def test_arms_must_start_alike(folder: Path, tmp_path: Path) -> None:
@@ -82,6 +83,7 @@ def test_arms_must_start_alike(folder: Path, tmp_path: Path) -> None:
         ('"base_fingerprint": "w"', '"base_fingerprint": "x"', "-s1: started from other weights"),
         ('{"tokens": 1}', '{"tokens": 2}', "differ in their training data"),
     ):
+        write_prompts(tmp_path)
         (tmp_path / "runs.jsonl").write_text(text.replace(old, new, 2))
         with pytest.raises(UserError, match=error):
             load_evidence(tmp_path)

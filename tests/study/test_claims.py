@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.study import analysis, claims
-from tests.study.synthetic import STUDY, write_runs
+from tests.study.synthetic import STUDY, write_prompts, write_runs
 
 FACTS = "/100#facts16000"
 SMALL = ["square_r1", "square_r2", "square_r4", "square_r8", "all_r1", "all_r2"]
@@ -22,6 +22,7 @@ def make_gaps(xs: float, m26: float, second_base: float | None = None) -> dict[s
     }  # fmt: skip
 
 
+GATES = {"base": 0.0, "fft": 0.8, "all_r64_vocabulary": 0.8}  # of xs; shares as such count little
 FALLING = [0.5, 0.3, 0.2, 0.1]
 CASES = {  # shares that make a claim supported, refuted, open
     "C1": [
@@ -78,9 +79,11 @@ def judge(folder: Path, claim: str) -> str:
 @pytest.mark.parametrize("claim", [claim.name for claim in STUDY.claims])
 def test_a_rule_has_three_outcomes(claim: str, tmp_path: Path) -> None:
     """The rule decides by the shares of the runs; without runs it decides nothing."""
+    write_prompts(tmp_path)
     assert judge(tmp_path, claim) == "not run"
     for shares, expected in zip(CASES[claim], ("supported", "refuted", "open"), strict=True):
-        write_runs(tmp_path, shares)
+        gates = GATES | ({"base:m26": 0.0} if "fft:m26" in shares else {})
+        write_runs(tmp_path, gates | shares)
         assert judge(tmp_path, claim) == expected, shares
 
 
@@ -90,6 +93,17 @@ def test_a_side_needs_all_its_cells(tmp_path: Path) -> None:
     assert judge(tmp_path, "C2") == "open, not all run"
     write_runs(tmp_path, CASES["C1"][0] | {"fft:s": 0.8})
     assert judge(tmp_path, "C1") == "open, not all run"
+
+
+def test_nothing_is_concluded_where_a_gate_fails(tmp_path: Path) -> None:
+    """A claim that its rule supports waits for G1 and G2 of its size, and is void if one fails."""
+    shares = GATES | CASES["C3"][0]
+    write_runs(tmp_path, shares | {"base": {"tune_correct": 0.04}})
+    assert judge(tmp_path, "C3") == "no conclusion: G1 xs fails"
+    write_runs(tmp_path, {name: share for name, share in shares.items() if "r64" not in name})
+    assert judge(tmp_path, "C3") == "no conclusion: G2 xs not run"
+    write_runs(tmp_path, shares | {"all_r64_vocabulary": {"tune_correct": 0.865}})
+    assert judge(tmp_path, "C3") == "no conclusion: G2 xs fails"
 
 
 def test_a_condition_needs_interval_and_seeds() -> None:
