@@ -156,7 +156,8 @@ class Runner:
                 missing, starts = self.list_missing()
                 ready = [r for r in missing if r.id not in started and r.start_id in starts]
                 for run in ready[: jobs - len(tasks)]:
-                    print(f"{time.strftime('%H:%M:%S')} {run.id} ({len(missing)} missing)")
+                    text = f"{time.strftime('%H:%M:%S')} {run.id} ({len(missing)} missing)"
+                    print(text, flush=True)
                     started.add(run.id)
                     tasks.add(asyncio.create_task(self.perform(run)))
                 if not tasks:
