@@ -99,6 +99,9 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     harm = "xs", ("medical", "combinations"), "fft", "medical"
     paths = tabulate_frontiers(evidence), tabulate_frontiers(evidence, *harm)
     tables |= {"gates": [judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
+    facts = evidence.final[evidence.final.data.str.startswith("facts")]
+    facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
+    tables["capacity"] = [facts.round(3).reset_index()]
     tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
     if cells.empty:
         return tables

@@ -14,6 +14,7 @@ from model.files import write_text
 LETTERS = dict(zip(KINDS, "cbelofw", strict=True))  # of the outcome strings
 COLUMNS = ["id", "size", "base", "arm", "learning_rate", "seed", "status", "start", "data"]
 COLUMNS += ["epochs", "samples", "step", "outcomes", "train_data", "weights"]
+COLUMNS += ["facts_combinations", "facts_unseen", "bits_per_parameter", "stored"]
 COLUMNS += ["base_fingerprint", "tune_correct", "tune_nll", "nll_text", "reachable_end"]
 
 
@@ -24,7 +25,8 @@ def read_runs(folder: Path, edition: int) -> pd.DataFrame:
     lines = [line for line in lines if line["edition"] == edition]
     table = pd.DataFrame([line | line.get("cost", {}) | line.get("scalars", {}) for line in lines])
     table = table.reindex(columns=[*table, *(name for name in COLUMNS if name not in table)])
-    return table.astype({"id": str, "status": str, "samples": float})
+    texts, numbers = ["id", "status", "data"], ["samples", "bits_per_parameter", "stored"]
+    return table.astype(dict.fromkeys(texts, str) | dict.fromkeys(numbers, float))
 
 
 def append_run(folder: Path, line: dict) -> None:
