@@ -52,8 +52,9 @@ CASES = {  # shares that make a claim supported, refuted, open
         | {f"{arm}{FACTS}": {"stored": stored} for arm in ("all_r8", "fft")}
         for bits, stored in ((2.0, 0.95), (4.0, 0.95), (2.0, 0.9))
     ],
-    "C12": [  # plain bases with more and more unused rows
-        {f"base@{EXTRA[i]}": {"reachable_end": FALLING[i]} for i in range(4)}
+    "C12": [  # the wrapped base, and plain ones with more and more unused rows
+        {"base": {"reachable_end": 0.99}, "all_r8": {"endless": 0.0}}
+        | {f"base@{EXTRA[i]}": {"reachable_end": FALLING[i]} for i in range(4)}
         | {f"all_r8@{EXTRA[i]}": {"endless": endless[i]} for i in range(4)}
         for endless in ((0.2, 0.4, 0.6, 0.95), (0.0, 0.0, 0.0, 0.0), (0.2, 0.6, 0.4, 0.95))
     ],
