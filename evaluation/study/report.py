@@ -37,7 +37,8 @@ FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
 CELL = ["size", "title", "learning_rate"]
-COSTS = ["test_nll", "test_end_nll", "nll_text", "facts_combinations", "facts_unseen", "steps"]
+FACTS = ["facts_combinations", "facts_unseen"]  # known without a question
+COSTS = ["test_nll", "test_end_nll", "nll_text", "steps"]
 COSTS += ["trainable_parameters", "tokens", "flops", "train_seconds", "peak_memory_bytes"]
 
 
@@ -109,7 +110,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = cells[cells["set"].isin(["combinations", "unseen"])].groupby([*CELL, "set"], sort=False)
     kinds = kinds[[*KINDS, "above_chance"]].agg(lambda v: " / ".join(f"{100 * x:.0f}" for x in v))
     runs = evidence.final.merge(cells[["size", "cell"]].drop_duplicates())
-    costs = runs.groupby(CELL, sort=False)[COSTS].mean().map(EngFormatter(places=2))
+    means = runs.groupby(CELL, sort=False)[[*FACTS, *COSTS]].mean()
+    costs = means[FACTS].map("{:.0%}".format).join(means[COSTS].map(EngFormatter(places=2)))
     return tables | {
         "headline": [tabulate_shares(cells[is_main])],
         "shares": [tabulate_shares(cells)],
