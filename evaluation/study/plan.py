@@ -141,7 +141,8 @@ def make_command(study: Study, run: Run, find: Callable[[str], Path], save_dir: 
     Args:
         find: returns the path of data, or of a tokenizer, by its name.
     """
-    flags = {**study.common, "save_dir": save_dir, "learning_rate": run.learning_rate}
+    flags = {**study.common, "dtype": study.sizes[run.size].dtype, "save_dir": save_dir}
+    flags["learning_rate"] = run.learning_rate
     if run.arm == "base":
         name, size = run.base.rstrip("0123456789"), study.sizes[run.size]
         stage, seed = "pretrain", int(run.base[len(name) :])
