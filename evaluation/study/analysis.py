@@ -20,8 +20,8 @@ from scipy import special
 from dataset.checks import KINDS
 from evaluation.probe.statistics import DRAWS, resampling_counts
 from evaluation.study.plan import Sweep, tune_rates
-from evaluation.study.results import LETTERS, RESULTS_DIR, read_runs
-from evaluation.study.settings import MAIN_BASE, Condition, Study, read_study
+from evaluation.study.results import LETTERS, read_runs
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Condition, Study, read_study
 from model.files import UserError
 
 TERM = re.compile(r"(?:^|([+-]) )(?:([\d.]+) )?([a-z]\S*)")  # of a sum: sign, factor, cell
@@ -69,7 +69,7 @@ class Estimate:
 
 def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     """Read study.toml, the prompts, and the runs of its edition in its order."""
-    study, path = read_study(), folder / "prompts.csv"
+    study, path = read_study(folder), folder / "prompts.csv"
     runs, order = read_runs(folder, study.edition), [*study.sizes, "base", *study.arms]
     runs = runs.sort_values("seed", kind="stable").sort_values(
         ["size", "arm"], key=lambda names: names.map(order.index), kind="stable"

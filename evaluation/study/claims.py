@@ -1,5 +1,6 @@
 """The claims' rules: estimates that need more than a sum of shares, and verdicts."""
 
+import re
 from itertools import product
 
 import numpy as np
@@ -9,11 +10,11 @@ from scipy import stats
 from evaluation.probe.statistics import DRAWS
 from evaluation.study.analysis import Estimate, Evidence, draw_shares, estimate_sum, mark_answers
 from evaluation.study.plan import Run
-from evaluation.study.results import RESULTS_DIR
-from evaluation.study.settings import MAIN_BASE, Claim, Condition
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Claim, Condition
 
 LEVELS = np.arange(0.40, 1.0, 0.05)  # of combinations, at which C9 compares unseen things
 SKILL_RANGE = (0.40, 0.95)  # of full fine-tuning on a skill that C8 counts
+PATH_ARMS = ("fft", "fft_mixed", "all_r8")  # whose checkpoints C9 compares
 FEWEST_BASES = 8  # of C12
 SAMPLED = "t0.85p0.85"
 
@@ -29,27 +30,58 @@ def select_skills(evidence: Evidence, decoding: str, prompts: pd.DataFrame) -> p
     return prompts
 
 
+def find_paths(
+    evidence: Evidence, arm: str, size: str = "xs", start: str = "base", data: str | None = None
+) -> pd.DataFrame:
+    """Return the kept checkpoints and ends of an arm's runs; `data` instead of the arm's own."""
+    data, base = data or evidence.study.arms[arm].data, Run(size, MAIN_BASE).base_id
+    wanted = {"arm": arm, "base": base, "start": start, "data": data, "status": "completed"}
+    runs = evidence.runs[(evidence.runs[list(wanted)] == wanted).all(axis=1)]
+    stems = runs.id.str.split("@").str[0]
+    return runs[stems.isin(stems[runs.id.str.contains("@")])]
+
+
+def trace_frontiers(
+    evidence: Evidence,
+    decoding: str,
+    arms: tuple[str, ...],
+    size: str = "xs",
+    sets: tuple[str, str] = ("combinations", "unseen"),
+    start: str = "base",
+    data: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Return arms' frontiers, (draws, levels): that of all seeds, of each seed, and of each draw.
+
+    A frontier is the best share of the second set, over checkpoints and rates whose share of the
+    first set reaches the level; -inf where none does. Points that a seed lacks are left out.
+    """
+    chosen, frontiers = [evidence.choose_prompts(name) for name in sets], {}
+    paths = {arm: find_paths(evidence, arm, size, start, data) for arm in arms}
+    paths = {arm: runs for arm, runs in paths.items() if not runs.empty}
+    seeds = set.intersection(*(set(runs.seed) for runs in paths.values())) if paths else set()
+    for arm, runs in paths.items():
+        groups = runs[runs.seed.isin(seeds)].groupby(["learning_rate", "step"])
+        points = [
+            [draw_shares(mark_answers(group, one, decoding), one, size) for one in chosen]
+            for _, group in groups
+            if len(group) == len(seeds)
+        ]
+        if points:
+            taught, kept = np.moveaxis(np.array(points), 1, 0)
+            reached = np.where(taught[:, :, None] >= LEVELS, kept[:, :, None], -np.inf)
+            frontiers[arm] = reached.max(axis=0)
+    return frontiers
+
+
 def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str, Estimate] | None:
     """Return all_r8's frontier minus full fine-tuning's, by level that both reach with each seed.
 
-    A frontier is the best share of unseen things, over checkpoints and rates whose share of
-    combinations reaches the level. None if a frontier was not run.
+    None if a frontier was not run.
     """
-    frontiers = []
-    for arm in ("all_r8", "fft"):
-        points, runs, base = [], evidence.runs, Run(size, MAIN_BASE).base_id
-        runs = runs[(runs.arm == arm) & (runs.base == base) & (runs.status == "completed")]
-        stems = runs.id.str.split("@").str[0]
-        paths = runs[stems.isin(stems[runs.id.str.contains("@")])]  # with checkpoints and end
-        for _, runs in paths.groupby(["learning_rate", "step"]):
-            sets = [evidence.choose_prompts(name) for name in ("combinations", "unseen")]
-            points.append([draw_shares(mark_answers(runs, s, decoding), s, size) for s in sets])
-        if not points:
-            return None
-        taught, unseen = np.moveaxis(np.array(points), 1, 0)
-        reached = np.where(taught[:, :, None] >= LEVELS, unseen[:, :, None], -np.inf)
-        frontiers.append(reached.max(axis=0))  # (draws, levels)
-    ours, full = frontiers
+    frontiers = trace_frontiers(evidence, decoding, ("all_r8", "fft"), size)
+    if len(frontiers) < 2:
+        return None
+    ours, full = frontiers["all_r8"], frontiers["fft"]
     both = np.isfinite(ours) & np.isfinite(full)
     gaps = np.where(both, ours, np.nan) - full
     levels = np.flatnonzero(both[:-DRAWS].all(axis=0))
@@ -115,35 +147,61 @@ def estimate_claim(
     return ({name: found[0]}, found[1]) if found else (None, 1)
 
 
-def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a row a claim with its verdict, and a row an estimate.
+def judge_claim(evidence: Evidence, claim: Claim) -> tuple[str, set[str], list[tuple]]:
+    """Return a claim's verdict by its rule alone, the sizes that it is about, and its estimates.
 
     A size of which nothing was run is left out, as long as another one was.
     """
-    claims, estimates = [], []
+    estimates, about = [], set()
+    met: dict[str, list[bool | None]] = {"supported": [], "refuted": []}
+    missed = []  # whether an estimate is wholly out of bounds
+    for side, condition in [(s, one) for s in met for one in getattr(claim, s)]:
+        low, high = condition.at_least, condition.at_most
+        sizes = condition.sizes or claim.sizes
+        sizes = [s for s in sizes if s in set(evidence.final["size"])] or sizes
+        about.update(sizes, re.findall(r":(\w+)", " ".join(condition.estimates)))
+        for place in product(condition.estimates, sizes, claim.decodings):
+            found, bases = estimate_claim(evidence, claim, condition, place)
+            met[side].append(None if found is None else bool(found))
+            for name, one in (found or {}).items():
+                estimates.append((claim.name, name, *place[1:], bases, one))
+                met[side][-1] &= lies_within(one, low, high, condition.whole)
+                missed.append(lies_within(one, -np.inf, low) or lies_within(one, high, np.inf))
+    is_refuted = all(met["refuted"]) if claim.refuted else any(missed)
+    conditions = met["supported"] + met["refuted"]
+    sides = {"supported": all(met["supported"]), "refuted": is_refuted}
+    verdicts = [side for side, holds in sides.items() if holds]
+    verdict = verdicts[0] if len(verdicts) == 1 else "open"
+    if verdict == "open" and None in conditions:
+        verdict = "open, not all run" if set(conditions) != {None} else "not run"
+    return verdict, about, estimates
+
+
+def judge_gates(evidence: Evidence) -> pd.DataFrame:
+    """Return a row a gate and estimate on the tuning half: whether it `holds`, fails or waits."""
+    rows, states = [], {"supported": "holds", "not run": "not run", "open, not all run": "not run"}
+    for gate in evidence.study.gates:
+        verdict, _, estimates = judge_claim(evidence, gate)
+        values = ", ".join(f"{name} {one.value:.3f}" for _, name, *_, one in estimates)
+        words = gate.name, gate.text, *gate.sizes, values.replace(", tune_correct", "")
+        rows.append((*words, states.get(verdict, "fails")))
+    return pd.DataFrame(rows, columns=["gate", "text", "size", "tuning half", "state"])
+
+
+def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return a row a claim with its verdict, and a row an estimate.
+
+    Nothing is concluded on a claim one of whose sizes has a gate that does not hold.
+    """
+    claims, estimates, gates = [], [], judge_gates(evidence)
     for claim in evidence.study.claims:
-        met: dict[str, list[bool | None]] = {"supported": [], "refuted": []}
-        missed = []  # whether an estimate is wholly out of bounds
-        for side, condition in [(s, one) for s in met for one in getattr(claim, s)]:
-            low, high = condition.at_least, condition.at_most
-            sizes = condition.sizes or claim.sizes
-            sizes = [s for s in sizes if s in set(evidence.final["size"])] or sizes
-            for place in product(condition.estimates, sizes, claim.decodings):
-                found, bases = estimate_claim(evidence, claim, condition, place)
-                met[side].append(None if found is None else bool(found))
-                for name, one in (found or {}).items():
-                    estimates.append((claim.name, name, *place[1:], bases, one))
-                    met[side][-1] &= lies_within(one, low, high, condition.whole)
-                    missed.append(lies_within(one, -np.inf, low) or lies_within(one, high, np.inf))
-        is_refuted = all(met["refuted"]) if claim.refuted else any(missed)
-        sides = {"supported": all(met["supported"]), "refuted": is_refuted}
-        conditions = met["supported"] + met["refuted"]
-        verdicts = [side for side, holds in sides.items() if holds]
-        verdict = verdicts[0] if len(verdicts) == 1 else "open"
-        if verdict == "open" and None in conditions:
-            verdict = "open, not all run" if set(conditions) != {None} else "not run"
+        verdict, sizes, found = judge_claim(evidence, claim)
+        shut = gates[gates["size"].isin(sizes) & (gates.state != "holds")]
+        if verdict in ("supported", "refuted", "open") and not shut.empty:
+            verdict = f"no conclusion: {', '.join(shut.gate + ' ' + shut.state)}"
         row = {"claim": claim.name, "text": claim.text, "prediction": claim.prediction}
         claims.append(row | {"verdict": verdict})
+        estimates += found
     columns = ["claim", "estimate", "size", "decoding", "bases", "value"]
     table = pd.DataFrame(estimates, columns=columns).drop_duplicates(columns[:4])
     return pd.DataFrame(claims), table

@@ -11,7 +11,7 @@ import pandas as pd
 
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import OUTPUT_DIR
-from evaluation.study.results import RESULTS_DIR
+from evaluation.study.settings import RESULTS_DIR
 
 CONTENT = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))
 SIZES = pd.DataFrame(CONTENT["sizes"]).T  # name and parameters of the README's bases

@@ -1,14 +1,15 @@
 """The study's figures, as SVG text. Each title states what the figure shows."""
 
 import io
+from itertools import product
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from evaluation.study.analysis import Evidence
-from evaluation.study.claims import list_endings
+from evaluation.study.analysis import Evidence, mark_answers
+from evaluation.study.claims import PATH_ARMS, find_paths, list_endings
 from evaluation.study.edition1 import CONTENT, SIZES, choose_cells
 
 STYLE = {
@@ -21,7 +22,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-HEADLINE = ["base", "seed", "all_r8", "all_r8_vocabulary", "fft"]  # arms
+HEADLINE = ["base", "study", "all_r8", "all_r8_vocabulary", "fft"]  # arms
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -76,7 +77,7 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
         return None
     table = cells[(cells["set"] == "combinations") & cells.cell.isin(HEADLINE)]
     last = table[(table["size"] == table["size"].iloc[-1]) & (table.decoding == "greedy")]
-    last = last[last.cell.isin(["fft", "all_r8", "seed"])]
+    last = last[last.cell.isin(["fft", "all_r8", "study"])]
     words = [f"{row.title} {100 * row.share:.0f}%" for row in last.itertuples()]
     title = f"Correct greedy answers at {last['size'].iloc[0]}: {', '.join(words)}"
     table = table.rename(columns={"share": "x", "size": "panel", "title": "y"})
@@ -94,4 +95,21 @@ def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     return title, draw_panels(title, table, *texts)
 
 
-FIGURES = {"edition1": draw_edition1, "headline": draw_headline, "endings": draw_endings}
+def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
+    """Draw unseen things against combinations, a point a checkpoint, both decodings."""
+    title, sets, rows = "What checkpoints keep while they learn", ("combinations", "unseen"), []
+    for arm, decoding in product(PATH_ARMS, DECODING_TITLES):
+        if (runs := find_paths(evidence, arm)).empty:
+            continue
+        shares = (mark_answers(runs, evidence.choose_prompts(s), decoding).mean(1) for s in sets)
+        points = pd.DataFrame(dict(zip("xy", shares, strict=True)))
+        series = evidence.study.arms[arm].title
+        rows.append(points.assign(panel=DECODING_TITLES[decoding], series=series, note=""))
+    if not rows:
+        return None
+    texts = "correct combinations", "correct unseen things"
+    return title, draw_panels(title, pd.concat(rows), *texts)
+
+
+FIGURES = {"edition1": draw_edition1, "headline": draw_headline}
+FIGURES |= {"endings": draw_endings, "keeping": draw_keeping}

@@ -3,7 +3,7 @@
     python evaluation/study/measure.py out/study/RUN --output record.json
 
 run.py calls it in a process of its own for each run. prompts.csv lists the prompts in the order of
-the outcome strings and of nll.parquet.
+the outcome strings and of NLL by sequence.
 """
 
 import argparse
@@ -16,15 +16,16 @@ import numpy as np
 import pandas as pd
 
 from dataset.lm_dataset import read_jsonl
-from dataset.world.generate import PROBES, ensure_world
-from evaluation.probe.answers import probe
+from dataset.world.generate import FILES_DIR, PROBES, list_files
+from evaluation.probe.answers import Checkpoint, probe
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import read_prompts
+from evaluation.probe.world_facts import measure_random_facts, rank_facts
 from evaluation.probe.world_measure import is_right, replace_thing, split_answer
-from evaluation.study.results import LETTERS, RESULTS_DIR
-from evaluation.study.settings import STUDY_FILE, Study, read_study
+from evaluation.study.results import LETTERS
+from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_checkpoint
-from model.files import UserError, run_script, write_json
+from model.files import UserError, read_json, run_script, write_json
 from model.model_minimind import weights_fingerprint
 from model.reachability import reachable_probability
 
@@ -59,13 +60,15 @@ def check_prompts(data: dict[str, Path], path: Path) -> None:
         raise UserError(f"{path}: the world has other prompts now; restore the world of this study")
 
 
-def measure_checkpoint(study: Study, folder: Path, data: dict[str, Path], only_tune: bool) -> dict:
+def measure_checkpoint(
+    study: Study, checkpoint: Checkpoint, data: dict[str, Path], only_tune: bool
+) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
     Args:
         only_tune: ask the tuning half of the combinations alone, greedily.
     """
-    model, tokenizer = checkpoint = load_checkpoint(folder)
+    model, tokenizer = checkpoint
     sets = {name: [data[f"{name}_{half}"] for half in PROBES[name]] for name in PROBES}
     options, length = study.probe, study.common["max_seq_len"]
     if only_tune:
@@ -79,7 +82,7 @@ def measure_checkpoint(study: Study, folder: Path, data: dict[str, Path], only_t
         draws = letters.groupby(["decoding", "seed"]).letter.agg("".join)
         outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
         nll[name] = measure_nll(checkpoint, "sft", paths, length, 32)["sequences"]
-    count = PROBES["combinations"]["tune"]  # these come first
+    count = sum(1 for _ in read_jsonl(data["combinations_tune"]))  # these come first
     text = measure_nll(checkpoint, "pretrain", [data["pretrain_valid"]], length, 32)
     scalars = {
         "tune_correct": outcomes["combinations"]["greedy"][:count].count("c") / count,
@@ -92,8 +95,9 @@ def measure_checkpoint(study: Study, folder: Path, data: dict[str, Path], only_t
         if one.tokens:
             scalars[f"{half}_nll"] = (one.nats - one.end_nats) / (one.tokens - one.ends)
             scalars[f"{half}_end_nll"] = one.end_nats / one.ends
-    weights = weights_fingerprint(model)
-    return {"weights": weights, "outcomes": outcomes, "scalars": scalars, "nll": nll}
+    for name in [] if only_tune else ("combinations", "unseen"):
+        scalars[f"facts_{name}"] = rank_facts(checkpoint, sets[name])["share"]
+    return {"outcomes": outcomes, "scalars": scalars, "nll": nll}
 
 
 def main() -> None:
@@ -101,13 +105,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--study", type=Path, default=STUDY_FILE)
-    parser.add_argument("--prompts_csv", type=Path, default=RESULTS_DIR / "prompts.csv")
+    parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
+    parser.add_argument("--world", type=Path, default=FILES_DIR, help="folder of its files")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
+    parser.add_argument("--facts", type=Path, help="ask for these random facts alone")
     args = parser.parse_args()
-    study, data = read_study(args.study), ensure_world()
-    check_prompts(data, args.prompts_csv)
-    write_json(args.output, measure_checkpoint(study, args.folder, data, args.only_tune))
+    study, data = read_study(args.study_dir), list_files(args.world)
+    check_prompts(data, args.study_dir / "prompts.csv")
+    checkpoint = load_checkpoint(args.folder)
+    if args.facts:
+        trained = read_json(args.folder / "run.json")["trainable_parameters"]
+        found = {"outcomes": {}, "scalars": measure_random_facts(checkpoint, args.facts, trained)}
+    else:
+        found = measure_checkpoint(study, checkpoint, data, args.only_tune)
+    write_json(args.output, found | {"weights": weights_fingerprint(checkpoint[0])})
 
 
 if __name__ == "__main__":

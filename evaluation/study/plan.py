@@ -6,7 +6,7 @@ largest share of correct answers on the tuning half of the combinations wins. Sh
 `tie` are told apart by NLL without end tokens. The other seeds take the best rate alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -103,12 +103,13 @@ def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Itera
     places = list(product(experiment.sizes, experiment.arms))
     for size, arm in places:
         for rate in sweeps[size, arm].missing or study.arms[arm].rates.get(size, []):
-            yield make_tuning_run(study, size, arm, rate)
+            run = make_tuning_run(study, size, arm, rate)
+            yield replace(run, checkpoints=experiment.checkpoints)
     for (size, arm), base, start in product(places, experiment.bases, experiment.starts):
         shape, data = study.sizes[size], experiment.data or study.arms[arm].data
         epochs, rates = experiment.epochs or shape.epochs, sweeps[size, arm].reported
         if experiment.grid and rates:
-            rates = study.arms[arm].rates[size]
+            rates = [r for r, share in sweeps[size, arm].shares.items() if share == share]
         for seed, rate in product(experiment.seeds or shape.seeds, rates):
             run = Run(size, base, arm, rate, seed, epochs, data, start, experiment.samples)
             run = replace(run, checkpoints=experiment.checkpoints, start_id=run.base_id)
@@ -134,19 +135,25 @@ def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
     return list(runs.values())
 
 
-def make_command(study: Study, run: Run, data: dict[str, Path], save_dir: Path) -> list[str]:
-    """Return the command that trains a run: the script and its flags."""
-    flags = {**study.common, "save_dir": save_dir, "learning_rate": run.learning_rate}
+def make_command(study: Study, run: Run, find: Callable[[str], Path], save_dir: Path) -> list[str]:
+    """Return the command that trains a run: the script and its flags.
+
+    Args:
+        find: returns the path of data, or of a tokenizer, by its name.
+    """
+    flags = {**study.common, "dtype": study.sizes[run.size].dtype, "save_dir": save_dir}
+    flags["learning_rate"] = run.learning_rate
     if run.arm == "base":
         name, size = run.base.rstrip("0123456789"), study.sizes[run.size]
         stage, seed = "pretrain", int(run.base[len(name) :])
         flags |= {**size.shape, **study.bases[name], "learning_rate": size.learning_rate}
-        flags |= {"run_name": f"{run.id}-float32", "seed": seed, "data_path": data["pretrain"]}
+        flags |= {"run_name": f"{run.id}-float32", "seed": seed, "data_path": find("pretrain")}
+        flags["tokenizer_path"] = find(flags["tokenizer_path"])
     else:
         arm = study.arms[run.arm]
         stage, name = arm.stage, "lora_name" if arm.stage == "lora" else "run_name"
         flags |= {**arm.flags, name: run.id, "from_weight": save_dir / run.start_id}
-        flags |= {"seed": run.seed, "epochs": run.epochs, "data_path": data[run.data]}
+        flags |= {"seed": run.seed, "epochs": run.epochs, "data_path": find(run.data)}
         flags |= {"max_train_samples": run.samples} if run.samples else {}
         flags |= {"keep_checkpoints": run.checkpoints} if run.checkpoints else {}
     words = [f"trainer/train_{stage}.py"]

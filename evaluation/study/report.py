@@ -20,18 +20,26 @@ from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
 from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
-from evaluation.study.claims import judge_claims, list_endings
+from evaluation.study.claims import (
+    LEVELS,
+    PATH_ARMS,
+    judge_claims,
+    judge_gates,
+    list_endings,
+    trace_frontiers,
+)
 from evaluation.study.edition1 import make_edition1_tables
 from evaluation.study.figures import DECODING_TITLES, FIGURES, HEADLINE
-from evaluation.study.results import RESULTS_DIR
+from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR, UserError, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
 CELL = ["size", "title", "learning_rate"]
-COSTS = ["test_nll", "test_end_nll", "nll_text", "trainable_parameters", "steps", "tokens", "flops"]
-COSTS += ["train_seconds", "peak_memory_bytes"]
+FACTS = ["facts_combinations", "facts_unseen"]  # known without a question
+COSTS = ["test_nll", "test_end_nll", "nll_text", "steps"]
+COSTS += ["trainable_parameters", "tokens", "flops", "train_seconds", "peak_memory_bytes"]
 
 
 def to_table(frame: pd.DataFrame) -> str:
@@ -64,6 +72,21 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.pivot_table("text", index, "column", aggfunc="first", sort=False).reset_index()
 
 
+def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFrame:
+    """Return a row a level: the best share of the second set by arm and decoding, in percent.
+
+    Args:
+        options: those of `trace_frontiers` from the size on.
+    """
+    columns = {}
+    for decoding, title in DECODING_TITLES.items():
+        for arm, shares in trace_frontiers(evidence, decoding, PATH_ARMS, *options).items():
+            texts = ["-" if np.isinf(one) else f"{one:.0%}" for one in shares[0]]
+            columns[f"{evidence.study.arms[arm].title}, {title}"] = texts
+    table = pd.DataFrame(columns, pd.Index(LEVELS, name="level").map("{:.0%}".format))
+    return table if table.empty else table.reset_index()
+
+
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
     """Return the tables of every block by its name."""
     claims, estimates = judge_claims(evidence)
@@ -74,17 +97,25 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     endings["endless"] = endings.endless.map("{:.0%}".format)
     tables = {"claims": [claims] + [estimates] * (not estimates.empty), "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
-    tables |= dict.fromkeys(["headline", "shares", "costs"], [])
+    harm = "xs", ("medical", "combinations"), "fft", "medical"
+    paths = tabulate_frontiers(evidence), tabulate_frontiers(evidence, *harm)
+    tables |= {"gates": [judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
+    facts = evidence.final[evidence.final.data.str.startswith("facts")]
+    facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
+    tables["capacity"] = [facts.round(3).reset_index()]
+    tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
     if cells.empty:
         return tables
     is_main = cells["set"].isin(["combinations", "unseen"]) & cells.cell.isin(HEADLINE)
-    taught = cells[cells["set"] == "combinations"].groupby(CELL, sort=False)
-    kinds = taught[[*KINDS, "above_chance"]].agg(lambda v: " / ".join(f"{100 * x:.0f}" for x in v))
+    kinds = cells[cells["set"].isin(["combinations", "unseen"])].groupby([*CELL, "set"], sort=False)
+    kinds = kinds[[*KINDS, "above_chance"]].agg(lambda v: " / ".join(f"{100 * x:.0f}" for x in v))
     runs = evidence.final.merge(cells[["size", "cell"]].drop_duplicates())
-    costs = runs.groupby(CELL, sort=False)[COSTS].mean().map(EngFormatter(places=2))
+    means = runs.groupby(CELL, sort=False)[[*FACTS, *COSTS]].mean()
+    costs = means[FACTS].map("{:.0%}".format).join(means[COSTS].map(EngFormatter(places=2)))
     return tables | {
         "headline": [tabulate_shares(cells[is_main])],
-        "shares": [tabulate_shares(cells), kinds.reset_index()],
+        "shares": [tabulate_shares(cells)],
+        "kinds": [kinds.reset_index()],
         "costs": [costs.reset_index()],
     }
 

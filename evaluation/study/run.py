@@ -4,8 +4,8 @@
     python evaluation/study/run.py --jobs 2 --only 'xs-*'       # names, with * and ?
     python evaluation/study/run.py --only 'm26-*' --max_hours 2.5
 
-Each training and each measurement is a process of its own with one thread. Weights and logs go to
---save_dir, results to runs.jsonl and nll.parquet beside this file. A run that is stopped, by
+Each training and each measurement is a process of its own with one thread. Weights, logs and NLL
+by sequence go to --save_dir, results to runs.jsonl beside study.toml. A run that is stopped, by
 --max_hours or Ctrl-C, keeps its state, and the next call continues it. A run that diverged or
 failed has its line, too; the next call repeats a failed one. A rate that becomes known adds runs.
 """
@@ -23,10 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.world.generate import ensure_world
+from dataset.world.generate import ensure_world, list_files
+from evaluation.study.data import find_data
 from evaluation.study.plan import Run, make_command, plan_runs
-from evaluation.study.results import RESULTS_DIR, append_run, read_runs
-from evaluation.study.settings import STUDY_FILE, Study, read_study
+from evaluation.study.results import append_run, read_runs
+from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_model, save_model
 from model.files import REPO_DIR, UserError, read_json, run_script, write_json
 
@@ -39,12 +40,15 @@ class Runner:
     """Train and measure runs of a study, and file their results."""
 
     study: Study
-    data: dict[str, Path]  # the world's files
+    world: dict[str, Path]  # its files
     save_dir: Path
     results_dir: Path
     only: list[str]  # names of runs, with * and ?
-    study_file: Path = STUDY_FILE
     errors: list[str] = field(default_factory=list)  # of the runs that failed
+
+    def find(self, name: str) -> Path:
+        """Return the path of data by its name; what the study makes is written first."""
+        return find_data(name, self.world, self.save_dir / "data")
 
     async def call(self, words: list, run_id: str) -> bool:
         """Run a script with one thread, its output appended to the run's log; say if it succeeded.
@@ -72,14 +76,12 @@ class Runner:
         Raises:
             UserError: training failed; a run that diverged is a result, not a failure.
         """
-        if run.data not in self.data:
-            raise UserError(f"{run.id}: the world has no data {run.data!r}")
         trained = folder.with_name(f"{run.id}-float32") if run.arm == "base" else folder
         path = trained / "run.json"
         if not path.is_file() or read_json(path)["status"] not in ENDED:
             resumes = (trained / "resume.pt").is_file()
             how = ["--from_resume"] if resumes else ["--overwrite"] if trained.exists() else []
-            command = make_command(self.study, run, self.data, self.save_dir)
+            command = make_command(self.study, run, self.find, self.save_dir)
             await self.call([*command, *how], run.id)
         record = read_json(path) if path.is_file() else {"status": "failed"}
         if record["status"] not in ENDED:
@@ -99,22 +101,19 @@ class Runner:
         line["settings"] = {k: v for k, v in settings.items() if v not in (None, False, "")}
         line["cost"] = {k: v for k, v in record.items() if isinstance(v, int | float)}
         line |= {key: record.get(key) for key in ORIGIN}
-        nll = []
         if record["status"] == "completed":
             output = self.save_dir / "measured" / f"{name}.json"
             output.parent.mkdir(exist_ok=True)
             words = ["evaluation/study/measure.py", folder, "--output", output]
-            words += ["--study", self.study_file, "--prompts_csv", self.results_dir / "prompts.csv"]
+            words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
             only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
-            if not await self.call(words + ["--only_tune"] * only_tune, run.id):
+            words += ["--only_tune"] * only_tune
+            words += ["--facts", self.find(run.data)] if run.data.startswith("facts") else []
+            if not await self.call(words, run.id):
                 raise UserError(f"{name}: measuring failed; see {self.save_dir / run.id}.log")
             measured = read_json(output)
             line |= {key: measured[key] for key in ("weights", "scalars", "outcomes")}
-            for one, found in measured["nll"].items() if not only_tune else ():
-                row = {"edition": self.study.edition, "set": one, "part": ""}
-                nll.append(row | {"id": name} | {key: found[key] for key in ("nats", "end_nats")})
-                nll.append(row | {"id": ""} | {key: found[key] for key in ("tokens", "ends")})
-        append_run(self.results_dir, line, nll)
+        append_run(self.results_dir, line)
 
     async def perform(self, run: Run) -> None:
         """Train a run, and file its kept checkpoints and itself; a failure is filed as well."""
@@ -131,7 +130,7 @@ class Runner:
         except UserError as error:
             self.errors.append(str(error))
             line = describe_run(self.study, run, "failed") | {"error": str(error)}
-            append_run(self.results_dir, line, [])
+            append_run(self.results_dir, line)
 
     def list_missing(self) -> tuple[list[Run], set[str | None]]:
         """Return the runs that --only names and that have not ended, and what they can start from.
@@ -157,7 +156,8 @@ class Runner:
                 missing, starts = self.list_missing()
                 ready = [r for r in missing if r.id not in started and r.start_id in starts]
                 for run in ready[: jobs - len(tasks)]:
-                    print(f"{time.strftime('%H:%M:%S')} {run.id} ({len(missing)} missing)")
+                    text = f"{time.strftime('%H:%M:%S')} {run.id} ({len(missing)} missing)"
+                    print(text, flush=True)
                     started.add(run.id)
                     tasks.add(asyncio.create_task(self.perform(run)))
                 if not tasks:
@@ -184,24 +184,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--study", type=Path, default=STUDY_FILE)
+    parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
     parser.add_argument("--save_dir", type=Path, default=REPO_DIR / "out" / "study")
-    parser.add_argument("--results_dir", type=Path, default=RESULTS_DIR)
+    parser.add_argument("--world", type=Path, help="folder of another world's files")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with * and ?")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--max_hours", type=float, default=1e6, help="stop runs after this time")
     parser.add_argument("--dry_run", action="store_true", help="print the commands alone")
     args = parser.parse_args()
-    study, data = read_study(args.study), ensure_world()
-    folders = args.save_dir.resolve(), args.results_dir.resolve()
-    runner = Runner(study, data, *folders, args.only, args.study.resolve())
+    study = read_study(args.study_dir)
+    world = list_files(args.world.resolve()) if args.world else ensure_world()
+    folders = args.save_dir.resolve(), args.study_dir.resolve()
+    runner = Runner(study, world, *folders, args.only)
+    runner.save_dir.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
         for run in runner.list_missing()[0]:
-            print(f"# {run.id}")
-            if run.data in data:
-                print(shlex.join(["python", *make_command(study, run, data, args.save_dir)]))
+            command = make_command(study, run, runner.find, args.save_dir)
+            print(f"# {run.id}\n{shlex.join(['python', *command])}")
         return
-    runner.save_dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         asyncio.run(asyncio.wait_for(runner.run_all(args.jobs), 3600 * args.max_hours))

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from model.files import UserError
 
-STUDY_FILE = Path(__file__).with_name("study.toml")
+RESULTS_DIR = Path(__file__).parent  # of study.toml, runs.jsonl and prompts.csv
 MAIN_BASE = "wrapped42"  # rates are tuned from it
 
 
@@ -23,6 +23,7 @@ class Size(Table):
     """Shape of a model, and how long its runs are."""
 
     shape: dict[str, int]
+    dtype: Literal["float32", "bfloat16"]  # of matrix products in all runs
     learning_rate: float  # of pretraining
     epochs: float
     tuning_epochs: float
@@ -57,7 +58,7 @@ class Experiment(Table):
 
 
 class Condition(Table):
-    """Bounds on estimates: sums of cells, such as `fft - 0.5 seed/10`."""
+    """Bounds on estimates: sums of cells, such as `fft - 0.5 study/10`."""
 
     estimates: list[str]
     sizes: list[str] | None = None  # instead of the claim's
@@ -73,7 +74,7 @@ class Claim(Table):
 
     name: str
     text: str
-    prediction: str
+    prediction: str = ""  # a gate has none
     kind: Literal["share", "frontier", "reachability"] = "share"
     sizes: list[str] = ["xs"]
     decodings: list[str] = ["greedy", "t0.85p0.85"]
@@ -91,14 +92,16 @@ class Study(Table):
     common: dict
     probe: dict  # how checkpoints are asked: options of the function `probe`
     sizes: dict[str, Size]
-    bases: dict[str, dict]  # flags of pretraining
+    bases: dict[str, dict]  # flags of pretraining; tokenizer_path names data of the study
     arms: dict[str, Arm]
     experiments: list[Experiment]
+    gates: list[Claim]
     claims: list[Claim]
 
 
-def read_study(path: Path = STUDY_FILE) -> Study:
-    """Read and check study.toml."""
+def read_study(folder: Path = RESULTS_DIR) -> Study:
+    """Read and check study.toml of a folder."""
+    path = folder / "study.toml"
     try:
         study = Study(**tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError) as error:

@@ -10,9 +10,10 @@ from evaluation.study.analysis import load_evidence, tabulate_cells
 from evaluation.study.report import make_report
 from evaluation.study.results import append_run
 from model.files import UserError
-from tests.study.synthetic import PROMPTS, spell_outcomes, write_runs
+from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
-NAMES = ["headline", "edition1", "shares", "rates", "costs", "claims", "endings", "sizes1"]
+NAMES = ["headline", "shares", "kinds", "keeping", "harm", "capacity", "rates", "costs", "claims"]
+NAMES += ["gates", "endings", "edition1", "sizes1"]
 PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES)
 
 
@@ -21,11 +22,11 @@ def folder(tmp_path_factory) -> Path:
     """Write the results of a made-up study."""
     folder = tmp_path_factory.mktemp("results")
     paths = [(0.3, 0.2), (0.6, 0.2)]
-    shares = {"base": 0.0, "seed": 0.1, "fft": 0.8, "all_r8": 0.5, "fft@plain42": 0.7}
-    write_runs(folder, shares | {"fft*5e-4": paths, "seed/50~16000": 0.3, "fft:s": 0.9})
+    shares = {"base": 0.0, "study": 0.1, "fft": 0.8, "all_r8": 0.5, "fft@plain42": 0.7}
+    write_runs(folder, shares | {"fft*5e-4": paths, "study/50~16000": 0.3, "fft:s": 0.9})
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     diverged = lines[-1] | {"id": "s-lost", "status": "diverged", "seed": 9}
-    append_run(folder, diverged, [])
+    append_run(folder, diverged)
     return folder
 
 
@@ -35,7 +36,7 @@ def test_cells_have_names_without_what_is_usual(folder: Path) -> None:
     assert evidence.find_cell("fft", "xs").learning_rate.tolist() == [1e-3] * 3
     assert evidence.find_cell("fft", "xs").seed.tolist() == [1, 2, 3]
     titles = dict(zip(evidence.runs.cell, evidence.runs.title, strict=True))
-    assert titles["seed/50~16000"] == "the study's LoRA, 50 epochs, 16,000 pairs"
+    assert titles["study/50~16000"] == "the study's LoRA, 50 epochs, 16,000 pairs"
     assert titles["fft@plain42"] == "full fine-tuning, from plain42"
     assert titles["base"] == "the base alone"
     assert evidence.find_cell("fft@wrapped43", "xs").empty
@@ -69,10 +70,10 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     path.write_text("<!-- study:nothing -->\n<!-- /study:nothing -->")
     with pytest.raises(UserError, match="no block 'nothing'"):
         make_report(tmp_path, folder)
-    assert "Not run yet" not in first[path]
+    assert first[path].count("Not run yet") == 2  # the medical set, random facts
     assert "| s-lost | diverged |" in first[path]
     assert "full fine-tuning, from plain42" in first[path]
-    assert {file.stem for file in first} == {"README", "edition1", "headline", "endings"}
+    assert {file.stem for file in first} == {"README", "edition1", "headline", "endings", "keeping"}
 
 
 def test_arms_must_start_alike(folder: Path, tmp_path: Path) -> None:
@@ -82,6 +83,7 @@ def test_arms_must_start_alike(folder: Path, tmp_path: Path) -> None:
         ('"base_fingerprint": "w"', '"base_fingerprint": "x"', "-s1: started from other weights"),
         ('{"tokens": 1}', '{"tokens": 2}', "differ in their training data"),
     ):
+        write_prompts(tmp_path)
         (tmp_path / "runs.jsonl").write_text(text.replace(old, new, 2))
         with pytest.raises(UserError, match=error):
             load_evidence(tmp_path)

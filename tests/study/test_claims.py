@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.study import analysis, claims
-from tests.study.synthetic import STUDY, write_runs
+from tests.study.synthetic import STUDY, write_prompts, write_runs
 
 FACTS = "/100#facts16000"
 SMALL = ["square_r1", "square_r2", "square_r4", "square_r8", "all_r1", "all_r2"]
@@ -22,17 +22,18 @@ def make_gaps(xs: float, m26: float, second_base: float | None = None) -> dict[s
     }  # fmt: skip
 
 
+GATES = {"base": 0.0, "fft": 0.8, "all_r64_vocabulary": 0.8}  # of xs; shares as such count little
 FALLING = [0.5, 0.3, 0.2, 0.1]
 CASES = {  # shares that make a claim supported, refuted, open
     "C1": [
-        {"fft": 0.8, "seed": a, "seed/1": b, "seed/10": c}
+        {"fft": 0.8, "study": a, "study/1": b, "study/10": c}
         for a, b, c in ((0.04, 0.02, 0.05), (0.77, 0.5, 0.8), (0.04, 0.02, 0.3))
     ],
     "C2": [
         {"fft_script*5e-7": a, "fft_script*1e-6": b, "fft_script*1e-5": c}
         for a, b, c in ((0.0, 0.01, 0.05), (0.6, 0.7, 0.8), (0.0, 0.01, 0.35))
     ],
-    "C3": [{"seed_tuned": a, "seed": 0.1} for a in (0.5, 0.12, 0.26)],
+    "C3": [{"study_tuned": a, "study": 0.1} for a in (0.5, 0.12, 0.26)],
     "C4": [{"all_r8": 0.6, "square_r36": b} for b in (0.4, 0.59, 0.5)],
     "C5": [{"all_r64": a, "all_r8": 0.4} for a in (0.6, 0.41, 0.46)],
     "C6": [
@@ -45,14 +46,15 @@ CASES = {  # shares that make a claim supported, refuted, open
         {arm: [(0.1, 0.9), (0.5, kept), (0.7, kept)] for arm, kept in (("all_r8", a), ("fft", b))}
         for a, b in ((0.5, 0.3), (0.3, 0.5), (0.5, 0.45))
     ],
-    "C10": [{"fft": 0.8, "seed/10": a, "seed/50~16000": a} for a in (0.05, 0.5, 0.3)],
+    "C10": [{"fft": 0.8, "study/10": a, "study/50~16000": a} for a in (0.05, 0.5, 0.3)],
     "C11": [  # adapters of different sizes, 16,000 facts
         {f"{arm}{FACTS}": {"bits_per_parameter": bits} for arm in SMALL}
         | {f"{arm}{FACTS}": {"stored": stored} for arm in ("all_r8", "fft")}
         for bits, stored in ((2.0, 0.95), (4.0, 0.95), (2.0, 0.9))
     ],
-    "C12": [  # plain bases with more and more unused rows
-        {f"base@{EXTRA[i]}": {"reachable_end": FALLING[i]} for i in range(4)}
+    "C12": [  # the wrapped base, and plain ones with more and more unused rows
+        {"base": {"reachable_end": 0.99}, "all_r8": {"endless": 0.0}}
+        | {f"base@{EXTRA[i]}": {"reachable_end": FALLING[i]} for i in range(4)}
         | {f"all_r8@{EXTRA[i]}": {"endless": endless[i]} for i in range(4)}
         for endless in ((0.2, 0.4, 0.6, 0.95), (0.0, 0.0, 0.0, 0.0), (0.2, 0.6, 0.4, 0.95))
     ],
@@ -78,9 +80,11 @@ def judge(folder: Path, claim: str) -> str:
 @pytest.mark.parametrize("claim", [claim.name for claim in STUDY.claims])
 def test_a_rule_has_three_outcomes(claim: str, tmp_path: Path) -> None:
     """The rule decides by the shares of the runs; without runs it decides nothing."""
+    write_prompts(tmp_path)
     assert judge(tmp_path, claim) == "not run"
     for shares, expected in zip(CASES[claim], ("supported", "refuted", "open"), strict=True):
-        write_runs(tmp_path, shares)
+        gates = GATES | ({"base:m26": 0.0} if "fft:m26" in shares else {})
+        write_runs(tmp_path, gates | shares)
         assert judge(tmp_path, claim) == expected, shares
 
 
@@ -90,6 +94,17 @@ def test_a_side_needs_all_its_cells(tmp_path: Path) -> None:
     assert judge(tmp_path, "C2") == "open, not all run"
     write_runs(tmp_path, CASES["C1"][0] | {"fft:s": 0.8})
     assert judge(tmp_path, "C1") == "open, not all run"
+
+
+def test_nothing_is_concluded_where_a_gate_fails(tmp_path: Path) -> None:
+    """A claim that its rule supports waits for G1 and G2 of its size, and is void if one fails."""
+    shares = GATES | CASES["C3"][0]
+    write_runs(tmp_path, shares | {"base": {"tune_correct": 0.04}})
+    assert judge(tmp_path, "C3") == "no conclusion: G1 xs fails"
+    write_runs(tmp_path, {name: share for name, share in shares.items() if "r64" not in name})
+    assert judge(tmp_path, "C3") == "no conclusion: G2 xs not run"
+    write_runs(tmp_path, shares | {"all_r64_vocabulary": {"tune_correct": 0.865}})
+    assert judge(tmp_path, "C3") == "no conclusion: G2 xs fails"
 
 
 def test_a_condition_needs_interval_and_seeds() -> None:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from evaluation.study.edition1 import read_cells
-from evaluation.study.results import RESULTS_DIR
+from evaluation.study.settings import RESULTS_DIR
 
 CELLS = read_cells()
 NLL = pd.read_parquet(RESULTS_DIR / "nll.parquet", filters=[("edition", "==", 1)])

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from evaluation.study.plan import Run, make_command, make_tuning_run, plan_runs, tune_rate
-from evaluation.study.settings import STUDY_FILE, read_study
+from evaluation.study.settings import RESULTS_DIR, read_study
 from model.files import UserError
 
 STUDY = read_study()
@@ -43,7 +43,7 @@ def test_runs_wait_for_their_rate_and_start() -> None:
     """Other seeds wait for the best rate, unless it is fixed; a start has the same seed."""
     before, runs = (plan_runs(STUDY, make_done(one)) for one in ({}, MIDDLE))
     ids, later = ({run.id.removeprefix(f"{BASE}-") for run in one} for one in (before, runs))
-    assert {"fft-e3-lr0.001-s1", "seed-e3-lr0.0001-s3"} <= ids
+    assert {"fft-e3-lr0.001-s1", "study-e3-lr0.0001-s3"} <= ids
     assert "fft-e3-lr0.001-s2" not in ids
     assert {"fft-e3-lr0.001-s2", "fft-e3-lr0.001-s3"} <= later
     starts = {(run.start, run.seed): run.start_id for run in runs if run.data == "medical"}
@@ -55,15 +55,18 @@ def test_runs_wait_for_their_rate_and_start() -> None:
 def test_commands() -> None:
     """The adapter's flags, the start, and the data come together."""
     run = Run("m26", "wrapped42", "all_r8_rows", 1e-3, 2, 2.0, start_id="m26-world-wrapped42")
-    words = " ".join(make_command(STUDY, run, {"sft": Path("sft.jsonl")}, Path("out")))
+    words = " ".join(make_command(STUDY, run, {"sft": Path("sft.jsonl")}.get, Path("out")))
     assert words.startswith("trainer/train_lora.py --max_seq_len 340")
     assert "--lora_name m26-world-wrapped42-all_r8_rows-e2-lr0.001-s2 " in words
     assert "--train_tokens <|im_start|> <|im_end|> " in words
     assert "--from_weight out/m26-world-wrapped42 --seed 2 --epochs 2.0 " in words
-    words = make_command(STUDY, Run("xs", "wrapped43"), {"pretrain": Path("p")}, Path("out"))
+    find = {"pretrain": Path("p"), "tokenizer": Path("t"), "tokenizer64": Path("t64")}.get
+    words = make_command(STUDY, Run("xs", "plain64x42"), find, Path("out"))
+    assert words[words.index("--tokenizer_path") + 1] == "t64"
+    words = make_command(STUDY, Run("xs", "wrapped43"), find, Path("out"))
     assert words[0] == "trainer/train_pretrain.py"
     assert " ".join(words).endswith("xs-world-wrapped43-float32 --seed 43 --data_path p")
-    assert words[words.index("--wrap_documents") + 1] == "--epochs"
+    assert words[words.index("--wrap_documents") + 1] == "--tokenizer_path"
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
@@ -73,6 +76,6 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         ("tuning_epochs = 1", "tuning_epoch = 1", "sizes.m26.tuning_epoch"),
         ('["square_r36"]', '["square_r37"]', "no rates of arm 'square_r37'"),
     ):
-        path.write_text(STUDY_FILE.read_text().replace(old, new))
+        path.write_text((RESULTS_DIR / "study.toml").read_text().replace(old, new))
         with pytest.raises(UserError, match=error):
-            read_study(path)
+            read_study(tmp_path)

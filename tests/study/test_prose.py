@@ -3,7 +3,7 @@
 import re
 
 from evaluation.study.report import make_report
-from evaluation.study.results import RESULTS_DIR
+from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR
 
 LIMITS = {"README.md": (250, 14_000), "evaluation/REPORT.md": (400, 30_000)}  # lines, bytes

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import pandas as pd
 import pytest
 
 from evaluation.study import run as runner
@@ -33,9 +32,8 @@ class FakeRunner(runner.Runner):
         self.calls += 1
         if words[0].endswith("measure.py"):
             rate = json.loads((Path(words[1]) / "run.json").read_text())["settings"]
-            nll = {"nats": [1.0], "end_nats": [0.5], "tokens": [2], "ends": [1]}
             scalars = {"tune_correct": rate["learning_rate"] == RATES[1], "tune_nll": 1.0}
-            record = {"weights": "w", "nll": {"unseen": nll}, "outcomes": {}, "scalars": scalars}
+            record = {"weights": "w", "outcomes": {}, "scalars": scalars}
             Path(words[words.index("--output") + 1]).write_text(json.dumps(record))
         elif run_id != self.broken:
             folder = self.save_dir / words[words.index("--run_name") + 1]
@@ -65,8 +63,6 @@ def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:
     assert ids[0] == BASE
     assert set(ids[1:4]) == {f"{BASE}-fft-e3-lr{rate:g}-s1" for rate in RATES}
     assert sorted(ids[4:6]) == [f"{BASE}-fft-e3-lr0.001-s{seed}" for seed in (2, 3)]
-    nll = pd.read_parquet(fake.results_dir / "nll.parquet")
-    assert sorted(nll.id) == ["", *sorted(ids)]  # tokens and end tokens stand there once
     assert fake.calls == 2 * len(ids)  # a training and a measurement each
     asyncio.run(fake.run_all(2))
     assert fake.calls == 2 * len(ids)  # nothing is missing, so nothing ran
@@ -81,7 +77,7 @@ def test_runs_that_diverge_or_fail_have_a_line(fake: FakeRunner) -> None:
     runs = read_runs(fake.results_dir, 2).set_index("id")
     assert runs.status.tolist() == ["diverged", "completed", "failed", "completed", "completed"]
     assert runs.tune_correct.isna().tolist() == [True, False, True, False, False]
-    again = FakeRunner(fake.study, fake.data, fake.save_dir, fake.results_dir, [fake.broken])
+    again = FakeRunner(fake.study, fake.world, fake.save_dir, fake.results_dir, [fake.broken])
     asyncio.run(again.run_all(1))
     runs = read_runs(fake.results_dir, 2)
     assert runs.status.tolist().count("completed") == 4
@@ -113,11 +109,8 @@ def test_a_stopped_runner_stops_its_scripts(tmp_path: Path, monkeypatch) -> None
     assert sys.executable in (tmp_path / f"{BASE}.log").read_text()
 
 
-def test_editions_share_their_files(tmp_path: Path) -> None:
-    """A new edition's lines are added to those that are there, which stay as they are."""
+def test_editions_share_their_file(tmp_path: Path) -> None:
+    """A new edition's lines are added to those that are there."""
     for edition in (1, 2):
-        row = {"id": "a", "edition": edition, "set": "unseen", "part": "", "nats": [1.0 * edition]}
-        row |= {"end_nats": [0.5], "tokens": None, "ends": None}
-        append_run(tmp_path, {"id": "a", "edition": edition, "status": "completed"}, [row])
-    assert pd.read_parquet(tmp_path / "nll.parquet").nats.map(list).tolist() == [[1.0], [2.0]]
+        append_run(tmp_path, {"id": "a", "edition": edition, "status": "completed"})
     assert [len(read_runs(tmp_path, edition)) for edition in (1, 2)] == [1, 1]

@@ -1,0 +1,64 @@
+"""Data that the study makes, and facts that are measured without a question."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dataset.lm_dataset import encode_batch, read_jsonl
+from evaluation.probe.world_facts import draw_facts, list_facts, measure_random_facts, rank_facts
+from evaluation.study.data import TEXT_PROMPT, find_data
+from model.checkpoint import load_tokenizer
+from model.files import UserError
+from tests.tiny import tiny_model
+from trainer.arguments import BASE_DIR
+
+PAIR = [{"role": "user", "content": "a" * 30}, {"role": "assistant", "content": "b" * 50}]
+
+
+def test_text_is_a_fifth_of_the_mixture(tmp_path: Path) -> None:
+    """80 characters of pairs take whole documents of 20 characters at most."""
+    world = {name: tmp_path / f"{name}.jsonl" for name in ("sft", "pretrain")}
+    world["sft"].write_text(json.dumps({"conversations": PAIR}))
+    world["pretrain"].write_text("".join(json.dumps({"text": c * 9}) + "\n" for c in "xyz"))
+    records = [one for _, one in read_jsonl(find_data("sft_mixed", world, tmp_path / "made"))]
+    documents = [{"instruction": TEXT_PROMPT, "output": c * 9} for c in "xy"]
+    assert records == [{"conversations": PAIR}, *documents]
+    with pytest.raises(UserError, match="no data 'sft_mixt'"):
+        find_data("sft_mixt", world, tmp_path)
+
+
+def test_unused_rows_change_no_token(tmp_path: Path) -> None:
+    """A tokenizer with more rows encodes all text as before, its own tokens' names included."""
+    few, many = load_tokenizer(BASE_DIR), load_tokenizer(find_data("tokenizer64", {}, tmp_path))
+    assert len(many) == len(few) + 64 and many.chat_template == few.chat_template
+    texts = ["A lion lives in a savanna.", "<|unused5|> <|im_end|>"]
+    assert encode_batch(many, texts, False) == encode_batch(few, texts, False)
+
+
+def test_random_facts_have_8_bits(tmp_path: Path) -> None:
+    """Questions differ, values are 256; a model of equal logits stores 8 bits less its NLL."""
+    facts = [[turn["content"] for turn in one["conversations"]] for one in draw_facts(4000)]
+    assert len({question for question, _ in facts}) == 4000
+    assert len({value for _, value in facts}) == 256
+    tokenizer, model = load_tokenizer(), tiny_model()
+    model.lm_head.weight.data.zero_()  # equal logits
+    path = find_data("facts20", {}, tmp_path)
+    values = [record["conversations"][1]["content"] for record in draw_facts(20)]
+    tokens = sum(map(len, encode_batch(tokenizer, values, False)))
+    found = measure_random_facts((model, tokenizer), path, 10)
+    assert found["bits_per_parameter"] == pytest.approx((160 - tokens * math.log2(6400)) / 10)
+    assert found["stored"] == 0.0
+
+
+def test_facts_are_ranked_among_the_values(tmp_path: Path) -> None:
+    """A prompt's facts are those of its first thing; equal logits know the shortest statement."""
+    path, tokenizer, model = tmp_path / "probe.jsonl", load_tokenizer(), tiny_model()
+    record = {"things": ["lion", "shark"], "check": {"about": ["animal.home", "category"]}}
+    path.write_text((json.dumps(record) + "\n") * 2)
+    [(thing, attribute)] = list_facts([path])
+    assert (thing.name, attribute.name) == ("lion", "home")
+    model.lm_head.weight.data.zero_()
+    found = rank_facts((model, tokenizer), [path])
+    assert found == {"facts": 1, "share": 0.0, "chance": pytest.approx(1 / 25)}
