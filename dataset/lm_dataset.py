@@ -350,7 +350,7 @@ class StepPlan:
         return list(chunks(mine, self.batch_size)) or [[]]
 
 
-def plan_shapes(plan: StepPlan, targets: np.ndarray, steps: int, most: int) -> list[Shape]:
+def plan_shapes(plan: StepPlan, targets: np.ndarray, steps: int, most: int = 6) -> list[Shape]:
     """Choose at most `most` shapes into which every micro-batch of a run fits.
 
     Each length is the longest of an equal share of the batches; `targets` counts a sample's labels.

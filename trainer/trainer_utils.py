@@ -39,7 +39,6 @@ from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
-MAX_SHAPES = 6  # graphs that a run compiles on CUDA
 
 
 def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
@@ -63,9 +62,9 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
     if args.from_weight == "none":
         tokenizer = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR)
-        config = minimind_config(vocab_size=len(tokenizer), **shape)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        ids = {name: getattr(tokenizer, name) for name in names}
+        config = minimind_config(vocab_size=len(tokenizer), **shape, **ids)
         return MiniMindForCausalLM(config), tokenizer, None
     model = load_model(args.from_weight)
     found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
@@ -217,10 +216,10 @@ def train(
     steps = args.max_steps or max(1, math.ceil(round(args.epochs * plan.steps_per_epoch, 6)))
     kept = {round(steps * (i + 1) / args.keep_checkpoints) for i in range(args.keep_checkpoints)}
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
-    is_compiled, shapes = compile_loss(model, args, tokens, processes), []
-    if is_compiled and device == "cuda":
-        shapes = plan_shapes(plan, train_set.targets, steps, MAX_SHAPES)
-    fill = partial(collate, rows=args.batch_size * is_compiled, shapes=shapes)
+    is_compiled = compile_loss(model, args, tokens, processes)
+    is_static = is_compiled and device == "cuda"
+    shapes = plan_shapes(plan, train_set.targets, steps) if is_static else []
+    fill = partial(collate, rows=args.batch_size if is_compiled else 0, shapes=shapes)
     flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
     schedule = (args.learning_rate, args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
@@ -251,8 +250,8 @@ def train(
         if is_compiled and not shapes:
             # Code for all sizes depends on those that it is made for: here they are the same in a
             # resumed run, and no 2 of them are equal.
-            batch = fill([(np.zeros(256, np.int64),) * 2], rows=min(args.batch_size, 8))
-            batch = send_to_device(batch, accelerator.device)
+            sample = (np.zeros(256, np.int64),) * 2
+            batch = send_to_device(fill([sample], rows=min(args.batch_size, 8)), accelerator.device)
             accelerator.backward(wrapped(**batch, num_items_in_batch=1).loss)
             optimizer.zero_grad()
         if state is not None:
@@ -360,8 +359,7 @@ def evaluate(
     total = torch.zeros((), device=accelerator.device)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
-        batch = collate([dataset[i] for i in indices])
-        batch = send_to_device(batch, accelerator.device)
+        batch = send_to_device(collate([dataset[i] for i in indices]), accelerator.device)
         total += model(**batch, num_items_in_batch=1).loss
     model.train()
     return (accelerator.reduce(total, "sum") / int(dataset.targets.sum())).item()
@@ -397,10 +395,7 @@ def restore_state(
 
 
 def answer_held_out(
-    run: RunFolder,
-    model: MiniMindForCausalLM,
-    tokenizer: Tokenizer,
-    eval_set: TokenDataset | None,
+    run: RunFolder, model: MiniMindForCausalLM, tokenizer: Tokenizer, eval_set: TokenDataset | None
 ) -> None:
     """Print greedy answers to held-out conversations; run.json keeps them."""
     count = min(run.args.show_answers, len(eval_set or ()))
@@ -408,8 +403,7 @@ def answer_held_out(
         return
     prompts, references = [], []
     for ids, labels in (eval_set[i] for i in range(count)):
-        changes = np.diff(labels == ids, prepend=False, append=False)
-        start, end = np.flatnonzero(changes)[:2]
+        start, end = np.flatnonzero(np.diff(labels == ids, prepend=False, append=False))[:2]
         prompts.append(ids[:start].tolist())
         references.append(ids[start:end].tolist())
     ends = (tokenizer.eos_token_id,)
