@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.world.generate import ensure_world, list_files
-from evaluation.study.data import find_data
+from evaluation.study.data import check_world, find_data
 from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
@@ -200,6 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     study = read_study(args.study_dir)
     world = list_files(args.world.resolve()) if args.world else ensure_world()
+    if not args.world:
+        check_world(args.study_dir / "world.sha256")
     folders = args.save_dir.resolve(), args.study_dir.resolve()
     runner = Runner(study, world, *folders, args.only)
     runner.save_dir.mkdir(parents=True, exist_ok=True)
