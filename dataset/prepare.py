@@ -71,7 +71,7 @@ def convert_question(question: str | None, answer: str | None, rules: dict) -> E
     question, answer = (question or "").strip(), (answer or "").strip()
     if not question or not answer:
         return "empty_answer" if question else "empty_question"
-    if not (rules["min_words"] or 0) <= (words := len(answer.split())) <= rules["max_words"]:
+    if not rules.get("min_words", 0) <= (words := len(answer.split())) <= rules["max_words"]:
         return "answer_too_long" if words > rules["max_words"] else "answer_too_short"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return question, {"conversations": turns}, {"question": normalize(question)}
@@ -116,12 +116,12 @@ def read_medquad(xml: str) -> Iterator[dict]:
         yield dict(zip(("focus", "question", "answer"), texts, strict=True))
 
 
-def load_hub(corpus: dict, revision: str | None) -> tuple[Iterable[dict], dict]:
+def load_hub(corpus: dict) -> tuple[Iterable[dict], dict]:
     """Return a corpus's records from the hub, and their origin."""
     if not corpus["home"].startswith(HUB):
         raise UserError(f"not on the hub: git clone {corpus['home']}, give it as --source")
-    name, revision = corpus["home"].removeprefix(HUB), revision or corpus.get("revision", "main")
-    place = {"data_files": corpus["files"][0], "revision": revision}
+    name = corpus["home"].removeprefix(HUB)
+    place = {"data_files": corpus["files"][0], "revision": corpus.get("revision", "main")}
     files = datasets.load_dataset_builder(name, **place).config.data_files["train"]
     commit = files[0].partition("@")[2].partition("/")[0]  # hf://datasets/owner/name@commit/file
     rows = datasets.load_dataset(name, split="train", **place)
@@ -137,8 +137,7 @@ def load_files(corpus: dict, source: Path) -> tuple[Iterable[dict], dict]:
     if (builder := BUILDERS.get(files[0].suffix)) is None:
         raise UserError(f"{source}: {files[0].suffix} files are not read; see {corpus['home']}")
     lines = [f"{file_sha256(path)}  {path.relative_to(source).as_posix()}\n" for path in files]
-    listing = hashlib.sha256("".join(lines).encode()).hexdigest()  # as of `sha256sum`
-    sha256 = file_sha256(source) if source.is_file() else listing
+    sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()  # of what `sha256sum` prints
     how = {"sample_by": "document"} if builder == "text" else {}
     rows = datasets.load_dataset(builder, data_files=[*map(str, files)], split="train", **how)
     if builder == "text":
@@ -156,15 +155,13 @@ def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) ->
     """Yield the lines to write and their part, train or valid; count what is read and dropped."""
     seen = set()  # digests, since two million stories would not fit in memory
     for record in tqdm(records, unit=" records", disable=None):
-        if counts["train"] + counts["valid"] == rules["limit"]:
-            return
         counts["read"] += 1
         example = CONVERTERS[kind](record, rules)
         once = {} if isinstance(example, str) else example[2]
         digests = {n: hashlib.blake2b(f"{n}\n{t}".encode()).digest() for n, t in once.items()}
         repeated = [f"duplicate_{name}" for name, digest in digests.items() if digest in seen]
         if isinstance(example, str) or repeated:
-            counts[f"dropped.{repeated[0] if repeated else example}"] += 1
+            counts[repeated[0] if repeated else example] += 1
             continue
         seen.update(digests.values())
         part = "valid" if hold_out(example[0], rules["valid_fraction"]) else "train"
@@ -172,31 +169,28 @@ def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) ->
         yield part, example[1]
 
 
-def write_corpus(name: str, records: Iterable[dict], rules: dict, folder: Path) -> dict:
-    """Write the two parts aside, then move them into place; return counts and hashes."""
-    counts, names = Counter(), {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
+def write_corpus(name: str, records: Iterable[dict], folder: Path) -> dict:
+    """Write the two parts aside, then move them into place; return settings, counts and hashes."""
+    kind, rules, counts = CORPORA[name]["kind"], CORPORA[name]["rules"], Counter(train=0, valid=0)
+    names = {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
     digests = {part: hashlib.sha256() for part in names}  # of the text: zlibs differ in their bytes
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as aside, ExitStack() as stack:
-        # Without file name and time, so that the same text gives the same bytes.
-        raw = {part: stack.enter_context(Path(aside, names[part]).open("wb")) for part in names}
-        files = {p: stack.enter_context(gzip.GzipFile("", "wb", 6, raw[p], mtime=0)) for p in names}
-        for part, data in split_records(CORPORA[name]["kind"], records, rules, counts):
-            line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
-            files[part].write(line)
-            digests[part].update(line)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as aside:
+        with ExitStack() as stack:
+            # Without file name and time, so that the same text gives the same bytes.
+            raw = {p: stack.enter_context(Path(aside, names[p]).open("wb")) for p in names}
+            zipped = {p: gzip.GzipFile("", "wb", 6, raw[p], mtime=0) for p in names}
+            files = {p: stack.enter_context(zipped[p]) for p in names}
+            for part, data in split_records(kind, records, rules, counts):
+                line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
+                files[part].write(line)
+                digests[part].update(line)
         if not counts["train"]:
             raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
-        stack.close()
-        outputs = {}
-        for part, file in names.items():
+        for file in names.values():
             replace_file(Path(aside, file), folder / file)
-            outputs[file] = {"examples": counts[part], "sha256": file_sha256(folder / file)}
-            outputs[file]["content_sha256"] = digests[part].hexdigest()
-    dropped = {key[8:]: n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
-    sums = {"read": counts["read"], "kept": counts["train"] + counts["valid"]}
-    sums |= {"train": counts["train"], "valid": counts["valid"], "dropped": dropped}
-    return {"settings": rules, "counts": sums, "outputs": outputs}
+    outputs = {file: {"content_sha256": digests[p].hexdigest()} for p, file in names.items()}
+    return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,33 +200,17 @@ def main(argv: list[str] | None = None) -> int:
     add("corpus", nargs="?", choices=CORPORA, help="one of the names that --list prints")
     add("--list", action="store_true", help="print the corpora and stop")
     add("--source", type=Path, help="raw file or folder to read instead of the hub")
-    add("--revision", help="branch, tag or commit of the hub's repository")
     add("--output_dir", type=Path, default=REPO_DIR / "dataset/data", help="(dataset/data/)")
-    add("--valid_fraction", type=float, help="share of titles, questions or diseases held out")
-    add("--min_chars", type=int, help="drop shorter texts (simplewiki 500, tinystories 1)")
-    add("--max_words", type=int, help="drop longer answers (dolly, alpaca 80; medquad 200)")
-    add("--limit", type=int, help="stop once so many examples are kept")
     args = parser.parse_args(argv)
     if args.list or args.corpus is None:
         for name, corpus in CORPORA.items():
             print(f"{name}\n  {corpus['home']}\n  {corpus['license']}; {corpus['credit']}")
         return 0
     name, corpus = args.corpus, CORPORA[args.corpus]
-    rules = dict.fromkeys(("valid_fraction", "min_chars", "min_words", "max_words", "limit"))
-    rules |= corpus["rules"]
-    for flag in ("valid_fraction", "min_chars", "max_words", "limit"):
-        if (value := getattr(args, flag)) is not None:
-            if flag != "limit" and rules[flag] is None:
-                parser.error(f"--{flag} does nothing for {name}; leave it out")
-            rules[flag] = value
-    if not 0 < rules["valid_fraction"] < 1:
-        parser.error("--valid_fraction: must lie between 0 and 1")
-    if args.source is not None and args.revision is not None:
-        parser.error("--revision belongs to the hub; leave it out together with --source")
     datasets.disable_progress_bars()
     try:
-        raw = load_files(corpus, args.source) if args.source else load_hub(corpus, args.revision)
-        result = write_corpus(name, raw[0], rules, args.output_dir)
+        raw = load_files(corpus, args.source) if args.source else load_hub(corpus)
+        result = write_corpus(name, raw[0], args.output_dir)
     except (KeyError, TypeError, ElementTree.ParseError) as error:
         raise UserError(f"{args.source}: not a record of {name} ({error!r})") from error
     except (datasets.exceptions.DatasetsError, ConnectionError) as error:
