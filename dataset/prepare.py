@@ -13,13 +13,12 @@ side when the order changes or when a newer dump adds texts.
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import sys
-import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,11 +28,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import record_messages
-from model.files import REPO_DIR, UserError, file_sha256, replace_file, run_script, write_json
+from model.files import REPO_DIR, UserError, file_sha256, run_script, write_bytes, write_json
 
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
+RULES = {
+    "valid_fraction": (float, "share of titles, questions or diseases held out"),
+    "min_chars": (int, "drop shorter texts (simplewiki 500, tinystories 1)"),
+    "max_words": (int, "drop longer answers (dolly, alpaca 80; medquad 200)"),
+    "limit": (int, "stop once so many examples are kept"),
+}
 
 # A record's group, which is held out as a whole, its line to write, and texts that stand once only.
 Example = tuple[str, dict, dict[str, str]]
@@ -116,12 +121,12 @@ def read_medquad(xml: str) -> Iterator[dict]:
         yield dict(zip(("focus", "question", "answer"), texts, strict=True))
 
 
-def load_hub(corpus: dict) -> tuple[Iterable[dict], dict]:
+def load_hub(corpus: dict, revision: str | None) -> tuple[Iterable[dict], dict]:
     """Return a corpus's records from the hub, and their origin."""
     if not corpus["home"].startswith(HUB):
         raise UserError(f"not on the hub: git clone {corpus['home']}, give it as --source")
-    name = corpus["home"].removeprefix(HUB)
-    place = {"data_files": corpus["files"][0], "revision": corpus.get("revision", "main")}
+    name, revision = corpus["home"].removeprefix(HUB), revision or corpus.get("revision", "main")
+    place = {"data_files": corpus["files"][0], "revision": revision}
     files = datasets.load_dataset_builder(name, **place).config.data_files["train"]
     commit = files[0].partition("@")[2].partition("/")[0]  # hf://datasets/owner/name@commit/file
     rows = datasets.load_dataset(name, split="train", **place)
@@ -137,7 +142,8 @@ def load_files(corpus: dict, source: Path) -> tuple[Iterable[dict], dict]:
     if (builder := BUILDERS.get(files[0].suffix)) is None:
         raise UserError(f"{source}: {files[0].suffix} files are not read; see {corpus['home']}")
     lines = [f"{file_sha256(path)}  {path.relative_to(source).as_posix()}\n" for path in files]
-    sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()  # of what `sha256sum` prints
+    listing = hashlib.sha256("".join(lines).encode()).hexdigest()  # as of `sha256sum`
+    sha256 = file_sha256(source) if source.is_file() else listing
     how = {"sample_by": "document"} if builder == "text" else {}
     rows = datasets.load_dataset(builder, data_files=[*map(str, files)], split="train", **how)
     if builder == "text":
@@ -155,6 +161,8 @@ def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) ->
     """Yield the lines to write and their part, train or valid; count what is read and dropped."""
     seen = set()  # digests, since two million stories would not fit in memory
     for record in tqdm(records, unit=" records", disable=None):
+        if counts["train"] + counts["valid"] == rules.get("limit"):
+            return
         counts["read"] += 1
         example = CONVERTERS[kind](record, rules)
         once = {} if isinstance(example, str) else example[2]
@@ -169,26 +177,24 @@ def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) ->
         yield part, example[1]
 
 
-def write_corpus(name: str, records: Iterable[dict], folder: Path) -> dict:
-    """Write the two parts aside, then move them into place; return settings, counts and hashes."""
-    kind, rules, counts = CORPORA[name]["kind"], CORPORA[name]["rules"], Counter(train=0, valid=0)
+def write_corpus(name: str, records: Iterable[dict], rules: dict, folder: Path) -> dict:
+    """Write the two parts once all is read; return settings, counts and hashes."""
+    kind, counts = CORPORA[name]["kind"], Counter(train=0, valid=0)
     names = {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
+    # Packed in memory, without file name and time: the same text gives the same bytes.
+    packed = {part: io.BytesIO() for part in names}
+    files = {part: gzip.GzipFile("", "wb", 6, packed[part], mtime=0) for part in names}
     digests = {part: hashlib.sha256() for part in names}  # of the text: zlibs differ in their bytes
+    for part, data in split_records(kind, records, rules, counts):
+        line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
+        files[part].write(line)
+        digests[part].update(line)
+    if not counts["train"]:
+        raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as aside:
-        with ExitStack() as stack:
-            # Without file name and time, so that the same text gives the same bytes.
-            raw = {p: stack.enter_context(Path(aside, names[p]).open("wb")) for p in names}
-            zipped = {p: gzip.GzipFile("", "wb", 6, raw[p], mtime=0) for p in names}
-            files = {p: stack.enter_context(zipped[p]) for p in names}
-            for part, data in split_records(kind, records, rules, counts):
-                line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
-                files[part].write(line)
-                digests[part].update(line)
-        if not counts["train"]:
-            raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
-        for file in names.values():
-            replace_file(Path(aside, file), folder / file)
+    for part, file in names.items():
+        files[part].close()
+        write_bytes(folder / file, packed[part].getbuffer())
     outputs = {file: {"content_sha256": digests[p].hexdigest()} for p, file in names.items()}
     return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
@@ -199,18 +205,26 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("corpus", nargs="?", choices=CORPORA, help="one of the names that --list prints")
     add("--list", action="store_true", help="print the corpora and stop")
-    add("--source", type=Path, help="raw file or folder to read instead of the hub")
     add("--output_dir", type=Path, default=REPO_DIR / "dataset/data", help="(dataset/data/)")
+    for rule, (kind, text) in RULES.items():
+        add(f"--{rule}", type=kind, help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--source", type=Path, help="raw file or folder to read instead of the hub")
+    add("--revision", help="branch, tag or commit of the hub's repository")
     args = parser.parse_args(argv)
     if args.list or args.corpus is None:
         for name, corpus in CORPORA.items():
             print(f"{name}\n  {corpus['home']}\n  {corpus['license']}; {corpus['credit']}")
         return 0
     name, corpus = args.corpus, CORPORA[args.corpus]
+    given = {rule: vars(args)[rule] for rule in RULES if vars(args)[rule] is not None}
+    if idle := given.keys() - corpus["rules"].keys() - {"limit"}:
+        parser.error(f"--{min(idle)} does nothing for {name}; leave it out")
+    rules = corpus["rules"] | given
     datasets.disable_progress_bars()
     try:
-        raw = load_files(corpus, args.source) if args.source else load_hub(corpus)
-        result = write_corpus(name, raw[0], args.output_dir)
+        raw = load_files(corpus, args.source) if args.source else load_hub(corpus, args.revision)
+        result = write_corpus(name, raw[0], rules, args.output_dir)
     except (KeyError, TypeError, ElementTree.ParseError) as error:
         raise UserError(f"{args.source}: not a record of {name} ({error!r})") from error
     except (datasets.exceptions.DatasetsError, ConnectionError) as error:

@@ -87,7 +87,7 @@ def compare_nll(a: dict[str, dict], b: dict[str, dict]) -> pd.DataFrame:
         tokens = np.array([one["tokens"]])
         found = paired_bootstrap(np.subtract([other["nats"]], [one["nats"]]) / tokens, tokens)
         means = (a[name]["nats_per_token"], b[name]["nats_per_token"])
-        rows.append(["-", name, *means, *found, None])
+        rows.append(["-", name, *means, *found])
     return pd.DataFrame(rows, columns=COMPARISON)
 
 
@@ -119,13 +119,12 @@ def add_topic_measures(
 ) -> None:
     """Set `off_topic` of each sample; a blank answer is likely under all prompts, so off topic."""
     model, tokenizer = judge
-    candidates = draw_candidates(prompts)
-    index = {prompt.id: i for i, prompt in enumerate(prompts)}
+    candidates = {prompts[own[0]].id: own for own in draw_candidates(prompts)}
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     pairs = []
     for sample in samples:
         answer = {"role": "assistant", "content": special.sub("", sample["output"])}
-        talks = [[*prompts[i].messages, answer] for i in candidates[index[sample["id"]]]]
+        talks = [[*prompts[i].messages, answer] for i in candidates[sample["id"]]]
         for ids, labeled in encode_conversations(tokenizer, talks):
             ids, labels = np.array(ids), np.full(len(ids), IGNORE_INDEX)
             end = np.flatnonzero(labeled)[-1]  # left out: not all answers have an end token

@@ -15,13 +15,13 @@ The first 4 are shares of the prompts with a check, the next 4 of all.
 import numpy as np
 import pandas as pd
 
-from evaluation.probe.statistics import mcnemar, most_unseen, paired_bootstrap, wilson_interval
+from evaluation.probe.statistics import most_unseen, paired_bootstrap, wilson_interval
 from model.files import UserError
 
 CHECKED = ("correct", "other thing", "wrong fact", "wrong form")
 SHARES = (*CHECKED, "blank", "endless", "loop", "off_topic")
 MEASURES = (*SHARES, "tokens", "seq_rep_4")
-COMPARISON = ["decoding", "measure", "a", "b", "difference", "low", "high", "p"]
+COMPARISON = ["decoding", "measure", "a", "b", "difference", "low", "high"]
 
 
 def tabulate_measures(samples: list[dict]) -> pd.DataFrame:
@@ -56,8 +56,8 @@ def summarize(samples: list[dict]) -> pd.DataFrame:
 def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
     """Compare B's samples with A's prompt by prompt: a line for each decoding and measure.
 
-    The 95% interval is a bootstrap over seeds and prompts; `p` is McNemar's, of shares with one
-    answer a prompt. Samples of other prompts, decodings or seeds are refused.
+    The 95% interval is a bootstrap over seeds and prompts. Samples of other prompts, decodings or
+    seeds are refused.
     """
     keys = ["decoding", "measure", "seed", "id", "prompt_sha256"]
     a, b = (tabulate_measures(s).set_index(keys)["value"] for s in (samples_a, samples_b))
@@ -69,12 +69,10 @@ def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
     for (decoding, measure), group in both.groupby(["decoding", "measure"], sort=False):
         tables = group.reset_index().pivot(index="seed", columns="id", values=["a", "b"])
         a, b = tables["a"].to_numpy(), tables["b"].to_numpy()  # (seeds, prompts), with gaps
-        there, p = ~np.isnan(a) & ~np.isnan(b), None
+        there = ~np.isnan(a) & ~np.isnan(b)
         mean, low, high = paired_bootstrap(np.where(there, b - a, 0), there.astype(float))
         if measure in SHARES and not (a != b)[there].any():  # each resample says 0
             high = most_unseen(int(there.any(axis=0).sum()))
             low = -high
-        if measure in SHARES and len(a) == 1:
-            p = mcnemar(a[0].astype(bool), b[0].astype(bool))
-        rows.append([decoding, measure, a[there].mean(), b[there].mean(), mean, low, high, p])
+        rows.append([decoding, measure, a[there].mean(), b[there].mean(), mean, low, high])
     return pd.DataFrame(rows, columns=COMPARISON)

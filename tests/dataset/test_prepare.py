@@ -18,14 +18,13 @@ from tests.trainer.runs import exit_code, write_jsonl
 # At a held-out share of one half, by the hash of the words alone.
 HELD_OUT = ["Asthma", "Scurvy", "Water", "Iron", "What is tea?", "Say hello."]
 TRAINED_ON = ["Acromegaly", "Gout", "April", "Moon", "Name a color.", "Why do cats purr?"]
+HALF = ("--valid_fraction", "0.5")
 
 
 @pytest.fixture(autouse=True)
-def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of all groups are held out; the datasets library keeps its files with the test's."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The datasets library keeps its files with the test's."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    for corpus in CORPORA.values():
-        monkeypatch.setitem(corpus["rules"], "valid_fraction", 0.5)
 
 
 def write_records(path: Path, records: list[dict]) -> Path:
@@ -38,9 +37,9 @@ def write_records(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def prepare(out: Path, name: str, source: Path) -> tuple[list, list, dict]:
+def prepare(out: Path, name: str, source: Path, *flags: str) -> tuple[list, list, dict]:
     """Run the command line; the train part, the held-out part and the record."""
-    assert main([name, "--source", str(source), "--output_dir", str(out)]) == 0
+    assert main([name, "--source", str(source), "--output_dir", str(out), *flags]) == 0
     paths = [out / f"{name}.jsonl.gz", out / f"{name}_valid.jsonl.gz"]
     texts = [gzip.decompress(path.read_bytes()).splitlines() for path in paths]
     parts = [[json.loads(line) for line in lines] for lines in texts]
@@ -79,7 +78,7 @@ def test_articles_in_parquet_shards(tmp_path: Path) -> None:
     write_records(shards / "train-00001.parquet", rows)
     rows = [article("Moon", f"  {text}\n"), article("Water", "b" * 600)]
     write_records(shards / "train-00000.parquet", rows)
-    train, valid, record = prepare(tmp_path / "out", "simplewiki", tmp_path)
+    train, valid, record = prepare(tmp_path / "out", "simplewiki", tmp_path, *HALF)
     assert train == [{"text": f"Moon\n{text}"}]
     assert valid == [{"text": "Water\n" + "b" * 600}]
     counts = {"read": 4, "train": 1, "valid": 1, "duplicate_text": 1, "too_short": 1}
@@ -93,7 +92,7 @@ def test_dolly(tmp_path: Path) -> None:
     triples += [("Empty?", "", " "), (" ", "", "An answer.")]
     rows = [dict(zip(("instruction", "context", "response"), t, strict=True)) for t in triples]
     source = write_records(tmp_path / "databricks-dolly-15k.jsonl", rows)
-    train, valid, record = prepare(tmp_path / "out", "dolly", source)
+    train, valid, record = prepare(tmp_path / "out", "dolly", source, *HALF)
     assert train == [chat("Why do cats purr?", " ".join(["w"] * 80))]
     assert valid == [chat("What is tea?", "A drink.\n\nIt  is hot.")]
     dropped = {"answer_too_long": 1, "duplicate_question": 1, "empty_answer": 2}
@@ -105,7 +104,7 @@ def test_alpaca_is_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     triples = [("Name a color.", "", "Red."), ("Say hello.", "", "Hello."), ("Sum up.", "A", "B.")]
     rows = [dict(zip(("instruction", "input", "output"), t, strict=True)) for t in triples]
     (tmp_path / "alpaca_data.json").write_text(json.dumps(rows, indent=4))
-    train, valid, record = prepare(tmp_path / "out", "alpaca", tmp_path)
+    train, valid, record = prepare(tmp_path / "out", "alpaca", tmp_path, *HALF)
     assert (train, valid) == ([chat("Name a color.", "Red.")], [chat("Say hello.", "Hello.")])
     assert record["counts"] == {"read": 3, "train": 1, "valid": 1, "has_input": 1}
     assert "research only" in capsys.readouterr().out
@@ -124,7 +123,7 @@ def test_medquad_splits_by_disease_and_drops_what_has_no_answer(tmp_path: Path) 
     write_disease(folder / "5_QA/2.xml", "Gout", *pairs)
     write_disease(folder / "6_QA/1.xml", "ASTHMA", ("Where ?", "In the lungs."))
     write_disease(folder / "6_QA/2.xml", " ", ("What ?", "It is this one."))
-    train, valid, record = prepare(tmp_path / "out", "medquad", folder)
+    train, valid, record = prepare(tmp_path / "out", "medquad", folder, *HALF)
     assert train == [chat("What is (are) Gout?", "- joint pain - heat and swelling")]
     answers = ["Asthma is\na disease & a burden.", shared, "In the lungs."]
     questions = ["What is (are) Asthma?", "What causes Asthma?", "Where?"]
@@ -137,8 +136,8 @@ def test_medquad_splits_by_disease_and_drops_what_has_no_answer(tmp_path: Path) 
 def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> None:
     rows = [{"text": " <|im_start|>你好<|im_end|> "}, {"text": " "}, {"text": "再见", "score": 1}]
     source = write_records(tmp_path / "pretrain_hq.jsonl", rows)
-    train, valid, record = prepare(tmp_path / "out", "minimind-pretrain", source)
-    assert train + valid == [{"text": "再见"}, {"text": " <|im_start|>你好<|im_end|> "}]
+    train, _, record = prepare(tmp_path / "out", "minimind-pretrain", source)
+    assert train == [{"text": " <|im_start|>你好<|im_end|> "}, {"text": "再见"}]
     assert record["counts"]["empty_text"] == 1
     sound = chat("Moon", "b", "c", "d")
     sound["conversations"].insert(0, {"role": "system", "content": ""})
@@ -147,43 +146,41 @@ def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> 
     rows = [sound, thought, chat("Water", " b "), chat("a", " "), {"conversations": []}]
     rows += [{"conversations": chat("a", "b")["conversations"][:1]}]
     source = write_records(tmp_path / "lora_medical.jsonl", rows)
-    train, valid, record = prepare(tmp_path / "out", "minimind-medical", source)
+    train, valid, record = prepare(tmp_path / "out", "minimind-medical", source, *HALF)
     assert train == [chat("Moon", "b", "c", "d")]  # without its empty system turn
     record_messages(train[0], "what prepare.py wrote")
     assert valid == [chat("Water", " b ")]
     assert record["counts"]["unreadable"] == 4
 
 
-def test_order_and_additions_move_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(CORPORA["simplewiki"]["rules"], "min_chars", 1)
+def test_order_and_additions_move_nothing(tmp_path: Path) -> None:
     rows, sides = [article(t, f"Text of {t}.") for t in HELD_OUT + TRAINED_ON], []
     newer = [article(f"New {n}", f"New text {n}.") for n in range(50)]
     for records in (rows, rows[::-1], newer + rows):
         source = write_records(tmp_path / f"{len(sides)}.jsonl", records)
-        valid = prepare(tmp_path / "out", "simplewiki", source)[1]
+        valid = prepare(tmp_path / "out", "simplewiki", source, "--min_chars", "1", *HALF)[1]
         sides.append({r["text"].partition("\n")[0] for r in valid if r["text"][:3] != "New"})
     assert sides == [set(HELD_OUT)] * 3
 
 
 def test_same_source_same_bytes_and_the_record_vouches_for_them(tmp_path: Path) -> None:
-    """The source is a gzip file."""
-    texts = {"A": "", "Moon": "Día " * 125, "Water": "Wet " * 125}
+    """The source is a gzip file; the limit counts what is kept."""
+    texts = {"A": "", "Moon": "Día.", "Water": "Wet.", "Never": "read"}
     lines = write_records(tmp_path / "x.jsonl", [article(*item) for item in texts.items()])
     source = tmp_path / "x.jsonl.gz"
     source.write_bytes(gzip.compress(lines.read_bytes()))
-    train, _, record = prepare(tmp_path / "one", "simplewiki", source)
-    prepare(tmp_path / "two" / "deep", "simplewiki", source)
+    flags = ("--min_chars", "1", "--limit", "2", *HALF)
+    record = prepare(tmp_path / "one", "simplewiki", source, *flags)[2]
+    prepare(tmp_path / "two" / "deep", "simplewiki", source, *flags)
     for name in ("simplewiki.jsonl.gz", "simplewiki_valid.jsonl.gz", "simplewiki.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two/deep" / name).read_bytes()
     data = (tmp_path / "one" / "simplewiki.jsonl.gz").read_bytes()
     assert data[3:8] == bytes(5)  # flags (no file name) and time in the gzip header
-    text = json.dumps(train[0], ensure_ascii=False) + "\n"
-    digests = [hashlib.sha256(text.encode()).hexdigest()]
-    assert list(record["outputs"]["simplewiki.jsonl.gz"].values()) == digests
-    listing = f"{hashlib.sha256(source.read_bytes()).hexdigest()}  .\n"
-    origin = {"path": "x.jsonl.gz", "files": 1}
-    origin["sha256"] = hashlib.sha256(listing.encode()).hexdigest()
-    assert record["source"] == origin
+    content = hashlib.sha256('{"text": "Moon\\nDía."}\n'.encode()).hexdigest()
+    assert record["outputs"]["simplewiki.jsonl.gz"] == {"content_sha256": content}
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert record["source"] == {"path": "x.jsonl.gz", "files": 1, "sha256": digest}
+    assert (record["counts"]["read"], record["settings"]["limit"]) == (3, 2)
 
 
 def test_list_names_every_corpus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +202,8 @@ DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n
         ("medquad", "m.xml", "<Document><Focus>", "not a record of medquad"),
         ("medquad", None, None, "git clone https://github.com/abachaa/MedQuAD"),
         ("medquad --source .ci", None, None, "no **/*.xml; see https://github.com/abachaa/MedQuAD"),
+        ("dolly --source x --revision main", None, None, "not allowed with argument --source"),
+        ("dolly --min_chars 9", None, None, "--min_chars does nothing for dolly"),
     ],
 )
 def test_refusals_lose_nothing(tmp_path: Path, capsys, words, file, content, reason) -> None:
@@ -228,7 +227,7 @@ def test_hub_files_and_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     row = {"instruction": "Name a color.", "context": "", "response": "Red."}
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or [row])
-    assert main(["dolly", "--output_dir", str(tmp_path)]) == 0
-    assert calls == [((name,), {"data_files": file, "revision": "main", "split": "train"})]
+    assert main(["dolly", "--output_dir", str(tmp_path), "--revision", "v1"]) == 0
+    assert calls == [((name,), {"data_files": file, "revision": "v1", "split": "train"})]
     record = json.loads((tmp_path / "dolly.json").read_text())
     assert record["source"] == {"hub": name, "revision": "a" * 40, "files": 1}
