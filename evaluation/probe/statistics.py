@@ -1,7 +1,7 @@
 """Intervals: how sure a share or a difference is.
 
-Other intervals are scipy's. scipy lacks the two-level bootstrap: here it is a few lines of numpy over
-resampling counts, whose row d counts how often draw d takes each unit.
+Other intervals are scipy's, which lacks the two-level bootstrap: here it is a few lines of numpy
+over resampling counts, whose row d counts how often draw d takes each unit.
 """
 
 from functools import lru_cache
