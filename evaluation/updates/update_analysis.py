@@ -2,14 +2,13 @@
 
     python evaluation/updates/update_analysis.py --base out/pretrain --tuned out/full_sft
 
-prints ranks and intruder dimensions, and writes them to <tuned>/update_analysis.json with the
+prints norms and ranks, and writes them to <tuned>/update_analysis.json with singular values and the
 shares of squared norm and of parameters by kind of module and by layer. `--truncate 1 2 4` writes
 checkpoints <tuned>_rank<r> instead, for eval_llm.py and transformers: there dW of each linear layer
 is cut to rank r, and dW of embedding and norms is whole.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pandas as pd
 import torch
-from scipy.stats import beta
 from torch import Tensor
 
 from model.checkpoint import load_checkpoint, load_model, save_model, weights_fingerprint
@@ -26,8 +24,6 @@ from model.model_lora import build_merged
 from model.model_minimind import MiniMindForCausalLM
 from trainer.arguments import SIZE
 
-INTRUDER_COS = 0.5  # epsilon of Shuttleworth et al. 2024, arXiv 2410.21228
-RANDOM_DRAWS = 5  # random updates that an intruder count is compared with
 Update = dict[str, Tensor]  # float64, by the name of the weight; a tied head is the embedding
 
 
@@ -58,47 +54,14 @@ def measure_ranks(s: Tensor) -> dict[str, float]:
     }
 
 
-def draw_directions(s: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return a matrix (m, n) with singular values `s` and random singular vectors."""
-    factors = [torch.randn(size, len(s), dtype=s.dtype, generator=generator) for size in shape]
-    u, v = (torch.linalg.qr(factor).Q for factor in factors)
-    return (u * s) @ v.T
-
-
-def count_intruders(w0: Tensor, delta: Tensor, generator: torch.Generator) -> dict:
-    """Count intruder dimensions, and those that random directions give.
-
-    An intruder is one of W's top k left singular vectors, k = max(3, min(m, n) / 50), whose |cos|
-    with every left singular vector of W0 is below 0.5. The paper has k = 10 at width 512. The null
-    has dW's singular values in random directions. One squared cosine of a random direction is
-    Beta(1/2, (m - 1) / 2); by the union bound all min(m, n) cosines are below `null95` with
-    probability 95%: 0.308 for 128 x 128, 0.230 for 256, 0.171 for 512.
-    """
-    count = min(delta.shape)
-    k = min(count, max(3, count // 50))
-    s, u0 = torch.linalg.svdvals(delta), torch.linalg.svd(w0, full_matrices=False).U
-    updates = [delta, *(draw_directions(s, delta.shape, generator) for _ in range(RANDOM_DRAWS))]
-    tuned = [torch.linalg.svd(w0 + update, full_matrices=False).U[:, :k] for update in updates]
-    cosines = torch.stack([(u0.T @ vectors).abs().amax(0) for vectors in tuned])
-    counts = (cosines < INTRUDER_COS).sum(dim=1).double()
-    return {
-        "k": k,
-        "max_cos": cosines[0].tolist(),
-        "null95": math.sqrt(beta.isf(0.05 / count, 0.5, (len(delta) - 1) / 2)),
-        "count": int(counts[0]),
-        "random": counts[1:].mean().item(),
-    }
-
-
-def describe_matrix(w0: Tensor, delta: Tensor, generator: torch.Generator) -> dict:
-    """Describe the update of one matrix: size, ranks, intruders, singular values."""
+def describe_matrix(w0: Tensor, delta: Tensor) -> dict:
+    """Describe the update of one matrix: size, ranks, singular values."""
     s = torch.linalg.svdvals(delta)
     return {
         "shape": list(delta.shape),
         "frobenius": delta.norm().item(),
         "relative": (delta.norm() / w0.norm()).item(),
         **measure_ranks(s),
-        "intruders": count_intruders(w0, delta, generator),
         "singular_values": s.tolist(),
     }
 
@@ -146,18 +109,18 @@ def main(argv: list[str] | None = None) -> None:
         write_truncated(args.base, delta, rank, folder)
     if folders:
         return
-    generator = torch.Generator().manual_seed(0)
     before = dict(base.named_parameters())
     matrices = [
         {"name": name.removesuffix(".weight")}
-        | describe_matrix(before[name].detach().double(), tensor, generator)
+        | describe_matrix(before[name].detach().double(), tensor)
         for name, tensor in delta.items()
         if tensor.ndim == 2 and tensor.any()
     ]
     unchanged = [name for name, tensor in delta.items() if not tensor.any()]
-    shares, table = compute_shares(delta), pd.json_normalize(matrices)
-    table = table.drop(columns=["singular_values", "intruders.max_cos", "intruders.null95"])
-    print(table.to_string(index=False, float_format="{:.3f}".format))
+    shares, table = compute_shares(delta), pd.DataFrame(matrices)
+    print(
+        table.drop(columns="singular_values").to_string(index=False, float_format="{:.3f}".format)
+    )
     print(pd.DataFrame(shares["by_kind"]).T.to_string(float_format="{:.1%}".format))
     record = {"base": args.base.name, "base_fingerprint": weights_fingerprint(base)}
     record |= {"tuned": args.tuned.name, "shares": shares, "unchanged": unchanged}
