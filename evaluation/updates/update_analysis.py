@@ -101,13 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     base = load_model(args.base)
     delta = read_update(base, args.tuned)
-    place = args.tuned.as_posix()
-    folders = {rank: Path(f"{place}_rank{rank}") for rank in args.truncate}
-    for folder in filter(Path.exists, folders.values()):
-        raise UserError(f"{folder}: exists; remove it")
-    for rank, folder in folders.items():
+    for rank in args.truncate:
+        folder = Path(f"{args.tuned}_rank{rank}")
+        if folder.exists():
+            raise UserError(f"{folder}: exists; remove it")
         write_truncated(args.base, delta, rank, folder)
-    if folders:
+    if args.truncate:
         return
     before = dict(base.named_parameters())
     matrices = [
@@ -118,9 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     unchanged = [name for name, tensor in delta.items() if not tensor.any()]
     shares, table = compute_shares(delta), pd.DataFrame(matrices)
-    print(
-        table.drop(columns="singular_values").to_string(index=False, float_format="{:.3f}".format)
-    )
+    print(table.drop(columns="singular_values").round(3).to_string(index=False))
     print(pd.DataFrame(shares["by_kind"]).T.to_string(float_format="{:.1%}".format))
     record = {"base": args.base.name, "base_fingerprint": weights_fingerprint(base)}
     record |= {"tuned": args.tuned.name, "shares": shares, "unchanged": unchanged}
