@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -71,11 +72,16 @@ class Runner:
     async def train(self, run: Run, folder: Path) -> dict:
         """Train from the saved state, if there is one, and return run.json.
 
-        A base trains beside its folder, into which its weights go rounded to bfloat16.
+        A base that ships in bases/ is copied. Another one trains beside its folder, into which its
+        weights go rounded to bfloat16.
 
         Raises:
             UserError: training failed; a run that diverged is a result, not a failure.
         """
+        shipped = self.results_dir / "bases" / run.id
+        if run.arm == "base" and shipped.is_dir():
+            shutil.copytree(shipped, folder, dirs_exist_ok=True)
+            return read_json(folder / "run.json")
         trained = folder.with_name(f"{run.id}-float32") if run.arm == "base" else folder
         path = trained / "run.json"
         if not path.is_file() or read_json(path)["status"] not in ENDED:
