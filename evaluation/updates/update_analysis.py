@@ -39,29 +39,22 @@ def read_update(base: MiniMindForCausalLM, path: Path) -> Update:
     return delta
 
 
-def measure_ranks(s: Tensor) -> dict[str, float]:
-    """Measure the rank of an update by its singular values, in 3 ways.
+def describe_matrix(w0: Tensor, delta: Tensor) -> dict:
+    """Describe the update of one matrix: norms, singular values s, and its rank in 3 ways.
 
     r90 singular values hold 90% of the squared norm. The effective rank is exp(-sum p ln p) with
     p = s / sum s (Roy and Vetterli 2007, EUSIPCO). The stable rank is the squared Frobenius norm
     over the squared spectral norm.
     """
-    energy = s.square().cumsum(0)
-    return {
-        "r90": int((energy < (0.9 - 1e-9) * energy[-1]).sum()) + 1,  # rounding aside
-        "effective_rank": torch.special.entr(s / s.sum()).sum().exp().item(),
-        "stable_rank": (energy[-1] / s[0] ** 2).item(),
-    }
-
-
-def describe_matrix(w0: Tensor, delta: Tensor) -> dict:
-    """Describe the update of one matrix: size, ranks, singular values."""
     s = torch.linalg.svdvals(delta)
+    energy = s.square().cumsum(0)
     return {
         "shape": list(delta.shape),
         "frobenius": delta.norm().item(),
         "relative": (delta.norm() / w0.norm()).item(),
-        **measure_ranks(s),
+        "r90": int((energy < (0.9 - 1e-9) * energy[-1]).sum()) + 1,  # rounding aside
+        "effective_rank": torch.special.entr(s / s.sum()).sum().exp().item(),
+        "stable_rank": (energy[-1] / s[0] ** 2).item(),
         "singular_values": s.tolist(),
     }
 
