@@ -7,7 +7,6 @@
     loop          4 characters or more stand 3 times in a row
     off_topic     an independent model finds it likelier under another prompt (likelihood.py)
     tokens        length of the answer without its end token
-    seq_rep_4     share of repeated 4-grams of tokens (Welleck et al. 2020, arXiv 1908.04319)
 
 The first 4 are shares of the prompts with a check, the next 4 of all.
 """
@@ -20,7 +19,7 @@ from model.files import UserError
 
 CHECKED = ("correct", "other thing", "wrong fact", "wrong form")
 SHARES = (*CHECKED, "blank", "endless", "loop", "off_topic")
-MEASURES = (*SHARES, "tokens", "seq_rep_4")
+MEASURES = (*SHARES, "tokens")
 COMPARISON = ["decoding", "measure", "a", "b", "difference", "low", "high"]
 
 

@@ -16,14 +16,14 @@ from model.files import UserError
 def make_answer(number: int, outcome: str | None = None, **fields) -> dict:
     """Make a sample with an unremarkable answer; `fields` replace what matters."""
     flags = {"blank": False, "endless": False, "loop": False, "off_topic": None}
-    values = {"tokens": 4, "seq_rep_4": 0.5, "prompt_sha256": "x"}
+    values = {"tokens": 4, "prompt_sha256": "x"}
     origin = {"id": f"p{number}", "section": "A", "decoding": "greedy", "seed": None}
     return origin | flags | values | {"outcome": outcome} | fields
 
 
 def test_summary_by_hand():
     samples = [make_answer(0, "correct", tokens=2), make_answer(1, "wrong fact", section="B")]
-    samples += [make_answer(2, blank=True, tokens=0, seq_rep_4=None)]
+    samples += [make_answer(2, blank=True, tokens=0)]
     table = summarize(samples).set_index(["section", "measure"])
     correct = table.loc[("all", "correct")]
     assert (correct.value, correct.n) == (0.5, 2)  # of the two with a check
@@ -31,7 +31,6 @@ def test_summary_by_hand():
     assert table.loc[("B", "wrong fact")].value == 1 and table.loc[("A", "wrong fact")].value == 0
     assert table.loc[("all", "blank")].value == pytest.approx(1 / 3, abs=1e-6)
     assert table.loc[("all", "tokens")].value == 2
-    assert table.loc[("all", "seq_rep_4")][["value", "n"]].tolist() == [0.5, 2]
     assert "off_topic" not in table.index.get_level_values("measure")
 
 
