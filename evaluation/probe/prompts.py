@@ -97,10 +97,7 @@ def parse_record(where: str, record: dict, path: Path) -> Prompt:
 
 def parse_markdown(path: Path) -> Iterator[Prompt]:
     """Yield the prompts of a Markdown file; errors name the prompt."""
-    try:
-        _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8; convert the file") from error
+    _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
     section = ""
     for mark, title, body in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         if mark == "##":

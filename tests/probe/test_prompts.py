@@ -69,13 +69,12 @@ Prose, which is not read.
         ("> Hi\n- reference: x\n- check: upper = true", "a: the reference fails its check: wrong"),
         ("> Hi\n- reference: x\n- check: about = ['no.such']", "the world has no list 'no.such'"),
         ("> Hi\n### a\n> Ho", "two prompts have the id 'a'"),
-        ("> Café", "not UTF-8"),
         (None, "holds no prompt"),
     ],
 )
 def test_a_broken_prompt_is_named(tmp_path, body, message):
     path = tmp_path / "p.md"
-    path.write_text(f"## S\n### a\n{body}\n" if body else "# Prose\n", encoding="latin-1")
+    path.write_text(f"## S\n### a\n{body}\n" if body else "# Prose\n")
     with pytest.raises(UserError, match=f"p.md: .*{message}"):
         read_prompts(path)
 
