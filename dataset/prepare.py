@@ -33,12 +33,7 @@ from model.files import REPO_DIR, UserError, file_sha256, run_script, write_byte
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
-RULES = {
-    "valid_fraction": (float, "share of titles, questions or diseases held out"),
-    "min_chars": (int, "drop shorter texts (simplewiki 500, tinystories 1)"),
-    "max_words": (int, "drop longer answers (dolly, alpaca 80; medquad 200)"),
-    "limit": (int, "stop once so many examples are kept"),
-}
+RULES = {"valid_fraction": float, "min_chars": int, "max_words": int, "limit": int}
 
 # A record's group, which is held out as a whole, its line to write, and texts that stand once only.
 Example = tuple[str, dict, dict[str, str]]
@@ -206,8 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     add("corpus", nargs="?", choices=CORPORA, help="one of the names that --list prints")
     add("--list", action="store_true", help="print the corpora and stop")
     add("--output_dir", type=Path, default=REPO_DIR / "dataset/data", help="(dataset/data/)")
-    for rule, (kind, text) in RULES.items():
-        add(f"--{rule}", type=kind, help=text)
+    for rule, kind in RULES.items():
+        add(f"--{rule}", type=kind, help="instead of the corpus's rule in corpora.toml")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--source", type=Path, help="raw file or folder to read instead of the hub")
     add("--revision", help="branch, tag or commit of the hub's repository")

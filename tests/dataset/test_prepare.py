@@ -4,9 +4,7 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -183,12 +181,6 @@ def test_same_source_same_bytes_and_the_record_vouches_for_them(tmp_path: Path) 
     assert (record["counts"]["read"], record["settings"]["limit"]) == (3, 2)
 
 
-def test_list_names_every_corpus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--list"]) == 0
-    lines = [f"{n}\n  {c['home']}\n  {c['license']}; {c['credit']}\n" for n, c in CORPORA.items()]
-    assert capsys.readouterr().out == "".join(lines)
-
-
 DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n'
 
 
@@ -218,16 +210,3 @@ def test_refusals_lose_nothing(tmp_path: Path, capsys, words, file, content, rea
     errors = capsys.readouterr().err
     assert "error: " in errors and reason in errors
     assert [path.read_text() for path in out.iterdir()] == ["dear"]
-
-
-def test_hub_files_and_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, file, calls = "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl", []
-    files = {"train": [f"hf://datasets/{name}@{'a' * 40}/{file}"]}
-    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
-    row = {"instruction": "Name a color.", "context": "", "response": "Red."}
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or [row])
-    assert main(["dolly", "--output_dir", str(tmp_path), "--revision", "v1"]) == 0
-    assert calls == [((name,), {"data_files": file, "revision": "v1", "split": "train"})]
-    record = json.loads((tmp_path / "dolly.json").read_text())
-    assert record["source"] == {"hub": name, "revision": "a" * 40, "files": 1}
