@@ -14,7 +14,7 @@ The first 4 are shares of the prompts with a check, the next 4 of all.
 import numpy as np
 import pandas as pd
 
-from evaluation.probe.statistics import most_unseen, paired_bootstrap, wilson_interval
+from evaluation.probe.statistics import paired_bootstrap, share_interval
 from model.files import UserError
 
 CHECKED = ("correct", "other thing", "wrong fact", "wrong form")
@@ -45,7 +45,7 @@ def summarize(samples: list[dict]) -> pd.DataFrame:
     groups = long.groupby(["decoding", "section", "measure"], sort=False)["value"]
     table = groups.agg(value="mean", total="sum", n="count").reset_index()
     intervals = [
-        wilson_interval(round(row.total), row.n) if row.measure in SHARES else (None, None)
+        share_interval(round(row.total), row.n) if row.measure in SHARES else (None, None)
         for row in table.itertuples()
     ]
     table[["low", "high"]] = pd.DataFrame(intervals, dtype=float)
@@ -71,7 +71,7 @@ def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
         there = ~np.isnan(a) & ~np.isnan(b)
         mean, low, high = paired_bootstrap(np.where(there, b - a, 0), there.astype(float))
         if measure in SHARES and not (a != b)[there].any():  # each resample says 0
-            high = most_unseen(int(there.any(axis=0).sum()))
+            _, high = share_interval(0, int(there.any(axis=0).sum()), "exact")
             low = -high
         rows.append([decoding, measure, a[there].mean(), b[there].mean(), mean, low, high])
     return pd.DataFrame(rows, columns=COMPARISON)

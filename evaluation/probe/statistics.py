@@ -14,15 +14,10 @@ CONFIDENCE = 0.95
 SEEDS = (0, 1)  # of resampled seeds and prompts: the same data give the same interval
 
 
-def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """Compute the 95% Wilson score interval of a share of k in n."""
-    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+def share_interval(k: int, n: int, method: str = "wilson") -> tuple[float, float]:
+    """Compute the 95% interval of a share of k in n; "exact" is that of Clopper and Pearson."""
+    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method=method)
     return float(interval.low), float(interval.high)
-
-
-def most_unseen(n: int) -> float:
-    """Bound a share that none of n trials showed (Clopper-Pearson); resampling gives 0 there."""
-    return float(stats.binomtest(0, n).proportion_ci(CONFIDENCE, method="exact").high)
 
 
 @lru_cache(maxsize=8)

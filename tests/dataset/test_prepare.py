@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset.lm_dataset import record_messages
-from dataset.prepare import CORPORA, hold_out, main
+from dataset.prepare import hold_out, main
 from tests.trainer.runs import exit_code, write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.
