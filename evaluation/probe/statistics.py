@@ -1,6 +1,6 @@
 """Intervals: how sure a share or a difference is.
 
-Other intervals are scipy's, which lacks the two-level bootstrap: here it is a few lines of numpy
+Those of shares are scipy's, which lacks the two-level bootstrap: here it is a few lines of numpy
 over resampling counts, whose row d counts how often draw d takes each unit.
 """
 
