@@ -151,16 +151,6 @@ def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> 
     assert record["counts"]["unreadable"] == 4
 
 
-def test_order_and_additions_move_nothing(tmp_path: Path) -> None:
-    rows, sides = [article(t, f"Text of {t}.") for t in HELD_OUT + TRAINED_ON], []
-    newer = [article(f"New {n}", f"New text {n}.") for n in range(50)]
-    for records in (rows, rows[::-1], newer + rows):
-        source = write_records(tmp_path / f"{len(sides)}.jsonl", records)
-        valid = prepare(tmp_path / "out", "simplewiki", source, "--min_chars", "1", *HALF)[1]
-        sides.append({r["text"].partition("\n")[0] for r in valid if r["text"][:3] != "New"})
-    assert sides == [set(HELD_OUT)] * 3
-
-
 def test_same_source_same_bytes_and_the_record_vouches_for_them(tmp_path: Path) -> None:
     """The source is a gzip file; the limit counts what is kept."""
     texts = {"A": "", "Moon": "Día.", "Water": "Wet.", "Never": "read"}
