@@ -5,7 +5,7 @@ import json
 from evaluation.probe import outputs
 from evaluation.probe.answers import make_sample
 from evaluation.probe.measures import summarize
-from evaluation.probe.outputs import describe_training, escape_markdown, fence
+from evaluation.probe.outputs import describe_training
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import load_tokenizer
 
@@ -32,11 +32,6 @@ def test_what_was_trained(tmp_path):
     run = {"stage": "pretrain", "settings": {"from_weight": "none"}}
     assert describe(run) == ["base", "all weights", None]
     assert describe({})[:2] == ["mine", "not known: no run.json beside the weights"]
-
-
-def test_escapes():
-    assert escape_markdown("a\n *b* <c> `d` | [e]") == "a \\*b\\* &lt;c&gt; \\`d\\` \\| \\[e\\]"
-    assert fence("x") == "```text\nx\n```" and fence("````") == "`````text\n````\n`````"
 
 
 def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path, capsys):

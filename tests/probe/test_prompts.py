@@ -38,7 +38,6 @@ Prose, which is not read.
 > What is it?
 > In two lines.
 
-- system: Be brief.
 - translation: What?
 - reference: A fox.\\nA second line.
 - check: exact = true
@@ -53,7 +52,7 @@ Prose, which is not read.
     (tmp_path / "p.md").write_text(text)
     one, two = read_prompts(tmp_path / "p.md")
     assert (one.id, one.section, one.translation) == ("one", "Facts", "What?")
-    assert one.text == "system: Be brief.\nuser: What is it?\nIn two lines."
+    assert one.text == "What is it?\nIn two lines."
     assert (one.reference, one.check) == ("A fox.\nA second line.", {"exact": True})
     assert two.messages[1] == {"role": "assistant", "content": "Hello."}
     assert two.text == "user: Hi\nassistant: Hello.\nuser: And now?" and two.check is None
