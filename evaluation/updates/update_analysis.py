@@ -1,15 +1,24 @@
-"""What fine-tuning changed: dW = W - W0 of a checkpoint or an adapter, matrix by matrix.
+r"""What fine-tuning changed: dW = W - W0 of a checkpoint or an adapter, matrix by matrix.
 
     python evaluation/updates/update_analysis.py --base out/pretrain --tuned out/full_sft
 
-prints norms and ranks, and writes them to <tuned>/update_analysis.json with singular values and the
-shares of squared norm and of parameters by kind of module and by layer. `--truncate 1 2 4` writes
-checkpoints <tuned>_rank<r> instead, for eval_llm.py and transformers: there dW of each linear layer
-is cut to rank r, and dW of embedding and norms is whole.
+prints ranks and intruder dimensions (spectra.py), and writes them to <tuned>/update_analysis.json
+with the shares of squared norm and of parameters by kind of module and by layer. With one of these
+flags it writes checkpoints with a part of the update instead, for eval_llm.py and transformers:
+
+    --truncate 1 2 4 8 16     <tuned>_rank<r>: dW of each linear layer cut to rank r
+    --keep square mlp,norms   <tuned>_only_<parts>: the base, and the update of these parts alone
+    --random_rank 8 --seed 0  <tuned>_random_rank8_seed0: a random update of rank 8 with the norm
+                              of dW in each linear layer, the control for --truncate
+
+--rest decides on the update of embedding and norms under --truncate and --random_rank: `keep`,
+`drop`, or `alike`: changed as the linear layers are, a vector as one column.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -18,9 +27,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from evaluation.updates.spectra import cut_to_rank, describe_matrix, draw_low_rank
 from model.checkpoint import load_checkpoint, load_model, save_model, weights_fingerprint
 from model.files import UserError, run_script, write_json
-from model.model_lora import build_merged
+from model.model_lora import build_merged, select_trainable
 from model.model_minimind import MiniMindForCausalLM
 from trainer.arguments import SIZE
 
@@ -39,26 +49,6 @@ def read_update(base: MiniMindForCausalLM, path: Path) -> Update:
     return delta
 
 
-def describe_matrix(w0: Tensor, delta: Tensor) -> dict:
-    """Describe the update of one matrix: norms, singular values s, and its rank in 3 ways.
-
-    r90 singular values hold 90% of the squared norm. The effective rank is exp(-sum p ln p) with
-    p = s / sum s (Roy and Vetterli 2007, EUSIPCO). The stable rank is the squared Frobenius norm
-    over the squared spectral norm.
-    """
-    s = torch.linalg.svdvals(delta)
-    energy = s.square().cumsum(0)
-    return {
-        "shape": list(delta.shape),
-        "frobenius": delta.norm().item(),
-        "relative": (delta.norm() / w0.norm()).item(),
-        "r90": int((energy < (0.9 - 1e-9) * energy[-1]).sum()) + 1,  # rounding aside
-        "effective_rank": torch.special.entr(s / s.sum()).sum().exp().item(),
-        "stable_rank": (energy[-1] / s[0] ** 2).item(),
-        "singular_values": s.tolist(),
-    }
-
-
 def compute_shares(delta: Update) -> dict:
     """Return the shares of squared norm and of parameters, by kind of module and by layer."""
     rows = [(tensor.square().sum().item(), tensor.numel()) for tensor in delta.values()]
@@ -71,50 +61,79 @@ def compute_shares(delta: Update) -> dict:
     return {k: shares.groupby(by, sort=False).sum().to_dict("index") for k, by in tables.items()}
 
 
-def write_truncated(base: Path, delta: Update, rank: int, folder: Path) -> None:
-    """Write the base plus its update, that of each linear layer cut to a rank."""
-    model = load_model(base)
-    for name, weight in model.named_parameters():
-        if ".layers." in name and weight.ndim == 2:
-            u, s, vh = torch.linalg.svd(delta[name], full_matrices=False)
-            weight.data += (u[:, :rank] * s[:rank]) @ vh[:rank]
-        else:
-            weight.data += delta[name]
-    save_model(model, base, folder)
-    print(folder)
+def change_linears(delta: Update, change: Callable[[Tensor], Tensor], rest: str) -> Update:
+    """Apply `change` to the update of each linear layer; `rest` decides for the other weights."""
+    others = {"keep": lambda tensor: tensor, "drop": torch.zeros_like, "alike": change}[rest]
+    is_linear = {name: ".layers." in name and tensor.ndim == 2 for name, tensor in delta.items()}
+    return {n: (change if is_linear[n] else others)(tensor) for n, tensor in delta.items()}
+
+
+def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
+    """Return the changed updates that the flags name, by the ending of their folder."""
+    suffix = "" if args.rest == "keep" else f"_rest_{args.rest}"
+    variants = {}
+    for rank in args.truncate:
+        cut = partial(cut_to_rank, rank=rank)
+        variants[f"_rank{rank}{suffix}"] = change_linears(delta, cut, args.rest)
+    for spec in args.keep:
+        model = load_model(args.base)
+        select_trainable(model, spec)
+        trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
+        variants[f"_only_{spec.replace(',', '_')}"] = {n: t * trained[n] for n, t in delta.items()}
+    if args.random_rank:
+        generator = torch.Generator().manual_seed(args.seed)
+        draw = partial(draw_low_rank, rank=args.random_rank, generator=generator)
+        name = f"_random_rank{args.random_rank}_seed{args.seed}{suffix}"
+        variants[name] = change_linears(delta, draw, args.rest)
+    return variants
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Analyze an update, or write checkpoints in which it is cut to a rank."""
+    """Analyze an update, or write checkpoints with a part of it."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--base", type=Path, required=True, help="where fine-tuning started")
-    parser.add_argument("--tuned", type=Path, required=True, help="checkpoint or adapter folder")
-    parser.add_argument("--truncate", type=SIZE, nargs="+", default=[], metavar="RANK")
+    add = parser.add_argument
+    add("--base", type=Path, required=True, help="where fine-tuning started")
+    add("--tuned", type=Path, required=True, help="checkpoint or adapter folder")
+    add("--truncate", type=SIZE, nargs="+", default=[], metavar="RANK")
+    add("--keep", nargs="+", default=[], metavar="PARTS")
+    add("--random_rank", type=SIZE, metavar="RANK")
+    add("--rest", choices=("keep", "drop", "alike"), default="keep", help="(keep)")
+    add("--seed", type=int, default=0, help="of random directions and updates (0)")
+    add("--output", type=Path, help="JSON file of the analysis")
+    add("--output_dir", type=Path, help="of checkpoints (default: beside --tuned)")
     args = parser.parse_args(argv)
     base = load_model(args.base)
     delta = read_update(base, args.tuned)
-    for rank in args.truncate:
-        folder = Path(f"{args.tuned}_rank{rank}")
+    record = {"base": args.base.name, "base_fingerprint": weights_fingerprint(base)}
+    variants = make_variants(args, delta)
+    for ending, changed in variants.items():
+        folder = (args.output_dir or args.tuned.parent) / f"{args.tuned.name}{ending}"
         if folder.exists():
-            raise UserError(f"{folder}: exists; remove it")
-        write_truncated(args.base, delta, rank, folder)
-    if args.truncate:
+            raise UserError(f"{folder}: exists; remove it or name another --output_dir")
+        model = load_model(args.base)
+        for name, weight in model.named_parameters():
+            weight.data += changed[name]
+        save_model(model, args.base, folder)
+        write_json(folder / "run.json", record | {"part_of_update": ending[1:]})
+        print(folder)
+    if variants:
         return
+    generator = torch.Generator().manual_seed(args.seed)
     before = dict(base.named_parameters())
     matrices = [
         {"name": name.removesuffix(".weight")}
-        | describe_matrix(before[name].detach().double(), tensor)
+        | describe_matrix(before[name].detach().double(), tensor, generator)
         for name, tensor in delta.items()
         if tensor.ndim == 2 and tensor.any()
     ]
     unchanged = [name for name, tensor in delta.items() if not tensor.any()]
-    shares, table = compute_shares(delta), pd.DataFrame(matrices)
-    print(table.drop(columns="singular_values").round(3).to_string(index=False))
+    shares, table = compute_shares(delta), pd.json_normalize(matrices)
+    table = table.drop(columns=["singular_values", "intruders.max_cos", "intruders.null95"])
+    print(table.to_string(index=False, float_format="{:.3f}".format))
     print(pd.DataFrame(shares["by_kind"]).T.to_string(float_format="{:.1%}".format))
-    record = {"base": args.base.name, "base_fingerprint": weights_fingerprint(base)}
     record |= {"tuned": args.tuned.name, "shares": shares, "unchanged": unchanged}
-    write_json(args.tuned / "update_analysis.json", record | {"matrices": matrices})
+    write_json(args.output or args.tuned / "update_analysis.json", record | {"matrices": matrices})
 
 
 if __name__ == "__main__":

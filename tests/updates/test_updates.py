@@ -1,4 +1,4 @@
-"""Ranks by hand; updates of a checkpoint and an adapter, and cut ones."""
+"""Spectra and intruder dimensions by hand; updates of a checkpoint and an adapter, and parts."""
 
 import json
 import math
@@ -7,23 +7,60 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.updates import update_analysis
-from model.checkpoint import TOKENIZER_DIR, load_model, save_model
+from evaluation.updates import spectra
+from evaluation.updates.update_analysis import main
+from model.checkpoint import TOKENIZER_DIR, load_model, save_model, weights_fingerprint
 from model.files import UserError
-from model.model_lora import LoraSettings
-from tests.model.small import make_model, save_adapter
+from model.model_lora import LoraSettings, apply_lora, save_lora
+from tests.model.small import make_model
+
+GENERATOR = torch.Generator().manual_seed(0)
 
 
-def test_ranks_and_norms_of_known_spectra() -> None:
+def test_ranks_of_known_spectra() -> None:
     """Equal values have full rank by all three measures, and 9 of 10 hold 90%."""
-    names = ("r90", "effective_rank", "stable_rank", "frobenius", "relative")
-    w0 = 2 * torch.eye(10).double()
-    equal = update_analysis.describe_matrix(w0, torch.eye(10).double())
-    assert [equal[name] for name in names] == pytest.approx([9, 10, 10, math.sqrt(10), 0.5])
-    two = update_analysis.describe_matrix(w0, torch.diag(torch.tensor([3, 1])).double())
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))  # the squares are 9 and 1
-    assert [two[name] for name in names[:3]] == pytest.approx([1, math.exp(entropy), 10 / 9])
-    assert two["singular_values"] == pytest.approx([3, 1]) and two["shape"] == [2, 2]
+    equal = spectra.measure_ranks(torch.ones(10, dtype=torch.float64))
+    assert list(equal.values()) == pytest.approx([9, 10, 10])
+    two = spectra.measure_ranks(torch.tensor([3.0, 1.0], dtype=torch.float64))  # squares 9 and 1
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert list(two.values()) == pytest.approx([1, math.exp(entropy), 10 / 9])
+
+
+def test_low_rank_keeps_the_largest_directions() -> None:
+    """A diagonal is cut to its largest entries; a vector has rank 1."""
+    entries = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
+    cut = spectra.cut_to_rank(torch.diag(entries), 2)
+    assert torch.allclose(cut, torch.diag(entries * torch.tensor([1, 1, 0])))
+    vector = torch.randn(7, dtype=torch.float64, generator=GENERATOR)
+    assert torch.allclose(spectra.cut_to_rank(vector, 1), vector)
+
+
+def test_random_updates_have_rank_norm_and_spectrum() -> None:
+    delta = torch.randn(12, 8, dtype=torch.float64, generator=GENERATOR)
+    random = spectra.draw_low_rank(delta, 3, GENERATOR)
+    assert torch.linalg.matrix_rank(random) == 3
+    assert random.norm().item() == pytest.approx(delta.norm().item())
+    turned = spectra.draw_directions(torch.linalg.svdvals(delta), delta.shape, GENERATOR)
+    assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(delta))
+
+
+def test_intruders() -> None:
+    """A large update in a new direction intrudes, a scaled W0 does not."""
+    w0 = torch.diag(torch.linspace(2, 1, 128, dtype=torch.float64))
+    scaled = spectra.count_intruders(w0, w0.clone(), GENERATOR)
+    assert scaled["count"] == 0
+    assert scaled["null95"] == pytest.approx(0.308, abs=5e-4)  # of 128 x 128
+    flat = torch.full((128,), 128**-0.5, dtype=torch.float64)  # cos 0.09 with each axis
+    found = spectra.count_intruders(w0, 100 * torch.outer(flat, flat), GENERATOR)
+    assert found["count"] >= 1 and min(found["max_cos"]) < 0.5 and found["k"] == 3
+
+
+def test_description_of_half_the_base() -> None:
+    """Sizes are relative to the base; singular values descend."""
+    w0 = torch.eye(8, dtype=torch.float64)
+    row = spectra.describe_matrix(w0, 0.5 * w0, GENERATOR)
+    assert (row["shape"], row["r90"], row["relative"]) == ([8, 8], 8, pytest.approx(0.5))
+    assert row["singular_values"] == pytest.approx([0.5] * 8)
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +75,32 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def analyze(base: Path, tuned: Path, *words: object) -> dict:
-    update_analysis.main(["--base", str(base), "--tuned", str(tuned), *map(str, words)])
+    main(["--base", str(base), "--tuned", str(tuned), *map(str, words)])
     path = tuned / "update_analysis.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def test_truncated_updates(base: Path) -> None:
-    """Linear layers keep the 2 largest directions of their update, the embedding all of its own."""
-    tuned = base.with_name("tuned")
-    assert analyze(base, tuned, "--truncate", 2) == {}
-    paths = base, tuned, base.with_name("tuned_rank2")
-    before, whole, cut = (load_model(path).state_dict() for path in paths)
-    name = "model.layers.1.self_attn.q_proj.weight"
-    values = torch.linalg.svdvals(whole[name] - before[name])
-    found = torch.linalg.svdvals(cut[name] - before[name])
-    assert torch.allclose(found[:2], values[:2], rtol=1e-4) and found[2:].max() < 1e-4
-    embedding = "model.embed_tokens.weight"
-    assert torch.allclose(cut[embedding], whole[embedding], atol=1e-6)
-    with pytest.raises(UserError, match="tuned_rank2: exists"):
-        analyze(base, tuned, "--truncate", 2)
+def read_delta(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the difference of two checkpoints, by name."""
+    first, second = (load_model(path).state_dict() for path in (base, folder))
+    return {name: second[name] - first[name] for name in first}
+
+
+def test_truncated_and_kept_parts(base: Path) -> None:
+    """Linear layers are cut to rank 2, the embedding is dropped; --keep zeroes all other parts."""
+    tuned, more = base.with_name("tuned"), ("--random_rank", 2, "--rest", "drop")
+    assert analyze(base, tuned, "--truncate", 2, "--keep", "mlp,norms", *more) == {}
+    whole = read_delta(base, tuned)
+    cut = read_delta(base, base.with_name("tuned_rank2_rest_drop"))
+    only = read_delta(base, base.with_name("tuned_only_mlp_norms"))
+    random = read_delta(base, base.with_name("tuned_random_rank2_seed0_rest_drop"))
+    query, gate = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+    assert torch.linalg.matrix_rank(cut[query], rtol=1e-4) == 2
+    assert not cut["model.embed_tokens.weight"].any()
+    assert random[query].norm().item() == pytest.approx(whole[query].norm().item(), rel=1e-4)
+    assert torch.allclose(only[gate], whole[gate], atol=1e-6) and not only[query].any()
+    record = (base.with_name("tuned_only_mlp_norms") / "run.json").read_text()
+    assert json.loads(record)["part_of_update"] == "only_mlp_norms"
 
 
 def test_analysis_of_a_checkpoint(base: Path) -> None:
@@ -75,8 +119,14 @@ def test_analysis_of_a_checkpoint(base: Path) -> None:
 
 def test_update_of_an_adapter_has_its_rank(base: Path) -> None:
     """An adapter of rank 4 on q and o changes these matrices alone."""
+    model = load_model(base)
+    fingerprint, settings = weights_fingerprint(model), LoraSettings(rank=4, targets="square")
+    apply_lora(model, settings)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
     adapter = base.with_name("adapter")
-    save_adapter(base, LoraSettings(rank=4, targets="square"), adapter)
+    save_lora(model, settings, adapter, str(base), fingerprint)
     matrices = analyze(base, adapter)["matrices"]
     assert {row["name"].rpartition(".")[2] for row in matrices} == {"q_proj", "o_proj"}
     assert all(max(row["singular_values"][4:]) < 1e-4 for row in matrices)
