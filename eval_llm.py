@@ -22,7 +22,7 @@ import torch
 from evaluation.probe import outputs
 from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, probe
 from evaluation.probe.chat import chat
-from evaluation.probe.likelihood import add_topic_measures, check_judge, compare_nll, measure_nll
+from evaluation.probe.likelihood import add_topic_measures, compare_nll, measure_nll
 from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
@@ -73,6 +73,7 @@ def check_args(args: argparse.Namespace) -> None:
     problems = {
         "--model: name a checkpoint; --list shows what is there": not (args.list or args.model),
         "--model: outputs have the folder's name; rename one of two": len(names) < len(args.model),
+        "--judge: is a probed --model; give one that was trained apart": args.judge in args.model,
         "--interactive: chats with one --model": args.interactive and len(args.model) > 1,
         "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
         "--judge, --translator, --limit, --prompts: are of probing; drop them": is_other and asking,
@@ -95,7 +96,6 @@ def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
     if args.judge:
-        check_judge(args.judge, args.model)
         judge = load(args.judge, args)
     translator = args.translator and load_translator(args.translator, choose_device(args.device))
     data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}

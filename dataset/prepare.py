@@ -13,13 +13,12 @@ side when the order changes or when a newer dump adds texts.
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import sys
-import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,11 +28,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import record_messages
-from model.files import REPO_DIR, UserError, file_sha256, replace_file, run_script, write_json
+from model.files import REPO_DIR, UserError, file_sha256, run_script, write_bytes, write_json
 
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
+RULES = {"valid_fraction": float, "min_chars": int, "max_words": int, "limit": int}
 
 # A record's group, which is held out as a whole, its line to write, and texts that stand once only.
 Example = tuple[str, dict, dict[str, str]]
@@ -71,7 +71,7 @@ def convert_question(question: str | None, answer: str | None, rules: dict) -> E
     question, answer = (question or "").strip(), (answer or "").strip()
     if not question or not answer:
         return "empty_answer" if question else "empty_question"
-    if not (rules["min_words"] or 0) <= (words := len(answer.split())) <= rules["max_words"]:
+    if not rules.get("min_words", 0) <= (words := len(answer.split())) <= rules["max_words"]:
         return "answer_too_long" if words > rules["max_words"] else "answer_too_short"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return question, {"conversations": turns}, {"question": normalize(question)}
@@ -156,7 +156,7 @@ def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) ->
     """Yield the lines to write and their part, train or valid; count what is read and dropped."""
     seen = set()  # digests, since two million stories would not fit in memory
     for record in tqdm(records, unit=" records", disable=None):
-        if counts["train"] + counts["valid"] == rules["limit"]:
+        if counts["train"] + counts["valid"] == rules.get("limit"):
             return
         counts["read"] += 1
         example = CONVERTERS[kind](record, rules)
@@ -164,7 +164,7 @@ def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) ->
         digests = {n: hashlib.blake2b(f"{n}\n{t}".encode()).digest() for n, t in once.items()}
         repeated = [f"duplicate_{name}" for name, digest in digests.items() if digest in seen]
         if isinstance(example, str) or repeated:
-            counts[f"dropped.{repeated[0] if repeated else example}"] += 1
+            counts[repeated[0] if repeated else example] += 1
             continue
         seen.update(digests.values())
         part = "valid" if hold_out(example[0], rules["valid_fraction"]) else "train"
@@ -173,30 +173,25 @@ def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) ->
 
 
 def write_corpus(name: str, records: Iterable[dict], rules: dict, folder: Path) -> dict:
-    """Write the two parts aside, then move them into place; return counts and hashes."""
-    counts, names = Counter(), {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
+    """Write the two parts once all is read; return settings, counts and hashes."""
+    kind, counts = CORPORA[name]["kind"], Counter(train=0, valid=0)
+    names = {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
+    # Packed in memory, without file name and time: the same text gives the same bytes.
+    packed = {part: io.BytesIO() for part in names}
+    files = {part: gzip.GzipFile("", "wb", 6, packed[part], mtime=0) for part in names}
     digests = {part: hashlib.sha256() for part in names}  # of the text: zlibs differ in their bytes
+    for part, data in split_records(kind, records, rules, counts):
+        line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
+        files[part].write(line)
+        digests[part].update(line)
+    if not counts["train"]:
+        raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as aside, ExitStack() as stack:
-        # Without file name and time, so that the same text gives the same bytes.
-        raw = {part: stack.enter_context(Path(aside, names[part]).open("wb")) for part in names}
-        files = {p: stack.enter_context(gzip.GzipFile("", "wb", 6, raw[p], mtime=0)) for p in names}
-        for part, data in split_records(CORPORA[name]["kind"], records, rules, counts):
-            line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
-            files[part].write(line)
-            digests[part].update(line)
-        if not counts["train"]:
-            raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
-        stack.close()
-        outputs = {}
-        for part, file in names.items():
-            replace_file(Path(aside, file), folder / file)
-            outputs[file] = {"examples": counts[part], "sha256": file_sha256(folder / file)}
-            outputs[file]["content_sha256"] = digests[part].hexdigest()
-    dropped = {key[8:]: n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
-    sums = {"read": counts["read"], "kept": counts["train"] + counts["valid"]}
-    sums |= {"train": counts["train"], "valid": counts["valid"], "dropped": dropped}
-    return {"settings": rules, "counts": sums, "outputs": outputs}
+    for part, file in names.items():
+        files[part].close()
+        write_bytes(folder / file, packed[part].getbuffer())
+    outputs = {file: {"content_sha256": digests[p].hexdigest()} for p, file in names.items()}
+    return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,30 +200,22 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("corpus", nargs="?", choices=CORPORA, help="one of the names that --list prints")
     add("--list", action="store_true", help="print the corpora and stop")
+    add("--output_dir", type=Path, default=REPO_DIR / "dataset/data", help="(dataset/data/)")
+    for rule, kind in RULES.items():
+        add(f"--{rule}", type=kind, help="instead of the corpus's rule in corpora.toml")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--source", type=Path, help="raw file or folder to read instead of the hub")
     add("--revision", help="branch, tag or commit of the hub's repository")
-    add("--output_dir", type=Path, default=REPO_DIR / "dataset/data", help="(dataset/data/)")
-    add("--valid_fraction", type=float, help="share of titles, questions or diseases held out")
-    add("--min_chars", type=int, help="drop shorter texts (simplewiki 500, tinystories 1)")
-    add("--max_words", type=int, help="drop longer answers (dolly, alpaca 80; medquad 200)")
-    add("--limit", type=int, help="stop once so many examples are kept")
     args = parser.parse_args(argv)
     if args.list or args.corpus is None:
         for name, corpus in CORPORA.items():
             print(f"{name}\n  {corpus['home']}\n  {corpus['license']}; {corpus['credit']}")
         return 0
     name, corpus = args.corpus, CORPORA[args.corpus]
-    rules = dict.fromkeys(("valid_fraction", "min_chars", "min_words", "max_words", "limit"))
-    rules |= corpus["rules"]
-    for flag in ("valid_fraction", "min_chars", "max_words", "limit"):
-        if (value := getattr(args, flag)) is not None:
-            if flag != "limit" and rules[flag] is None:
-                parser.error(f"--{flag} does nothing for {name}; leave it out")
-            rules[flag] = value
-    if not 0 < rules["valid_fraction"] < 1:
-        parser.error("--valid_fraction: must lie between 0 and 1")
-    if args.source is not None and args.revision is not None:
-        parser.error("--revision belongs to the hub; leave it out together with --source")
+    given = {rule: vars(args)[rule] for rule in RULES if vars(args)[rule] is not None}
+    if idle := given.keys() - corpus["rules"].keys() - {"limit"}:
+        parser.error(f"--{min(idle)} does nothing for {name}; leave it out")
+    rules = corpus["rules"] | given
     datasets.disable_progress_bars()
     try:
         raw = load_files(corpus, args.source) if args.source else load_hub(corpus, args.revision)

@@ -1,1 +1,0 @@
-"""Prompts, measures and analyses: what the trained checkpoints are compared by."""

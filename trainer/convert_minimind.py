@@ -30,13 +30,11 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     """Read a MiniMind file's tensors, float32; refuse code inside the pickle."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # MiniMind stores its rotary tables with the weights; they are computed here.
+        return {k: v.float() for k, v in tensors.items() if not k.startswith("model.freqs_")}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
         problem = f"not a plain file of tensors, or damaged ({type(error).__name__})"
         raise UserError(f"{path}: {problem}; save it again as a state dict") from error
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise UserError(f"{path}: expected a state dict, names to tensors; save it as one")
-    # MiniMind stores its rotary tables with the weights; they are computed here.
-    return {k: v.float() for k, v in tensors.items() if not k.startswith("model.freqs_")}
 
 
 def find_config(tensors: dict[str, torch.Tensor], heads: int, path: Path) -> Config:

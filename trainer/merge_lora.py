@@ -38,19 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = load_lora(model, args.adapter)
     merged = merge_lora(model)
     save_model(merged, base, args.output_dir)
-    record = {
-        "status": "completed",
-        "stage": "merge_lora",
-        "settings": {
-            "base": Path(base).name,
-            "tuned": args.adapter.resolve().name,
-            "change": "adapter merged",
-            "adapter": asdict(settings) | {"targets": settings.targets.split(",")},
-        },
-        "base_fingerprint": fingerprint,
-        "adapter_sha256": file_sha256(args.adapter / ADAPTER_WEIGHTS),
-        "parameters": count_parameters(merged)[0],
-    }
+    names = {"base": Path(base).name, "tuned": args.adapter.resolve().name}
+    record = {"status": "completed", "stage": "merge_lora", "base_fingerprint": fingerprint}
+    record["settings"] = names | {"adapter": asdict(settings)}
+    record["adapter_sha256"] = file_sha256(args.adapter / ADAPTER_WEIGHTS)
+    record["parameters"] = count_parameters(merged)[0]
     write_json(args.output_dir / "run.json", record)
     print(escape_control(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0

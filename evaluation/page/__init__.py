@@ -1,1 +1,0 @@
-"""The page on which outputs are read and compared: template, style, script, and what fills them."""

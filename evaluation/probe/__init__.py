@@ -1,1 +1,0 @@
-"""Probing: prompts, answers, measures, statistics, saved outputs, translations, chat."""

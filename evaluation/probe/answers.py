@@ -63,7 +63,6 @@ def make_sample(
     ended = answer_ids[-1:] == [tokenizer.eos_token_id]
     ids = answer_ids[:-1] if ended else answer_ids
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return {
         "id": prompt.id,
         "section": prompt.section,
@@ -81,6 +80,5 @@ def make_sample(
         "loop": LOOP.search(text) is not None,
         "off_topic": None,  # a judge model fills it
         "tokens": len(ids),
-        "seq_rep_4": round(1 - len(set(grams)) / len(grams), 6) if grams else None,
         "prompt_sha256": hashlib.sha256(tokenizer.decode(prompt_ids).encode()).hexdigest(),
     }

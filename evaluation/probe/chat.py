@@ -11,7 +11,6 @@ from model.generation import Decoding, continue_prompts
 HELP = """\
 /reset          forget the conversation; a system message stays
 /system <text>  begin anew with this system message; without a text, with none
-/retry          answer the last message again
 An empty line or Ctrl-D ends the chat."""
 
 
@@ -35,11 +34,10 @@ def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> Non
             turns = []
         elif command == "/system":
             system, turns = [{"role": "system", "content": rest}] if rest else [], []
-        elif command.startswith("/") and (command != "/retry" or not turns):
+        elif command.startswith("/"):
             print(HELP)
         else:
-            new = {"role": "user", "content": line}
-            turns = turns[:-1] if command == "/retry" else [*turns, new]
+            turns.append({"role": "user", "content": line})
             ((ids, _),) = encode_conversations(tokenizer, [[*system, *turns]], True)
             if len(ids) > model.config.max_position_embeddings - max_new_tokens:
                 print("(the conversation fills the model's context: it begins anew)")

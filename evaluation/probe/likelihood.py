@@ -17,8 +17,8 @@ from dataset.lm_dataset import collate, encode_conversations, load_dataset
 from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
-from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
-from model.files import UserError, file_sha256, read_json
+from model.checkpoint import Checkpoint
+from model.files import UserError, file_sha256
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others
@@ -87,18 +87,8 @@ def compare_nll(a: dict[str, dict], b: dict[str, dict]) -> pd.DataFrame:
         tokens = np.array([one["tokens"]])
         found = paired_bootstrap(np.subtract([other["nats"]], [one["nats"]]) / tokens, tokens)
         means = (a[name]["nats_per_token"], b[name]["nats_per_token"])
-        rows.append(["-", name, *means, *found, None])
+        rows.append(["-", name, *means, *found])
     return pd.DataFrame(rows, columns=COMPARISON)
-
-
-def check_judge(path: Path, probed: list[Path]) -> None:
-    """Refuse a judge that is a probed checkpoint or its base: it finds its own answers likely."""
-    fingerprint = weights_fingerprint(load_checkpoint(path)[0])
-    for other in probed:
-        run = read_json(other / "run.json") if (other / "run.json").is_file() else {}
-        if path.resolve() == other.resolve() or run.get("base_fingerprint") == fingerprint:
-            what = f"--judge {path}: is the probed {other.name} or its base"
-            raise UserError(f"{what}; give a checkpoint that was trained apart from it")
 
 
 def draw_candidates(prompts: list[Prompt]) -> list[list[int]]:
@@ -119,13 +109,12 @@ def add_topic_measures(
 ) -> None:
     """Set `off_topic` of each sample; a blank answer is likely under all prompts, so off topic."""
     model, tokenizer = judge
-    candidates = draw_candidates(prompts)
-    index = {prompt.id: i for i, prompt in enumerate(prompts)}
+    candidates = {prompts[own[0]].id: own for own in draw_candidates(prompts)}
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     pairs = []
     for sample in samples:
         answer = {"role": "assistant", "content": special.sub("", sample["output"])}
-        talks = [[*prompts[i].messages, answer] for i in candidates[index[sample["id"]]]]
+        talks = [[*prompts[i].messages, answer] for i in candidates[sample["id"]]]
         for ids, labeled in encode_conversations(tokenizer, talks):
             ids, labels = np.array(ids), np.full(len(ids), IGNORE_INDEX)
             end = np.flatnonzero(labeled)[-1]  # left out: not all answers have an end token

@@ -7,7 +7,6 @@
     loop          4 characters or more stand 3 times in a row
     off_topic     an independent model finds it likelier under another prompt (likelihood.py)
     tokens        length of the answer without its end token
-    seq_rep_4     share of repeated 4-grams of tokens (Welleck et al. 2020, arXiv 1908.04319)
 
 The first 4 are shares of the prompts with a check, the next 4 of all.
 """
@@ -15,13 +14,13 @@ The first 4 are shares of the prompts with a check, the next 4 of all.
 import numpy as np
 import pandas as pd
 
-from evaluation.probe.statistics import mcnemar, most_unseen, paired_bootstrap, wilson_interval
+from evaluation.probe.statistics import paired_bootstrap, share_interval
 from model.files import UserError
 
 CHECKED = ("correct", "other thing", "wrong fact", "wrong form")
 SHARES = (*CHECKED, "blank", "endless", "loop", "off_topic")
-MEASURES = (*SHARES, "tokens", "seq_rep_4")
-COMPARISON = ["decoding", "measure", "a", "b", "difference", "low", "high", "p"]
+MEASURES = (*SHARES, "tokens")
+COMPARISON = ["decoding", "measure", "a", "b", "difference", "low", "high"]
 
 
 def tabulate_measures(samples: list[dict]) -> pd.DataFrame:
@@ -46,7 +45,7 @@ def summarize(samples: list[dict]) -> pd.DataFrame:
     groups = long.groupby(["decoding", "section", "measure"], sort=False)["value"]
     table = groups.agg(value="mean", total="sum", n="count").reset_index()
     intervals = [
-        wilson_interval(round(row.total), row.n) if row.measure in SHARES else (None, None)
+        share_interval(round(row.total), row.n) if row.measure in SHARES else (None, None)
         for row in table.itertuples()
     ]
     table[["low", "high"]] = pd.DataFrame(intervals, dtype=float)
@@ -56,8 +55,8 @@ def summarize(samples: list[dict]) -> pd.DataFrame:
 def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
     """Compare B's samples with A's prompt by prompt: a line for each decoding and measure.
 
-    The 95% interval is a bootstrap over seeds and prompts; `p` is McNemar's, of shares with one
-    answer a prompt. Samples of other prompts, decodings or seeds are refused.
+    The 95% interval is a bootstrap over seeds and prompts. Samples of other prompts, decodings or
+    seeds are refused.
     """
     keys = ["decoding", "measure", "seed", "id", "prompt_sha256"]
     a, b = (tabulate_measures(s).set_index(keys)["value"] for s in (samples_a, samples_b))
@@ -69,12 +68,10 @@ def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
     for (decoding, measure), group in both.groupby(["decoding", "measure"], sort=False):
         tables = group.reset_index().pivot(index="seed", columns="id", values=["a", "b"])
         a, b = tables["a"].to_numpy(), tables["b"].to_numpy()  # (seeds, prompts), with gaps
-        there, p = ~np.isnan(a) & ~np.isnan(b), None
+        there = ~np.isnan(a) & ~np.isnan(b)
         mean, low, high = paired_bootstrap(np.where(there, b - a, 0), there.astype(float))
         if measure in SHARES and not (a != b)[there].any():  # each resample says 0
-            high = most_unseen(int(there.any(axis=0).sum()))
+            _, high = share_interval(0, int(there.any(axis=0).sum()), "exact")
             low = -high
-        if measure in SHARES and len(a) == 1:
-            p = mcnemar(a[0].astype(bool), b[0].astype(bool))
-        rows.append([decoding, measure, a[there].mean(), b[there].mean(), mean, low, high, p])
+        rows.append([decoding, measure, a[there].mean(), b[there].mean(), mean, low, high])
     return pd.DataFrame(rows, columns=COMPARISON)

@@ -41,24 +41,14 @@ def fence(text: str) -> str:
 
 
 def describe_training(folder: Path) -> dict:
-    """Describe what was trained, from run.json, or from adapter_config.json of a foreign adapter.
+    """Describe what was trained, from run.json.
 
     `title` is a plain name of the arm; None stands for what is not known.
     """
-    run, adapter = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("run.json", "adapter_config.json")
-    )
-    stage = run.get("stage", "lora" if adapter else None)
-    settings = {
-        "lora_targets": ", ".join(adapter.get("target_modules", [])),
-        "lora_rank": adapter.get("r"),
-        "lora_alpha": adapter.get("lora_alpha"),
-        "modules_to_save": adapter.get("modules_to_save"),
-        "from_weight": adapter.get("base_model_name_or_path"),
-    } | run.get("settings", {})
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    stage, settings = run.get("stage"), run.get("settings", {})
     if stage == "lora":
-        targets, whole = settings["lora_targets"], settings["modules_to_save"]
+        targets, whole = settings["lora_targets"], settings.get("modules_to_save")
         parts, extra = f"LoRA on {targets}", whole or settings.get("train_tokens") or []
         title = f"LoRA on {PLAIN_NAMES.get(targets, targets)}, r={settings['lora_rank']}"
         title += f", and {', '.join(map(str, extra))}" if extra else ""
@@ -66,7 +56,7 @@ def describe_training(folder: Path) -> dict:
         parts = settings.get("trainable", "all").replace("all", "all weights")
         tuned = "full fine-tuning" if parts == "all weights" else f"fine-tuning of {parts}"
         title = {"full_sft": tuned, "pretrain": "base"}.get(stage, folder.name)
-    base = settings["from_weight"]
+    base = settings.get("from_weight")
     keys = ("lora_rank", "lora_alpha", "modules_to_save", "train_tokens", "learning_rate")
     return {
         "title": title,

@@ -9,7 +9,7 @@ quote and a list of fields, one a line:
     - reference: A CAMEL MAKES ITS HOME IN THE DESERT.
     - check: about = ["animal.home"], upper = true
 
-`system`, `translation`, `reference` and `check` are optional. A check is a TOML inline table
+`translation`, `reference` and `check` are optional. A check is a TOML inline table
 without its braces; `dataset/checks.py` defines its keys. A line `> ***` parts the turns of a
 conversation: user, assistant, user.
 
@@ -29,7 +29,7 @@ from model.files import UserError
 
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "qualitative_prompts.md"
 HEADING = re.compile(r"^(##|###) +(.+?) *$", re.MULTILINE)
-FIELD = re.compile(r"- (system|translation|reference|check): +(\S.*)")
+FIELD = re.compile(r"- (translation|reference|check): +(\S.*)")
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # Chinese or Japanese
 
 
@@ -97,10 +97,7 @@ def parse_record(where: str, record: dict, path: Path) -> Prompt:
 
 def parse_markdown(path: Path) -> Iterator[Prompt]:
     """Yield the prompts of a Markdown file; errors name the prompt."""
-    try:
-        _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8; convert the file") from error
+    _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
     section = ""
     for mark, title, body in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         if mark == "##":
@@ -119,8 +116,6 @@ def parse_prompt(prompt_id: str, section: str, body: str, where: str) -> Prompt:
     fields = {name: text.replace("\\n", "\n") for name, text in map(re.Match.groups, matches)}
     turns, roles = "\n".join(quoted).split("\n***\n"), ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
-    if "system" in fields:
-        messages.insert(0, {"role": "system", "content": fields.pop("system")})
     if "check" in fields:
         if "reference" not in fields:
             raise UserError(f"{where}: a check compares with a reference; add one")

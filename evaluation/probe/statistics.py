@@ -1,7 +1,7 @@
-"""Intervals and tests: how sure a share or a difference is.
+"""Intervals: how sure a share or a difference is.
 
-Wilson's interval and McNemar's test are scipy's. scipy lacks the two-level bootstrap: here it is a
-few lines of numpy over resampling counts, whose row d counts how often draw d takes each unit.
+Those of shares are scipy's, which lacks the two-level bootstrap: here it is a few lines of numpy
+over resampling counts, whose row d counts how often draw d takes each unit.
 """
 
 from functools import lru_cache
@@ -11,32 +11,39 @@ from scipy import stats
 
 DRAWS = 10_000
 CONFIDENCE = 0.95
-SEED = 0  # of the resampling: the same data give the same interval
+SEEDS = (0, 1)  # of resampled seeds and prompts: the same data give the same interval
 
 
-def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """Compute the 95% Wilson score interval of a share of k in n."""
-    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+def share_interval(k: int, n: int, method: str = "wilson") -> tuple[float, float]:
+    """Compute the 95% interval of a share of k in n; "exact" is that of Clopper and Pearson."""
+    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method=method)
     return float(interval.low), float(interval.high)
 
 
-def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Compute the two-sided p-value of McNemar's exact test on paired outcomes, (n,) bool each."""
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
-def most_unseen(n: int) -> float:
-    """Bound a share that none of n trials showed (Clopper-Pearson); resampling gives 0 there."""
-    return float(stats.binomtest(0, n).proportion_ci(CONFIDENCE, method="exact").high)
-
-
 @lru_cache(maxsize=8)
-def resampling_counts(units: int, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
+def resampling_counts(units: int, draws: int, seed: int) -> np.ndarray:
     """Count how often each draw takes each unit, (draws, units) float64."""
     generator = np.random.default_rng([seed, units])
     counts = generator.multinomial(units, np.full(units, 1 / units), size=draws)
     return counts.astype(np.float64)
+
+
+def resample_means(sums: np.ndarray, weights: np.ndarray, seeds: tuple[int, int]) -> np.ndarray:
+    """Return the mean in each draw: sums over weights of the rows and columns that it takes.
+
+    Each draw takes rows (training or sampling seeds) and columns (prompts or clusters) with
+    replacement, the same columns for every row: they are crossed (Owen 2007, "The pigeonhole
+    bootstrap", arXiv 0712.1111). A draw without weight is nan.
+
+    Args:
+        sums, weights: (rows, columns).
+        seeds: of the resampling of rows and of columns.
+    """
+    of_rows, of_columns = (
+        resampling_counts(units, DRAWS, seed) for units, seed in zip(sums.shape, seeds, strict=True)
+    )
+    total, weight = ((of_rows * (of_columns @ one.T)).sum(axis=1) for one in (sums, weights))
+    return np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
 
 
 def paired_bootstrap(
@@ -44,8 +51,6 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Compute a weighted mean difference over seeds and prompts, and its percentile interval.
 
-    Each draw takes seeds with replacement, and prompts with replacement, the same prompts for every
-    seed: prompts are crossed with seeds (Owen 2007, "The pigeonhole bootstrap", arXiv 0712.1111).
     With one seed, the interval says nothing about other seeds. A draw without weight is left out.
 
     Args:
@@ -59,11 +64,6 @@ def paired_bootstrap(
         raise ValueError("nothing to compare: every cell has weight 0")
     weights = weights[rows][:, columns]
     sums = differences[rows][:, columns] * weights
-    of_seeds = resampling_counts(len(sums))
-    of_prompts = resampling_counts(sums.shape[1], seed=SEED + 1)
-    totals = (of_seeds * (of_prompts @ sums.T)).sum(axis=1)
-    weight = (of_seeds * (of_prompts @ weights.T)).sum(axis=1)
-    drawn = weight > 0
-    means = totals[drawn] / weight[drawn]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    means = resample_means(sums, weights, SEEDS)
+    low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(sums.sum() / weights.sum()), float(low), float(high)

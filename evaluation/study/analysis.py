@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special
 
 from dataset.checks import KINDS
-from evaluation.probe.statistics import DRAWS, resampling_counts
+from evaluation.probe.statistics import DRAWS, resample_means
 from evaluation.study.plan import Sweep, tune_rates
 from evaluation.study.results import LETTERS, read_runs
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Condition, Study, read_study
@@ -141,14 +141,9 @@ def draw_shares(
     """
     codes, names = pd.factorize(prompts.cluster)
     members = np.eye(len(names))[codes]
-    sums, counts = marks @ members, members.sum(axis=0)
-    units = {prompts["set"].iloc[0]: len(counts), f"seeds {size}": len(marks)}
-    of_clusters, of_seeds = (
-        resampling_counts(count, DRAWS, zlib.crc32(stream.encode()))
-        for stream, count in units.items()
-    )
-    total = (of_seeds * (of_clusters @ sums.T)).sum(axis=1)
-    draws = total / (of_seeds.sum(axis=1) * (of_clusters @ counts))
+    sums, counts = marks @ members, np.tile(members.sum(axis=0), (len(marks), 1))
+    streams = f"seeds {size}", prompts["set"].iloc[0]
+    draws = resample_means(sums, counts, tuple(zlib.crc32(one.encode()) for one in streams))
     return np.concatenate([[marks.mean()], marks.mean(axis=1)[:alone], draws])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.world_facts import draw_facts
 from model.checkpoint import load_tokenizer
-from model.files import UserError, write_text
+from model.files import REPO_DIR, UserError, file_sha256, write_text
 from trainer.arguments import BASE_DIR
 
 TEXT_SHARE = 0.2  # of all characters of `sft_mixed`
@@ -37,6 +37,13 @@ def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
     records = draw_facts(count) if stem == "facts" else mix_text(world)
     write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
     return path
+
+
+def check_world(frozen: Path) -> None:
+    """Refuse a world that is not the frozen one: hashes and paths, as `sha256sum -c` reads them."""
+    for digest, name in map(str.split, frozen.read_text(encoding="utf-8").splitlines()):
+        if file_sha256(REPO_DIR / name) != digest:
+            raise UserError(f"{name}: not the file that {frozen} names; restore the study's world")
 
 
 def mix_text(world: dict[str, Path]) -> list[dict]:

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.world.generate import ensure_world, list_files
-from evaluation.study.data import find_data
+from evaluation.study.data import check_world, find_data
 from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
@@ -71,11 +72,16 @@ class Runner:
     async def train(self, run: Run, folder: Path) -> dict:
         """Train from the saved state, if there is one, and return run.json.
 
-        A base trains beside its folder, into which its weights go rounded to bfloat16.
+        A base that ships in bases/ is copied. Another one trains beside its folder, into which its
+        weights go rounded to bfloat16.
 
         Raises:
             UserError: training failed; a run that diverged is a result, not a failure.
         """
+        shipped = self.results_dir / "bases" / run.id
+        if run.arm == "base" and shipped.is_dir():
+            shutil.copytree(shipped, folder, dirs_exist_ok=True)
+            return read_json(folder / "run.json")
         trained = folder.with_name(f"{run.id}-float32") if run.arm == "base" else folder
         path = trained / "run.json"
         if not path.is_file() or read_json(path)["status"] not in ENDED:
@@ -194,6 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     study = read_study(args.study_dir)
     world = list_files(args.world.resolve()) if args.world else ensure_world()
+    if not args.world:
+        check_world(args.study_dir / "world.sha256")
     folders = args.save_dir.resolve(), args.study_dir.resolve()
     runner = Runner(study, world, *folders, args.only)
     runner.save_dir.mkdir(parents=True, exist_ok=True)

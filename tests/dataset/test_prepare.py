@@ -4,15 +4,13 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dataset.lm_dataset import record_messages
-from dataset.prepare import CORPORA, hold_out, main
+from dataset.prepare import hold_out, main
 from tests.trainer.runs import exit_code, write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.
@@ -81,8 +79,7 @@ def test_articles_in_parquet_shards(tmp_path: Path) -> None:
     train, valid, record = prepare(tmp_path / "out", "simplewiki", tmp_path, *HALF)
     assert train == [{"text": f"Moon\n{text}"}]
     assert valid == [{"text": "Water\n" + "b" * 600}]
-    dropped = {"duplicate_text": 1, "too_short": 1}
-    counts = {"read": 4, "kept": 2, "train": 1, "valid": 1, "dropped": dropped}
+    counts = {"read": 4, "train": 1, "valid": 1, "duplicate_text": 1, "too_short": 1}
     assert record["counts"] == counts and record["source"]["files"] == 2
 
 
@@ -97,7 +94,8 @@ def test_dolly(tmp_path: Path) -> None:
     assert train == [chat("Why do cats purr?", " ".join(["w"] * 80))]
     assert valid == [chat("What is tea?", "A drink.\n\nIt  is hot.")]
     dropped = {"answer_too_long": 1, "duplicate_question": 1, "empty_answer": 2}
-    assert record["counts"]["dropped"] == dropped | {"empty_question": 1, "has_context": 1}
+    dropped |= {"empty_question": 1, "has_context": 1}
+    assert record["counts"] == dropped | {"read": 8, "train": 1, "valid": 1}
 
 
 def test_alpaca_is_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +104,7 @@ def test_alpaca_is_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (tmp_path / "alpaca_data.json").write_text(json.dumps(rows, indent=4))
     train, valid, record = prepare(tmp_path / "out", "alpaca", tmp_path, *HALF)
     assert (train, valid) == ([chat("Name a color.", "Red.")], [chat("Say hello.", "Hello.")])
-    assert record["counts"]["dropped"] == {"has_input": 1}
+    assert record["counts"] == {"read": 3, "train": 1, "valid": 1, "has_input": 1}
     assert "research only" in capsys.readouterr().out
 
 
@@ -130,7 +128,7 @@ def test_medquad_splits_by_disease_and_drops_what_has_no_answer(tmp_path: Path) 
     assert valid == [chat(*pair) for pair in zip(questions, answers, strict=True)]
     dropped = {"answer_too_long": 1, "answer_too_short": 1, "duplicate_answer": 1}
     dropped |= {"duplicate_question": 1, "empty_answer": 2, "no_disease": 1}
-    assert record["counts"]["dropped"] == dropped
+    assert record["counts"] == dropped | {"read": 11, "train": 1, "valid": 3}
 
 
 def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> None:
@@ -138,7 +136,7 @@ def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> 
     source = write_records(tmp_path / "pretrain_hq.jsonl", rows)
     train, _, record = prepare(tmp_path / "out", "minimind-pretrain", source)
     assert train == [{"text": " <|im_start|>你好<|im_end|> "}, {"text": "再见"}]
-    assert record["counts"]["dropped"] == {"empty_text": 1}
+    assert record["counts"]["empty_text"] == 1
     sound = chat("Moon", "b", "c", "d")
     sound["conversations"].insert(0, {"role": "system", "content": ""})
     thought = chat("Sun", "b")
@@ -150,17 +148,7 @@ def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> 
     assert train == [chat("Moon", "b", "c", "d")]  # without its empty system turn
     record_messages(train[0], "what prepare.py wrote")
     assert valid == [chat("Water", " b ")]
-    assert record["counts"]["dropped"] == {"unreadable": 4}
-
-
-def test_order_and_additions_move_nothing(tmp_path: Path) -> None:
-    rows, sides = [article(t, f"Text of {t}.") for t in HELD_OUT + TRAINED_ON], []
-    newer = [article(f"New {n}", f"New text {n}.") for n in range(50)]
-    for records in (rows, rows[::-1], newer + rows):
-        source = write_records(tmp_path / f"{len(sides)}.jsonl", records)
-        valid = prepare(tmp_path / "out", "simplewiki", source, "--min_chars", "1", *HALF)[1]
-        sides.append({r["text"].partition("\n")[0] for r in valid if r["text"][:3] != "New"})
-    assert sides == [set(HELD_OUT)] * 3
+    assert record["counts"]["unreadable"] == 4
 
 
 def test_same_source_same_bytes_and_the_record_vouches_for_them(tmp_path: Path) -> None:
@@ -176,18 +164,11 @@ def test_same_source_same_bytes_and_the_record_vouches_for_them(tmp_path: Path) 
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two/deep" / name).read_bytes()
     data = (tmp_path / "one" / "simplewiki.jsonl.gz").read_bytes()
     assert data[3:8] == bytes(5)  # flags (no file name) and time in the gzip header
-    texts = {"sha256": data, "content_sha256": '{"text": "Moon\\nDía."}\n'.encode()}
-    output = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
-    assert record["outputs"]["simplewiki.jsonl.gz"] == {"examples": 1} | output
+    content = hashlib.sha256('{"text": "Moon\\nDía."}\n'.encode()).hexdigest()
+    assert record["outputs"]["simplewiki.jsonl.gz"] == {"content_sha256": content}
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     assert record["source"] == {"path": "x.jsonl.gz", "files": 1, "sha256": digest}
     assert (record["counts"]["read"], record["settings"]["limit"]) == (3, 2)
-
-
-def test_list_names_every_corpus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--list"]) == 0
-    lines = [f"{n}\n  {c['home']}\n  {c['license']}; {c['credit']}\n" for n, c in CORPORA.items()]
-    assert capsys.readouterr().out == "".join(lines)
 
 
 DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n'
@@ -203,9 +184,8 @@ DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n
         ("medquad", "m.xml", "<Document><Focus>", "not a record of medquad"),
         ("medquad", None, None, "git clone https://github.com/abachaa/MedQuAD"),
         ("medquad --source .ci", None, None, "no **/*.xml; see https://github.com/abachaa/MedQuAD"),
-        ("dolly --source x --revision main", None, None, "--revision belongs to the hub"),
+        ("dolly --source x --revision main", None, None, "not allowed with argument --source"),
         ("dolly --min_chars 9", None, None, "--min_chars does nothing for dolly"),
-        ("dolly --valid_fraction 1", None, None, "--valid_fraction: must lie between 0 and 1"),
     ],
 )
 def test_refusals_lose_nothing(tmp_path: Path, capsys, words, file, content, reason) -> None:
@@ -220,16 +200,3 @@ def test_refusals_lose_nothing(tmp_path: Path, capsys, words, file, content, rea
     errors = capsys.readouterr().err
     assert "error: " in errors and reason in errors
     assert [path.read_text() for path in out.iterdir()] == ["dear"]
-
-
-def test_hub_files_and_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, file, calls = "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl", []
-    files = {"train": [f"hf://datasets/{name}@{'a' * 40}/{file}"]}
-    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
-    row = {"instruction": "Name a color.", "context": "", "response": "Red."}
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or [row])
-    assert main(["dolly", "--output_dir", str(tmp_path), "--revision", "v1"]) == 0
-    assert calls == [((name,), {"data_files": file, "revision": "v1", "split": "train"})]
-    record = json.loads((tmp_path / "dolly.json").read_text())
-    assert record["source"] == {"hub": name, "revision": "a" * 40, "files": 1}

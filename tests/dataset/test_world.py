@@ -22,8 +22,11 @@ from dataset.world.generate import (
     write_world,
 )
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
+from evaluation.study.data import check_world
+from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR
 
+FROZEN = RESULTS_DIR / "world.sha256"
 CHINESE_DIR = WORLD_DIR / "chinese"
 FEW = 6  # things of each category in the small world
 TEXTS = ("pretrain", "pretrain_valid", "pretrain_patterns")
@@ -74,6 +77,12 @@ def vocabulary():
 def full() -> dict[str, Path]:
     """The files of the whole world; they are written once for each version of the generator."""
     return ensure_world()
+
+
+def test_the_world_of_the_study_is_frozen(full):
+    check_world(FROZEN)
+    text = FROZEN.read_text()
+    assert all(path.relative_to(REPO_DIR).as_posix() in text for path in full.values())
 
 
 def test_same_seed_same_bytes(small_files, tmp_path):

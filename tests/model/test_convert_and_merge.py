@@ -62,7 +62,7 @@ def test_files_that_are_not_minimind_s_are_refused(base: Path) -> None:
     for content, words, message in [
         ({"model.norm.weight": print}, tokenizer, "not a plain file of tensors"),  # code
         ({"model.norm.weight": torch.ones(4)}, tokenizer, "no model.embed_tokens.weight"),
-        ([torch.ones(4)], tokenizer, "expected a state dict"),
+        ([torch.ones(4)], tokenizer, "not a plain file of tensors"),
         (tensors, (*tokenizer, "--num_attention_heads", 1), "do not fit: .*size mismatch"),
         (tensors, ("--base", base), "no matrix named ...lora.A.weight"),
         (tensors | {"model.extra": torch.ones(1)}, tokenizer, "Unexpected key.*model.extra"),

@@ -7,9 +7,9 @@ import torch
 
 from dataset.lm_dataset import encode_conversations
 from evaluation.probe import likelihood
-from evaluation.probe.likelihood import check_judge, compare_nll, draw_candidates, measure_nll
+from evaluation.probe.likelihood import compare_nll, draw_candidates, measure_nll
 from evaluation.probe.prompts import Prompt
-from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model, weights_fingerprint
+from model.checkpoint import load_tokenizer
 from model.files import UserError
 from tests.model.small import make_model
 
@@ -108,14 +108,3 @@ def test_off_topic_is_by_the_judges_logits():
             scores.append(log_p(model, ids[:end])[end - 1 - size :].sum().item())
         assert sample["off_topic"] == (scores[0] <= max(scores[1:]))
     assert samples[2]["off_topic"] is True  # blank
-
-
-def test_a_judge_that_is_probed_or_its_base_is_refused(tmp_path):
-    for seed, name in enumerate(["base", "other", "tuned"]):
-        save_model(make_model(seed), TOKENIZER_DIR, tmp_path / name)
-    run = {"base_fingerprint": weights_fingerprint(make_model(0))}
-    (tmp_path / "tuned" / "run.json").write_text(json.dumps(run))
-    check_judge(tmp_path / "other", [tmp_path / "base", tmp_path / "tuned"])
-    for probed in ("base", "tuned"):
-        with pytest.raises(UserError, match=f"is the probed {probed} or its base"):
-            check_judge(tmp_path / "base", [tmp_path / probed])

@@ -1,12 +1,11 @@
 """Saved outputs: what was trained, and hostile text that must stay inert."""
 
 import json
-import shutil
 
 from evaluation.probe import outputs
 from evaluation.probe.answers import make_sample
 from evaluation.probe.measures import summarize
-from evaluation.probe.outputs import describe_training, escape_markdown, fence
+from evaluation.probe.outputs import describe_training
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import load_tokenizer
 
@@ -14,19 +13,17 @@ HOSTILE = "</pre>\n````\n# Heading\n<script>alert(1)</script>\x1b[31m\x9b\u202e|
 SETTINGS = {"from_weight": "out/base", "data_path": ["a.jsonl", "b.jsonl"], "learning_rate": 1e-4}
 LORA = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": "square", "modules_to_save": ["norms"]}
 RUN = {"stage": "lora", "steps": 250, "trainable_parameters": 49152, "settings": SETTINGS | LORA}
-PEFT = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "me/b"}
 
 
 def test_what_was_trained(tmp_path):
-    def describe(content: dict, file: str = "run.json", *keys: str) -> list:
+    def describe(content: dict, *keys: str) -> list:
         folder = tmp_path / "mine"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        (folder / file).write_text(json.dumps(content))
+        folder.mkdir(exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(content))
         training = describe_training(folder)
         return [training[key] for key in ("title", "parts", "base", *keys)]
 
-    assert describe(RUN, "run.json", "lora_alpha", "steps", "data") == [
+    assert describe(RUN, "lora_alpha", "steps", "data") == [
         *("LoRA on q and o, r=8, and norms", "LoRA on square", "base", 16.0, 250),
         ["a.jsonl", "b.jsonl"],
     ]
@@ -34,14 +31,7 @@ def test_what_was_trained(tmp_path):
     assert describe(run) == ["fine-tuning of mlp", "mlp", "base"]
     run = {"stage": "pretrain", "settings": {"from_weight": "none"}}
     assert describe(run) == ["base", "all weights", None]
-    found = describe(PEFT, "adapter_config.json", "lora_rank", "lora_alpha")
-    assert found == ["LoRA on q_proj, r=4", "LoRA on q_proj", "b", 4, 8]
-    assert describe({}, "x.json")[:2] == ["mine", "not known: no run.json beside the weights"]
-
-
-def test_escapes():
-    assert escape_markdown("a\n *b* <c> `d` | [e]") == "a \\*b\\* &lt;c&gt; \\`d\\` \\| \\[e\\]"
-    assert fence("x") == "```text\nx\n```" and fence("````") == "`````text\n````\n`````"
+    assert describe({})[:2] == ["mine", "not known: no run.json beside the weights"]
 
 
 def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path, capsys):

@@ -38,7 +38,6 @@ Prose, which is not read.
 > What is it?
 > In two lines.
 
-- system: Be brief.
 - translation: What?
 - reference: A fox.\\nA second line.
 - check: exact = true
@@ -53,7 +52,7 @@ Prose, which is not read.
     (tmp_path / "p.md").write_text(text)
     one, two = read_prompts(tmp_path / "p.md")
     assert (one.id, one.section, one.translation) == ("one", "Facts", "What?")
-    assert one.text == "system: Be brief.\nuser: What is it?\nIn two lines."
+    assert one.text == "What is it?\nIn two lines."
     assert (one.reference, one.check) == ("A fox.\nA second line.", {"exact": True})
     assert two.messages[1] == {"role": "assistant", "content": "Hello."}
     assert two.text == "user: Hi\nassistant: Hello.\nuser: And now?" and two.check is None
@@ -69,13 +68,12 @@ Prose, which is not read.
         ("> Hi\n- reference: x\n- check: upper = true", "a: the reference fails its check: wrong"),
         ("> Hi\n- reference: x\n- check: about = ['no.such']", "the world has no list 'no.such'"),
         ("> Hi\n### a\n> Ho", "two prompts have the id 'a'"),
-        ("> Café", "not UTF-8"),
         (None, "holds no prompt"),
     ],
 )
 def test_a_broken_prompt_is_named(tmp_path, body, message):
     path = tmp_path / "p.md"
-    path.write_text(f"## S\n### a\n{body}\n" if body else "# Prose\n", encoding="latin-1")
+    path.write_text(f"## S\n### a\n{body}\n" if body else "# Prose\n")
     with pytest.raises(UserError, match=f"p.md: .*{message}"):
         read_prompts(path)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.probe import statistics
 from evaluation.study import analysis, claims
 from tests.study.synthetic import STUDY, write_prompts, write_runs
 
@@ -65,7 +66,7 @@ CASES = {  # shares that make a claim supported, refuted, open
 @pytest.fixture(autouse=True)
 def draw_less(monkeypatch) -> None:
     """Draw 500 times: the rules need no precise intervals."""
-    for module in (analysis, claims):
+    for module in (analysis, claims, statistics):
         monkeypatch.setattr(module, "DRAWS", 500)
 
 

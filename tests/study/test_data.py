@@ -11,7 +11,7 @@ from evaluation.probe.world_facts import draw_facts, list_facts, measure_random_
 from evaluation.study.data import TEXT_PROMPT, find_data
 from model.checkpoint import load_tokenizer
 from model.files import UserError
-from tests.tiny import tiny_model
+from tests.model.small import make_model
 from trainer.arguments import BASE_DIR
 
 PAIR = [{"role": "user", "content": "a" * 30}, {"role": "assistant", "content": "b" * 50}]
@@ -42,7 +42,7 @@ def test_random_facts_have_8_bits(tmp_path: Path) -> None:
     facts = [[turn["content"] for turn in one["conversations"]] for one in draw_facts(4000)]
     assert len({question for question, _ in facts}) == 4000
     assert len({value for _, value in facts}) == 256
-    tokenizer, model = load_tokenizer(), tiny_model()
+    tokenizer, model = load_tokenizer(), make_model()
     model.lm_head.weight.data.zero_()  # equal logits
     path = find_data("facts20", {}, tmp_path)
     values = [record["conversations"][1]["content"] for record in draw_facts(20)]
@@ -54,7 +54,7 @@ def test_random_facts_have_8_bits(tmp_path: Path) -> None:
 
 def test_facts_are_ranked_among_the_values(tmp_path: Path) -> None:
     """A prompt's facts are those of its first thing; equal logits know the shortest statement."""
-    path, tokenizer, model = tmp_path / "probe.jsonl", load_tokenizer(), tiny_model()
+    path, tokenizer, model = tmp_path / "probe.jsonl", load_tokenizer(), make_model()
     record = {"things": ["lion", "shark"], "check": {"about": ["animal.home", "category"]}}
     path.write_text((json.dumps(record) + "\n") * 2)
     [(thing, attribute)] = list_facts([path])

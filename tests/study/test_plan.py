@@ -43,11 +43,11 @@ def test_runs_wait_for_their_rate_and_start() -> None:
     """Other seeds wait for the best rate, unless it is fixed; a start has the same seed."""
     before, runs = (plan_runs(STUDY, make_done(one)) for one in ({}, MIDDLE))
     ids, later = ({run.id.removeprefix(f"{BASE}-") for run in one} for one in (before, runs))
-    assert {"fft-e3-lr0.001-s1", "study-e3-lr0.0001-s3"} <= ids
-    assert "fft-e3-lr0.001-s2" not in ids
-    assert {"fft-e3-lr0.001-s2", "fft-e3-lr0.001-s3"} <= later
+    assert {"fft-e4-lr0.001-s1", "study-e4-lr0.0001-s3"} <= ids
+    assert "fft-e4-lr0.001-s2" not in ids
+    assert {"fft-e4-lr0.001-s2", "fft-e4-lr0.001-s3"} <= later
     starts = {(run.start, run.seed): run.start_id for run in runs if run.data == "medical"}
-    assert starts["fft", 2] == f"{BASE}-fft-e3-lr0.001-s2"
+    assert starts["fft", 2] == f"{BASE}-fft-e4-lr0.001-s2"
     assert starts["base", 2] == BASE
     assert not [run for run in before if run.start == "fft"]
 

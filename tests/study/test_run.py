@@ -17,7 +17,7 @@ from model.files import UserError
 STUDY = read_study()
 BASE = "xs-world-wrapped42"
 RATES = (5e-4, 1e-3, 2e-3)  # the second is the best
-ONLY = [BASE, f"{BASE}-fft-e3-*"]
+ONLY = [BASE, f"{BASE}-fft-e4-*"]
 
 
 class FakeRunner(runner.Runner):
@@ -61,8 +61,8 @@ def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:
     asyncio.run(fake.run_all(2))
     ids = read_runs(fake.results_dir, 2).id.tolist()
     assert ids[0] == BASE
-    assert set(ids[1:4]) == {f"{BASE}-fft-e3-lr{rate:g}-s1" for rate in RATES}
-    assert sorted(ids[4:6]) == [f"{BASE}-fft-e3-lr0.001-s{seed}" for seed in (2, 3)]
+    assert set(ids[1:4]) == {f"{BASE}-fft-e4-lr{rate:g}-s1" for rate in RATES}
+    assert sorted(ids[4:6]) == [f"{BASE}-fft-e4-lr0.001-s{seed}" for seed in (2, 3)]
     assert fake.calls == 2 * len(ids)  # a training and a measurement each
     asyncio.run(fake.run_all(2))
     assert fake.calls == 2 * len(ids)  # nothing is missing, so nothing ran
@@ -71,7 +71,7 @@ def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:
 def test_runs_that_diverge_or_fail_have_a_line(fake: FakeRunner) -> None:
     """A diverged run is a result; a failed one is named, and the next call repeats it alone."""
     asyncio.run(fake.perform(Run("xs", "wrapped42", "fft", 4e-3, 1, 3.0, start_id=BASE)))
-    fake.broken = f"{BASE}-fft-e3-lr0.0005-s1"
+    fake.broken = f"{BASE}-fft-e4-lr0.0005-s1"
     with pytest.raises(UserError, match="lr0.0005-s1: training failed; see"):
         asyncio.run(fake.run_all(1))
     runs = read_runs(fake.results_dir, 2).set_index("id")
