@@ -216,7 +216,7 @@ def test_lora_in_bfloat16_leaves_the_base_and_the_residual_stream_alone(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(MiniMindForCausalLM, "forward", watch)
-    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_: trained.append(model))
+    monkeypatch.setattr(train_lora, "save_lora", lambda model, *_, **__: trained.append(model))
     flags = f"{sft_flags(home, tmp_path)} --weight_decay 0.1 --max_steps 3 --dtype bfloat16"
     for stage in ("full_sft", "lora"):
         assert call(stage, flags, home) == 0
