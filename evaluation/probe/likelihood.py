@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dataset.lm_dataset import collate, encode_conversations, load_dataset
+from dataset.lm_dataset import Sample, collate, encode_conversations, load_dataset
 from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
@@ -22,7 +22,6 @@ from model.files import UserError, file_sha256
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others
-Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
 
 
 @torch.inference_mode()
