@@ -24,7 +24,6 @@ from tests import DEVICE
 from tests.trainer import stress_resume
 from tests.trainer.runs import (
     ON_DEVICE,
-    SHAPE_FLAGS,
     WEIGHTS,
     Killed,
     at_step,
@@ -104,11 +103,6 @@ RESUMED = [
         "--modules_to_save norms --modules_to_save_lr_ratio 0.5",
         "bfloat16",
     ),
-    (
-        "full_sft",
-        f"--use_compile on --from_weight none {SHAPE_FLAGS} --num_hidden_layers 1",
-        "float32",
-    ),
 ]
 if DEVICE == "cuda":  # float16 trains there alone
     RESUMED.append(("full_sft", "", "float16"))
@@ -123,8 +117,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     flags += " --log_interval 3 --save_interval 4"
     assert call(stage, flags, home) == 0
     whole = tmp_path / "whole" / stage
-    ways = ("stopped", "killed") if "compile" not in extra else ("stopped",)  # compiling takes long
-    for way in ways:
+    for way in ("stopped", "killed"):
         given, parts = flags.replace("whole", way), tmp_path / way / stage
         if way == "stopped":
             assert call(stage, given, home, at_step(5, terminate)) == 130

@@ -298,15 +298,24 @@ def is_inside(event: object, name: str) -> bool:
 
 @pytest.mark.gpu
 def test_compiled_run_equals_a_plain_one(home: Path, tmp_path: Path) -> None:
-    """On a CPU one graph is for all batches, the last one of an epoch included."""
+    """On a CPU one graph is for all batches, the last one of an epoch included.
+
+    A compiled run that was stopped goes on to the same bits.
+    """
     forbid = partial(torch.compiler.set_stance, "fail_on_recompile")
+    model = f"--from_weight none {SHAPE_FLAGS} --num_hidden_layers 1"
     for mode in ("on", "off"):
-        flags = f"{sft_flags(home, tmp_path / mode)} --eval_interval 4 --use_compile {mode}"
+        flags = f"{sft_flags(home, tmp_path / mode)} {model} --use_compile {mode}"
         try:
-            assert call("lora", flags, home, at_step(1 if DEVICE == "cpu" else 99, forbid)) == 0
+            assert call("full_sft", flags, home, at_step(1 if DEVICE == "cpu" else 99, forbid)) == 0
         finally:
             torch.compiler.set_stance("default")
-    compare_runs(tmp_path / "on/lora", tmp_path / "off/lora", WEIGHTS["lora"])
+    compare_runs(tmp_path / "on/full_sft", tmp_path / "off/full_sft", WEIGHTS["full_sft"])
+    flags = f"{sft_flags(home, tmp_path / 'part')} {model} --use_compile on"
+    assert call("full_sft", flags, home, at_step(5, terminate)) == 130
+    assert call("full_sft", f"{flags} --from_resume", home) == 0
+    whole, part = (tmp_path / name / "full_sft" / WEIGHTS["full_sft"] for name in ("on", "part"))
+    assert whole.read_bytes() == part.read_bytes()
 
 
 @pytest.mark.gpu
