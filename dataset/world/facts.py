@@ -140,9 +140,7 @@ def read_category(path: Path) -> Category:
 
 
 def read_world(folder: Path = WORLD_DIR, things_each: int | None = None) -> World:
-    """Read all categories; with `things_each`, only the first things of each (for tests).
-    Raise a UserError for a broken file, or a name that stands twice.
-    """
+    """Read all categories, or the first things of each; refuse a name that stands twice."""
     categories, seen = {}, {}
     for path in sorted((folder / "facts").glob("*.toml")):
         category = read_category(path)
