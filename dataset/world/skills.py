@@ -210,8 +210,8 @@ def find_slots(pattern: str) -> set[str]:
 
 def turns(*texts: str) -> list[dict[str, str]]:
     """Make messages of user and assistant in turn."""
-    roles = ("user", "assistant") * len(texts)
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def make_fact_maker(skill: str) -> Maker:
