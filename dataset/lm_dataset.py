@@ -14,24 +14,23 @@ no attention mask is needed.
 import gzip
 import hashlib
 import json
-import sys
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from model.files import UserError, file_sha256, replace_file
+from model.files import UserError, file_sha256, write_aside
 from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
@@ -185,9 +184,8 @@ def encode_files(
     """Tokenize files into flat arrays, and count what was cut and dropped."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     tokens, labels, truncated, dropped = [], [], 0, 0
-    bar = {"desc": "tokenizing", "unit": " records", "disable": None, "file": sys.stderr}
-    items = tqdm((item for path in paths for item in read_jsonl(path)), **bar)
-    for chunk in chunks(items, ENCODE_CHUNK):
+    records = tqdm(chain.from_iterable(map(read_jsonl, paths)), "tokenizing", disable=None)
+    for chunk in chunks(records, ENCODE_CHUNK):
         for ids, labeled in encode_records(kind, chunk, tokenizer):
             if kind == "sft":
                 truncated += len(ids) > max_seq_len
@@ -220,15 +218,13 @@ def load_tokens(
     key["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     key["max_seq_len"] = max_seq_len if kind == "sft" else None  # blocks are cut later
     cached = cache_dir / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
-    if not cached.is_file():
-        arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: another process may write the same, equal, file now.
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix="tmp") as folder:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / "lock"):  # of two processes, one tokenizes
+        if not cached.is_file():
+            arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             header = {"key": json.dumps(key), "counts": json.dumps(counts)}
-            save_file(tensors, Path(folder) / "tokens", metadata=header)
-            replace_file(Path(folder) / "tokens", cached)
+            write_aside(cached, partial(save_file, tensors, metadata=header))
     with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         counts = json.loads(file.metadata()["counts"])

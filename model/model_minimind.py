@@ -255,11 +255,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Count all and trainable parameters, the tied head once."""
-    return model.num_parameters(), model.num_parameters(only_trainable=True)
-
-
 def list_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """List the tensors of a weights file by name: the whole state, a tied head once."""
     tensors = model.state_dict()

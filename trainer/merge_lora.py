@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.checkpoint import find_base, load_model, save_model, weights_fingerprint
 from model.files import UserError, escape_control, file_sha256, run_script, write_json
 from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
-from model.model_minimind import count_parameters
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {"status": "completed", "stage": "merge_lora", "base_fingerprint": fingerprint}
     record["settings"] = names | {"adapter": asdict(settings)}
     record["adapter_sha256"] = file_sha256(args.adapter / ADAPTER_WEIGHTS)
-    record["parameters"] = count_parameters(merged)[0]
+    record["parameters"] = merged.num_parameters()
     write_json(args.output_dir / "run.json", record)
     print(escape_control(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0

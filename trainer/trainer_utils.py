@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset import lm_dataset
 from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset, plan_shapes
-from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer
 from model.files import UserError, escape_control
 from model.generation import Decoding, generate
-from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
+from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
 from trainer.arguments import DEFAULT_SHAPE, DTYPES
 from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
 
@@ -78,11 +78,10 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
 def load_data(
     args: argparse.Namespace, kind: str, tokenizer: Tokenizer, accelerator: Accelerator
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """Load training and held-out data; the main process tokenizes while the others wait."""
+    """Load training and held-out data; of several processes the first one tokenizes."""
     load = partial(load_dataset, kind, tokenizer=tokenizer, max_seq_len=args.max_seq_len)
-    with accelerator.main_process_first():
-        train_set = load(args.data_path, max_samples=vars(args).get("max_train_samples"))
-        eval_set = load(args.eval_data_path) if args.eval_data_path else None
+    train_set = load(args.data_path, max_samples=vars(args).get("max_train_samples"))
+    eval_set = load(args.eval_data_path) if args.eval_data_path else None
     if args.show_sample:
         print(lm_dataset.describe_sample(tokenizer, train_set, 0))
         raise SystemExit(0)
@@ -132,7 +131,7 @@ def flops_per_token(model: MiniMindForCausalLM, lengths: np.ndarray) -> float:
     2 N forward, 2 N for the gradients of activations and 2 N_trainable for those of weights
     (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and 6 L D T for causal attention.
     """
-    total, trainable = count_parameters(model)
+    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
     # A token's attention costs its sample's length, and long samples have more tokens.
     length = float((lengths.astype(float) ** 2).sum() / lengths.sum())
     attention = 6 * model.config.num_hidden_layers * model.config.hidden_size * length
@@ -149,7 +148,7 @@ def compile_loss(
     """
     header, device = Path(sysconfig.get_paths()["include"]) / "Python.h", args.device
     is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
-    earns = 6 * count_parameters(model)[0] * tokens >= COMPILE_FLOPS.get(device, math.inf)
+    earns = 6 * model.num_parameters() * tokens >= COMPILE_FLOPS.get(device, math.inf)
     is_wanted = args.use_compile == "on" or (args.use_compile == "auto" and earns and bool(is_able))
     if is_wanted:
         # One graph for all shapes; on CUDA, where few shapes are planned, one each, and launched as
@@ -220,7 +219,7 @@ def train(
     is_static = is_compiled and device == "cuda"
     shapes = plan_shapes(plan, train_set.targets, steps) if is_static else []
     fill = partial(collate, rows=args.batch_size if is_compiled else 0, shapes=shapes)
-    flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
+    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
     schedule = (args.learning_rate, args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
     facts = facts | {
@@ -342,7 +341,7 @@ def train(
             if accelerator.is_main_process:
                 save_weights(run.path)
                 finish()
-            run.write(flops=flops * record["tokens"])
+            run.write(flops=flops_per_token(model, train_set.lengths) * record["tokens"])
             run.end("completed")
     accelerator.end_training()
     return EXIT_CODES[run.record["status"]]
