@@ -256,6 +256,15 @@ class TokenDataset(torch.utils.data.Dataset):
         ids = self.tokens[span].astype(np.int64)
         return ids, np.where(self.labeled[span], ids, IGNORE_INDEX) if len(self.labeled) else ids
 
+    def describe(self, index: int, tokenizer: Tokenizer) -> str:
+        """Lay out a sample: positions, tokens, and the labels that the positions predict."""
+        ids, labels = self[index]
+        lines = [f"{'pos':>5}  {'token':<24} predicts"]
+        for i, (token, label) in enumerate(zip(ids, [*labels[1:], IGNORE_INDEX], strict=True)):
+            target = "-" if label == IGNORE_INDEX else repr(tokenizer.decode([int(label)]))
+            lines.append(f"{i:>5}  {tokenizer.decode([int(token)])!r:<24} {target}")
+        return "\n".join(lines)
+
 
 def load_dataset(
     kind: str,
@@ -288,16 +297,6 @@ def load_dataset(
     dataset = TokenDataset(arrays, starts, ends, info)
     info |= {"tokens": int(dataset.lengths.sum()), "labeled_tokens": int(dataset.targets.sum())}
     return dataset
-
-
-def describe_sample(tokenizer: Tokenizer, dataset: TokenDataset, index: int) -> str:
-    """Lay out a sample as a table of position, token, and the label that the position predicts."""
-    ids, labels = dataset[index]
-    rows = [("pos", "token", "predicts")]
-    for position, (token, label) in enumerate(zip(ids, [*labels[1:], IGNORE_INDEX], strict=True)):
-        target = "-" if label == IGNORE_INDEX else repr(tokenizer.decode([int(label)]))
-        rows.append((position, repr(tokenizer.decode([int(token)])), target))
-    return "\n".join(f"{position:>5}  {token:<24} {target}" for position, token, target in rows)
 
 
 @dataclass

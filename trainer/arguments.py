@@ -1,7 +1,6 @@
 """Flags that the three training scripts share; a value that cannot work is refused here."""
 
 import argparse
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +9,12 @@ from accelerate.tracking import get_available_trackers
 
 from dataset.world.generate import ensure_world
 from model.files import REPO_DIR, UserError
-from model.model_minimind import minimind_config
+from model.model_minimind import DEFAULT_SHAPE
 
 BASE_DIR = REPO_DIR / "model" / "base_xs"  # the world's base, where the scripts start by default
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
-SHAPE = inspect.getfullargspec(minimind_config)
-# Flags of a model's shape, with MiniMind2-small's values: the default for random weights.
-DEFAULT_SHAPE = dict(zip(SHAPE.args, SHAPE.defaults, strict=True))
 
 
 def limit(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:

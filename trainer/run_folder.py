@@ -37,10 +37,6 @@ STARTS |= {"train_loss": None, "eval_loss": None}
 LOCK_SECONDS = 6  # the data processes of a killed run may hold its lock for 5 s
 
 
-class Diverged(ArithmeticError):
-    """The loss, its gradient or the weights are no longer finite; the message names the step."""
-
-
 class RunFolder:
     """`run.json`, `metrics.jsonl` and `resume.pt` of a run; only the main process writes."""
 
@@ -147,7 +143,7 @@ class RunFolder:
         """Write to `run.json` how an unfinished run ended, and release the lock."""
         try:
             yield
-        except Diverged as error:
+        except FloatingPointError as error:  # of loss, gradient or weights
             self.end("diverged", f"{error}; lower --learning_rate")
         except KeyboardInterrupt:
             self.end("interrupted", "at once")

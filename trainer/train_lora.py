@@ -79,7 +79,6 @@ def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter of a pretrained model."""
-    # Settings.
     parser = make_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
@@ -93,10 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--modules_to_save_lr_ratio: no part has this rate; name --modules_to_save")
     accelerator, run = start_run(args)
 
-    # Data and model. The adapter's config names the base by a path that is found again from here.
     model, tokenizer, fingerprint = load_start(args)
     data = load_data(args, "sft", tokenizer, accelerator)
-    base = Path(args.from_weight)
+    base = Path(args.from_weight)  # the adapter's config names it so that it is found from here
     base = base.absolute() if base.exists() else base
     base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     vocabulary = tokenizer.get_vocab()
@@ -118,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         warn_of_rare_ends(model, tokenizer)
     facts = {"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted}
 
-    # The loop. Of B the ratio is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
-    def lr_ratio(name):
+    def lr_ratio(name: str) -> float:
+        """Return a parameter's rate over --learning_rate; LoRA+: arXiv 2402.12354."""
         if ".lora_B" in name:
             return args.loraplus_lr_ratio
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))

@@ -28,14 +28,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from dataset import lm_dataset
-from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset, plan_shapes
-from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer
+from dataset.lm_dataset import StepPlan, TokenDataset, chunks, collate, load_dataset, plan_shapes
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
 from model.files import UserError, escape_control
 from model.generation import Decoding, generate
-from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
-from trainer.arguments import DEFAULT_SHAPE, DTYPES
-from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
+from model.model_minimind import DEFAULT_SHAPE, MiniMindForCausalLM, minimind_config
+from trainer.arguments import DTYPES
+from trainer.run_folder import EXIT_CODES, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
@@ -83,7 +82,7 @@ def load_data(
     train_set = load(args.data_path, max_samples=vars(args).get("max_train_samples"))
     eval_set = load(args.eval_data_path) if args.eval_data_path else None
     if args.show_sample:
-        print(lm_dataset.describe_sample(tokenizer, train_set, 0))
+        print(train_set.describe(0, tokenizer))
         raise SystemExit(0)
     for dataset in filter(None, (train_set, eval_set)):
         info, files = dataset.info, " ".join(file["name"] for file in dataset.info["files"])
@@ -302,14 +301,14 @@ def train(
             stops = bool(stop) if processes == 1 else logs and accelerator.check_trigger()
             if not (logs or evaluates or saves or stops or now in kept):
                 continue
-            values = accelerator.reduce(torch.stack(losses), "sum").tolist()
+            sums = accelerator.reduce(torch.stack(losses), "sum").tolist()
             losses.clear()
-            run.losses += values
+            run.losses += sums
             record["train_seconds"] += time.perf_counter() - clock
             # A float16 step whose scaled gradients overflow is skipped, and the next scaled less.
             is_finite = norm.isfinite() or accelerator.optimizer_step_was_skipped
-            if not (is_finite and all(map(math.isfinite, values))):
-                raise Diverged(f"loss {values[-1]}, gradient norm {norm:.3g} in step {now}")
+            if not (is_finite and all(map(math.isfinite, sums))):
+                raise FloatingPointError(f"loss {sums[-1]}, gradient norm {norm:.3g} in step {now}")
             if logs:
                 row = run.log_step(norm.item(), rate)
                 accelerator.log(row, step=now)
@@ -321,13 +320,13 @@ def train(
             if evaluates and eval_set is not None:
                 eval_loss = evaluate(model, eval_set, args.batch_size, accelerator)
                 if not math.isfinite(eval_loss):
-                    raise Diverged(f"validation loss {eval_loss} after step {now}")
+                    raise FloatingPointError(f"validation loss {eval_loss} after step {now}")
                 run.log({"step": now, "eval_loss": eval_loss})
                 run.write(eval_loss=eval_loss)
                 accelerator.log({"eval_loss": eval_loss}, step=now)
             keeps = saves or stops or now in kept
             if keeps and not all(parameter.isfinite().all() for parameter in trained.values()):
-                raise Diverged(f"weights are not finite after step {now}")
+                raise FloatingPointError(f"weights are not finite after step {now}")
             if now in kept and accelerator.is_main_process:
                 save_weights(run.path / "checkpoints" / f"step_{now}")
             if saves or stops:
@@ -354,7 +353,7 @@ def evaluate(
 ) -> float:
     """Return the mean NLL over the labeled tokens of a data set, in nats a token."""
     order = dataset.lengths.argsort(kind="stable").tolist()
-    batches = list(lm_dataset.chunks(order, batch_size))
+    batches = list(chunks(order, batch_size))
     total = torch.zeros((), device=accelerator.device)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
