@@ -41,8 +41,7 @@ GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order s
 # Fields that change what a conversation means, and that the chat template does not show.
 UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call")
 UNREAD_FIELDS += ("reasoning_content", "weight")
-# Stands for a message's content while the chat template is rendered: private-use characters.
-CONTENT_SLOT = "\ue000\ue001\ue000"
+CONTENT_SLOT = "\ue000\ue001\ue000"  # private use: stands for a content in the chat template
 Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
 Shape = tuple[int, int]  # of a batch: tokens of a row, labels
 
@@ -361,8 +360,7 @@ def collate(samples: list[Sample], rows: int = 0, shapes: list[Shape] = ()) -> d
     """Stack samples as `input_ids` and `labels`, (batch, longest) int64, with 0 on the right.
 
     `label_positions` are those of the flattened batch that predict a label. For compiled code the
-    batch fills up to `rows` and to the first of `shapes` that is long enough.
-    A row of padding has no label, so it only keeps a process in step with the others.
+    batch fills up to `rows`, without labels, and to the first of `shapes` that is long enough.
     """
     longest = max((len(ids) for ids, _ in samples), default=2)
     length, count = next((shape for shape in shapes if shape[0] >= longest), (longest, 2))

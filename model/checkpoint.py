@@ -90,11 +90,7 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
 
 
 def load_tokenizer(source: str | Path = TOKENIZER_DIR, vocab_size: int | None = None) -> Tokenizer:
-    """Load the tokenizer of a folder or a hub id; it neither cuts nor pads by itself.
-
-    Refuse one without a file, the chat template or a special token, and one of more tokens than
-    the model has rows, `vocab_size`.
-    """
+    """Load a tokenizer that cuts and pads nothing; refuse one that lacks a part or is too large."""
     for name in TOKENIZER_FILES[:2]:
         find_file(source, name)
     tokenizer = Tokenizer.from_pretrained(source, padding_side="right")

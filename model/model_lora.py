@@ -195,10 +195,7 @@ def choose_modules(
 
 
 def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
-    """Freeze `model` and put the adapter in; return the names of the adapted modules.
-
-    Settings that cannot work are refused, and the model is then unchanged.
-    """
+    """Freeze `model` and put the adapter in, unless refused; return the adapted modules' names."""
     targets, whole = choose_modules(model, settings)
     model.requires_grad_(False)
     for name in whole:
@@ -216,10 +213,7 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
 
 @torch.no_grad()
 def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """Build a plain model with the logits of the adapted one; `model` is unchanged.
-
-    An update of a tied head alone is refused: merged, it would change the embedding, too.
-    """
+    """Build a plain model with the logits of the adapted one; `model` is unchanged."""
     plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
     is_tied, embedding = model.config.tie_word_embeddings, model.model.embed_tokens
     if isinstance(model.lm_head, LoRALinear) and isinstance(embedding, nn.Embedding) and is_tied:
@@ -250,11 +244,8 @@ PEFT_VALUES = {
 
 def collect_tensors(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """Collect the trained tensors under PEFT's names, float32; PEFT keeps both tied ends."""
-    tensors = {
-        name.replace(ROWS, PEFT_ROWS): tensor
-        for name, tensor in model.named_parameters()
-        if tensor.requires_grad
-    }
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tensors = {name.replace(ROWS, PEFT_ROWS): tensor for name, tensor in trained.items()}
     head, embedding = model.lm_head, model.model.embed_tokens
     if isinstance(head, LoRALinear) and isinstance(embedding, TiedEmbedding):
         tensors[f"{EMBEDDING}.lora_embedding_A"] = head.lora_B.weight.T
@@ -310,10 +301,7 @@ def save_lora(
 
 
 def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
-    """Put a saved adapter (ours or PEFT's) on its base, strictly; return its settings.
-
-    Broken files, tensors that do not fit, and another base than it was trained on are refused.
-    """
+    """Put a saved adapter (ours or PEFT's) on its own base, strictly; return its settings."""
     path = Path(folder) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -341,10 +329,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
 
 
 def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
-    """Find an adapter's settings in its config file and the names of its tensors.
-
-    A config that asks for what this module does not compute is refused.
-    """
+    """Find an adapter's settings, all computed here, in its config and its tensors' names."""
     config = read_json(path)
     for name, values in PEFT_VALUES.items():
         if config.get(name) not in (None, *values):

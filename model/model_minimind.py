@@ -211,7 +211,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute logits, or with `labels` the loss alone.
 
         Args:
-            input_ids: (B, T) int64.
             attention_mask: (B, S), 0 on padding; not needed for padding on the right.
             labels: (B, T) int64, as `input_ids`, `IGNORE_INDEX` where no loss falls; shifted here.
             label_positions: (N,) positions in the flattened `input_ids` that predict a label, so

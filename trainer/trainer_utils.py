@@ -215,8 +215,7 @@ def train(
     kept = {round(steps * (i + 1) / args.keep_checkpoints) for i in range(args.keep_checkpoints)}
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
     is_compiled = compile_loss(model, args, tokens, processes)
-    is_static = is_compiled and device == "cuda"
-    shapes = plan_shapes(plan, train_set.targets, steps) if is_static else []
+    shapes = plan_shapes(plan, train_set.targets, steps) if is_compiled and device == "cuda" else []
     fill = partial(collate, rows=args.batch_size if is_compiled else 0, shapes=shapes)
     total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
