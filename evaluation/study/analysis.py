@@ -116,9 +116,6 @@ def check_controlled(runs: pd.DataFrame) -> None:
         raise UserError(f"{run}: started from other weights than those of its base; run it again")
 
 
-# ---------------------------------------------------------------- shares
-
-
 def mark_answers(
     runs: pd.DataFrame, prompts: pd.DataFrame, decoding: str, kind: str = "correct"
 ) -> np.ndarray:
@@ -134,10 +131,9 @@ def mark_answers(
 def draw_shares(
     marks: np.ndarray, prompts: pd.DataFrame, size: str, alone: int | None = None
 ) -> np.ndarray:
-    """Return the share of all seeds, of each of the first `alone` seeds, and in each draw.
+    """Return the share of all seeds, of each of the first `alone`, and in each draw.
 
-    Args:
-        marks: (seeds, prompts).
+    `marks` are (seeds, prompts).
     """
     codes, names = pd.factorize(prompts.cluster)
     members = np.eye(len(names))[codes]
@@ -176,9 +172,6 @@ def estimate_sum(
             shares = special.logit(np.clip(shares, 5e-4, 1 - 5e-4))  # half a prompt of 1,000
         total = total + factor * shares
     return Estimate.of(total), runs.base.nunique()
-
-
-# ---------------------------------------------------------------- tables
 
 
 def tabulate_cells(evidence: Evidence) -> pd.DataFrame:

@@ -109,8 +109,7 @@ def list_endings(evidence: Evidence) -> pd.DataFrame:
 def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimate]:
     """Return the rank correlation of bound and endless answers, and the smallest ordered step.
 
-    Args:
-        bases: of xs; their shares of endless answers should rise in this order.
+    `bases` are of xs; their shares of endless answers should rise in this order.
     """
     table = list_endings(evidence)
     found = stats.spearmanr(table.bound, table.endless).statistic
@@ -118,9 +117,6 @@ def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimat
     values = {"rank correlation": found if len(table) >= FEWEST_BASES else np.nan}
     values["smallest step"] = shares.diff().iloc[1:].min(skipna=False)
     return {key: Estimate(*[float(one)] * 3) for key, one in values.items() if not np.isnan(one)}
-
-
-# ---------------------------------------------------------------- verdicts
 
 
 def lies_within(found: Estimate, low: float, high: float, whole: bool = True) -> bool:

@@ -65,8 +65,7 @@ def measure_checkpoint(
 ) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
-    Args:
-        only_tune: ask the tuning half of the combinations alone, greedily.
+    `only_tune` asks the tuning half of the combinations alone, greedily.
     """
     model, tokenizer = checkpoint
     sets = {name: [data[f"{name}_{half}"] for half in PROBES[name]] for name in PROBES}
