@@ -1,5 +1,6 @@
 """The lowest layer: errors for users, and files written whole or not at all."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,6 +20,12 @@ UNSAFE = re.compile(
 
 class UserError(ValueError):
     """An error that the user can mend; the message is one line: what, where, remedy."""
+
+
+def make_parser(doc: str, **options: str) -> argparse.ArgumentParser:
+    """Make a parser whose --help shows a script's docstring as it stands."""
+    options |= {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return argparse.ArgumentParser(allow_abbrev=False, **options)
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.checkpoint import save_model
 from model.files import run_script
 from model.model_lora import TRAINABLE_PARTS, select_trainable
-from trainer.arguments import BASE_DIR, make_parser, parse_args
+from trainer.arguments import BASE_DIR, make_stage_parser, parse_args
 from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train all parameters of a pretrained model, or the chosen parts."""
-    parser = make_parser(__doc__, run_name="full_sft", from_weight=str(BASE_DIR))
+    parser = make_stage_parser(__doc__, run_name="full_sft", from_weight=str(BASE_DIR))
     parts = f"all, or parts joined by commas: {', '.join(TRAINABLE_PARTS)} (all)"
     parser.add_argument("--trainable", default="all", help=parts)
     parser.set_defaults(epochs=2.0, learning_rate=5e-4)

@@ -27,7 +27,7 @@ from model.files import REPO_DIR, UserError, run_script
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
-from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_parser, parse_args
+from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_stage_parser, parse_args
 from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
 
@@ -64,7 +64,7 @@ def warn_of_rare_ends(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizer
 
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter of a pretrained model."""
-    parser = make_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
+    parser = make_stage_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
     add_lora_flags(parser)
     parser.set_defaults(epochs=2.0, learning_rate=3e-3)
     args = parse_args(parser, argv, kind="sft")

@@ -10,7 +10,6 @@ by sequence go to --save_dir, results to runs.jsonl beside study.toml. A run tha
 failed has its line, too; the next call repeats a failed one. A rate that becomes known adds runs.
 """
 
-import argparse
 import asyncio
 import os
 import shlex
@@ -30,7 +29,7 @@ from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_model, save_model
-from model.files import REPO_DIR, UserError, read_json, run_script, write_json
+from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_json
 
 ORIGIN = ("base_fingerprint", "train_data", "git", "machine")
 ENDED = ("completed", "diverged")
@@ -187,9 +186,7 @@ def describe_run(study: Study, run: Run, status: str) -> dict:
 
 def main() -> None:
     """Run the study, or print the commands that are missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
     parser.add_argument("--save_dir", type=Path, default=REPO_DIR / "out" / "study")
     parser.add_argument("--world", type=Path, help="folder of another world's files")
