@@ -59,9 +59,8 @@ def measure_nll(
     samples = [dataset[i] for i in range(len(dataset))]
     end_id = tokenizer.eos_token_id if kind == "sft" else None
     nats = sum_nats(model, samples, batch_size, end_id)
-    labels = [labels[1:] for _, labels in samples]
-    tokens = [int((ids != IGNORE_INDEX).sum()) for ids in labels]
-    ends = [int((ids == end_id).sum()) if end_id else 0 for ids in labels]
+    tokens = dataset.targets.tolist()
+    ends = [int((labels[1:] == end_id).sum()) if end_id else 0 for _, labels in samples]
     return {
         "data": [{"name": path.name, "sha256": file_sha256(path)} for path in paths],
         "max_seq_len": max_seq_len,

@@ -131,10 +131,7 @@ def mark_answers(
 def draw_shares(
     marks: np.ndarray, prompts: pd.DataFrame, size: str, alone: int | None = None
 ) -> np.ndarray:
-    """Return the share of all seeds, of each of the first `alone`, and in each draw.
-
-    `marks` are (seeds, prompts).
-    """
+    """Return shares of all seeds, of the first `alone`, of draws; `marks` are (seeds, prompts)."""
     codes, names = pd.factorize(prompts.cluster)
     members = np.eye(len(names))[codes]
     sums, counts = marks @ members, np.tile(members.sum(axis=0), (len(marks), 1))

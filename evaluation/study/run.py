@@ -72,10 +72,8 @@ class Runner:
         """Train from the saved state, if there is one, and return run.json.
 
         A base that ships in bases/ is copied. Another one trains beside its folder, into which its
-        weights go rounded to bfloat16.
-
-        Raises:
-            UserError: training failed; a run that diverged is a result, not a failure.
+        weights go rounded to bfloat16. Raise a UserError if training failed; a run that diverged
+        is a result, not a failure.
         """
         shipped = self.results_dir / "bases" / run.id
         if run.arm == "base" and shipped.is_dir():
@@ -151,8 +149,7 @@ class Runner:
     async def run_all(self, jobs: int) -> None:
         """Start runs, `jobs` at once and each once, until none is missing that can start.
 
-        Raises:
-            UserError: some runs failed; the others went on.
+        The failures of some, a UserError, are raised once the others have ended.
         """
         started: set[str] = set()
         tasks: set[asyncio.Task] = set()
