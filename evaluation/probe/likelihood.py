@@ -28,10 +28,7 @@ CANDIDATES = 10  # the prompt of an answer and 9 others
 def sum_nats(
     model: MiniMindForCausalLM, samples: list[Sample], batch_size: int, end_id: int | None = None
 ) -> np.ndarray:
-    """Sum the negative log-likelihood of each sample's labeled tokens: (samples, 2) float64, nats.
-
-    The second column holds the part of the token `end_id`.
-    """
+    """Sum NLL over each sample's labeled tokens, in nats: (samples, 2), of all and of `end_id`."""
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
     nats = np.zeros((len(samples), 2))
     starts = range(0, len(samples), batch_size)

@@ -74,10 +74,7 @@ def trace_frontiers(
 
 
 def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str, Estimate] | None:
-    """Return all_r8's frontier minus full fine-tuning's, by level that both reach with each seed.
-
-    None if a frontier was not run.
-    """
+    """Return all_r8's frontier minus fft's by level that each seed reaches; None if not run."""
     frontiers = trace_frontiers(evidence, decoding, ("all_r8", "fft"), size)
     if len(frontiers) < 2:
         return None

@@ -19,8 +19,7 @@ TEXT_PROMPT = "Write a text."  # in front of a document; no instruction of the w
 def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
     """Return the path of data: one of the world's files, or made in `folder`.
 
-    Args:
-        name: of the world's file, or `sft_mixed`, `facts16000` or `tokenizer64`.
+    The name is that of a world's file, or such as `sft_mixed`, `facts16000` or `tokenizer64`.
     """
     stem = name.rstrip("0123456789")
     count, path = int(name[len(stem) :] or 0), folder / f"{name}.jsonl"

@@ -55,8 +55,7 @@ def compute_shares(delta: Update) -> dict:
     sizes = pd.DataFrame(rows, columns=["update", "parameters"])
     words = pd.Index(delta).str.split(".")
     kinds = words.str[-2]
-    layers = words.str[2].where(words.str[1] == "layers", kinds)
-    tables = {"by_kind": kinds, "by_layer": layers}
+    tables = {"by_kind": kinds, "by_layer": words.str[2].where(words.str[1] == "layers", kinds)}
     shares = sizes / sizes.sum()
     return {k: shares.groupby(by, sort=False).sum().to_dict("index") for k, by in tables.items()}
 
