@@ -18,7 +18,7 @@ from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
 from model.checkpoint import Checkpoint
-from model.files import UserError, file_sha256
+from model.files import UserError
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others
@@ -59,7 +59,7 @@ def measure_nll(
     tokens = dataset.targets.tolist()
     ends = [int((labels[1:] == end_id).sum()) if end_id else 0 for _, labels in samples]
     return {
-        "data": [{"name": path.name, "sha256": file_sha256(path)} for path in paths],
+        "data": dataset.info["files"],
         "max_seq_len": max_seq_len,
         "tokens": sum(tokens),
         "nats_per_token": round(nats[:, 0].sum() / sum(tokens), 6),

@@ -71,9 +71,8 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     """Read study.toml, the prompts, and the runs of its edition in its order."""
     study, path = read_study(folder), folder / "prompts.csv"
     runs, order = read_runs(folder, study.edition), [*study.sizes, "base", *study.arms]
-    runs = runs.sort_values("seed", kind="stable").sort_values(
-        ["size", "arm"], key=lambda names: names.map(order.index), kind="stable"
-    )
+    runs = runs.sort_values("seed", kind="stable")
+    runs = runs.sort_values(["size", "arm"], key=lambda c: c.map(order.index), kind="stable")
     sweeps = tune_rates(study, runs)
     names = [name_cell(study, run, sweeps) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])

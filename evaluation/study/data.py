@@ -3,13 +3,13 @@
 All of it is made anew at each call, from the world alone: the same world gives the same bytes.
 """
 
-import json
 from pathlib import Path
 
 from dataset.lm_dataset import read_jsonl
+from dataset.world.generate import write_records
 from evaluation.probe.world_facts import draw_facts
 from model.checkpoint import load_tokenizer
-from model.files import REPO_DIR, UserError, file_sha256, write_text
+from model.files import REPO_DIR, UserError, file_sha256
 from trainer.arguments import BASE_DIR
 
 TEXT_SHARE = 0.2  # of all characters of `sft_mixed`
@@ -34,7 +34,7 @@ def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
     if stem not in ("sft_mixed", "facts"):
         raise UserError(f"the study has no data {name!r}; mend study.toml")
     records = draw_facts(count) if stem == "facts" else mix_text(world)
-    write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
+    write_records(path, records)
     return path
 
 
