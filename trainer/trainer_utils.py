@@ -403,8 +403,7 @@ def answer_held_out(
         start, end = np.flatnonzero(np.diff(labels == ids, prepend=False, append=False))[:2]
         prompts.append(ids[:start].tolist())
         references.append(ids[start:end].tolist())
-    ends = (tokenizer.eos_token_id,)
-    answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, ends)
+    answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, (tokenizer.eos_token_id,))
     rows = []
     for parts in zip(prompts, answers, references, strict=True):
         texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
