@@ -27,15 +27,14 @@ from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
 from model.checkpoint import Checkpoint, load_checkpoint
-from model.files import REPO_DIR, UserError, escape_control, run_script, write_json
+from model.files import REPO_DIR, UserError, escape_control, make_parser, run_script, write_json
 from model.generation import Decoding
 from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device
 
 
 def make_probe_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("other modes").add_mutually_exclusive_group().add_argument
     add("--list", type=Path, nargs="?", const=REPO_DIR / "out", help="show a folder's runs (out/)")
     add("--interactive", action="store_true", help="chat with one model; an empty line ends it")

@@ -14,24 +14,23 @@ no attention mask is needed.
 import gzip
 import hashlib
 import json
-import sys
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from model.files import UserError, file_sha256, replace_file
+from model.files import UserError, file_sha256, write_aside
 from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
@@ -42,8 +41,7 @@ GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order s
 # Fields that change what a conversation means, and that the chat template does not show.
 UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call")
 UNREAD_FIELDS += ("reasoning_content", "weight")
-# Stands for a message's content while the chat template is rendered: private-use characters.
-CONTENT_SLOT = "\ue000\ue001\ue000"
+CONTENT_SLOT = "\ue000\ue001\ue000"  # private use: stands for a content in the chat template
 Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
 Shape = tuple[int, int]  # of a batch: tokens of a row, labels
 
@@ -185,9 +183,8 @@ def encode_files(
     """Tokenize files into flat arrays, and count what was cut and dropped."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     tokens, labels, truncated, dropped = [], [], 0, 0
-    bar = {"desc": "tokenizing", "unit": " records", "disable": None, "file": sys.stderr}
-    items = tqdm((item for path in paths for item in read_jsonl(path)), **bar)
-    for chunk in chunks(items, ENCODE_CHUNK):
+    records = tqdm(chain.from_iterable(map(read_jsonl, paths)), "tokenizing", disable=None)
+    for chunk in chunks(records, ENCODE_CHUNK):
         for ids, labeled in encode_records(kind, chunk, tokenizer):
             if kind == "sft":
                 truncated += len(ids) > max_seq_len
@@ -220,15 +217,13 @@ def load_tokens(
     key["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     key["max_seq_len"] = max_seq_len if kind == "sft" else None  # blocks are cut later
     cached = cache_dir / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
-    if not cached.is_file():
-        arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: another process may write the same, equal, file now.
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix="tmp") as folder:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / "lock"):  # of two processes, one tokenizes
+        if not cached.is_file():
+            arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             header = {"key": json.dumps(key), "counts": json.dumps(counts)}
-            save_file(tensors, Path(folder) / "tokens", metadata=header)
-            replace_file(Path(folder) / "tokens", cached)
+            write_aside(cached, partial(save_file, tensors, metadata=header))
     with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         counts = json.loads(file.metadata()["counts"])
@@ -259,6 +254,15 @@ class TokenDataset(torch.utils.data.Dataset):
         span = slice(self.starts[index], self.ends[index])
         ids = self.tokens[span].astype(np.int64)
         return ids, np.where(self.labeled[span], ids, IGNORE_INDEX) if len(self.labeled) else ids
+
+    def describe(self, index: int, tokenizer: Tokenizer) -> str:
+        """Lay out a sample: positions, tokens, and the labels that the positions predict."""
+        ids, labels = self[index]
+        lines = [f"{'pos':>5}  {'token':<24} predicts"]
+        for i, (token, label) in enumerate(zip(ids, [*labels[1:], IGNORE_INDEX], strict=True)):
+            target = "-" if label == IGNORE_INDEX else repr(tokenizer.decode([int(label)]))
+            lines.append(f"{i:>5}  {tokenizer.decode([int(token)])!r:<24} {target}")
+        return "\n".join(lines)
 
 
 def load_dataset(
@@ -292,16 +296,6 @@ def load_dataset(
     dataset = TokenDataset(arrays, starts, ends, info)
     info |= {"tokens": int(dataset.lengths.sum()), "labeled_tokens": int(dataset.targets.sum())}
     return dataset
-
-
-def describe_sample(tokenizer: Tokenizer, dataset: TokenDataset, index: int) -> str:
-    """Lay out a sample as a table of position, token, and the label that the position predicts."""
-    ids, labels = dataset[index]
-    rows = [("pos", "token", "predicts")]
-    for position, (token, label) in enumerate(zip(ids, [*labels[1:], IGNORE_INDEX], strict=True)):
-        target = "-" if label == IGNORE_INDEX else repr(tokenizer.decode([int(label)]))
-        rows.append((position, repr(tokenizer.decode([int(token)])), target))
-    return "\n".join(f"{position:>5}  {token:<24} {target}" for position, token, target in rows)
 
 
 @dataclass
@@ -366,8 +360,7 @@ def collate(samples: list[Sample], rows: int = 0, shapes: list[Shape] = ()) -> d
     """Stack samples as `input_ids` and `labels`, (batch, longest) int64, with 0 on the right.
 
     `label_positions` are those of the flattened batch that predict a label. For compiled code the
-    batch fills up to `rows` and to the first of `shapes` that is long enough.
-    A row of padding has no label, so it only keeps a process in step with the others.
+    batch fills up to `rows`, without labels, and to the first of `shapes` that is long enough.
     """
     longest = max((len(ids) for ids, _ in samples), default=2)
     length, count = next((shape for shape in shapes if shape[0] >= longest), (longest, 2))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import GenerationConfig, LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import cached_file
 
@@ -31,8 +31,7 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
     write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     write_json(folder / "config.json", dict(sorted(config.items())))
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_text(folder / "generation_config.json", GenerationConfig(**ids).to_json_string())
+    write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     if is_hub_id(tokenizer_dir):
         Tokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
     for name in TOKENIZER_FILES:
@@ -91,11 +90,7 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
 
 
 def load_tokenizer(source: str | Path = TOKENIZER_DIR, vocab_size: int | None = None) -> Tokenizer:
-    """Load the tokenizer of a folder or a hub id; it neither cuts nor pads by itself.
-
-    Refuse one without a file, the chat template or a special token, and one of more tokens than
-    the model has rows, `vocab_size`.
-    """
+    """Load a tokenizer that cuts and pads nothing; refuse one that lacks a part or is too large."""
     for name in TOKENIZER_FILES[:2]:
         find_file(source, name)
     tokenizer = Tokenizer.from_pretrained(source, padding_side="right")

@@ -1,5 +1,6 @@
 """The lowest layer: errors for users, and files written whole or not at all."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,6 +22,12 @@ class UserError(ValueError):
     """An error that the user can mend; the message is one line: what, where, remedy."""
 
 
+def make_parser(doc: str, **options: str) -> argparse.ArgumentParser:
+    """Make a parser whose --help shows a script's docstring as it stands."""
+    options |= {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return argparse.ArgumentParser(allow_abbrev=False, **options)
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's `main` and exit: 2 and one line after a user's error, 130 after Ctrl-C."""
     try:
@@ -39,11 +46,23 @@ def escape_control(text: str) -> str:
     return UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file aside, and move it into place: a full disk leaves the old."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        write(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())  # so that a crash leaves the old or the new
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # the latter is torch's
+        raise UserError(f"{path}: not written ({error}); free space, or mend the path") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside and move it into place: a full disk leaves the file before."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    replace_file(aside, path)
+    """Write a file, whole or not at all."""
+    write_aside(path, lambda aside: aside.write_bytes(content))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,13 +73,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def replace_file(aside: Path, path: Path) -> None:
-    """Rename a written file once its content is on the disk: a crash leaves the old or the new."""
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def read_json(path: Path) -> dict:

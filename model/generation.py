@@ -17,8 +17,7 @@ from transformers.cache_utils import DynamicCache
 from model.files import UserError
 from model.model_minimind import MiniMindForCausalLM
 
-# A nucleus is looked for among so many tokens first, which is faster than to sort all.
-LIKELY_TOKENS = 256
+LIKELY_TOKENS = 256  # a nucleus is looked for among so many first: faster than to sort all
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,6 @@ class TiedEmbedding(nn.Module):
         return self.tied_to[0].embed(input_ids)
 
 
-# ---------------------------------------------------------------- choosing and putting in
-
-
 def select_modules(
     model: MiniMindForCausalLM, spec: str, kinds: tuple[type, ...], flag: str
 ) -> list[str]:
@@ -198,10 +195,7 @@ def choose_modules(
 
 
 def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
-    """Freeze `model` and put the adapter in; return the names of the adapted modules.
-
-    Settings that cannot work are refused, and the model is then unchanged.
-    """
+    """Freeze `model` and put the adapter in, unless refused; return the adapted modules' names."""
     targets, whole = choose_modules(model, settings)
     model.requires_grad_(False)
     for name in whole:
@@ -217,20 +211,13 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     return targets
 
 
-# ---------------------------------------------------------------- merging
-
-
 @torch.no_grad()
 def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """Build a plain model with the logits of the adapted one; `model` is unchanged.
-
-    An update of a tied head alone is refused: merging it would change the embedding, too.
-    """
+    """Build a plain model with the logits of the adapted one; `model` is unchanged."""
     plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
     is_tied, embedding = model.config.tie_word_embeddings, model.model.embed_tokens
     if isinstance(model.lm_head, LoRALinear) and isinstance(embedding, nn.Embedding) and is_tied:
-        remedy = "would change the input end too; use the adapter unmerged"
-        raise UserError(f"{HEAD} is tied to the embedding: merging its update {remedy}")
+        raise UserError(f"{HEAD} is tied to the embedding, which would change; do not merge it")
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear | TokenRows):
             tensors[f"{name}.weight"] = module.compute_weight()
@@ -239,8 +226,6 @@ def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
     plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
     return plain
 
-
-# ---------------------------------------------------------------- files
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -259,11 +244,8 @@ PEFT_VALUES = {
 
 def collect_tensors(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """Collect the trained tensors under PEFT's names, float32; PEFT keeps both tied ends."""
-    tensors = {
-        name.replace(ROWS, PEFT_ROWS): tensor
-        for name, tensor in model.named_parameters()
-        if tensor.requires_grad
-    }
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tensors = {name.replace(ROWS, PEFT_ROWS): tensor for name, tensor in trained.items()}
     head, embedding = model.lm_head, model.model.embed_tokens
     if isinstance(head, LoRALinear) and isinstance(embedding, TiedEmbedding):
         tensors[f"{EMBEDDING}.lora_embedding_A"] = head.lora_B.weight.T
@@ -289,11 +271,9 @@ def find_modules(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
 def save_lora(
     model: MiniMindForCausalLM, settings: LoraSettings, folder: Path, base: str, fingerprint: str
 ) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
+    """Write an adapter's 2 files as PEFT does.
 
-    Args:
-        base: folder or hub id of the base, for `base_model_name_or_path`.
-        fingerprint: `weights_fingerprint` of the base before the adapter was put in.
+    `base` is the base's folder or hub id; `fingerprint` is its `weights_fingerprint`.
     """
     tensors, tokens = collect_tensors(model), settings.train_tokens
     targets, whole = find_modules(tensors)
@@ -321,10 +301,7 @@ def save_lora(
 
 
 def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
-    """Put a saved adapter (ours or PEFT's) on its base, strictly; return its settings.
-
-    Broken files, tensors that do not fit, and another base than it was trained on are refused.
-    """
+    """Put a saved adapter (ours or PEFT's) on its own base, strictly; return its settings."""
     path = Path(folder) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -334,8 +311,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
     if trained_on not in (None, weights_fingerprint(model)):
-        named = f"give the one that its {ADAPTER_CONFIG} names"
-        raise UserError(f"{folder}: was trained on another base than the one loaded; {named}")
+        raise UserError(f"{folder}: was trained on another base; {ADAPTER_CONFIG} names its own")
     settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
     weights = list_weights(model)
     try:
@@ -353,15 +329,11 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
 
 
 def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
-    """Find an adapter's settings in its config file and the names of its tensors.
-
-    A config that asks for what this module does not compute is refused.
-    """
+    """Find an adapter's settings, all computed here, in its config and its tensors' names."""
     config = read_json(path)
     for name, values in PEFT_VALUES.items():
         if config.get(name) not in (None, *values):
-            remedy = "merge the adapter with PEFT and use the merged model"
-            raise UserError(f"{path}: {name} {config[name]!r} is not computed here; {remedy}")
+            raise UserError(f"{path}: {name} {config[name]!r} is not computed here; merge by PEFT")
     rows, (targets, whole) = config.get("trainable_token_indices") or (), find_modules(tensors)
     return LoraSettings(
         rank=config["r"] if targets else 0,

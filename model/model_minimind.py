@@ -23,44 +23,39 @@ from model.files import UserError
 
 EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 IGNORE_INDEX = -100  # the label of a position without a loss
+DEFAULT_SHAPE = {  # MiniMind2-small's: 25,829,888 parameters
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1408,
+    "qk_norm": False,
+}
 
 Config = LlamaConfig | Qwen3Config
 Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_tables`
 
 
-def minimind_config(
-    hidden_size: int = 512,
-    num_hidden_layers: int = 8,
-    num_attention_heads: int = 8,
-    num_key_value_heads: int = 2,
-    intermediate_size: int = 1408,
-    qk_norm: bool = False,
-    **others: float,
-) -> Config:
-    """Describe a model's shape; the defaults are MiniMind2-small's (25,829,888 parameters).
+def minimind_config(**values: float) -> Config:
+    """Describe a model by transformers' config; `DEFAULT_SHAPE` holds where `values` say nothing.
 
-    `others` are further values of transformers' config, such as `vocab_size`. Heads that do not
-    divide the hidden size or each other are refused.
+    Heads that do not divide the hidden size or each other are refused.
     """
-    if hidden_size % (2 * num_attention_heads) or num_attention_heads % num_key_value_heads:
-        raise UserError(
-            f"hidden_size {hidden_size}: must be a multiple of 2 * num_attention_heads "
-            f"({num_attention_heads}), and these of num_key_value_heads ({num_key_value_heads})"
-        )
+    shape = DEFAULT_SHAPE | values
+    qk_norm, size = shape.pop("qk_norm"), shape["hidden_size"]
+    heads, key_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    if size % (2 * heads) or heads % key_heads:
+        rule = f"2 * num_attention_heads ({heads}), and these of num_key_value_heads ({key_heads})"
+        raise UserError(f"hidden_size {size}: must be a multiple of {rule}")
     defaults = {"vocab_size": 6400, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
     special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config_class = Qwen3Config if qk_norm else LlamaConfig
     return config_class(
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=hidden_size // num_attention_heads,
-        intermediate_size=intermediate_size,
+        head_dim=size // heads,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         architectures=["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
-        **(defaults | special_tokens | others),
+        **(defaults | special_tokens | shape),
     )
 
 
@@ -83,16 +78,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def find_visible_keys(attention_mask: Tensor, new: int) -> Tensor:
-    """Mark the keys that each of the last `new` queries may attend to: (B, S) -> (B, 1, T, S).
-
-    A query sees real tokens up to its own, and itself: without any key its row would be NaN.
-    """
-    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    queries = keys[-new:, None]
-    return (keys <= queries) & (attention_mask[:, None, None, :].bool() | (keys == queries))
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
 
@@ -112,8 +97,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """(B, T, D) -> (B, T, D); adds this layer's keys and values to `cache`.
 
-        Args:
-            mask: (B or 1, 1, T, S), or None where every query sees all keys up to its own.
+        `mask` is (B or 1, 1, T, S), or None where every query sees all keys up to its own.
         """
         batch, new, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, new, -1, self.head_dim)).transpose(1, 2)
@@ -183,7 +167,12 @@ class MiniMindModel(nn.Module):
             attention_mask = torch.ones(1, seen, dtype=torch.bool, device=device)
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        mask = find_visible_keys(attention_mask, new) if needs_mask else None
+        mask = None
+        if needs_mask:
+            # A query sees real tokens up to its own, and itself: without any key its row is NaN.
+            keys = torch.arange(seen, device=device)
+            queries, is_real = keys[-new:, None], attention_mask[:, None, None, :].bool()
+            mask = (keys <= queries) & (is_real | (keys == queries))  # (B or 1, 1, T, S)
         theta = self.config.rope_parameters["rope_theta"]
         rope = rope_tables(position_ids, self.config.head_dim, theta)
         x = self.embed_tokens(input_ids)
@@ -222,7 +211,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute logits, or with `labels` the loss alone.
 
         Args:
-            input_ids: (B, T) int64.
             attention_mask: (B, S), 0 on padding; not needed for padding on the right.
             labels: (B, T) int64, as `input_ids`, `IGNORE_INDEX` where no loss falls; shifted here.
             label_positions: (N,) positions in the flattened `input_ids` that predict a label, so
@@ -253,11 +241,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             targets = targets.index_select(0, label_positions)
         logits = self.lm_head(states).float()  # float32 under autocast, too
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Count all and trainable parameters, the tied head once."""
-    return model.num_parameters(), model.num_parameters(only_trainable=True)
 
 
 def list_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:

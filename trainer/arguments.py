@@ -1,7 +1,6 @@
 """Flags that the three training scripts share; a value that cannot work is refused here."""
 
 import argparse
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +8,13 @@ import torch
 from accelerate.tracking import get_available_trackers
 
 from dataset.world.generate import ensure_world
-from model.files import REPO_DIR, UserError
-from model.model_minimind import minimind_config
+from model.files import REPO_DIR, UserError, make_parser
+from model.model_minimind import DEFAULT_SHAPE
 
 BASE_DIR = REPO_DIR / "model" / "base_xs"  # the world's base, where the scripts start by default
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
-SHAPE = inspect.getfullargspec(minimind_config)
-# Flags of a model's shape, with MiniMind2-small's values: the default for random weights.
-DEFAULT_SHAPE = dict(zip(SHAPE.args, SHAPE.defaults, strict=True))
 
 
 def limit(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:
@@ -38,16 +34,11 @@ COUNT, SIZE = limit(int, 0), limit(int, 1)
 NOT_NEGATIVE, POSITIVE, SHARE = limit(float, 0), limit(float, 1e-12), limit(float, 0, 1)
 
 
-def make_parser(
+def make_stage_parser(
     doc: str, run_name: str, from_weight: str, name_flag: str = "--run_name"
 ) -> argparse.ArgumentParser:
     """Make a parser with the flags of all stages; a stage sets other defaults and adds its own."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]; --help explains them",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(doc, usage="%(prog)s [flags]; --help explains them")
     add = parser.add_argument_group("run").add_argument
     add("--save_dir", type=Path, default=REPO_DIR / "out", help="where run folders go (out/)")
     add(name_flag, dest="run_name", default=run_name, help=f"run folder ({run_name})")

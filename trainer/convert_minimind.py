@@ -9,7 +9,6 @@ A model's .pth holds neither tokenizer nor number of heads: name its tokenizer's
 --num_attention_heads if it is not 8. An adapter's .pth needs --base. Code in a .pth is not run.
 """
 
-import argparse
 import pickle
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from model.checkpoint import load_model, load_tokenizer, save_model, weights_fingerprint
-from model.files import UserError, escape_control, run_script
+from model.files import UserError, escape_control, make_parser, run_script
 from model.model_lora import LoraSettings, apply_lora, save_lora
 from model.model_minimind import Config, MiniMindForCausalLM, fill_model, minimind_config
 
@@ -77,8 +76,7 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
 
 def main(argv: list[str] | None = None) -> int:
     """Convert by the flags on the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("pth", type=Path, help="a model's or an adapter's .pth")
     add("--output_dir", type=Path, required=True, help="folder to make")

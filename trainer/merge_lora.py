@@ -7,7 +7,6 @@ converter without any adapter. An update of the head alone is refused where the 
 embedding: merging it would change both ends. The folder's run.json names adapter and base.
 """
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.checkpoint import find_base, load_model, save_model, weights_fingerprint
-from model.files import UserError, escape_control, file_sha256, run_script, write_json
+from model.files import UserError, escape_control, file_sha256, make_parser, run_script, write_json
 from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
-from model.model_minimind import count_parameters
 
 
 def main(argv: list[str] | None = None) -> int:
     """Merge by the flags on the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder")
     add("--base", help="its base: a folder or hub id (default: what its config names)")
@@ -42,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {"status": "completed", "stage": "merge_lora", "base_fingerprint": fingerprint}
     record["settings"] = names | {"adapter": asdict(settings)}
     record["adapter_sha256"] = file_sha256(args.adapter / ADAPTER_WEIGHTS)
-    record["parameters"] = count_parameters(merged)[0]
+    record["parameters"] = merged.num_parameters()
     write_json(args.output_dir / "run.json", record)
     print(escape_control(f"{args.adapter} merged into {base}: {args.output_dir}"))
     return 0

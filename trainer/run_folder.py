@@ -24,7 +24,7 @@ from shutil import rmtree
 import torch
 from filelock import FileLock, Timeout
 
-from model.files import REPO_DIR, UserError, read_json, replace_file, write_json, write_text
+from model.files import REPO_DIR, UserError, read_json, write_aside, write_json, write_text
 
 EXIT_CODES = {"completed": 0, "diverged": 3, "interrupted": 130}
 # Flags that do not affect the result, and paths, whose content is compared by its hash.
@@ -35,10 +35,6 @@ WITHOUT_EFFECT |= {"data_path", "eval_data_path", "from_weight", "tokenizer_path
 STARTS = {"step": 0, "tokens": 0, "labeled_tokens": 0, "train_seconds": 0.0}
 STARTS |= {"train_loss": None, "eval_loss": None}
 LOCK_SECONDS = 6  # the data processes of a killed run may hold its lock for 5 s
-
-
-class Diverged(ArithmeticError):
-    """The loss, its gradient or the weights are no longer finite; the message names the step."""
 
 
 class RunFolder:
@@ -122,19 +118,12 @@ class RunFolder:
         return row
 
     def save_state(self, state: dict) -> None:
-        """Write the resume file aside, then move it into place: a kill leaves one whole state."""
+        """Write the resume file: a kill leaves one whole state."""
         if not self.is_main:
             return
         state |= {"losses": self.losses, "record": {name: self.record[name] for name in STARTS}}
         state["metrics"] = self.metrics_path.read_text(encoding="utf-8")
-        aside = self.state_path.with_suffix(".tmp")
-        try:
-            torch.save(state, aside)
-            replace_file(aside, self.state_path)
-        except (OSError, RuntimeError) as error:  # the latter is torch's
-            raise UserError(f"{self.state_path}: not written ({error})") from error
-        finally:
-            aside.unlink(missing_ok=True)
+        write_aside(self.state_path, partial(torch.save, state))
 
     def read_state(self) -> dict:
         """Read the resume file, and forget what was logged after it."""
@@ -154,14 +143,14 @@ class RunFolder:
         """Write to `run.json` how an unfinished run ended, and release the lock."""
         try:
             yield
-        except Diverged as error:
+        except FloatingPointError as error:  # of loss, gradient or weights
             self.end("diverged", f"{error}; lower --learning_rate")
         except KeyboardInterrupt:
             self.end("interrupted", "at once")
         except Exception as error:
             is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             is_memory = is_memory or "can't allocate memory" in str(error)  # torch's, on a CPU
-            with contextlib.suppress(OSError):  # the disk may be full
+            with contextlib.suppress(UserError):  # the disk may be full
                 self.end("oom" if is_memory else "failed", f"{type(error).__name__}: {error}")
             if is_memory:
                 remedy = "halve --batch_size and double --accumulation_steps"

@@ -17,26 +17,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.checkpoint import save_model
 from model.files import run_script
 from model.model_lora import TRAINABLE_PARTS, select_trainable
-from trainer.arguments import BASE_DIR, make_parser, parse_args
+from trainer.arguments import BASE_DIR, make_stage_parser, parse_args
 from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train all parameters of a pretrained model, or the chosen parts."""
-    # Settings.
-    parser = make_parser(__doc__, run_name="full_sft", from_weight=str(BASE_DIR))
+    parser = make_stage_parser(__doc__, run_name="full_sft", from_weight=str(BASE_DIR))
     parts = f"all, or parts joined by commas: {', '.join(TRAINABLE_PARTS)} (all)"
     parser.add_argument("--trainable", default="all", help=parts)
     args = parse_args(parser, argv, kind="sft")
     accelerator, run = start_run(args)
 
-    # Data and model.
     model, tokenizer, fingerprint = load_start(args)
     data = load_data(args, "sft", tokenizer, accelerator)
     select_trainable(model, args.trainable)
     facts = {"stage": "full_sft", "base_fingerprint": fingerprint}
 
-    # The loop.
     save_weights = partial(save_model, model, tokenizer.name_or_path)
     finish = partial(answer_held_out, run, model, tokenizer, data[1])
     return train(args, accelerator, run, model, *data, save_weights, facts, finish=finish)

@@ -27,12 +27,8 @@ from model.files import REPO_DIR, UserError, run_script
 from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
-from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_parser, parse_args
+from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_stage_parser, parse_args
 from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
-
-# Flags that --lora_rank 0 would ignore.
-OF_MATRICES = ("lora_alpha", "lora_dropout", "lora_targets", "lora_init", "use_rslora")
-OF_MATRICES += ("loraplus_lr_ratio",)
 
 
 def add_lora_flags(parser: argparse.ArgumentParser) -> None:
@@ -66,37 +62,25 @@ def warn_of_rare_ends(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizer
         print(f"warning: {cause}: sampled answers may not end; add --train_tokens '{end}'")
 
 
-def freeze_in_half(model: torch.nn.Module, dtype: str) -> None:
-    """Keep frozen weights in the type of the matrix products: cast once, not at every step.
-
-    Not the embedding, whose type the residual stream takes: float32, as in full fine-tuning.
-    """
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
-        if is_matrix and not parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter of a pretrained model."""
-    # Settings.
-    parser = make_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
+    parser = make_stage_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
     add_lora_flags(parser)
     parser.set_defaults(learning_rate=3e-3)
     args = parse_args(parser, argv, kind="sft")
     if args.from_weight == "none":
         parser.error("--from_weight none: random weights; name a pretrained folder")
-    for flag in OF_MATRICES:
+    of_matrices = "lora_alpha lora_dropout lora_targets lora_init use_rslora loraplus_lr_ratio"
+    for flag in of_matrices.split():
         if args.lora_rank == 0 and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag}: --lora_rank 0 adapts no matrix; drop one of both")
     if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
         parser.error("--modules_to_save_lr_ratio: no part has this rate; name --modules_to_save")
     accelerator, run = start_run(args)
 
-    # Data and model. The adapter's config names the base by a path that is found again from here.
     model, tokenizer, fingerprint = load_start(args)
     data = load_data(args, "sft", tokenizer, accelerator)
-    base = Path(args.from_weight)
+    base = Path(args.from_weight)  # the adapter's config names it so that it is found from here
     base = base.absolute() if base.exists() else base
     base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     vocabulary = tokenizer.get_vocab()
@@ -113,13 +97,18 @@ def main(argv: list[str] | None = None) -> int:
         modules_to_save=tuple(args.modules_to_save),
     )
     adapted = apply_lora(model, settings)
-    freeze_in_half(model, args.dtype)
+    # Frozen matrices take the type of the products once, not at every step. The embedding keeps its
+    # own: the residual stream takes it, float32 as in full fine-tuning.
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
+        if is_matrix and not parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, args.dtype))
     if accelerator.is_main_process:
         warn_of_rare_ends(model, tokenizer)
     facts = {"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted}
 
-    # The loop. Of B the ratio is LoRA+'s lr_B / lr_A (Hayou et al. 2024, arXiv 2402.12354).
-    def lr_ratio(name):
+    def lr_ratio(name: str) -> float:
+        """Return a parameter's rate over --learning_rate; LoRA+: arXiv 2402.12354."""
         if ".lora_B" in name:
             return args.loraplus_lr_ratio
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))

@@ -20,27 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.checkpoint import save_model
 from model.files import run_script
-from trainer.arguments import make_parser, parse_args
+from trainer.arguments import make_stage_parser, parse_args
 from trainer.trainer_utils import load_data, load_start, start_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train every parameter, from random weights by default."""
-    # Settings.
-    parser = make_parser(__doc__, run_name="pretrain", from_weight="none")
+    parser = make_stage_parser(__doc__, run_name="pretrain", from_weight="none")
     wrap = "put each document between the tokens that open and close a chat turn"
     parser.add_argument("--wrap_documents", action="store_true", help=wrap)
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
     args = parse_args(parser, argv, kind="pretrain")
     accelerator, run = start_run(args)
 
-    # Data and model.
     model, tokenizer, fingerprint = load_start(args)
     kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
     data = load_data(args, kind, tokenizer, accelerator)
     facts = {"stage": "pretrain", "base_fingerprint": fingerprint}
 
-    # The loop.
     save_weights = partial(save_model, model, tokenizer.name_or_path)
     return train(args, accelerator, run, model, *data, save_weights, facts)
 

@@ -8,7 +8,6 @@ Reads `{"text"}` and conversation records alike, so that words that occur only i
 data (medical terms, say) get tokens of their own.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import read_jsonl, record_messages, record_text
 from model.checkpoint import load_tokenizer
-from model.files import read_json, run_script, write_json
+from model.files import make_parser, read_json, run_script, write_json
 from trainer.arguments import COUNT, limit
 
 LEAST_SIZE = 256 + 3  # bytes and special tokens
@@ -83,7 +82,7 @@ def train_tokenizer(
 
 def main(argv: list[str] | None = None) -> int:
     """Train the tokenizer and write its two files."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     add, size = parser.add_argument, limit(int, LEAST_SIZE, 2**20)
     add("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
     add("--output_dir", type=Path, required=True, help="folder for the two files")

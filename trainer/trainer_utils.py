@@ -28,14 +28,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from dataset import lm_dataset
-from dataset.lm_dataset import StepPlan, TokenDataset, collate, load_dataset, plan_shapes
+from dataset.lm_dataset import StepPlan, TokenDataset, chunks, collate, load_dataset, plan_shapes
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
 from model.files import UserError, escape_control
 from model.generation import Decoding, generate
-from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
-from trainer.arguments import DEFAULT_SHAPE, DTYPES
-from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
+from model.model_minimind import DEFAULT_SHAPE, MiniMindForCausalLM, minimind_config
+from trainer.arguments import DTYPES
+from trainer.run_folder import EXIT_CODES, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
@@ -79,13 +78,12 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
 def load_data(
     args: argparse.Namespace, kind: str, tokenizer: Tokenizer, accelerator: Accelerator
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """Load training and held-out data; the main process tokenizes while the others wait."""
+    """Load training and held-out data; of several processes the first one tokenizes."""
     load = partial(load_dataset, kind, tokenizer=tokenizer, max_seq_len=args.max_seq_len)
-    with accelerator.main_process_first():
-        train_set = load(args.data_path, max_samples=vars(args).get("max_train_samples"))
-        eval_set = load(args.eval_data_path) if args.eval_data_path else None
+    train_set = load(args.data_path, max_samples=vars(args).get("max_train_samples"))
+    eval_set = load(args.eval_data_path) if args.eval_data_path else None
     if args.show_sample:
-        print(lm_dataset.describe_sample(tokenizer, train_set, 0))
+        print(train_set.describe(0, tokenizer))
         raise SystemExit(0)
     for dataset in filter(None, (train_set, eval_set)):
         info, files = dataset.info, " ".join(file["name"] for file in dataset.info["files"])
@@ -133,7 +131,7 @@ def flops_per_token(model: MiniMindForCausalLM, lengths: np.ndarray) -> float:
     2 N forward, 2 N for the gradients of activations and 2 N_trainable for those of weights
     (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and 6 L D T for causal attention.
     """
-    total, trainable = count_parameters(model)
+    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
     # A token's attention costs its sample's length, and long samples have more tokens.
     length = float((lengths.astype(float) ** 2).sum() / lengths.sum())
     attention = 6 * model.config.num_hidden_layers * model.config.hidden_size * length
@@ -150,7 +148,7 @@ def compile_loss(
     """
     header, device = Path(sysconfig.get_paths()["include"]) / "Python.h", args.device
     is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
-    earns = 6 * count_parameters(model)[0] * tokens >= COMPILE_FLOPS.get(device, math.inf)
+    earns = 6 * model.num_parameters() * tokens >= COMPILE_FLOPS.get(device, math.inf)
     is_wanted = args.use_compile == "on" or (args.use_compile == "auto" and earns and bool(is_able))
     if is_wanted:
         # One graph for all shapes; on CUDA, where few shapes are planned, one each, and launched as
@@ -218,10 +216,9 @@ def train(
     kept = {round(steps * (i + 1) / args.keep_checkpoints) for i in range(args.keep_checkpoints)}
     tokens = float(train_set.lengths.sum()) * steps / plan.steps_per_epoch
     is_compiled = compile_loss(model, args, tokens, processes)
-    is_static = is_compiled and device == "cuda"
-    shapes = plan_shapes(plan, train_set.targets, steps) if is_static else []
+    shapes = plan_shapes(plan, train_set.targets, steps) if is_compiled and device == "cuda" else []
     fill = partial(collate, rows=args.batch_size if is_compiled else 0, shapes=shapes)
-    flops, (total, trainable) = flops_per_token(model, train_set.lengths), count_parameters(model)
+    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
     groups = parameter_groups(model, args.weight_decay, lr_ratio)
     schedule = (args.learning_rate, args.lr_schedule, args.warmup_ratio, args.min_lr_ratio)
     facts = facts | {
@@ -304,14 +301,14 @@ def train(
             stops = bool(stop) if processes == 1 else logs and accelerator.check_trigger()
             if not (logs or evaluates or saves or stops or now in kept):
                 continue
-            values = accelerator.reduce(torch.stack(losses), "sum").tolist()
+            sums = accelerator.reduce(torch.stack(losses), "sum").tolist()
             losses.clear()
-            run.losses += values
+            run.losses += sums
             record["train_seconds"] += time.perf_counter() - clock
             # A float16 step whose scaled gradients overflow is skipped, and the next scaled less.
             is_finite = norm.isfinite() or accelerator.optimizer_step_was_skipped
-            if not (is_finite and all(map(math.isfinite, values))):
-                raise Diverged(f"loss {values[-1]}, gradient norm {norm:.3g} in step {now}")
+            if not (is_finite and all(map(math.isfinite, sums))):
+                raise FloatingPointError(f"loss {sums[-1]}, gradient norm {norm:.3g} in step {now}")
             if logs:
                 row = run.log_step(norm.item(), rate)
                 accelerator.log(row, step=now)
@@ -323,13 +320,13 @@ def train(
             if evaluates and eval_set is not None:
                 eval_loss = evaluate(model, eval_set, args.batch_size, accelerator)
                 if not math.isfinite(eval_loss):
-                    raise Diverged(f"validation loss {eval_loss} after step {now}")
+                    raise FloatingPointError(f"validation loss {eval_loss} after step {now}")
                 run.log({"step": now, "eval_loss": eval_loss})
                 run.write(eval_loss=eval_loss)
                 accelerator.log({"eval_loss": eval_loss}, step=now)
             keeps = saves or stops or now in kept
             if keeps and not all(parameter.isfinite().all() for parameter in trained.values()):
-                raise Diverged(f"weights are not finite after step {now}")
+                raise FloatingPointError(f"weights are not finite after step {now}")
             if now in kept and accelerator.is_main_process:
                 save_weights(run.path / "checkpoints" / f"step_{now}")
             if saves or stops:
@@ -343,7 +340,7 @@ def train(
             if accelerator.is_main_process:
                 save_weights(run.path)
                 finish()
-            run.write(flops=flops * record["tokens"])
+            run.write(flops=flops_per_token(model, train_set.lengths) * record["tokens"])
             run.end("completed")
     accelerator.end_training()
     return EXIT_CODES[run.record["status"]]
@@ -356,7 +353,7 @@ def evaluate(
 ) -> float:
     """Return the mean NLL over the labeled tokens of a data set, in nats a token."""
     order = dataset.lengths.argsort(kind="stable").tolist()
-    batches = list(lm_dataset.chunks(order, batch_size))
+    batches = list(chunks(order, batch_size))
     total = torch.zeros((), device=accelerator.device)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:

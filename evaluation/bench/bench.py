@@ -8,7 +8,6 @@ MiniMind's loading; "trainer", Trainer with PEFT, not compiled. Arms take turns.
 without first steps. "% of the peak", that of a large product, is MFU. "Batches" needs a GPU.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ from dataset.lm_dataset import StepPlan, TokenDataset, chunks, load_dataset, rea
 from dataset.world.generate import ensure_world
 from evaluation.study.settings import read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
-from model.files import read_json, run_script, write_json
+from model.files import make_parser, read_json, run_script, write_json
 from model.generation import Decoding, generate
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
 from trainer import train_full_sft, train_lora
@@ -203,7 +202,7 @@ def measure_generation(job: dict) -> pd.DataFrame:
 def main(argv: list[str] | None = None) -> None:
     """Measure, write the result after each step, and print the tables."""
     sizes, output = read_study().sizes, Path(__file__).with_name("bench.json")
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes), help="(all)")
     parser.add_argument("--parts", nargs="+", choices=TABLES, default=TABLES, help="tables (all)")
     parser.add_argument("--pairs", type=int, default=1, help="pairs in a conversation (1)")

@@ -7,7 +7,6 @@ whose every `<` is escaped; page.js puts them on the page as text nodes. A Conte
 runs the one script and the one style of this build, known by their hashes, and nothing else.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset.checks import LOOP
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import FLAGS, OUTPUT_DIR
-from model.files import UserError, escape_control, read_json, run_script, write_text
+from model.files import UserError, escape_control, make_parser, read_json, run_script, write_text
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -105,7 +104,7 @@ def choose_headline(arms: list[dict]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write index.html beside the folders."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--outputs", type=Path, default=OUTPUT_DIR)
     args = parser.parse_args(argv)
     write_text(args.outputs / "index.html", build_page(args.outputs))

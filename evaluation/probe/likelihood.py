@@ -18,7 +18,7 @@ from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
 from model.checkpoint import Checkpoint
-from model.files import UserError, file_sha256
+from model.files import UserError
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others
@@ -28,10 +28,7 @@ CANDIDATES = 10  # the prompt of an answer and 9 others
 def sum_nats(
     model: MiniMindForCausalLM, samples: list[Sample], batch_size: int, end_id: int | None = None
 ) -> np.ndarray:
-    """Sum the negative log-likelihood of each sample's labeled tokens: (samples, 2) float64, nats.
-
-    The second column holds the part of the token `end_id`.
-    """
+    """Sum NLL over each sample's labeled tokens, in nats: (samples, 2), of all and of `end_id`."""
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
     nats = np.zeros((len(samples), 2))
     starts = range(0, len(samples), batch_size)
@@ -59,11 +56,10 @@ def measure_nll(
     samples = [dataset[i] for i in range(len(dataset))]
     end_id = tokenizer.eos_token_id if kind == "sft" else None
     nats = sum_nats(model, samples, batch_size, end_id)
-    labels = [labels[1:] for _, labels in samples]
-    tokens = [int((ids != IGNORE_INDEX).sum()) for ids in labels]
-    ends = [int((ids == end_id).sum()) if end_id else 0 for ids in labels]
+    tokens = dataset.targets.tolist()
+    ends = [int((labels[1:] == end_id).sum()) if end_id else 0 for _, labels in samples]
     return {
-        "data": [{"name": path.name, "sha256": file_sha256(path)} for path in paths],
+        "data": dataset.info["files"],
         "max_seq_len": max_seq_len,
         "tokens": sum(tokens),
         "nats_per_token": round(nats[:, 0].sum() / sum(tokens), 6),

@@ -41,10 +41,7 @@ def fence(text: str) -> str:
 
 
 def describe_training(folder: Path) -> dict:
-    """Describe what was trained, from run.json.
-
-    `title` is a plain name of the arm; None stands for what is not known.
-    """
+    """Describe what was trained, from run.json; `title` is its plain name, None is not known."""
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stage, settings = run.get("stage"), run.get("settings", {})
     if stage == "lora":

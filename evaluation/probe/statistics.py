@@ -33,11 +33,8 @@ def resample_means(sums: np.ndarray, weights: np.ndarray, seeds: tuple[int, int]
 
     Each draw takes rows (training or sampling seeds) and columns (prompts or clusters) with
     replacement, the same columns for every row: they are crossed (Owen 2007, "The pigeonhole
-    bootstrap", arXiv 0712.1111). A draw without weight is nan.
-
-    Args:
-        sums, weights: (rows, columns).
-        seeds: of the resampling of rows and of columns.
+    bootstrap", arXiv 0712.1111). A draw without weight is nan. `sums` and `weights` are (rows,
+    columns), `seeds` those of the resampling of rows and of columns.
     """
     of_rows, of_columns = (
         resampling_counts(units, DRAWS, seed) for units, seed in zip(sums.shape, seeds, strict=True)
@@ -53,10 +50,8 @@ def paired_bootstrap(
 
     With one seed, the interval says nothing about other seeds. A draw without weight is left out.
 
-    Args:
-        differences: (seeds, prompts), arm A minus arm B.
-        weights: (seeds, prompts), such as tokens for a mean per token; 0 leaves a cell out, but
-            not all of them.
+    `differences`, arm A minus B, and `weights`, such as tokens for a mean per token, are (seeds,
+    prompts). Weight 0 leaves a cell out, but not all of them.
     """
     weights = np.ones_like(differences, dtype=np.float64) if weights is None else weights
     rows, columns = weights.any(axis=1), weights.any(axis=0)  # an empty one could be drawn alone

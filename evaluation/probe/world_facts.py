@@ -9,7 +9,6 @@ pretraining text has it, is the likeliest of the statements with each value of t
 Random facts fill a model: each has one of 256 values, 8 bits that nothing predicts.
 """
 
-import argparse
 import random
 import sys
 from itertools import permutations, product
@@ -27,7 +26,7 @@ from evaluation.probe.likelihood import measure_nll, sum_nats
 from evaluation.probe.prompts import read_prompts
 from evaluation.probe.world_measure import THINGS, read_records
 from model.checkpoint import load_checkpoint
-from model.files import run_script
+from model.files import make_parser, run_script
 
 BATCH_SIZE = 64
 FACT_BITS = 8  # of a random fact
@@ -93,8 +92,7 @@ def measure_random_facts(checkpoint: Checkpoint, path: Path, trained: int) -> di
 
 def main(argv: list[str] | None = None) -> int:
     """Print the share of facts that each checkpoint knows, by probe file."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = make_parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="models or adapters")
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSONL of the world's probes")
     args = parser.parse_args(argv)

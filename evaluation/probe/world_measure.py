@@ -13,7 +13,6 @@ Each control answers the tuning half of the combinations; percent by skill and o
     prompt      the prompt repeated; all_things: a list of all things
 """
 
-import argparse
 import json
 import re
 import sys
@@ -29,7 +28,7 @@ from dataset.checks import judge_answer, split_words, world_vocabulary
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
-from model.files import REPO_DIR, run_script, write_text
+from model.files import REPO_DIR, make_parser, run_script, write_text
 
 WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))
 THINGS = {thing.name: thing for world in WORLDS for thing in world.things}
@@ -154,8 +153,7 @@ def measure_size(files: dict[str, Path]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--answers", type=Path, nargs="+", default=[], help="samples.jsonl files")
     output = Path(__file__).with_suffix(".json")
     parser.add_argument("--output", type=Path, default=output, help="a JSON file (beside this one)")

@@ -71,9 +71,8 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     """Read study.toml, the prompts, and the runs of its edition in its order."""
     study, path = read_study(folder), folder / "prompts.csv"
     runs, order = read_runs(folder, study.edition), [*study.sizes, "base", *study.arms]
-    runs = runs.sort_values("seed", kind="stable").sort_values(
-        ["size", "arm"], key=lambda names: names.map(order.index), kind="stable"
-    )
+    runs = runs.sort_values("seed", kind="stable")
+    runs = runs.sort_values(["size", "arm"], key=lambda c: c.map(order.index), kind="stable")
     sweeps = tune_rates(study, runs)
     names = [name_cell(study, run, sweeps) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
@@ -116,9 +115,6 @@ def check_controlled(runs: pd.DataFrame) -> None:
         raise UserError(f"{run}: started from other weights than those of its base; run it again")
 
 
-# ---------------------------------------------------------------- shares
-
-
 def mark_answers(
     runs: pd.DataFrame, prompts: pd.DataFrame, decoding: str, kind: str = "correct"
 ) -> np.ndarray:
@@ -134,11 +130,7 @@ def mark_answers(
 def draw_shares(
     marks: np.ndarray, prompts: pd.DataFrame, size: str, alone: int | None = None
 ) -> np.ndarray:
-    """Return the share of all seeds, of each of the first `alone` seeds, and in each draw.
-
-    Args:
-        marks: (seeds, prompts).
-    """
+    """Return shares of all seeds, of the first `alone`, of draws; `marks` are (seeds, prompts)."""
     codes, names = pd.factorize(prompts.cluster)
     members = np.eye(len(names))[codes]
     sums, counts = marks @ members, np.tile(members.sum(axis=0), (len(marks), 1))
@@ -176,9 +168,6 @@ def estimate_sum(
             shares = special.logit(np.clip(shares, 5e-4, 1 - 5e-4))  # half a prompt of 1,000
         total = total + factor * shares
     return Estimate.of(total), runs.base.nunique()
-
-
-# ---------------------------------------------------------------- tables
 
 
 def tabulate_cells(evidence: Evidence) -> pd.DataFrame:

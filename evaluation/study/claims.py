@@ -74,10 +74,7 @@ def trace_frontiers(
 
 
 def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str, Estimate] | None:
-    """Return all_r8's frontier minus full fine-tuning's, by level that both reach with each seed.
-
-    None if a frontier was not run.
-    """
+    """Return all_r8's frontier minus fft's by level that each seed reaches; None if not run."""
     frontiers = trace_frontiers(evidence, decoding, ("all_r8", "fft"), size)
     if len(frontiers) < 2:
         return None
@@ -109,8 +106,7 @@ def list_endings(evidence: Evidence) -> pd.DataFrame:
 def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimate]:
     """Return the rank correlation of bound and endless answers, and the smallest ordered step.
 
-    Args:
-        bases: of xs; their shares of endless answers should rise in this order.
+    `bases` are of xs; their shares of endless answers should rise in this order.
     """
     table = list_endings(evidence)
     found = stats.spearmanr(table.bound, table.endless).statistic
@@ -118,9 +114,6 @@ def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimat
     values = {"rank correlation": found if len(table) >= FEWEST_BASES else np.nan}
     values["smallest step"] = shares.diff().iloc[1:].min(skipna=False)
     return {key: Estimate(*[float(one)] * 3) for key, one in values.items() if not np.isnan(one)}
-
-
-# ---------------------------------------------------------------- verdicts
 
 
 def lies_within(found: Estimate, low: float, high: float, whole: bool = True) -> bool:

@@ -3,13 +3,13 @@
 All of it is made anew at each call, from the world alone: the same world gives the same bytes.
 """
 
-import json
 from pathlib import Path
 
 from dataset.lm_dataset import read_jsonl
+from dataset.world.generate import write_records
 from evaluation.probe.world_facts import draw_facts
 from model.checkpoint import load_tokenizer
-from model.files import REPO_DIR, UserError, file_sha256, write_text
+from model.files import REPO_DIR, UserError, file_sha256
 from trainer.arguments import BASE_DIR
 
 TEXT_SHARE = 0.2  # of all characters of `sft_mixed`
@@ -19,8 +19,7 @@ TEXT_PROMPT = "Write a text."  # in front of a document; no instruction of the w
 def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
     """Return the path of data: one of the world's files, or made in `folder`.
 
-    Args:
-        name: of the world's file, or `sft_mixed`, `facts16000` or `tokenizer64`.
+    The name is that of a world's file, or such as `sft_mixed`, `facts16000` or `tokenizer64`.
     """
     stem = name.rstrip("0123456789")
     count, path = int(name[len(stem) :] or 0), folder / f"{name}.jsonl"
@@ -35,7 +34,7 @@ def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
     if stem not in ("sft_mixed", "facts"):
         raise UserError(f"the study has no data {name!r}; mend study.toml")
     records = draw_facts(count) if stem == "facts" else mix_text(world)
-    write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
+    write_records(path, records)
     return path
 
 

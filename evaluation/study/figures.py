@@ -28,10 +28,8 @@ HEADLINE = ["base", "study", "all_r8", "all_r8_vocabulary", "fft"]  # arms
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     """Draw a panel for each `panel` of a table, and in it a color for each `series`.
 
-    Args:
-        table: points (`x`, `y`), either with names as y and intervals from `low` to `high`, or
-            with a `note` beside each.
-        x, y: titles of the axes.
+    The table has points (`x`, `y`), either with names as y and intervals from `low` to `high`, or
+    with a `note` beside each. The arguments `x` and `y` are titles of the axes.
     """
     panels = table.groupby("panel", sort=False)
     names = list(dict.fromkeys(table.y)) if "low" in table else []

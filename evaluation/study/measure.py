@@ -6,7 +6,6 @@ run.py calls it in a process of its own for each run. prompts.csv lists the prom
 the outcome strings and of NLL by sequence.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from evaluation.probe.world_measure import is_right, replace_thing, split_answer
 from evaluation.study.results import LETTERS
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_checkpoint
-from model.files import UserError, read_json, run_script, write_json
+from model.files import UserError, make_parser, read_json, run_script, write_json
 from model.model_minimind import weights_fingerprint
 from model.reachability import reachable_probability
 
@@ -65,9 +64,8 @@ def measure_checkpoint(
 ) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
-    Args:
-        base: name in study.toml of its base, whose pretraining says how held-out text is read.
-        only_tune: ask the tuning half of the combinations alone, greedily.
+    `base` names the kind of base in study.toml: held-out text is read as its pretraining read it.
+    `only_tune` asks the tuning half of the combinations alone, greedily.
     """
     model, tokenizer = checkpoint
     sets = {name: [data[f"{name}_{half}"] for half in PROBES[name]] for name in PROBES}
@@ -105,7 +103,7 @@ def measure_checkpoint(
 
 def main() -> None:
     """Measure a checkpoint and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")

@@ -70,8 +70,7 @@ def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
 def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     """Choose the best rate of an arm's grid, or name the rates that must run first.
 
-    Args:
-        done: runs of this edition, with `id`, `status`, `tune_correct` and `tune_nll`.
+    `done` are runs of this edition, with `id`, `status`, `tune_correct` and `tune_nll`.
     """
     grid = sorted(study.arms[arm].rates.get(size, []))
     if not grid:
@@ -136,11 +135,7 @@ def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
 
 
 def make_command(study: Study, run: Run, find: Callable[[str], Path], save_dir: Path) -> list[str]:
-    """Return the command that trains a run: the script and its flags.
-
-    Args:
-        find: returns the path of data, or of a tokenizer, by its name.
-    """
+    """Return the script that trains a run, and its flags; `find` gives paths of data by name."""
     flags = {**study.common, "dtype": study.sizes[run.size].dtype, "save_dir": save_dir}
     flags["learning_rate"] = run.learning_rate
     if run.arm == "base":

@@ -19,15 +19,9 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
+from evaluation.study import claims
 from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
-from evaluation.study.claims import (
-    LEVELS,
-    PATH_ARMS,
-    judge_claims,
-    judge_gates,
-    list_endings,
-    trace_frontiers,
-)
+from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
 from evaluation.study.edition1 import make_edition1_tables
 from evaluation.study.figures import DECODING_TITLES, FIGURES, HEADLINE
 from evaluation.study.settings import RESULTS_DIR
@@ -75,8 +69,7 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
 def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFrame:
     """Return a row a level: the best share of the second set by arm and decoding, in percent.
 
-    Args:
-        options: those of `trace_frontiers` from the size on.
+    `options` are those of `trace_frontiers` from the size on.
     """
     columns = {}
     for decoding, title in DECODING_TITLES.items():
@@ -89,17 +82,17 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
 
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
     """Return the tables of every block by its name."""
-    claims, estimates = judge_claims(evidence)
+    verdicts, estimates = claims.judge_claims(evidence)
     estimates["value"] = estimates.value.map(str)
     lost = evidence.runs.query("status != 'completed'")[["id", "status"]]
     endings = list_endings(evidence)
     endings["bound"] = endings.bound.map("{:.2f}".format)
     endings["endless"] = endings.endless.map("{:.0%}".format)
-    tables = {"claims": [claims] + [estimates] * (not estimates.empty), "endings": [endings]}
+    tables = {"claims": [verdicts] + [estimates] * (not estimates.empty), "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
     harm = "xs", ("medical", "combinations"), "fft", "medical"
     paths = tabulate_frontiers(evidence), tabulate_frontiers(evidence, *harm)
-    tables |= {"gates": [judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
+    tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     tables["capacity"] = [facts.round(3).reset_index()]

@@ -10,7 +10,6 @@ by sequence go to --save_dir, results to runs.jsonl beside study.toml. A run tha
 failed has its line, too; the next call repeats a failed one. A rate that becomes known adds runs.
 """
 
-import argparse
 import asyncio
 import os
 import shlex
@@ -30,7 +29,7 @@ from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_model, save_model
-from model.files import REPO_DIR, UserError, read_json, run_script, write_json
+from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_json
 
 ORIGIN = ("base_fingerprint", "train_data", "git", "machine")
 ENDED = ("completed", "diverged")
@@ -73,10 +72,8 @@ class Runner:
         """Train from the saved state, if there is one, and return run.json.
 
         A base that ships in bases/ is copied. Another one trains beside its folder, into which its
-        weights go rounded to bfloat16.
-
-        Raises:
-            UserError: training failed; a run that diverged is a result, not a failure.
+        weights go rounded to bfloat16. Raise a UserError if training failed; a run that diverged
+        is a result, not a failure.
         """
         shipped = self.results_dir / "bases" / run.id
         if run.arm == "base" and shipped.is_dir():
@@ -153,8 +150,7 @@ class Runner:
     async def run_all(self, jobs: int) -> None:
         """Start runs, `jobs` at once and each once, until none is missing that can start.
 
-        Raises:
-            UserError: some runs failed; the others went on.
+        The failures of some, a UserError, are raised once the others have ended.
         """
         started: set[str] = set()
         tasks: set[asyncio.Task] = set()
@@ -188,9 +184,7 @@ def describe_run(study: Study, run: Run, status: str) -> dict:
 
 def main() -> None:
     """Run the study, or print the commands that are missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
     parser.add_argument("--save_dir", type=Path, default=REPO_DIR / "out" / "study")
     parser.add_argument("--world", type=Path, help="folder of another world's files")

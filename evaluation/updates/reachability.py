@@ -6,20 +6,19 @@ No adapter below the final norm exceeds this bound (model/reachability.py). If t
 low bound, sampled answers rarely end.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.checkpoint import load_model, load_tokenizer
-from model.files import UserError, run_script
+from model.files import UserError, make_parser, run_script
 from model.reachability import reachable_probability
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the bound of each token at each checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="folders or hub ids of bases")
     parser.add_argument("--tokens", nargs="+", help="their text (default: the end token)")
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from evaluation.updates.spectra import cut_to_rank, describe_matrix, draw_low_rank
 from model.checkpoint import load_checkpoint, load_model, save_model, weights_fingerprint
-from model.files import UserError, run_script, write_json
+from model.files import UserError, make_parser, run_script, write_json
 from model.model_lora import merge_lora, select_trainable
 from model.model_minimind import MiniMindForCausalLM
 from trainer.arguments import SIZE
@@ -55,8 +55,7 @@ def compute_shares(delta: Update) -> dict:
     sizes = pd.DataFrame(rows, columns=["update", "parameters"])
     words = pd.Index(delta).str.split(".")
     kinds = words.str[-2]
-    layers = words.str[2].where(words.str[1] == "layers", kinds)
-    tables = {"by_kind": kinds, "by_layer": layers}
+    tables = {"by_kind": kinds, "by_layer": words.str[2].where(words.str[1] == "layers", kinds)}
     shares = sizes / sizes.sum()
     return {k: shares.groupby(by, sort=False).sum().to_dict("index") for k, by in tables.items()}
 
@@ -90,8 +89,7 @@ def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
 
 def main(argv: list[str] | None = None) -> None:
     """Analyze an update, or write checkpoints with a part of it."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--base", type=Path, required=True, help="where fine-tuning started")
     add("--tuned", type=Path, required=True, help="checkpoint or adapter folder")

@@ -39,7 +39,7 @@ def test_files_are_whole_or_unchanged(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fill_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="a.json: not written .* No space left"):
         write_json(path, {"a": 2})
     assert read_json(path) == {"a": [1]}
     monkeypatch.undo()

@@ -22,7 +22,7 @@ from model.model_lora import (
     merge_lora,
     select_trainable,
 )
-from model.model_minimind import MiniMindForCausalLM, count_parameters, minimind_config
+from model.model_minimind import MiniMindForCausalLM, minimind_config
 from tests.model.small import (
     IDS,
     ROUNDING,
@@ -161,7 +161,7 @@ def test_targets_of_minimind2_small() -> None:
         with torch.device("meta"):
             model = MiniMindForCausalLM(minimind_config())
         assert len(apply_lora(model, LoraSettings(rank=8, targets=targets))) == modules, targets
-        assert count_parameters(model)[1] == trained, targets
+        assert model.num_parameters(only_trainable=True) == trained, targets
 
 
 def test_dense_parts() -> None:
@@ -176,7 +176,7 @@ def test_dense_parts() -> None:
     ]:
         model = make_model()
         select_trainable(model, spec)
-        assert count_parameters(model)[1] == expected, spec
+        assert model.num_parameters(only_trainable=True) == expected, spec
 
 
 # ---------------------------------------------------------------- files and PEFT
@@ -192,7 +192,7 @@ def test_our_adapter_gives_its_logits_loaded_in_peft_and_merged(
     assert (expected - compute_logits(model)).abs().max() > 0.1
     load_lora(model, tmp_path)
     assert torch.equal(compute_logits(model), expected)
-    assert count_parameters(model) == count_parameters(saved)
+    assert model.num_parameters(True) == saved.num_parameters(True)
     reference = AutoModelForCausalLM.from_pretrained(base)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys would warn

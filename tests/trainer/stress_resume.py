@@ -111,7 +111,7 @@ def try_case(name: str, home: Path, kills: int, draw: random.Random) -> tuple[in
 def compare_runs(whole: Path, parts: Path) -> Iterator[str]:
     """Yield what differs between an undisturbed run and one that was stopped, a line each."""
     names = [{str(p.relative_to(run)) for p in run.rglob("*")} for run in (whole, parts)]
-    if names[0] != names[1] - {"resume.tmp"}:
+    if names[0] != names[1] - {"resume.pt.tmp"}:
         yield f"files: {sorted(names[0] ^ names[1])}"
     for path in sorted(whole.rglob("*.safetensors")):
         if not is_same(load_file(path), load_file(parts / path.relative_to(whole))):

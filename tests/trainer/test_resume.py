@@ -247,7 +247,7 @@ def test_state_that_does_not_fit_leaves_the_previous_one(
 
         error = error_of(capfd, home, flags_in(home, tmp_path), at_step(6, fill))
     assert f"{run}/resume.pt: not written" in error
-    assert file_sha256(run / "resume.pt") == kept["state"] and not (run / "resume.tmp").exists()
+    assert file_sha256(run / "resume.pt") == kept["state"] and not (run / "resume.pt.tmp").exists()
     record = record_of(run)
     assert (record["status"], record["step"]) == ("failed", 6)
     assert finish(home, tmp_path, whole) == []
