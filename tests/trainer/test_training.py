@@ -37,11 +37,7 @@ from tests.trainer.runs import (
     write_jsonl,
 )
 from trainer import train_lora, trainer_utils
-from trainer.trainer_utils import (
-    compile_loss,
-    flops_per_token,
-    learning_rate_at,
-)
+from trainer.trainer_utils import compile_loss, flops_per_token, learning_rate_at
 
 
 def sft_flags(home: Path, out: Path) -> str:
@@ -313,20 +309,20 @@ def test_compiled_run_equals_a_plain_one(home: Path, tmp_path: Path) -> None:
 def test_no_wait_for_the_device_between_log_lines(
     home: Path, tmp_path: Path, stage: str, extra: str
 ) -> None:
-    """Operators whose result has to reach the host; the log line of step 9 has some.
+    """Operators whose result has to reach the host; the log line of step 5 has some.
 
     A CPU's fused AdamW reads its own counts of steps; CUDA's kernel has them on the device.
     """
     waits, profiles = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero"), []
 
     def watch(step: int) -> None:  # after the update, before the log line
-        if step in (9, 10):
+        if step in (5, 6):
             profiles[-1].stop()
-        if step in (2, 9):
+        if step in (2, 5):
             profiles.append(torch.profiler.profile())
             profiles[-1].start()
 
-    flags = f"{sft_flags(home, tmp_path)} --batch_size 4 --max_steps 12 --log_interval 9 {extra}"
+    flags = f"{sft_flags(home, tmp_path)} --batch_size 4 --max_steps 7 --log_interval 5 {extra}"
     assert call(stage, flags, home, watch) == 0
     reads = []
     for profile in profiles:
