@@ -41,7 +41,7 @@ from trainer.trainer_utils import compile_loss, flops_per_token, learning_rate_a
 
 
 def sft_flags(home: Path, out: Path) -> str:
-    """Six optimizer steps an epoch, the last of five samples; two epochs."""
+    """Six optimizer steps, the last of five samples."""
     return (
         f"{ON_DEVICE} --from_weight {home}/pretrain --save_dir {out} --data_path {home}/sft.jsonl "
         f"--eval_data_path {home}/valid.jsonl --batch_size 8 --learning_rate 3e-3"
@@ -503,7 +503,8 @@ def test_sample_is_shown_and_nothing_is_written(
     with pytest.raises(SystemExit, match="0"):
         call("full_sft", flags, home)
     out = capfd.readouterr().out
-    assert "'\\x1b'" in out and all(line.isprintable() for line in out.splitlines())
-    predicted = [line.split()[-1] for line in out.splitlines()[1:]]
+    base, _, *rows = out.splitlines()
+    assert "'\\x1b'" in out and all(map(str.isprintable, rows)) and f"base: {home}/" in base
+    predicted = [line.split()[-1] for line in rows]
     assert predicted[-4:] == ["'No'", "'<|im_end|>'", "-", "-"] and set(predicted[:-4]) == {"-"}
     assert not (tmp_path / "out").exists()
