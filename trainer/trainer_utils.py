@@ -66,7 +66,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
         config = minimind_config(vocab_size=len(tokenizer), **shape, **ids)
         return MiniMindForCausalLM(config), tokenizer, None
     model = load_model(args.from_weight)
-    PartialState().print(f"base: {args.from_weight}, {count_parameters(model)[0]:,} parameters")
+    PartialState().print(f"base: {args.from_weight}, {model.num_parameters():,} parameters")
     found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
     for flag, value in shape.items():
         if value not in (None, found[flag]):
