@@ -59,11 +59,11 @@ SHAPE := --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4 --inter
 DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_study demo_lora_tuned
 DEMO_MODELS := model/base_xs $(addprefix out/,$(wordlist 2,4,$(DEMO_RUNS)))
 WORLD := dataset/data/world
-STEPS := --max_steps 1000 --show_answers 0
+STEPS := --batch_size 16 --max_steps 2000 --show_answers 0
 
 demo: install
 	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain --overwrite $(SHAPE) \
-		--wrap_documents --batch_size 16 --max_seq_len 256 --max_steps 250
+		--wrap_documents --batch_size 16 --max_seq_len 256 --max_steps 200
 	$(RUN) trainer/train_full_sft.py --run_name demo_full_sft --overwrite $(STEPS) \
 		--learning_rate 1e-3
 	$(RUN) trainer/train_lora.py --lora_name demo_lora_study --overwrite $(STEPS) \

@@ -26,7 +26,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_stage_parser(__doc__, run_name="full_sft", from_weight=str(BASE_DIR))
     parts = f"all, or parts joined by commas: {', '.join(TRAINABLE_PARTS)} (all)"
     parser.add_argument("--trainable", default="all", help=parts)
-    parser.set_defaults(epochs=2.0, learning_rate=5e-4)
     args = parse_args(parser, argv, kind="sft")
     accelerator, run = start_run(args)
 

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train an adapter of a pretrained model."""
     parser = make_stage_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
     add_lora_flags(parser)
-    parser.set_defaults(epochs=2.0, learning_rate=3e-3)
+    parser.set_defaults(learning_rate=3e-3)
     args = parse_args(parser, argv, kind="sft")
     if args.from_weight == "none":
         parser.error("--from_weight none: random weights; name a pretrained folder")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -66,6 +66,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
         config = minimind_config(vocab_size=len(tokenizer), **shape, **ids)
         return MiniMindForCausalLM(config), tokenizer, None
     model = load_model(args.from_weight)
+    PartialState().print(f"base: {args.from_weight}, {model.num_parameters():,} parameters")
     found = model.config.to_dict() | {"qk_norm": model.config.model_type == "qwen3"}
     for flag, value in shape.items():
         if value not in (None, found[flag]):

@@ -60,10 +60,11 @@ def check_prompts(data: dict[str, Path], path: Path) -> None:
 
 
 def measure_checkpoint(
-    study: Study, checkpoint: Checkpoint, data: dict[str, Path], only_tune: bool
+    study: Study, checkpoint: Checkpoint, data: dict[str, Path], base: str, only_tune: bool
 ) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
+    `base` names the kind of base in study.toml: held-out text is read as its pretraining read it.
     `only_tune` asks the tuning half of the combinations alone, greedily.
     """
     model, tokenizer = checkpoint
@@ -81,7 +82,9 @@ def measure_checkpoint(
         outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
         nll[name] = measure_nll(checkpoint, "sft", paths, length, 32)["sequences"]
     count = sum(1 for _ in read_jsonl(data["combinations_tune"]))  # these come first
-    text = measure_nll(checkpoint, "pretrain", [data["pretrain_valid"]], length, 32)
+    flags = study.bases[base]
+    kind = "pretrain_wrapped" if flags.get("wrap_documents") else "pretrain"
+    text = measure_nll(checkpoint, kind, [data["pretrain_valid"]], flags["max_seq_len"], 32)
     scalars = {
         "tune_correct": outcomes["combinations"]["greedy"][:count].count("c") / count,
         "nll_text": text["nats_per_token"],
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
     parser.add_argument("--world", type=Path, default=FILES_DIR, help="folder of its files")
+    parser.add_argument("--base", default="wrapped", help="kind of its base, see study.toml")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     parser.add_argument("--facts", type=Path, help="ask for these random facts alone")
     args = parser.parse_args()
@@ -115,7 +119,7 @@ def main() -> None:
         trained = read_json(args.folder / "run.json")["trainable_parameters"]
         found = {"outcomes": {}, "scalars": measure_random_facts(checkpoint, args.facts, trained)}
     else:
-        found = measure_checkpoint(study, checkpoint, data, args.only_tune)
+        found = measure_checkpoint(study, checkpoint, data, args.base, args.only_tune)
     write_json(args.output, found | {"weights": weights_fingerprint(checkpoint[0])})
 
 

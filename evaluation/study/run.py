@@ -109,6 +109,7 @@ class Runner:
             output.parent.mkdir(exist_ok=True)
             words = ["evaluation/study/measure.py", folder, "--output", output]
             words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
+            words += ["--base", run.base.rstrip("0123456789")]
             only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
             words += ["--only_tune"] * only_tune
             words += ["--facts", self.find(run.data)] if run.data.startswith("facts") else []

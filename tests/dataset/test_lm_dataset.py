@@ -1,7 +1,6 @@
 """Reading, labels, the token cache, packing and the plan of batches."""
 
 import gzip
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from dataset import lm_dataset
 from dataset.lm_dataset import (
     StepPlan,
-    TokenDataset,
     collate,
     encode_batch,
     encode_conversations,
@@ -29,6 +27,7 @@ from dataset.lm_dataset import (
 from model.checkpoint import load_tokenizer
 from model.files import UserError
 from model.model_minimind import IGNORE_INDEX
+from tests.trainer.runs import write_jsonl
 
 PAD, BOS, EOS = 0, 1, 2
 DIALOG = [
@@ -47,12 +46,6 @@ def tokenizer() -> Tokenizer:
 
 def turns(user: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-
-
-def write_jsonl(path: Path, *records: dict) -> Path:
-    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -174,7 +167,7 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
     limit = len(tokenizer.apply_chat_template(dialogs[0])["input_ids"])
     opening = tokenizer.apply_chat_template(dialogs[0][:1], add_generation_prompt=True)
     opening = len(opening["input_ids"])
-    path = write_jsonl(tmp_path / "a.jsonl", *({"conversations": d} for d in dialogs * 2))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": d} for d in dialogs * 2])
     dataset = load_dataset("sft", [path], tokenizer, limit, None, tmp_path / "cache")
     assert dataset.lengths.tolist() == [limit] * 4
     targets = [limit - 1 - opening, limit - opening] * 2  # the last newline is no label
@@ -192,13 +185,10 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_second_load_reads_no_json_and_gives_the_same(
-    tmp_path: Path,
-    tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     record = {"text": "Some text."} if kind == "pretrain" else {"conversations": DIALOG}
-    path = write_jsonl(tmp_path / "a.jsonl", record, record)
+    path = write_jsonl(tmp_path / "a.jsonl", [record] * 2)
     first, info = load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
     monkeypatch.setattr(lm_dataset, "read_jsonl", None)
     second, info_again = load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
@@ -209,7 +199,7 @@ def test_second_load_reads_no_json_and_gives_the_same(
 
 def test_what_changes_the_tokens_changes_the_key(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cache = tmp_path / "cache"
-    path = write_jsonl(tmp_path / "a.jsonl", {"conversations": DIALOG})
+    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": DIALOG}])
 
     def files_after(tokens_of: Tokenizer, max_seq_len: int) -> int:
         load_dataset("sft", [path], tokens_of, max_seq_len, None, cache)
@@ -222,9 +212,9 @@ def test_what_changes_the_tokens_changes_the_key(tmp_path: Path, tokenizer: Toke
     other = load_tokenizer()
     other.chat_template = other.chat_template.replace("'\n' }}{% endfor", "' ' }}{% endfor")
     assert files_after(other, 50) == 3
-    write_jsonl(path, {"conversations": DIALOG[1:]})
+    write_jsonl(path, [{"conversations": DIALOG[1:]}])
     assert files_after(tokenizer, 50) == 4
-    text = write_jsonl(tmp_path / "t.jsonl", {"text": "x y z"})
+    text = write_jsonl(tmp_path / "t.jsonl", [{"text": "x y z"}])
     for max_seq_len in (2, 3):  # blocks are cut later
         load_dataset("pretrain", [text], tokenizer, max_seq_len, None, cache)
     assert len(list(cache.glob("[!.]*"))) == 5
@@ -236,8 +226,8 @@ def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokeniz
     encoded = encode_batch(tokenizer, texts, special=False)
     assert not any(token <= EOS for ids in encoded for token in ids)
     stream = [token for ids in encoded for token in [*ids, PAD]]
-    paths = [write_jsonl(tmp_path / "a.jsonl", {"text": texts[0]}, {"text": texts[1]})]
-    paths += [write_jsonl(tmp_path / "b.jsonl.gz", {"text": texts[2]})]
+    paths = [write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[:2]])]
+    paths += [write_jsonl(tmp_path / "b.jsonl", [{"text": texts[2]}])]
     size = len(stream) // 3 - 1
     blocks = load_dataset("pretrain", paths, tokenizer, size, None, tmp_path / "cache")
     tail = len(stream) - 3 * size
@@ -261,25 +251,16 @@ def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokeniz
         load_dataset("pretrain_wrapped", paths, other, 999, None, tmp_path / "cache")
 
 
-def test_chosen_samples_are_the_same_for_all_and_part_of_a_larger_choice(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_chosen_samples_are_part_of_a_larger_choice(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [{"conversations": turns(f"Say {i}", "yes " * (i % 7 + 1))} for i in range(40)]
-    path = write_jsonl(tmp_path / "a.jsonl", *records)
-    whole, few, again, more = (
-        load_dataset("sft", [path], tokenizer, 64, size, tmp_path / "cache")
-        for size in (None, 10, 10, 25)
-    )
-
-    def texts(dataset: TokenDataset) -> list[str]:
-        return [tokenizer.decode(dataset[i][0]) for i in range(len(dataset))]
-
-    assert texts(few) == texts(again) != texts(whole)[:10]
-    assert set(texts(few)) < set(texts(more)) < set(texts(whole))
-    assert few.info["tokens"] == few.lengths.sum()
-    assert few.info["labeled_tokens"] == sum(
-        int((few[i][1] != IGNORE_INDEX).sum()) for i in range(10)
-    )
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    texts = []
+    for size in (10, 25, None):
+        chosen = load_dataset("sft", [path], tokenizer, 64, size, tmp_path / "cache")
+        texts.append([tokenizer.decode(chosen[i][0]) for i in range(len(chosen))])
+    few, more, whole = texts
+    assert len(few) == 10 and few != whole[:10]
+    assert set(few) < set(more) < set(whole)
     with pytest.raises(UserError, match="--max_train_samples 41: the data have 40"):
         load_dataset("sft", [path], tokenizer, 64, 41, tmp_path / "cache")
 
@@ -341,19 +322,3 @@ def test_few_shapes_hold_every_batch() -> None:
             assert next(fitting)[1] >= (lengths[batch] // 2).sum()
     plan, targets = StepPlan(np.array([10, 10, 11, 30, 50, 60]), 1), np.array([1, 4, 3, 7, 5, 6])
     assert plan_shapes(plan, targets, 6, 3) == [(10, 4), (30, 7), (60, 7)]
-
-
-def test_grouping_by_length_saves_padding_and_keeps_the_order_random() -> None:
-    lengths = np.random.default_rng(3).integers(5, 60, 203)
-    plan = StepPlan(lengths, 8)
-    batches = [plan[step] for step in range(plan.steps_per_epoch)]
-
-    def padding_share(parts: list[np.ndarray]) -> float:
-        return 1 - lengths.sum() / sum(len(part) * lengths[part].max() for part in parts)
-
-    order = np.random.default_rng(0).permutation(len(lengths))
-    assert padding_share(np.split(order, range(8, len(order), 8))) > 0.35
-    assert padding_share(batches) < 0.06
-    means = [lengths[batch].mean() for batch in batches]
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
-    assert not np.array_equal(StepPlan(lengths, 8, seed=1)[0], StepPlan(lengths, 8, seed=2)[0])

@@ -25,16 +25,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
 
 
-def write_records(path: Path, records: list[dict]) -> Path:
-    """Write JSONL, or Parquet, by the name of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-    else:
-        write_jsonl(path, records)
-    return path
-
-
 def prepare(out: Path, name: str, source: Path, *flags: str) -> tuple[list, list, dict]:
     """Run the command line; the train part, the held-out part and the record."""
     assert main([name, "--source", str(source), "--output_dir", str(out), *flags]) == 0
@@ -73,9 +63,10 @@ def test_articles_in_parquet_shards(tmp_path: Path) -> None:
     """Shards are read in order; a repeated or short text is dropped."""
     text, shards = "a" * 500, tmp_path / "20231101.simple"
     rows = [article("Sun", "c" * 499), article("Moon again", text)]
-    write_records(shards / "train-00001.parquet", rows)
+    shards.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), shards / "train-00001.parquet")
     rows = [article("Moon", f"  {text}\n"), article("Water", "b" * 600)]
-    write_records(shards / "train-00000.parquet", rows)
+    pq.write_table(pa.Table.from_pylist(rows), shards / "train-00000.parquet")
     train, valid, record = prepare(tmp_path / "out", "simplewiki", tmp_path, *HALF)
     assert train == [{"text": f"Moon\n{text}"}]
     assert valid == [{"text": "Water\n" + "b" * 600}]
@@ -89,7 +80,7 @@ def test_dolly(tmp_path: Path) -> None:
     triples += [("Who?", "He did it.", "He."), ("why do cats  PURR?", "", "Nobody.")]
     triples += [("Empty?", "", " "), (" ", "", "An answer.")]
     rows = [dict(zip(("instruction", "context", "response"), t, strict=True)) for t in triples]
-    source = write_records(tmp_path / "databricks-dolly-15k.jsonl", rows)
+    source = write_jsonl(tmp_path / "databricks-dolly-15k.jsonl", rows)
     train, valid, record = prepare(tmp_path / "out", "dolly", source, *HALF)
     assert train == [chat("Why do cats purr?", " ".join(["w"] * 80))]
     assert valid == [chat("What is tea?", "A drink.\n\nIt  is hot.")]
@@ -133,7 +124,7 @@ def test_medquad_splits_by_disease_and_drops_what_has_no_answer(tmp_path: Path) 
 
 def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> None:
     rows = [{"text": " <|im_start|>你好<|im_end|> "}, {"text": " "}, {"text": "再见", "score": 1}]
-    source = write_records(tmp_path / "pretrain_hq.jsonl", rows)
+    source = write_jsonl(tmp_path / "pretrain_hq.jsonl", rows)
     train, _, record = prepare(tmp_path / "out", "minimind-pretrain", source)
     assert train == [{"text": " <|im_start|>你好<|im_end|> "}, {"text": "再见"}]
     assert record["counts"]["empty_text"] == 1
@@ -143,7 +134,7 @@ def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> 
     thought["conversations"][1]["reasoning_content"] = "e"
     rows = [sound, thought, chat("Water", " b "), chat("a", " "), {"conversations": []}]
     rows += [{"conversations": chat("a", "b")["conversations"][:1]}]
-    source = write_records(tmp_path / "lora_medical.jsonl", rows)
+    source = write_jsonl(tmp_path / "lora_medical.jsonl", rows)
     train, valid, record = prepare(tmp_path / "out", "minimind-medical", source, *HALF)
     assert train == [chat("Moon", "b", "c", "d")]  # without its empty system turn
     record_messages(train[0], "what prepare.py wrote")
@@ -154,7 +145,7 @@ def test_minimind_is_kept_to_the_letter_if_training_reads_it(tmp_path: Path) -> 
 def test_same_source_same_bytes_and_the_record_vouches_for_them(tmp_path: Path) -> None:
     """The source is a gzip file; the limit counts what is kept."""
     texts = {"A": "", "Moon": "Día.", "Water": "Wet.", "Never": "read"}
-    lines = write_records(tmp_path / "x.jsonl", [article(*item) for item in texts.items()])
+    lines = write_jsonl(tmp_path / "x.jsonl", [article(*item) for item in texts.items()])
     source = tmp_path / "x.jsonl.gz"
     source.write_bytes(gzip.compress(lines.read_bytes()))
     flags = ("--min_chars", "1", "--limit", "2", *HALF)

@@ -1,7 +1,5 @@
 """NLL and the off-topic measure against the model's logits and by hand."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ from evaluation.probe.prompts import Prompt
 from model.checkpoint import load_tokenizer
 from model.files import UserError
 from tests.model.small import make_model
+from tests.trainer.runs import write_jsonl
 
 
 def make_talk(question: str, answer: str) -> list[dict]:
@@ -33,8 +32,8 @@ def log_p(model, ids: list[int]) -> torch.Tensor:
 
 def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
     pairs = [("Hi", "Hello, you."), ("A longer question?", "No"), ("x", "Some more words")]
-    talks, path = [make_talk(*pair) for pair in pairs], tmp_path / "nll.jsonl"
-    path.write_text("".join(json.dumps({"conversations": talk}) + "\n" for talk in talks))
+    talks = [make_talk(*pair) for pair in pairs]
+    path = write_jsonl(tmp_path / "nll.jsonl", [{"conversations": talk} for talk in talks])
     model, tokenizer = make_model(), load_tokenizer()
     losses = [
         -log_p(model, ids)[torch.tensor(labeled[1:])]
@@ -51,9 +50,8 @@ def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
 
 def test_text_nll_is_of_blocks_packed_as_in_pretraining(tmp_path):
     texts = ["The sun is a star.", "A dog ran home, and then it slept for a long time."]
-    path, stream = tmp_path / "text.jsonl", []
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    model, tokenizer = make_model(), load_tokenizer()
+    path = write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    model, tokenizer, stream = make_model(), load_tokenizer(), []
     for text in texts:
         stream += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.pad_token_id]
     blocks = [stream[i : i + 8] for i in range(0, len(stream), 8)]

@@ -3,7 +3,6 @@
 `stress_resume.py` kills whole processes at random moments; here each moment is chosen.
 """
 
-import contextlib
 import math
 import os
 import resource
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from tests.trainer import stress_resume
 from tests.trainer.runs import (
     ON_DEVICE,
     WEIGHTS,
+    Action,
     Killed,
     at_step,
     bytes_of,
@@ -74,12 +73,7 @@ def saved_step(run: Path) -> int:
     return torch.load(run / "resume.pt", weights_only=True)["record"]["step"]
 
 
-def error_of(
-    capfd: CaptureFixture,
-    home: Path,
-    flags: str,
-    on_step: Callable[[int], None] = do_nothing,
-) -> str:
+def error_of(capfd: CaptureFixture, home: Path, flags: str, on_step: Action = do_nothing) -> str:
     """Return the line that a run refused with exit code 2 writes to standard error."""
     capfd.readouterr()
     assert exit_code(lambda words: call("full_sft", " ".join(words), home, on_step), [flags]) == 2
@@ -170,7 +164,7 @@ def test_kill_at_any_operation_of_a_save(
 
 @pytest.mark.parametrize("damage", ["cut", "one bit"])
 def test_damaged_state_is_refused(
-    home: Path, whole: Path, tmp_path: Path, capfd: CaptureFixture, damage: str
+    home: Path, tmp_path: Path, capfd: CaptureFixture, damage: str
 ) -> None:
     assert call("full_sft", flags_in(home, tmp_path), home, at_step(5, terminate)) == 130
     path = tmp_path / "full_sft/resume.pt"
@@ -224,28 +218,20 @@ def test_second_interrupt_stops_at_once(home: Path, whole: Path, tmp_path: Path)
     assert finish(home, tmp_path, whole) == []
 
 
-@contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond `size` bytes, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_state_that_does_not_fit_leaves_the_previous_one(
     home: Path, whole: Path, tmp_path: Path, capfd: CaptureFixture
 ) -> None:
-    run, kept = tmp_path / "full_sft", {}
-    with contextlib.ExitStack() as stack:
+    """No file may grow beyond 100,000 bytes, as on a full disk."""
+    run, kept, limits = tmp_path / "full_sft", {}, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-        def fill() -> None:
-            kept["state"] = file_sha256(run / "resume.pt")
-            stack.enter_context(file_size_limit(100_000))
+    def fill() -> None:
+        kept["state"] = file_sha256(run / "resume.pt")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
 
+    try:
         error = error_of(capfd, home, flags_in(home, tmp_path), at_step(6, fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"{run}/resume.pt: not written" in error
     assert file_sha256(run / "resume.pt") == kept["state"] and not (run / "resume.pt.tmp").exists()
     record = record_of(run)
@@ -263,13 +249,7 @@ def test_state_that_does_not_fit_leaves_the_previous_one(
     ],
 )
 def test_what_is_not_finite_is_never_saved(
-    home: Path,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: MonkeyPatch,
-    step: int,
-    flags: str,
-    reason: str,
+    home: Path, tmp_path: Path, monkeypatch: MonkeyPatch, step: int, flags: str, reason: str
 ) -> None:
     models, run, select = [], tmp_path / "full_sft", train_full_sft.select_trainable
     watch = lambda model, parts: (models.append(model), select(model, parts))  # noqa: E731

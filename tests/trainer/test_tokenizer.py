@@ -17,7 +17,6 @@ TEXTS = {
     "emoji": "👩‍👩‍👧‍👦 🇩🇪 👍🏽 ☕️",
     "control": "".join(map(chr, range(32))) + "\x7f\x85\u200b\u2028\ufeff",
     "white space": "  two\t\ttabs \r\n\n\n  end  \u3000",
-    "code": "def f(x):\n    return x[0] ** 2  # 'quoted' \"too\"\n",
     "other planes": "𝔘𐍈\U0010ffff é e\u0301",
     "special strings": "<|im_end <|im_start|> |>",
 }
