@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import LlamaConfig, Qwen3Config
+from transformers import GenerationConfig, LlamaConfig, Qwen3Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import cached_file
 
@@ -31,7 +31,8 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
     write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     write_json(folder / "config.json", dict(sorted(config.items())))
-    write_text(folder / "generation_config.json", model.generation_config.to_json_string())
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_text(folder / "generation_config.json", GenerationConfig(**ids).to_json_string())
     if is_hub_id(tokenizer_dir):
         Tokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
     for name in TOKENIZER_FILES:

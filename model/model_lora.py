@@ -24,7 +24,6 @@ from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TARGET_NAMES = ("square", "attention", "mlp", "all-linear", "embedding")
 TRAINABLE_PARTS = ("square", "attention", "mlp", "embeddings", "norms", "frozen-embeddings")
-INITS = ("kaiming", "gaussian")
 
 
 @dataclass(frozen=True)

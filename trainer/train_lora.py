@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from model.files import REPO_DIR, UserError, run_script
-from model.model_lora import INITS, TARGET_NAMES, LoraSettings, apply_lora, save_lora
+from model.model_lora import TARGET_NAMES, LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
 from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_stage_parser, parse_args
@@ -40,7 +40,7 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     targets = f"{', '.join(TARGET_NAMES)}, or names, joined by commas; square is MiniMind's"
     add("--lora_targets", default="all-linear", help=f"{targets} placement (all-linear)")
     init = "of A: kaiming, PEFT's U(+-1/sqrt(in)), or gaussian, MiniMind's N(0, .02) (kaiming)"
-    add("--lora_init", choices=INITS, default="kaiming", help=init)
+    add("--lora_init", choices=("kaiming", "gaussian"), default="kaiming", help=init)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
     ratio, many = {"type": POSITIVE, "default": 1.0}, {"nargs": "+", "default": []}
     add("--loraplus_lr_ratio", **ratio, help="LoRA+: rate of B over that of A (1)")
