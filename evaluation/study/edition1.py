@@ -1,16 +1,13 @@
-"""The first edition's tables, from edition1.csv and saved outputs.
+"""The first edition's tables, from edition1.csv.
 
 edition1.toml names the cells of each table. R counts all response tokens, R without ends all but
 the end tokens.
 """
 
-import textwrap
 import tomllib
 
 import pandas as pd
 
-from dataset.lm_dataset import read_jsonl
-from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.study.settings import RESULTS_DIR
 
 CONTENT = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))
@@ -65,21 +62,9 @@ def tabulate_readme() -> pd.DataFrame:
     return pd.DataFrame(rows).replace("nan", "-")
 
 
-def tabulate_answers() -> pd.DataFrame:
-    """Return the greedy answers of 4 models to one prompt, word for word."""
-    wanted, rows = CONTENT["answers"], []
-    for title, folder in wanted["folders"].items():
-        lines = read_jsonl(OUTPUT_DIR / folder / "samples.jsonl")
-        one = next(s for _, s in lines if (s["id"], s["decoding"]) == (wanted["prompt"], "greedy"))
-        text = textwrap.shorten(one["output"], wanted["characters"], placeholder=" ...")
-        link = f"[{folder}](evaluation/model_outputs/{folder}/samples.md)"
-        rows.append((title, f"`{text}`", link))
-    return pd.DataFrame(rows, columns=["trained", f"answer to: {one['prompt']}", "folder"])
-
-
 def make_edition1_tables() -> dict[str, list[pd.DataFrame]]:
     """Return the tables of each block of the first edition."""
-    blocks = {"edition1": [tabulate_readme()], "answers1": [tabulate_answers()]}
+    blocks = {"edition1": [tabulate_readme()]}
     for name, wanted in CONTENT["tables"].items():
         table = choose_cells(wanted)[["trained", "from", "lr", *FORMATS]]
         blocks[name] = [table.drop(columns=["from"] * (table["from"].nunique() == 1))]

@@ -9,6 +9,7 @@ it has one, and its tables. A second call changes nothing.
 import os
 import re
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
+from dataset.lm_dataset import read_jsonl
+from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.study import claims
 from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
@@ -80,6 +83,25 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
     return table if table.empty else table.reset_index()
 
 
+def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
+    """Return saved greedy answers to the first prompt of each section, a row a model."""
+    tables = [pd.DataFrame(columns=["prompt", "trained", "answer", "judged"])]
+    for run in evidence.final.itertuples():
+        path = OUTPUT_DIR / run.id / "samples.jsonl"
+        if path.is_file():
+            table = pd.DataFrame([line for _, line in read_jsonl(path)])
+            table = table[table.decoding == "greedy"].drop_duplicates("section")
+            table = table.assign(trained=run.title, judged=table.outcome)
+            for title, name in {"prompt": "prompt", "answer": "output"}.items():
+                english = table[f"{name}_translation"].map(" ({})".format, na_action="ignore")
+                texts = table[name] + english.fillna("")
+                short = partial(textwrap.shorten, width=120, placeholder=" ...")
+                table[title] = texts.map(short).map(escape_markdown)
+            tables.append(table[[*tables[0]]])
+    table = pd.concat(tables)
+    return table.sort_values("prompt", key=lambda texts: pd.factorize(texts)[0], kind="stable")
+
+
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
     """Return the tables of every block by its name."""
     verdicts, estimates = claims.judge_claims(evidence)
@@ -95,6 +117,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
+    tables["answers"] = [tabulate_answers(evidence)]
     tables["capacity"] = [facts.round(3).reset_index()]
     tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
     if cells.empty:
