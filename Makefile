@@ -1,6 +1,6 @@
 # make demo        a short pretraining; from the base that ships: fine-tuning in 3 ways; answers
-# make clean-demo  delete what make demo wrote
-# make install     the virtual environment; the other targets make it first
+# make clean-demo  delete the demo's runs and answers
+# make install     the virtual environment; targets that need it make it first
 # make test        lint and tests
 # make gpu         the tests that compute on a GPU; DEVICE=cpu make gpu: the same without one
 # make stress      kill training runs at random moments, continue and compare them
