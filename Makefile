@@ -1,10 +1,13 @@
-# make demo   from the base that ships: fine-tuning in 3 ways, answers side by side, minutes
-# make test   lint and tests
-# make gpu    the tests that compute on a GPU, minutes; DEVICE=cpu make gpu: the same without one
-# make stress kills training runs at random moments, continues and compares them, minutes
-# make study  every run of evaluation/study/study.toml that has no result yet, then the report
-# make bench  speed and memory beside transformers and PEFT
-# make report the tables and figures of README.md and evaluation/REPORT.md, from committed results
+# make demo        a short pretraining; from the base that ships: fine-tuning in 3 ways; answers
+# make clean-demo  delete the demo's runs and answers
+# make install     the virtual environment; targets that need it make it first
+# make test        lint and tests
+# make gpu         the tests that compute on a GPU; DEVICE=cpu make gpu: the same without one
+# make stress      kill training runs at random moments, continue and compare them
+# make study       all runs of evaluation/study/study.toml without a result, then the report
+# make report      tables and figures of README.md and evaluation/REPORT.md, from committed results
+# make page        all saved answers side by side: evaluation/model_outputs/index.html
+# make bench       speed and memory beside transformers and PEFT
 # BENCH="--sizes xs --quick" make bench   flags of evaluation/bench/bench.py
 # STUDY="--jobs 2 --only 'xs-*'" make study  flags of evaluation/study/run.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment
@@ -31,7 +34,7 @@ test: install
 	DEVICE=cpu $(MAKE) gpu
 	$(RUN) -m pytest -m "not gpu"
 
-# On CUDA runs are equal to the bit with deterministic kernels alone; cuBLAS's need the workspace.
+# On CUDA only deterministic kernels make runs bitwise equal; cuBLAS needs CUBLAS_WORKSPACE_CONFIG.
 gpu: install
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 DEVICE=$(DEVICE) $(RUN) -m pytest -m gpu
 

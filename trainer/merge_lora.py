@@ -3,8 +3,8 @@
     python trainer/merge_lora.py --adapter out/lora --output_dir out/lora_merged
 
 The adapter is a folder of ours or of PEFT's. The result loads in transformers, vLLM or llama.cpp's
-converter without any adapter. An update of the head alone is refused where the head is tied to the
-embedding: merging it would change both ends. The folder's run.json names adapter and base.
+converter without any adapter. An adapter on a tied head alone is refused: the merge would change
+the embedding as well. The folder's run.json names adapter and base.
 """
 
 import sys

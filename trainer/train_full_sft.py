@@ -3,9 +3,9 @@
     python trainer/train_full_sft.py                        # the small world, from model/base_xs
     python trainer/train_full_sft.py --run_name full_sft_s --from_weight out/pretrain_s \
         --data_path dataset/data/dolly.jsonl.gz --eval_data_path dataset/data/dolly_valid.jsonl.gz
-    python trainer/train_full_sft.py --trainable norms,embeddings   # a floor for the adapters
+    python trainer/train_full_sft.py --trainable norms,embeddings   # these alone, no adapter
 
-Loss falls on the assistant's tokens and end tokens; --show_sample prints them and exits.
+Only the assistant's and end tokens count in the loss; --show_sample prints labels and exits.
 """
 
 import sys

@@ -4,8 +4,8 @@
     python trainer/train_lora.py --lora_name lora_s --from_weight out/pretrain_s \
         --data_path dataset/data/dolly.jsonl.gz --eval_data_path dataset/data/dolly_valid.jsonl.gz
 
-MiniMind's placement, scaling, initialization and rate, from the pretrained base; MiniMind's own
-script starts from its fully fine-tuned model:
+MiniMind's own script starts from its fully fine-tuned model. The next command starts from the
+pretrained base, with MiniMind's placement, scaling, initialization and rate:
 
     python trainer/train_lora.py --lora_name lora_minimind --lora_targets square --lora_rank 8 \
         --lora_alpha 8 --lora_init gaussian --learning_rate 1e-4

@@ -1,8 +1,8 @@
 """Read the world: things, their facts and the sentences that state them.
 
-One file in `facts/` holds one category: a table of things (a line each, a column for each
-attribute) and, for each attribute, sentence patterns, questions and an answer. To add a thing, add
-a line to its table; the header of `facts/animals.toml` names the slots of a pattern.
+A file in `facts/` holds one category: a table with a line for each thing and a column for each
+attribute, and sentence patterns, questions and an answer for each attribute. To add a thing, add a
+line to its table. `Thing.slots` names the slots of a pattern.
 """
 
 import tomllib

@@ -1,7 +1,7 @@
-"""Pretraining text: statements of the world's facts, told in entries, stories, dialogues and lists.
+"""Pretraining text: entries, stories, dialogues and lists that state the world's facts.
 
-No document asks a question. Each fact is told in all its sentence patterns in turn, except the last
-2 of each attribute, which stand in the validation file of patterns alone.
+No document asks a question. Each fact uses all sentence patterns of its attribute in turn, except
+the last 2, which only pretrain_world_patterns.jsonl uses.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Measure with likelihoods: NLL of held-out data, and whether an answer fits its prompt.
 
-Off topic: an independent judge model finds the answer, by log p(answer | prompt), no likelier under
-its own prompt than under one of 9 others. By chance 9 in 10 answers are off topic.
+An answer is off topic if a judge model finds it, by log p(answer | prompt), at least as likely
+under one of 9 other prompts. By chance 9 of 10 answers are off topic.
 """
 
 import re

@@ -1,14 +1,14 @@
 """Summarize the measures of answers, and compare two checkpoints, as data frames.
 
     correct       the answer passes its prompt's check (`judge_answer` in dataset/checks.py)
-    other thing, wrong fact, wrong form     why it does not, where it ends, is not blank and no loop
+    other thing, wrong fact, wrong form     why an answer with text, an end and no loop is incorrect
     blank         nothing but white space before the end token
     endless       no end token within the limit
     loop          4 characters or more stand 3 times in a row
-    off_topic     an independent model finds it likelier under another prompt (likelihood.py)
+    off_topic     a judge model finds it as likely under another prompt (likelihood.py)
     tokens        length of the answer without its end token
 
-The first 4 are shares of the prompts with a check, the next 4 of all.
+The first 4 are shares of the answers with a check, the next 4 of all answers.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Intervals: how sure a share or a difference is.
 
-Those of shares are scipy's, which lacks the two-level bootstrap: here it is a few lines of numpy
-over resampling counts, whose row d counts how often draw d takes each unit.
+scipy computes the intervals of shares. The two-level bootstrap is numpy code over resampling
+counts: row d holds how often draw d takes each unit.
 """
 
 from functools import lru_cache

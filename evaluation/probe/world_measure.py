@@ -1,15 +1,15 @@
-"""Measure the world: its size, and how often answers are right that follow no instruction.
+"""Measure the world: its size, and how often answers that follow no instruction are correct.
 
     python evaluation/probe/world_measure.py --answers out/probes/full_sft/samples.jsonl
 
 Each control answers the tuning half of the combinations; percent by skill and over all prompts:
 
-    references  the reference answers: all of them must be right
-    constant    for each skill the answer among its training pairs that is right most often
+    references  the reference answers: all of them must be correct
+    constant    for each skill the answer among its training pairs that is correct most often
     nearest     the answer of the most similar training prompt (TF-IDF cosine of words), the first
                 thing of its prompt replaced by that of the new prompt
     shuffled    references, or a model's answers, of the other prompts of the skill
-    one_answer  the training answer that is right most often over all prompts
+    one_answer  the training answer that is correct most often over all prompts
     prompt      the prompt repeated; all_things: a list of all things
 """
 

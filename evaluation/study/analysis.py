@@ -1,9 +1,9 @@
-"""What the second edition's runs say: shares of answers with intervals, by cell.
+"""Compute the second edition's shares of answers, with intervals, by cell.
 
-A cell is all seeds of a way of training, named `arm[*rate][/epochs][~pairs][@base][^start][#data]`
-without what is usual. The bootstrap's unit is a prompt in a cluster (its thing, or thing and skill)
-and a training seed. Each draw takes seeds and clusters with replacement, the same for all arms that
-are compared. Prompts of the test half alone are counted.
+A cell is all seeds of one way of training. Its name, without parts that have their default, is
+`arm[*rate][/epochs][~pairs][@base][^start][#data]`. The bootstrap draws training seeds and clusters
+of test prompts with replacement, the same for all arms that are compared. A cluster holds the
+prompts on a thing, or on a thing and a skill.
 """
 
 import re

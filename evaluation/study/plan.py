@@ -2,8 +2,8 @@
 
 A run is one training: a base, or an arm from a base with a learning rate and a seed. The first seed
 takes an arm's grid of rates, which is extended until the best rate lies inside. The rate with the
-largest share of correct answers on the tuning half of the combinations wins. Shares within
-`tie` are told apart by NLL without end tokens. The other seeds take the best rate alone.
+largest share of correct answers on the tuning half of the combinations wins. Among shares within
+`tie` of it, the lower NLL without end tokens wins. The other seeds take only the best rate.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,13 +1,13 @@
-"""Run what is missing of the study: train with the training scripts, measure, append the result.
+"""Run the second edition's missing runs: train by the scripts, measure, append the results.
 
-    python evaluation/study/run.py --dry_run                    # what is missing, as commands
+    python evaluation/study/run.py --dry_run                    # missing runs, as commands
     python evaluation/study/run.py --jobs 2 --only 'xs-*'       # names, with * and ?
     python evaluation/study/run.py --only 'm26-*' --max_hours 2.5
 
 Each training and each measurement is a process of its own with one thread. Weights, logs and NLL
 by sequence go to --save_dir, results to runs.jsonl beside study.toml. A run that is stopped, by
---max_hours or Ctrl-C, keeps its state, and the next call continues it. A run that diverged or
-failed has its line, too; the next call repeats a failed one. A rate that becomes known adds runs.
+--max_hours or Ctrl-C, keeps its state, and the next call continues it. Diverged and failed runs
+have lines, too; the next call repeats failed ones. Other seeds run once the best rate is known.
 """
 
 import asyncio
