@@ -60,15 +60,21 @@ def check_prompts(data: dict[str, Path], path: Path) -> None:
 
 
 def measure_checkpoint(
-    study: Study, checkpoint: Checkpoint, data: dict[str, Path], base: str, only_tune: bool
+    study: Study,
+    checkpoint: Checkpoint,
+    data: dict[str, Path],
+    base: str,
+    names: list[str],
+    only_tune: bool,
 ) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
     `base` names the kind of base in study.toml: held-out text is read as its pretraining read it.
+    `names` are those of the sets to ask; facts are ranked if these are all.
     `only_tune` asks the tuning half of the combinations alone, greedily.
     """
     model, tokenizer = checkpoint
-    sets = {name: [data[f"{name}_{half}"] for half in PROBES[name]] for name in PROBES}
+    sets = {name: [data[f"{name}_{half}"] for half in PROBES[name]] for name in names}
     options, length = study.probe, study.common["max_seq_len"]
     if only_tune:
         sets = {"combinations": [data["combinations_tune"]]}
@@ -96,7 +102,7 @@ def measure_checkpoint(
         if one.tokens:
             scalars[f"{half}_nll"] = (one.nats - one.end_nats) / (one.tokens - one.ends)
             scalars[f"{half}_end_nll"] = one.end_nats / one.ends
-    for name in [] if only_tune else ("combinations", "unseen"):
+    for name in ("combinations", "unseen") if len(sets) == len(PROBES) else ():
         scalars[f"facts_{name}"] = rank_facts(checkpoint, sets[name])["share"]
     return {"outcomes": outcomes, "scalars": scalars, "nll": nll}
 
@@ -109,6 +115,7 @@ def main() -> None:
     parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
     parser.add_argument("--world", type=Path, default=FILES_DIR, help="folder of its files")
     parser.add_argument("--base", default="wrapped", help="kind of its base, see study.toml")
+    parser.add_argument("--sets", nargs="+", choices=PROBES, default=[*PROBES], help="(all)")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     parser.add_argument("--facts", type=Path, help="ask for these random facts alone")
     args = parser.parse_args()
@@ -119,7 +126,7 @@ def main() -> None:
         trained = read_json(args.folder / "run.json")["trainable_parameters"]
         found = {"outcomes": {}, "scalars": measure_random_facts(checkpoint, args.facts, trained)}
     else:
-        found = measure_checkpoint(study, checkpoint, data, args.base, args.only_tune)
+        found = measure_checkpoint(study, checkpoint, data, args.base, args.sets, args.only_tune)
     write_json(args.output, found | {"weights": weights_fingerprint(checkpoint[0])})
 
 

@@ -110,6 +110,9 @@ class Runner:
             words = ["evaluation/study/measure.py", folder, "--output", output]
             words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
             words += ["--base", run.base.rstrip("0123456789")]
+            # A path of checkpoints is drawn over 2 sets.
+            second = "medical" if run.data == "medical" else "unseen"
+            words += ["--sets", "combinations", second] if step else []
             only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
             words += ["--only_tune"] * only_tune
             words += ["--facts", self.find(run.data)] if run.data.startswith("facts") else []
