@@ -1,4 +1,4 @@
-"""Convert MiniMind's .pth files, which no other script reads, to folders.
+r"""Convert MiniMind's .pth files, which no other script reads, to folders.
 
     python trainer/convert_minimind.py full_sft_512.pth --tokenizer_path minimind/model \
         --output_dir out/minimind_sft

@@ -1,4 +1,4 @@
-"""Fine-tune on conversations: every parameter trains, or the parts that --trainable names.
+r"""Fine-tune on conversations: every parameter trains, or the parts that --trainable names.
 
     python trainer/train_full_sft.py                        # the small world, from model/base_xs
     python trainer/train_full_sft.py --run_name full_sft_s --from_weight out/pretrain_s \

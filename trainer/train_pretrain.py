@@ -1,4 +1,4 @@
-"""Pretrain the language model from random weights on plain text.
+r"""Pretrain the language model from random weights on plain text.
 
     python trainer/train_pretrain.py                        # the small world
     python trainer/train_pretrain.py --run_name pretrain_s \

@@ -1,4 +1,4 @@
-"""Train the tokenizer: a byte-level BPE with the special tokens and chat template of model/.
+r"""Train the tokenizer: a byte-level BPE with the special tokens and chat template of model/.
 
     python trainer/train_tokenizer.py --data_path pretrain.jsonl.gz sft.jsonl.gz --output_dir model
     python trainer/train_tokenizer.py --data_path dataset/data/world/pretrain_world.jsonl \

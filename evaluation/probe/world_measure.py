@@ -2,7 +2,8 @@
 
     python evaluation/probe/world_measure.py --answers out/probes/full_sft/samples.jsonl
 
-Each control answers the tuning half of the combinations; percent by skill and over all prompts:
+world_measure.json is what it found for the committed world. Each control answers the tuning half
+of the combinations; percent by skill and over all prompts:
 
     references  the reference answers: all of them must be correct
     constant    for each skill the answer among its training pairs that is correct most often

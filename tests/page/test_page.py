@@ -117,7 +117,7 @@ def prompt_ids(page: Page) -> list[str]:
     return page.locator("article > a").all_text_contents()
 
 
-def said(page: Page, number: int = 0) -> list[str]:
+def read_answers(page: Page, number: int = 0) -> list[str]:
     return page.locator("article").nth(number).locator(".said").all_text_contents()
 
 
@@ -140,7 +140,7 @@ def test_it_opens_on_answers_at_any_width(page):
 
 def test_answers_name_what_is_wrong_mark_loops_and_are_inert(page):
     assert prompt_ids(page) == ["facts-01", "facts-02", "story/03"]
-    assert said(page) == ["", "It is Lyon.", "It is Paris.", "It is Paris."]
+    assert read_answers(page) == ["", "It is Lyon.", "It is Paris.", "It is Paris."]
     first, hostile, story = page.locator("article").all()
     kinds = first.locator(".good, .bad").all_text_contents()
     assert kinds == ["blank ", "wrong fact ", "correct ", "correct "]
@@ -150,8 +150,8 @@ def test_answers_name_what_is_wrong_mark_loops_and_are_inert(page):
     assert story.locator("text=not asked").count() == 3
 
     expected = HOSTILE.replace("\u2028", "\\u2028").replace("\u202e", "\\u202e")
-    assert said(page, 1)[0] == expected.replace("\x1b", "\\u001b")
-    assert hostile.locator("h2").text_content() == said(page, 1)[0]
+    assert read_answers(page, 1)[0] == expected.replace("\x1b", "\\u001b")
+    assert hostile.locator("h2").text_content() == read_answers(page, 1)[0]
     hostile.locator(".said").click()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img, main script, [onerror], [onclick]").count() == 0
@@ -176,15 +176,15 @@ def test_filters_and_search(page):
 
 def test_decodings_models_and_links(page):
     page.select_option("#decoding", "t0.85p0.85")
-    assert said(page)[2:4] == ["It is Lyon. (0)", "It is Lyon. (1)"]
+    assert read_answers(page)[2:4] == ["It is Lyon. (0)", "It is Lyon. (1)"]
     page.select_option("#decoding", "")
-    assert len(said(page)) == 4 * 3
+    assert len(read_answers(page)) == 4 * 3
     page.select_option("#decoding", "greedy")
     page.click("text=Models >> nth=-1")
     for name in ("b", "b-tuned", "b-fft"):
         page.uncheck(f"#arms input[value={name}]")
     page.get_by_label("<b onclick=hack()>").check()  # a user's own
-    assert said(page) == ["Rome.", "It is Lyon."]
+    assert read_answers(page) == ["Rome.", "It is Lyon."]
     assert page.locator("h3").first.text_content().startswith("<i>mine")
 
     page.evaluate("location.hash = '#story%2F03'")  # which the models on the page were not asked
