@@ -8,9 +8,9 @@ r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat
     python eval_llm.py --model out/full_sft --interactive
 
 A model is a folder that a training script wrote; an adapter names its base. evaluation/probe/
-outputs.py lists the files in `evaluation/model_outputs/<name>/`, measures.py the measures. With
-several models, each one is compared with the first, prompt by prompt. Several sampling seeds do
-not stand for several training seeds.
+outputs.py lists the files in `evaluation/model_outputs/<name>/` (with --prompts `<name>-<file>/`),
+measures.py the measures. Several models are compared with the first, prompt by prompt. Several
+sampling seeds do not stand for several training seeds.
 """
 
 import argparse
@@ -104,7 +104,8 @@ def run_probes(args: argparse.Namespace) -> None:
     nll, answers, summaries = {}, {}, {}
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
-        folder = args.output_dir / name
+        is_usual = args.prompts == PROMPTS_FILE or args.output_dir != outputs.OUTPUT_DIR
+        folder = args.output_dir / (name if is_usual else f"{name}-{args.prompts.stem}")
         folder.mkdir(parents=True, exist_ok=True)
         nll[name] = {key: measure_nll(checkpoint, *one, *sizes) for key, one in measured.items()}
         if nll[name]:

@@ -49,11 +49,11 @@ class RunFolder:
         self.losses: list[float] = []  # of the steps since the last log line
         self.logged = (0, 0.0)  # tokens and seconds at the last log line
         if args.from_resume and not self.state_path.is_file():
-            raise UserError(f"--from_resume: {self.state_path} is not there; use --overwrite")
+            raise UserError(f"--from_resume: {self.state_path} is missing; drop the flag")
         if args.show_sample:
             return
         if self.path.exists() and not (args.from_resume or args.overwrite):
-            raise UserError(f"{self.path} exists: add --from_resume or --overwrite")
+            raise UserError(f"{self.path} exists: rename the run, --from_resume or --overwrite")
         self.lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # outlives --overwrite
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
     if args.from_weight == "none":
         tokenizer = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR)
-        names = ("pad_token_id", "bos_token_id", "eos_token_id")
-        ids = {name: getattr(tokenizer, name) for name in names}
+        ids = {n: getattr(tokenizer, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
         config = minimind_config(vocab_size=len(tokenizer), **shape, **ids)
         return MiniMindForCausalLM(config), tokenizer, None
     model = load_model(args.from_weight)

@@ -66,7 +66,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     found = parse_markdown(path) if is_markdown else (parse_record(*one, path) for one in lines)
     prompts = list(islice(found, limit))
     if not prompts:
-        raise UserError(f"{path}: holds no prompt")
+        raise UserError(f"{path}: holds no prompt; write '### id', and below it '> the question'")
     ids = set()
     for prompt in prompts:
         if prompt.id in ids:

@@ -455,14 +455,14 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
-        "--from_resume": "resume.pt is not there; use --overwrite",
+        "--from_resume": "resume.pt is missing; drop the flag",
         "--data_path {home}/none.jsonl": "No such file or directory: '{home}/none.jsonl'",
         "--save_dir {home}/text.jsonl/out": "Not a directory: ",
     },
     "full_sft": {
         "--hidden_size 64": "--hidden_size 64: the weights have 32; drop the flag",
         "--max_train_samples 99": "--max_train_samples 99: the data have 45",
-        "--run_name pretrain --save_dir {home}": "pretrain exists: add --from_resume or",
+        "--run_name pretrain --save_dir {home}": "pretrain exists: rename the run, --from_res",
     },
     "lora": {
         "--from_weight none": "--from_weight none: random weights; name a pretrained folder",
