@@ -23,7 +23,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import datasets
-from datasets import IterableDataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,9 +34,6 @@ CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encod
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
 RULES = {"valid_fraction": float, "min_chars": int, "max_words": int, "limit": int}
-
-# A converter returns a record's `group`, which is held out as a whole, its `data` to write, and the
-# texts that stand `once` only; or the reason to `drop` it.
 
 
 def join_spaces(text: str | None) -> str:
@@ -106,6 +102,7 @@ def convert_minimind(record: dict, rules: dict) -> dict:
     return {"group": turns[len(turns) % 2]["content"], "data": {"conversations": turns}}
 
 
+# Each returns a `group` to hold out whole, `data` to write, texts to keep `once`; or why to `drop`.
 CONVERTERS = {"text": convert_text, "instruction": convert_instruction}
 CONVERTERS |= {"medquad": convert_medquad, "minimind": convert_minimind}
 
@@ -121,8 +118,8 @@ def expand_medquad(batch: dict) -> dict:
     return pairs
 
 
-def load_hub(corpus: dict, revision: str | None) -> tuple[IterableDataset, int | None, dict]:
-    """Return a corpus's records from the hub, their number and their origin."""
+def load_hub(corpus: dict, revision: str | None) -> tuple[datasets.Dataset, dict]:
+    """Return a corpus's records from the hub, and their origin."""
     if not corpus["home"].startswith(HUB):
         raise UserError(f"not on the hub: git clone {corpus['home']}, give it as --source")
     name, revision = corpus["home"].removeprefix(HUB), revision or corpus.get("revision", "main")
@@ -130,12 +127,11 @@ def load_hub(corpus: dict, revision: str | None) -> tuple[IterableDataset, int |
     files = datasets.load_dataset_builder(name, **place).config.data_files["train"]
     commit = files[0].partition("@")[2].partition("/")[0]  # hf://datasets/owner/name@commit/file
     rows = datasets.load_dataset(name, split="train", **place)
-    origin = {"hub": name, "revision": commit, "files": len(files)}
-    return rows.to_iterable_dataset(), len(rows), origin
+    return rows, {"hub": name, "revision": commit, "files": len(files)}
 
 
-def load_files(corpus: dict, source: Path) -> tuple[IterableDataset, int | None, dict]:
-    """Return the records of a file, or of a folder's files, their number and their origin."""
+def load_files(corpus: dict, source: Path) -> tuple[datasets.Dataset, dict]:
+    """Return a corpus's records from a file, or from what a folder holds, and their origin."""
     matches = [sorted(source.glob(p), key=lambda path: path.as_posix()) for p in corpus["files"]]
     files = [source] if source.is_file() else next(filter(None, matches), [])
     if not files:
@@ -147,11 +143,7 @@ def load_files(corpus: dict, source: Path) -> tuple[IterableDataset, int | None,
     sha256 = file_sha256(source) if source.is_file() else listing
     how = {"sample_by": "document"} if builder == "text" else {}
     rows = datasets.load_dataset(builder, data_files=[*map(str, files)], split="train", **how)
-    origin = {"path": source.resolve().name, "files": len(files), "sha256": sha256}
-    records, total = rows.to_iterable_dataset(), len(rows)
-    if builder == "text":
-        records, total = records.map(expand_medquad, batched=True, remove_columns="text"), None
-    return records, total, origin
+    return rows, {"path": source.resolve().name, "files": len(files), "sha256": sha256}
 
 
 def hold_out(key: str, fraction: float) -> bool:
@@ -161,11 +153,10 @@ def hold_out(key: str, fraction: float) -> bool:
 
 
 def keep_example(example: dict, seen: set[bytes], counts: Counter, bar: tqdm) -> bool:
-    """Drop an example for its reason, or because it repeats another; count what is read."""
+    """Drop an example for its reason, or for a text seen before; count what is read."""
     bar.update()
     reasons, digests = [example["drop"]] if "drop" in example else [], []
     for name, text in example.get("once", {}).items():
-        # Digests, since two million stories would not fit in memory.
         digests.append(hashlib.blake2b(f"{name}\n{text}".encode(), digest_size=16).digest())
         reasons += [f"duplicate_{name}"] if digests[-1] in seen else []
     counts.update(["read", *reasons[:1]])
@@ -173,26 +164,17 @@ def keep_example(example: dict, seen: set[bytes], counts: Counter, bar: tqdm) ->
     return not reasons
 
 
-def write_corpus(name: str, records: IterableDataset, rules: dict, folder: Path, bar: tqdm) -> dict:
+def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -> dict:
     """Write the two parts, whole or not at all; return settings, counts and hashes."""
     counts, convert = Counter(train=0, valid=0), CONVERTERS[CORPORA[name]["kind"]]
     paths = {"train": folder / f"{name}.jsonl.gz", "valid": folder / f"{name}_valid.jsonl.gz"}
     digests = {part: hashlib.sha256() for part in paths}  # of the text: zlibs differ in their bytes
-    # Without file name and time: the same text gives the same bytes.
-    pack = partial(gzip.GzipFile, "", "wb", 6, mtime=0)
-    examples = records.map(dict, batched=True)  # read by the batch, which is faster
-    examples = examples.map(
-        convert, fn_kwargs={"rules": rules}, remove_columns=records.column_names
-    )
-    examples = examples.filter(
-        keep_example, fn_kwargs={"seen": set(), "counts": counts, "bar": bar}
-    )
 
-    def write_parts(train: Path, valid: Path) -> None:
+    def write(examples: datasets.IterableDataset, train: Path, valid: Path) -> None:
+        pack = partial(gzip.GzipFile, "", "wb", 6, mtime=0)  # no name, no time: same bytes
         with train.open("wb") as a, pack(a) as text_a, valid.open("wb") as b, pack(b) as text_b:
             files = {"train": text_a, "valid": text_b}
-            # `take` would read, and count, as far as the next example to keep.
-            for example in islice(examples, rules.get("limit")):
+            for example in islice(examples, rules.get("limit")):  # `take` reads 1 example more
                 part = "valid" if hold_out(example["group"], rules["valid_fraction"]) else "train"
                 line = (json.dumps(example["data"], ensure_ascii=False) + "\n").encode()
                 counts[part] += 1
@@ -202,7 +184,12 @@ def write_corpus(name: str, records: IterableDataset, rules: dict, folder: Path,
             raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(paths["train"], lambda a: write_aside(paths["valid"], partial(write_parts, a)))
+    raw, expand = rows.column_names, expand_medquad if rows.builder_name == "text" else dict
+    with tqdm(total=len(rows) if expand is dict else None, unit=" records", disable=None) as bar:
+        rows = rows.to_iterable_dataset().map(expand, batched=True, remove_columns=raw)
+        rows = rows.map(partial(convert, rules=rules), remove_columns=raw)
+        rows = rows.filter(partial(keep_example, seen=set(), counts=counts, bar=bar))
+        write_aside(paths["train"], lambda a: write_aside(paths["valid"], partial(write, rows, a)))
     outputs = {paths[part].name: {"content_sha256": digests[part].hexdigest()} for part in paths}
     return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
@@ -231,15 +218,13 @@ def main(argv: list[str] | None = None) -> int:
     rules = corpus["rules"] | given
     datasets.disable_progress_bars()
     try:
-        load, place = (load_files, args.source) if args.source else (load_hub, args.revision)
-        records, total, origin = load(corpus, place)
-        with tqdm(total=total, unit=" records", disable=None) as bar:
-            result = write_corpus(name, records, rules, args.output_dir, bar)
+        raw = load_files(corpus, args.source) if args.source else load_hub(corpus, args.revision)
+        result = write_corpus(name, raw[0], rules, args.output_dir)
     except (KeyError, TypeError, ElementTree.ParseError) as error:
         raise UserError(f"{args.source}: not a record of {name} ({error!r})") from error
     except (datasets.exceptions.DatasetsError, ConnectionError) as error:
         raise UserError(f"{name}: {error.__cause__ or error}; see {corpus['home']}") from error
-    about = {"corpus": name, "home": corpus["home"], "source": origin}
+    about = {"corpus": name, "home": corpus["home"], "source": raw[1]}
     about |= {"license": corpus["license"], "attribution": corpus["credit"]}
     write_json(args.output_dir / f"{name}.json", about | result)
     print(json.dumps(result["counts"]))
