@@ -13,12 +13,12 @@ side when the order changes or when a newer dump adds texts.
 import argparse
 import gzip
 import hashlib
-import io
 import json
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,15 +28,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import record_messages
-from model.files import REPO_DIR, UserError, file_sha256, run_script, write_bytes, write_json
+from model.files import REPO_DIR, UserError, file_sha256, run_script, write_aside, write_json
 
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
 RULES = {"valid_fraction": float, "min_chars": int, "max_words": int, "limit": int}
-
-# A record's group, which is held out as a whole, its line to write, and texts that stand once only.
-Example = tuple[str, dict, dict[str, str]]
 
 
 def join_spaces(text: str | None) -> str:
@@ -49,74 +46,79 @@ def normalize(text: str) -> str:
     return join_spaces(text).casefold()
 
 
-def convert_text(record: dict, rules: dict) -> Example | str:
+def convert_text(record: dict, rules: dict) -> dict:
     """Convert a story, or an article with its title on a line of its own."""
     text, title = (record["text"] or "").strip(), join_spaces(record.get("title"))
     if len(text) < rules["min_chars"]:
-        return "too_short"
-    return title or text, {"text": f"{title}\n{text}" if title else text}, {"text": text}
+        return {"drop": "too_short"}
+    data = {"text": f"{title}\n{text}" if title else text}
+    return {"group": title or text, "data": data, "once": {"text": text}}
 
 
-def convert_instruction(record: dict, rules: dict) -> Example | str:
+def convert_instruction(record: dict, rules: dict) -> dict:
     """Convert an instruction without an input to a question and an answer."""
     for name in ("context", "input"):
         if (record.get(name) or "").strip():
-            return f"has_{name}"
+            return {"drop": f"has_{name}"}
     answer = record["response"] if "response" in record else record["output"]
     return convert_question(record["instruction"], answer, rules)
 
 
-def convert_question(question: str | None, answer: str | None, rules: dict) -> Example | str:
+def convert_question(question: str | None, answer: str | None, rules: dict) -> dict:
     """Convert a question and its answer, unless one is empty or the answer too short or long."""
     question, answer = (question or "").strip(), (answer or "").strip()
     if not question or not answer:
-        return "empty_answer" if question else "empty_question"
+        return {"drop": "empty_answer" if question else "empty_question"}
     if not rules.get("min_words", 0) <= (words := len(answer.split())) <= rules["max_words"]:
-        return "answer_too_long" if words > rules["max_words"] else "answer_too_short"
+        return {"drop": f"answer_too_{'long' if words > rules['max_words'] else 'short'}"}
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return question, {"conversations": turns}, {"question": normalize(question)}
+    once = {"question": normalize(question)}
+    return {"group": question, "data": {"conversations": turns}, "once": once}
 
 
-def convert_medquad(record: dict, rules: dict) -> Example | str:
+def convert_medquad(record: dict, rules: dict) -> dict:
     """Convert a question on a disease; the layout of web pages is taken out of the answer."""
     disease, question = join_spaces(record["focus"]), join_spaces(record["question"])
     answer = "\n".join(filter(None, map(join_spaces, record["answer"].splitlines())))
     example = convert_question(question.replace(" ?", "?"), answer, rules)
-    if not disease or isinstance(example, str):
-        return example if disease else "no_disease"
-    return disease, example[1], example[2] | {"answer": normalize(answer)}
+    if not disease or "drop" in example:
+        return example if disease else {"drop": "no_disease"}
+    return example | {"group": disease, "once": example["once"] | {"answer": normalize(answer)}}
 
 
-def convert_minimind(record: dict, rules: dict) -> Example | str:
+def convert_minimind(record: dict, rules: dict) -> dict:
     """Keep a record of MiniMind's own to the letter, if training can read it."""
     if "text" in record:
         text = record["text"] or ""
-        return (text, {"text": text}, {}) if text.strip() else "empty_text"
+        return {"group": text, "data": {"text": text}} if text.strip() else {"drop": "empty_text"}
     # An empty system turn says nothing, and training refuses empty turns.
     turns = record["conversations"] or []
     turns = [t for t in turns if t["role"] != "system" or t["content"].strip() or t.get("tools")]
     try:
         record_messages({"conversations": turns}, "")
     except UserError:
-        return "unreadable"  # tools, thoughts, empty turns, roles out of order
+        return {"drop": "unreadable"}  # tools, thoughts, empty turns, roles out of order
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    return turns[len(turns) % 2]["content"], {"conversations": turns}, {}
+    return {"group": turns[len(turns) % 2]["content"], "data": {"conversations": turns}}
 
 
+# Each returns a `group` to hold out whole, `data` to write, texts to keep `once`; or why to `drop`.
 CONVERTERS = {"text": convert_text, "instruction": convert_instruction}
 CONVERTERS |= {"medquad": convert_medquad, "minimind": convert_minimind}
 
 
-def read_medquad(xml: str) -> Iterator[dict]:
-    """Yield the questions and answers of one document, i.e. of one disease."""
-    document = ElementTree.fromstring(xml)
-    for pair in document.iterfind("QAPairs/QAPair"):
-        parts = [document.find("Focus"), pair.find("Question"), pair.find("Answer")]
-        texts = ["" if part is None else "".join(part.itertext()) for part in parts]
-        yield dict(zip(("focus", "question", "answer"), texts, strict=True))
+def expand_medquad(batch: dict) -> dict:
+    """Expand documents, one a disease, into their questions and answers."""
+    pairs = {"focus": [], "question": [], "answer": []}
+    for document in map(ElementTree.fromstring, batch["text"]):
+        for pair in document.iterfind("QAPairs/QAPair"):
+            parts = [document.find("Focus"), pair.find("Question"), pair.find("Answer")]
+            for texts, part in zip(pairs.values(), parts, strict=True):
+                texts.append("" if part is None else "".join(part.itertext()))
+    return pairs
 
 
-def load_hub(corpus: dict, revision: str | None) -> tuple[Iterable[dict], dict]:
+def load_hub(corpus: dict, revision: str | None) -> tuple[datasets.Dataset, dict]:
     """Return a corpus's records from the hub, and their origin."""
     if not corpus["home"].startswith(HUB):
         raise UserError(f"not on the hub: git clone {corpus['home']}, give it as --source")
@@ -128,7 +130,7 @@ def load_hub(corpus: dict, revision: str | None) -> tuple[Iterable[dict], dict]:
     return rows, {"hub": name, "revision": commit, "files": len(files)}
 
 
-def load_files(corpus: dict, source: Path) -> tuple[Iterable[dict], dict]:
+def load_files(corpus: dict, source: Path) -> tuple[datasets.Dataset, dict]:
     """Return a corpus's records from a file, or from what a folder holds, and their origin."""
     matches = [sorted(source.glob(p), key=lambda path: path.as_posix()) for p in corpus["files"]]
     files = [source] if source.is_file() else next(filter(None, matches), [])
@@ -141,8 +143,6 @@ def load_files(corpus: dict, source: Path) -> tuple[Iterable[dict], dict]:
     sha256 = file_sha256(source) if source.is_file() else listing
     how = {"sample_by": "document"} if builder == "text" else {}
     rows = datasets.load_dataset(builder, data_files=[*map(str, files)], split="train", **how)
-    if builder == "text":
-        rows = (record for row in rows for record in read_medquad(row["text"]))
     return rows, {"path": source.resolve().name, "files": len(files), "sha256": sha256}
 
 
@@ -152,45 +152,45 @@ def hold_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def split_records(kind: str, records: Iterable, rules: dict, counts: Counter) -> Iterator[tuple]:
-    """Yield the lines to write and their part, train or valid; count what is read and dropped."""
-    seen = set()  # digests, since two million stories would not fit in memory
-    for record in tqdm(records, unit=" records", disable=None):
-        if counts["train"] + counts["valid"] == rules.get("limit"):
-            return
-        counts["read"] += 1
-        example = CONVERTERS[kind](record, rules)
-        once = {} if isinstance(example, str) else example[2]
-        digests = {n: hashlib.blake2b(f"{n}\n{t}".encode()).digest() for n, t in once.items()}
-        repeated = [f"duplicate_{name}" for name, digest in digests.items() if digest in seen]
-        if isinstance(example, str) or repeated:
-            counts[repeated[0] if repeated else example] += 1
-            continue
-        seen.update(digests.values())
-        part = "valid" if hold_out(example[0], rules["valid_fraction"]) else "train"
-        counts[part] += 1
-        yield part, example[1]
+def keep_example(example: dict, seen: set[bytes], counts: Counter, bar: tqdm) -> bool:
+    """Drop an example for its reason, or for a text seen before; count what is read."""
+    bar.update()
+    reasons, digests = [example["drop"]] if "drop" in example else [], []
+    for name, text in example.get("once", {}).items():
+        digests.append(hashlib.blake2b(f"{name}\n{text}".encode(), digest_size=16).digest())
+        reasons += [f"duplicate_{name}"] if digests[-1] in seen else []
+    counts.update(["read", *reasons[:1]])
+    seen.update([] if reasons else digests)
+    return not reasons
 
 
-def write_corpus(name: str, records: Iterable[dict], rules: dict, folder: Path) -> dict:
-    """Write the two parts once all is read; return settings, counts and hashes."""
-    kind, counts = CORPORA[name]["kind"], Counter(train=0, valid=0)
-    names = {"train": f"{name}.jsonl.gz", "valid": f"{name}_valid.jsonl.gz"}
-    # Packed in memory, without file name and time: the same text gives the same bytes.
-    packed = {part: io.BytesIO() for part in names}
-    files = {part: gzip.GzipFile("", "wb", 6, packed[part], mtime=0) for part in names}
-    digests = {part: hashlib.sha256() for part in names}  # of the text: zlibs differ in their bytes
-    for part, data in split_records(kind, records, rules, counts):
-        line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
-        files[part].write(line)
-        digests[part].update(line)
-    if not counts["train"]:
-        raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
+def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -> dict:
+    """Write the two parts, whole or not at all; return settings, counts and hashes."""
+    counts, convert = Counter(train=0, valid=0), CONVERTERS[CORPORA[name]["kind"]]
+    paths = {"train": folder / f"{name}.jsonl.gz", "valid": folder / f"{name}_valid.jsonl.gz"}
+    digests = {part: hashlib.sha256() for part in paths}  # of the text: zlibs differ in their bytes
+
+    def write(examples: datasets.IterableDataset, train: Path, valid: Path) -> None:
+        pack = partial(gzip.GzipFile, "", "wb", 6, mtime=0)  # no name, no time: same bytes
+        with train.open("wb") as a, pack(a) as text_a, valid.open("wb") as b, pack(b) as text_b:
+            files = {"train": text_a, "valid": text_b}
+            for example in islice(examples, rules.get("limit")):  # `take` reads 1 example more
+                part = "valid" if hold_out(example["group"], rules["valid_fraction"]) else "train"
+                line = (json.dumps(example["data"], ensure_ascii=False) + "\n").encode()
+                counts[part] += 1
+                digests[part].update(line)
+                files[part].write(line)
+        if not counts["train"]:
+            raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
+
     folder.mkdir(parents=True, exist_ok=True)
-    for part, file in names.items():
-        files[part].close()
-        write_bytes(folder / file, packed[part].getbuffer())
-    outputs = {file: {"content_sha256": digests[p].hexdigest()} for p, file in names.items()}
+    raw, expand = rows.column_names, expand_medquad if rows.builder_name == "text" else dict
+    with tqdm(total=len(rows) if expand is dict else None, unit=" records", disable=None) as bar:
+        rows = rows.to_iterable_dataset().map(expand, batched=True, remove_columns=raw)
+        rows = rows.map(partial(convert, rules=rules), remove_columns=raw)
+        rows = rows.filter(partial(keep_example, seen=set(), counts=counts, bar=bar))
+        write_aside(paths["train"], lambda a: write_aside(paths["valid"], partial(write, rows, a)))
+    outputs = {paths[part].name: {"content_sha256": digests[part].hexdigest()} for part in paths}
     return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
 
