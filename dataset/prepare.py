@@ -211,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, corpus in CORPORA.items():
             print(f"{name}\n  {corpus['home']}\n  {corpus['license']}; {corpus['credit']}")
         return 0
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit}: must be above 0")
     name, corpus = args.corpus, CORPORA[args.corpus]
     given = {rule: vars(args)[rule] for rule in RULES if vars(args)[rule] is not None}
     if idle := given.keys() - corpus["rules"].keys() - {"limit"}:

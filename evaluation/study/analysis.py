@@ -92,9 +92,10 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
         return "base" + f"@{base}" * is_other, "the base alone" + f", {base}" * is_other
     arm, rates = study.arms[run.arm], sweeps[run.size, run.arm].reported
     start = study.arms.get(run.start, arm).title
+    length = "1 epoch" if run.epochs == 1 else f"{run.epochs:g} epochs"
     extras = [
         (f"*{run.learning_rate:g}", "", rates != [run.learning_rate]),
-        (f"/{run.epochs:g}", f"{run.epochs:g} epochs", run.epochs != study.sizes[run.size].epochs),
+        (f"/{run.epochs:g}", length, run.epochs != study.sizes[run.size].epochs),
         (f"~{run.samples:g}", f"{run.samples:,.0f} pairs", pd.notna(run.samples)),
         (f"@{base}", f"from {base}", base != MAIN_BASE),
         (f"^{run.start}", f"after {start}", run.start != "base"),

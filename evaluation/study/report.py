@@ -84,22 +84,24 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
-    """Return saved greedy answers to the first prompt of each section, a row a model."""
+    """Return saved greedy answers to the first prompt of each section of the world, a row an arm."""
     tables = [pd.DataFrame(columns=["prompt", "trained", "answer", "judged"])]
-    for run in evidence.final.itertuples():
+    for run in evidence.final.query("arm != 'base'").itertuples():
         path = OUTPUT_DIR / run.id / "samples.jsonl"
         if path.is_file():
             table = pd.DataFrame([line for _, line in read_jsonl(path)])
             table = table[table.decoding == "greedy"].drop_duplicates("section")
+            table = table[table.section != "Outside the world"]
             table = table.assign(trained=run.title, judged=table.outcome)
             for title, name in {"prompt": "prompt", "answer": "output"}.items():
                 english = table[f"{name}_translation"].map(" ({})".format, na_action="ignore")
-                texts = table[name] + english.fillna("")
-                short = partial(textwrap.shorten, width=120, placeholder=" ...")
+                texts = table[name] + english.astype(object).fillna("")
+                short = partial(textwrap.shorten, width=100, placeholder=" ...")
                 table[title] = texts.map(short).map(escape_markdown)
             tables.append(table[[*tables[0]]])
     table = pd.concat(tables)
-    return table.sort_values("prompt", key=lambda texts: pd.factorize(texts)[0], kind="stable")
+    table = table.sort_values("prompt", key=lambda texts: pd.factorize(texts)[0], kind="stable")
+    return table.assign(prompt=table.prompt.mask(table.prompt.duplicated(), ""))
 
 
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
