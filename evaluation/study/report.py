@@ -84,7 +84,7 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
-    """Return saved greedy answers to the first prompt of each section of the world, a row an arm."""
+    """Return saved greedy answers to the first prompt of each section about the world, by arm."""
     tables = [pd.DataFrame(columns=["prompt", "trained", "answer", "judged"])]
     for run in evidence.final.query("arm != 'base'").itertuples():
         path = OUTPUT_DIR / run.id / "samples.jsonl"
