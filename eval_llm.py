@@ -94,25 +94,25 @@ def load(path: Path, args: argparse.Namespace) -> Checkpoint:
 def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
-    if args.judge:
-        judge = load(args.judge, args)
+    judge = args.judge and load(args.judge, args)
     translator = args.translator and load_translator(args.translator, choose_device(args.device))
     data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
     measured = {key: (kind, files) for key, (kind, files) in data.items() if files}
     sizes = (args.max_seq_len, args.batch_size)
     choices = (args.decoding, args.seeds, args.max_new_tokens, args.batch_size)
     nll, answers, summaries = {}, {}, {}
+    is_own = args.prompts != PROMPTS_FILE and args.output_dir == outputs.OUTPUT_DIR
+    suffix = f"-{args.prompts.stem}" if is_own else ""
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
-        is_usual = args.prompts == PROMPTS_FILE or args.output_dir != outputs.OUTPUT_DIR
-        folder = args.output_dir / (name if is_usual else f"{name}-{args.prompts.stem}")
+        folder = args.output_dir / (name + suffix)
         folder.mkdir(parents=True, exist_ok=True)
         nll[name] = {key: measure_nll(checkpoint, *one, *sizes) for key, one in measured.items()}
         if nll[name]:
             write_json(folder / "nll.json", nll[name])
         if prompts:
             samples = answers[name] = probe(checkpoint, prompts, *choices)
-            if args.judge:
+            if judge:
                 add_topic_measures(judge, prompts, samples, args.batch_size)
             translate_samples(samples, folder, translator)
             summaries[name] = summarize(samples)
@@ -126,7 +126,7 @@ def run_probes(args: argparse.Namespace) -> None:
     for name in others:
         tables = [compare(answers[first], answers[name])] if prompts else []
         tables += [compare_nll(nll[first], nll[name])] if nll[first] else []
-        outputs.write_differences(args.output_dir / name, first, tables)
+        outputs.write_differences(args.output_dir / (name + suffix), first, tables)
     outputs.print_models(summaries, nll)
 
 

@@ -395,6 +395,7 @@ def answer_held_out(
     run: RunFolder, model: MiniMindForCausalLM, tokenizer: Tokenizer, eval_set: TokenDataset | None
 ) -> None:
     """Print greedy answers to held-out conversations; run.json keeps them."""
+    print(f"to ask it: python eval_llm.py --model {escape_control(str(run.path))}")
     count = min(run.args.show_answers, len(eval_set or ()))
     if not count:
         return
@@ -411,4 +412,3 @@ def answer_held_out(
         for name, text in rows[-1].items():
             print(f"{name:>9}  {escape_control(' '.join(text.split()))}")
     run.write(answers=rows)
-    print(f"more answers: python eval_llm.py --model {escape_control(str(run.path))}")

@@ -9,7 +9,6 @@ it has one, and its tables. A second call changes nothing.
 import os
 import re
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from model.files import REPO_DIR, UserError, run_script, write_text
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
+ANSWERS = 5  # prompts whose answers are shown
 CELL = ["size", "title", "learning_rate"]
 FACTS = ["facts_combinations", "facts_unseen"]  # known without a question
 COSTS = ["test_nll", "test_end_nll", "nll_text", "steps"]
@@ -84,20 +84,15 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
-    """Return saved greedy answers to the first prompt of each section about the world, by arm."""
+    """Return answers, a row an arm, to the first prompts of the combinations' tuning half."""
     tables = [pd.DataFrame(columns=["prompt", "trained", "answer", "judged"])]
-    for run in evidence.final.query("arm != 'base'").itertuples():
-        path = OUTPUT_DIR / run.id / "samples.jsonl"
+    for run in evidence.final.itertuples():
+        path = OUTPUT_DIR / f"{run.id}-probe_combinations_tune" / "samples.jsonl"
         if path.is_file():
-            table = pd.DataFrame([line for _, line in read_jsonl(path)])
-            table = table[table.decoding == "greedy"].drop_duplicates("section")
-            table = table[table.section != "Outside the world"]
+            table = pd.DataFrame([line for _, line in read_jsonl(path)])[:ANSWERS]
+            texts = {"prompt": table.prompt, "answer": table.output}
             table = table.assign(trained=run.title, judged=table.outcome)
-            for title, name in {"prompt": "prompt", "answer": "output"}.items():
-                english = table[f"{name}_translation"].map(" ({})".format, na_action="ignore")
-                texts = table[name] + english.astype(object).fillna("")
-                short = partial(textwrap.shorten, width=100, placeholder=" ...")
-                table[title] = texts.map(short).map(escape_markdown)
+            table = table.assign(**{key: one.map(escape_markdown) for key, one in texts.items()})
             tables.append(table[[*tables[0]]])
     table = pd.concat(tables)
     table = table.sort_values("prompt", key=lambda texts: pd.factorize(texts)[0], kind="stable")
