@@ -56,7 +56,7 @@ def find_file(source: str | Path, name: str) -> Path:
             raise UserError(f"{source}: neither a folder nor on the hub ({reason})") from error
     path = Path(source) / name
     if not path.is_file():
-        raise UserError(f"{path}: missing; mend the path, end the run, or merge the adapter")
+        raise UserError(f"{path}: missing; mend the path, finish the run, or merge the adapter")
     return path
 
 

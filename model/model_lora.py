@@ -332,7 +332,7 @@ def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
     config = read_json(path)
     for name, values in PEFT_VALUES.items():
         if config.get(name) not in (None, *values):
-            raise UserError(f"{path}: {name} {config[name]!r} is not computed here; merge by PEFT")
+            raise UserError(f"{path}: {name} {config[name]!r} is not computed here; merge in PEFT")
     rows, (targets, whole) = config.get("trainable_token_indices") or (), find_modules(tensors)
     return LoraSettings(
         rank=config["r"] if targets else 0,

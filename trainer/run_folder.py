@@ -53,7 +53,7 @@ class RunFolder:
         if args.show_sample:
             return
         if self.path.exists() and not (args.from_resume or args.overwrite):
-            raise UserError(f"{self.path} exists: rename the run, --from_resume or --overwrite")
+            raise UserError(f"{self.path} exists: give another name, --from_resume or --overwrite")
         self.lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # outlives --overwrite
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def draw_edition1(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
 
 def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
     """Draw the share of correct answers by arm and size, both decodings."""
-    if not cells.isin(["fft"]).any(axis=None):  # nothing to compare with yet
+    if cells.empty or "fft" not in cells.cell.values:  # nothing to compare with yet
         return None
     table = cells[(cells["set"] == "combinations") & cells.cell.isin(HEADLINE)]
     last = table[(table["size"] == table["size"].iloc[-1]) & (table.decoding == "greedy")]

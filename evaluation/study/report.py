@@ -90,9 +90,8 @@ def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
         path = OUTPUT_DIR / f"{run.id}-probe_combinations_tune" / "samples.jsonl"
         if path.is_file():
             table = pd.DataFrame([line for _, line in read_jsonl(path)])[:ANSWERS]
-            texts = {"prompt": table.prompt, "answer": table.output}
-            table = table.assign(trained=run.title, judged=table.outcome)
-            table = table.assign(**{key: one.map(escape_markdown) for key, one in texts.items()})
+            texts = table[["prompt", "output"]].map(escape_markdown)
+            table = texts.assign(trained=run.title, answer=texts.output, judged=table.outcome)
             tables.append(table[[*tables[0]]])
     table = pd.concat(tables)
     table = table.sort_values("prompt", key=lambda texts: pd.factorize(texts)[0], kind="stable")

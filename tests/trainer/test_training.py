@@ -462,7 +462,7 @@ REFUSED = {  # flags beside those of a good run -> the error's words
     "full_sft": {
         "--hidden_size 64": "--hidden_size 64: the weights have 32; drop the flag",
         "--max_train_samples 99": "--max_train_samples 99: the data have 45",
-        "--run_name pretrain --save_dir {home}": "pretrain exists: rename the run, --from_res",
+        "--run_name pretrain --save_dir {home}": "pretrain exists: give another name, --from",
     },
     "lora": {
         "--from_weight none": "--from_weight none: random weights; name a pretrained folder",
