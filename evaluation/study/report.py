@@ -22,7 +22,7 @@ from dataset.checks import KINDS
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.study import claims
-from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
+from evaluation.study.analysis import Evidence, load_evidence, mark_answers, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
 from evaluation.study.edition1 import make_edition1_tables
 from evaluation.study.figures import DECODING_TITLES, FIGURES, HEADLINE
@@ -83,6 +83,25 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
     return table if table.empty else table.reset_index()
 
 
+def tabulate_runs(evidence: Evidence) -> pd.DataFrame:
+    """Return a row a run that answered 2 sets: percent correct of their test halves, by decoding."""
+    rows, names = [], ("combinations", "unseen")
+    answered = evidence.final.outcomes.map(lambda outcomes: {*names} <= {*outcomes})
+    for run in evidence.final[answered].itertuples():
+        row = {"size": run.size, "trained": run.title, "rate": f"{run.learning_rate:g}"}
+        row |= {"epochs": f"{run.epochs:g}", "seed": run.seed}
+        for name in names:
+            marks = [
+                mark_answers(evidence.final.loc[[run.Index]], evidence.choose_prompts(name), d)
+                for d in DECODING_TITLES
+            ]
+            row[name] = " / ".join(f"{100 * mark.mean():.0f}" for mark in marks)
+        facts = run.facts_combinations, run.facts_unseen
+        row["facts without a question"] = " / ".join(f"{100 * share:.0f}" for share in facts)
+        rows.append(row | {"text NLL": f"{run.nll_text:.2f}"})
+    return pd.DataFrame(rows)
+
+
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
     """Return answers, a row an arm, to the first prompts of the combinations' tuning half."""
     tables = [pd.DataFrame(columns=["prompt", "trained", "answer", "judged"])]
@@ -113,6 +132,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
+    tables["runs"] = [tabulate_runs(evidence)] if len(evidence.final) else []
     tables["answers"] = [tabulate_answers(evidence)]
     tables["capacity"] = [facts.round(3).reset_index()]
     tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
