@@ -84,20 +84,17 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
 
 
 def tabulate_runs(evidence: Evidence) -> pd.DataFrame:
-    """Return a row a run that answered 2 sets: percent correct of their test halves, by decoding."""
-    rows, names = [], ("combinations", "unseen")
-    answered = evidence.final.outcomes.map(lambda outcomes: {*names} <= {*outcomes})
-    for run in evidence.final[answered].itertuples():
-        row = {"size": run.size, "trained": run.title, "rate": f"{run.learning_rate:g}"}
+    """Return a row a run that answered 2 sets: percent correct of the test halves, by decoding."""
+    rows, sets = [], ("combinations", "unseen")
+    answered = evidence.final.outcomes.map(lambda outcomes: {*sets} <= {*outcomes})
+    for place, run in evidence.final[answered].iterrows():
+        row = {"size": run["size"], "trained": run.title, "rate": f"{run.learning_rate:g}"}
         row |= {"epochs": f"{run.epochs:g}", "seed": run.seed}
-        for name in names:
-            marks = [
-                mark_answers(evidence.final.loc[[run.Index]], evidence.choose_prompts(name), d)
-                for d in DECODING_TITLES
-            ]
-            row[name] = " / ".join(f"{100 * mark.mean():.0f}" for mark in marks)
-        facts = run.facts_combinations, run.facts_unseen
-        row["facts without a question"] = " / ".join(f"{100 * share:.0f}" for share in facts)
+        for name in sets:
+            asked = evidence.final.loc[[place]], evidence.choose_prompts(name)
+            shares = [mark_answers(*asked, decoding).mean() for decoding in DECODING_TITLES]
+            row[name] = " / ".join(f"{100 * share:.0f}" for share in shares)
+        row["facts without a question"] = " / ".join(f"{100 * run[fact]:.0f}" for fact in FACTS)
         rows.append(row | {"text NLL": f"{run.nll_text:.2f}"})
     return pd.DataFrame(rows)
 
@@ -132,7 +129,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
-    tables["runs"] = [tabulate_runs(evidence)] if len(evidence.final) else []
+    tables["runs"] = [tabulate_runs(evidence)]
     tables["answers"] = [tabulate_answers(evidence)]
     tables["capacity"] = [facts.round(3).reset_index()]
     tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
