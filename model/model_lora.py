@@ -212,7 +212,7 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
 
 @torch.no_grad()
 def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """Build a plain model with the logits of the adapted one; `model` is unchanged."""
+    """Build a plain model with the adapted one's logits; refuse an update of a tied head alone."""
     plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
     is_tied, embedding = model.config.tie_word_embeddings, model.model.embed_tokens
     if isinstance(model.lm_head, LoRALinear) and isinstance(embedding, nn.Embedding) and is_tied:
