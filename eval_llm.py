@@ -47,6 +47,7 @@ def make_probe_parser() -> argparse.ArgumentParser:
     add("--limit", type=SIZE, help="only the first so many prompts")
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
+    add("--wrap_documents", action="store_true", help="that text as train_pretrain.py wraps it")
     add("--max_seq_len", type=SIZE, default=MAX_SEQ_LEN, help="tokens of an NLL sequence (340)")
     add("--judge", type=Path, help="checkpoint, trained apart, that finds off-topic answers")
     add("--translator", help="'world', or a transformers model that translates into English")
@@ -74,6 +75,7 @@ def check_args(args: argparse.Namespace) -> None:
         "--model: outputs have the folder's name; rename one of two": len(names) < len(args.model),
         "--judge: is a probed --model; give one that was trained apart": args.judge in args.model,
         "--interactive: chats with one --model": args.interactive and len(args.model) > 1,
+        "--wrap_documents: is of --text_nll_data": args.wrap_documents and not args.text_nll_data,
         "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
         "--judge, --translator, --limit, --prompts: are of probing; drop them": is_other and asking,
         f"{', '.join(map(str, missing))}: not there; train it or mend the path": missing,
@@ -96,9 +98,9 @@ def run_probes(args: argparse.Namespace) -> None:
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
     judge = args.judge and load(args.judge, args)
     translator = args.translator and load_translator(args.translator, choose_device(args.device))
-    data = {"nll": ("sft", args.nll_data), "text_nll": ("pretrain", args.text_nll_data)}
+    text, sizes = "pretrain" + "_wrapped" * args.wrap_documents, (args.max_seq_len, args.batch_size)
+    data = {"nll": ("sft", args.nll_data), "text_nll": (text, args.text_nll_data)}
     measured = {key: (kind, files) for key, (kind, files) in data.items() if files}
-    sizes = (args.max_seq_len, args.batch_size)
     choices = (args.decoding, args.seeds, args.max_new_tokens, args.batch_size)
     nll, answers, summaries = {}, {}, {}
     is_own = args.prompts != PROMPTS_FILE and args.output_dir == outputs.OUTPUT_DIR

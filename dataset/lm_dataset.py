@@ -166,8 +166,7 @@ def encode_records(
             raise UserError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
         opening, closing = [tokenizer.bos_token_id], [tokenizer.eos_token_id, *closing]
     texts = [record_text(record, where) for where, record in records]
-    encoded = encode_batch(tokenizer, texts, special=False)
-    return [(opening + ids + closing, []) for ids in encoded]
+    return [(opening + ids + closing, []) for ids in encode_batch(tokenizer, texts, special=False)]
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:

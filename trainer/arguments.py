@@ -112,6 +112,9 @@ def parse_args(
         refuse("--from_resume and --overwrite contradict each other; give one")
     if weights.endswith(".pth"):
         refuse(f"--from_weight {weights}: convert it to a folder by trainer/convert_minimind.py")
+    data = {"--data_path": args.data_path, "--eval_data_path": args.eval_data_path}
+    for flag, path in [(f, p) for f in data for p in data[f] or [] if not p.is_file()]:
+        refuse(f"{flag} {path}: no such file")
     if weights == "none":
         for flag in DEFAULT_SHAPE.keys() - changed:
             setattr(args, flag, DEFAULT_SHAPE[flag])

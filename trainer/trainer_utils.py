@@ -192,7 +192,6 @@ def train(
     save_weights: Callable[[Path], None],
     facts: dict,
     lr_ratio: Callable[[str], float] = lambda name: 1.0,
-    on_step: Callable[[int], None] = lambda step: None,
     finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, evaluate and save; return the exit code.
@@ -204,7 +203,6 @@ def train(
         save_weights: writes weights or an adapter to a folder.
         facts: what makes the run what it is besides flags: stage, fingerprint of the base.
         lr_ratio: a parameter's rate over --learning_rate, by its name.
-        on_step: is called after each update; for benchmarks and tests.
         finish: is called when the weights are saved, before the run counts as completed.
     """
     device, processes, rank = args.device, accelerator.num_processes, accelerator.process_index
@@ -286,7 +284,6 @@ def train(
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), args.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            on_step(step + 1)
             losses.append(loss)
             record["step"] = now = step + 1
             record["tokens"] += int(train_set.lengths[plan[step]].sum())
@@ -351,8 +348,7 @@ def evaluate(
     model: MiniMindForCausalLM, dataset: TokenDataset, batch_size: int, accelerator: Accelerator
 ) -> float:
     """Return the mean NLL over the labeled tokens of a data set, in nats a token."""
-    order = dataset.lengths.argsort(kind="stable").tolist()
-    batches = list(chunks(order, batch_size))
+    batches = list(chunks(dataset.lengths.argsort(kind="stable").tolist(), batch_size))
     total = torch.zeros((), device=accelerator.device)
     model.eval()
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:

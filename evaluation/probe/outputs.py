@@ -148,7 +148,7 @@ def print_models(summaries: dict[str, pd.DataFrame], nll: dict[str, dict[str, di
     """Print a row a model: correct by section, never ends, NLL; slashes part the decodings."""
     rows = []
     for name, found in nll.items():
-        row = {"model": escape_control(name)}
+        row = {"trained": escape_control(name)}
         if name in summaries:
             groups = summaries[name].groupby(["measure", "section"], sort=False)["value"]
             for (measure, section), values in sorted(groups, key=lambda item: item[0][0]):

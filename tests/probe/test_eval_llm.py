@@ -96,7 +96,7 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     *said, decodings, head, _, row = capsys.readouterr().out.splitlines()
     assert "prompt: What is the capital of France?" in said
     assert decodings == "greedy / t0.85p0.85:"
-    assert re.fullmatch(r"\| model +\| correct, Facts +\| never ends +\|", head)
+    assert re.fullmatch(r"\| trained +\| correct, Facts +\| never ends +\|", head)
     assert row.startswith("| one ") and "0% / 0%" in row
 
 
@@ -111,6 +111,9 @@ def test_nll_and_differences(home, tmp_path, capsys):
     saved, out = json.loads((two / "nll.json").read_text()), capsys.readouterr().out
     assert "two minus one, 95% intervals: nll " in out
     assert f"{saved['nll']['nats_per_token']:.3f}" in out
+    wrapped = run_script(home, tmp_path / "w", "--no_generation", *data[2:], "--wrap_documents")
+    counts = json.loads((wrapped / "nll.json").read_text())["text_nll"]["tokens"]
+    assert counts == saved["text_nll"]["tokens"] + 2  # a start and an end around one text
 
     run_script(home, tmp_path, *data, "--decoding", "greedy", models=("one", "two"))
     results = json.loads((two / "results.json").read_text())
@@ -182,6 +185,7 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
         (["--model", "model", "--decoding", "hot"], "--decoding hot"),
         (["--model", "model", "--nll_data", "gone"], "gone: not there"),
         (["--model", "x", "--no_generation"], "--no_generation: name --nll_data"),
+        (["--model", "x", "--wrap_documents"], "--wrap_documents: is of --text_nll_data"),
         (["--model", "x", "--model", "y/x"], "--model: outputs have the folder's name"),
         (["--model", "x", "--model", "y", "--interactive"], "chats with one --model"),
         (["--model", "model", "--judge", "model"], "--judge: is a probed --model"),

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset.lm_dataset import load_dataset
 from model.files import run_script
@@ -37,7 +39,6 @@ SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
 # Answers take longer than the training of so small a model.
 ON_DEVICE = f"--device {DEVICE} --dtype float32 --log_interval 1 --show_answers 0"
 Action = Callable[[int], None]  # after a step
-train = trainer_utils.train
 # A server imports the libraries once; each run is a fork of it, and has no thread of another.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.trainer.runs"])
@@ -78,12 +79,14 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
     torch.use_deterministic_algorithms(DEVICE == "cuda")  # else 2 runs differ in last bits
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     load = functools.partial(load_dataset, cache_dir=home / "cache")
+    steps = itertools.count(1)
+    hook = register_optimizer_step_post_hook(lambda *_: on_step(next(steps)))
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer_utils, "load_dataset", load)
-            patch.setattr(STAGES[stage], "train", functools.partial(train, on_step=on_step))
             return STAGES[stage].main(flags.split())
     finally:
+        hook.remove()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
@@ -108,7 +111,7 @@ def act_at(step: int, action: Callable[[], None], now: int) -> None:
 
 
 def at_step(step: int, action: Callable[[], None]) -> Action:
-    """Make an `on_step` that acts once, in step `step` of a run."""
+    """Make an `on_step` that acts once, in the step `step` of a call."""
     return functools.partial(act_at, step, action)
 
 
