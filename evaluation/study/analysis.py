@@ -90,11 +90,12 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
     if run.arm == "base":
         is_other = base != MAIN_BASE
         return "base" + f"@{base}" * is_other, "the base alone" + f", {base}" * is_other
-    arm, rates = study.arms[run.arm], sweeps[run.size, run.arm].reported
+    arm, sweep = study.arms[run.arm], sweeps[run.size, run.arm]
     start = study.arms.get(run.start, arm).title
     length = "1 epoch" if run.epochs == 1 else f"{run.epochs:g} epochs"
+    trial = "preliminary" if run.learning_rate == sweep.leading else ""
     extras = [
-        (f"*{run.learning_rate:g}", "", rates != [run.learning_rate]),
+        (f"*{run.learning_rate:g}", trial, sweep.reported != [run.learning_rate]),
         (f"/{run.epochs:g}", length, run.epochs != study.sizes[run.size].epochs),
         (f"~{run.samples:g}", f"{run.samples:,.0f} pairs", pd.notna(run.samples)),
         (f"@{base}", f"from {base}", base != MAIN_BASE),
@@ -174,14 +175,16 @@ def estimate_sum(
 def tabulate_cells(evidence: Evidence) -> pd.DataFrame:
     """Return a row a reported cell, set and decoding, in the order of study.toml.
 
+    While an arm's best learning rate is not known, the best of those that ran stands for it.
     Columns: size, cell, arm, title, learning_rate, seeds, set, decoding, share (correct) with its
     interval (low, high), above_chance, and the share of each kind of `KINDS`.
     """
     rows, sets = [], evidence.prompts["set"].unique()
     for (size, cell), runs in evidence.final.groupby(["size", "cell"], sort=False):
         first = runs.iloc[0]
-        is_rate_trial = "*" in cell and not evidence.study.arms[first.arm].fixed
-        if is_rate_trial or set(first.outcomes) != set(sets):
+        is_trial = "*" in cell and not evidence.study.arms[first.arm].fixed
+        is_trial = is_trial and first.learning_rate != evidence.sweeps[size, first.arm].leading
+        if is_trial or set(first.outcomes) != set(sets):
             continue  # serves the choice of a rate
         place = first[["size", "cell", "arm", "title", "learning_rate"]].to_dict()
         for name, decoding in product(sets, evidence.study.probe["decodings"]):

@@ -10,7 +10,6 @@ import pandas as pd
 
 from evaluation.study.analysis import Evidence, mark_answers
 from evaluation.study.claims import PATH_ARMS, find_paths, list_endings
-from evaluation.study.edition1 import CONTENT, SIZES, choose_cells
 
 STYLE = {
     "svg.fonttype": "none",
@@ -22,7 +21,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-HEADLINE = ["base", "study", "all_r8", "all_r8_vocabulary", "fft"]  # arms
+HEADLINE = ["base", "study", "study_tuned", "all_r8", "all_r64", "all_r8_vocabulary", "fft"]
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -34,7 +33,12 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     panels = table.groupby("panel", sort=False)
     names = list(dict.fromkeys(table.y)) if "low" in table else []
     with mpl.rc_context(STYLE):
-        how = {"sharey": True, "squeeze": False, "figsize": (1 + 4.5 * len(panels), 3)}
+        how = {
+            "sharex": True,
+            "sharey": True,
+            "squeeze": False,
+            "figsize": (1 + 4.5 * len(panels), 3),
+        }
         figure, axes = plt.subplots(1, len(panels), **how)
         for ax, (panel, points) in zip(axes[0], panels, strict=True):
             for i, (label, rows) in enumerate(points.groupby("series", sort=False)):
@@ -59,27 +63,25 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-def draw_edition1(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
-    """Draw the first edition's R without ends at both sizes, by arm."""
-    title = "Learning rate and frozen embedding hold LoRA back at 1.6M parameters"
-    main = choose_cells(CONTENT["readme"]).query("arm != 'fft'")
-    columns = {"x": main.R_no_end, "low": main.R_no_end_low, "high": main.R_no_end_high}
-    series = main.base.map(SIZES["name"]) + " parameters"
-    table = pd.DataFrame(columns).assign(panel="", series=series, y=main.trained)
-    return title, draw_panels(title, table, "share of full fine-tuning's gain, without end tokens")
+def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the headline's cells in its order, whether their rates are final or not."""
+    usual = cells.cell.str.replace(r"\*[^/~@^#]*", "", regex=True)
+    rows = cells[usual.isin(HEADLINE) & cells["set"].isin(["combinations", "unseen"])]
+    places = pd.factorize(rows["size"])[0] * len(HEADLINE) + rows.arm.map(HEADLINE.index)
+    return rows.iloc[places.argsort(kind="stable")]
 
 
 def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
-    """Draw the share of correct answers by arm and size, both decodings."""
-    if cells.empty or "fft" not in cells.cell.values:  # nothing to compare with yet
+    """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
+    if cells.empty:
         return None
-    table = cells[(cells["set"] == "combinations") & cells.cell.isin(HEADLINE)]
-    last = table[(table["size"] == table["size"].iloc[-1]) & (table.decoding == "greedy")]
-    last = last[last.cell.isin(["fft", "all_r8", "study"])]
-    words = [f"{row.title} {100 * row.share:.0f}%" for row in last.itertuples()]
-    title = f"Correct greedy answers at {last['size'].iloc[0]}: {', '.join(words)}"
-    table = table.rename(columns={"share": "x", "size": "panel", "title": "y"})
-    table["series"] = table.decoding.map(DECODING_TITLES)
+    rows = select_headline(cells)
+    last = rows[(rows["size"] == rows["size"].iloc[-1]) & (rows.decoding == "greedy")]
+    last = last[last.arm.isin(["study", "all_r8", "fft"]) & (last["set"] == "combinations")]
+    words = [f"{evidence.study.arms[row.arm].title} {row.share:.0%}" for row in last.itertuples()]
+    title = f"Correct combinations at {rows['size'].iloc[-1]}, greedy: {', '.join(words)}"
+    table = rows.rename(columns={"share": "x", "set": "series", "title": "y"})
+    table["panel"] = table["size"] + ", " + table.decoding.map(DECODING_TITLES)
     return title, draw_panels(title, table, "correct answers")
 
 
@@ -111,5 +113,4 @@ def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | N
     return title, draw_panels(title, table, *texts)
 
 
-FIGURES = {"edition1": draw_edition1, "headline": draw_headline}
-FIGURES |= {"endings": draw_endings, "keeping": draw_keeping}
+FIGURES = {"headline": draw_headline, "endings": draw_endings, "keeping": draw_keeping}

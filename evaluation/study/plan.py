@@ -59,6 +59,12 @@ class Sweep:
     missing: list[float]  # must run to know the best
     shares: dict[float, float] = field(default_factory=dict)  # correct, by rate; nan: diverged
 
+    @property
+    def leading(self) -> float | None:
+        """Return the rate with the largest share so far; None if the best is known, or none ran."""
+        ended = {rate: share for rate, share in self.shares.items() if share == share}
+        return max(ended, key=ended.get) if ended and not self.reported else None
+
 
 def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
     """Return the run by which a rate of an arm is judged."""

@@ -22,18 +22,18 @@ from dataset.checks import KINDS
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.study import claims
-from evaluation.study.analysis import Evidence, load_evidence, mark_answers, tabulate_cells
+from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
-from evaluation.study.edition1 import make_edition1_tables
-from evaluation.study.figures import DECODING_TITLES, FIGURES, HEADLINE
+from evaluation.study.edition1 import tabulate_edition1
+from evaluation.study.figures import DECODING_TITLES, FIGURES, select_headline
 from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR, UserError, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
-ANSWERS = 5  # prompts whose answers are shown
-CELL = ["size", "title", "learning_rate"]
+ANSWERS = 4  # prompts whose answers are shown
+CELL = ["size", "trained", "rate"]
 FACTS = ["facts_combinations", "facts_unseen"]  # known without a question
 COSTS = ["test_nll", "test_end_nll", "nll_text", "steps"]
 COSTS += ["trainable_parameters", "tokens", "flops", "train_seconds", "peak_memory_bytes"]
@@ -63,7 +63,7 @@ def tabulate_rates(evidence: Evidence) -> pd.DataFrame:
 def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
     """Return a row a cell, and a column for each set and decoding: percent correct."""
     percent = 100 * cells[["share", "low", "high"]].to_numpy()
-    cells = cells.assign(text=["{:.0f} [{:.0f}, {:.0f}]".format(*row) for row in percent])
+    cells = cells.assign(text=["{:.0f}% [{:.0f}, {:.0f}]".format(*row) for row in percent])
     cells["column"] = cells["set"] + ", " + cells.decoding.map(DECODING_TITLES)
     index = [*CELL, "seeds"]
     return cells.pivot_table("text", index, "column", aggfunc="first", sort=False).reset_index()
@@ -81,22 +81,6 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
             columns[f"{evidence.study.arms[arm].title}, {title}"] = texts
     table = pd.DataFrame(columns, pd.Index(LEVELS, name="level").map("{:.0%}".format))
     return table if table.empty else table.reset_index()
-
-
-def tabulate_runs(evidence: Evidence) -> pd.DataFrame:
-    """Return a row a run that answered 2 sets: percent correct of the test halves, by decoding."""
-    rows, sets = [], ("combinations", "unseen")
-    answered = evidence.final.outcomes.map(lambda outcomes: {*sets} <= {*outcomes})
-    for place, run in evidence.final[answered].iterrows():
-        row = {"size": run["size"], "trained": run.title, "rate": f"{run.learning_rate:g}"}
-        row |= {"epochs": f"{run.epochs:g}", "seed": run.seed}
-        for name in sets:
-            asked = evidence.final.loc[[place]], evidence.choose_prompts(name)
-            shares = [mark_answers(*asked, decoding).mean() for decoding in DECODING_TITLES]
-            row[name] = " / ".join(f"{100 * share:.0f}" for share in shares)
-        row["facts without a question"] = " / ".join(f"{100 * run[fact]:.0f}" for fact in FACTS)
-        rows.append(row | {"text NLL": f"{run.nll_text:.2f}"})
-    return pd.DataFrame(rows)
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
@@ -129,20 +113,20 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
-    tables["runs"] = [tabulate_runs(evidence)]
     tables["answers"] = [tabulate_answers(evidence)]
     tables["capacity"] = [facts.round(3).reset_index()]
     tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
     if cells.empty:
         return tables
-    is_main = cells["set"].isin(["combinations", "unseen"]) & cells.cell.isin(HEADLINE)
+    names = {"title": "trained", "learning_rate": "rate"}
+    cells, final = cells.rename(columns=names), evidence.final.rename(columns=names)
     kinds = cells[cells["set"].isin(["combinations", "unseen"])].groupby([*CELL, "set"], sort=False)
-    kinds = kinds[[*KINDS, "above_chance"]].agg(lambda v: " / ".join(f"{100 * x:.0f}" for x in v))
-    runs = evidence.final.merge(cells[["size", "cell"]].drop_duplicates())
+    kinds = kinds[[*KINDS, "above_chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
+    runs = final.merge(cells[["size", "cell"]].drop_duplicates())
     means = runs.groupby(CELL, sort=False)[[*FACTS, *COSTS]].mean()
     costs = means[FACTS].map("{:.0%}".format).join(means[COSTS].map(EngFormatter(places=2)))
     return tables | {
-        "headline": [tabulate_shares(cells[is_main])],
+        "headline": [tabulate_shares(select_headline(cells))],
         "shares": [tabulate_shares(cells)],
         "kinds": [kinds.reset_index()],
         "costs": [costs.reset_index()],
@@ -163,7 +147,7 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
     """Return the text of every file of the report by its path."""
     evidence = load_evidence(folder)
     cells = tabulate_cells(evidence)
-    tables = make_tables(evidence, cells) | make_edition1_tables()
+    tables = make_tables(evidence, cells) | {"edition1": [tabulate_edition1()]}
     files, titles = {}, {}
     for name, draw in FIGURES.items():
         if found := draw(evidence, cells):

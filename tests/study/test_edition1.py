@@ -33,10 +33,10 @@ def test_recovery(place: str) -> None:
     row = CELLS.loc[(base, cell)]
     variant = "" if row.variant == "main" else f"-{row.variant}"
     seeds = range(1, int(row.seeds) + 1)
-    arm = [f"{base}-{row.arm}{variant}-lr{row.lr}-s{seed}" for seed in seeds]
+    arm = [f"{base}-{row.arm}{variant}-lr{row.learning_rate}-s{seed}" for seed in seeds]
     full = [f"{base}-{FULL[row['size']]}-s{seed}" for seed in seeds]
     base, arm, full = (
         np.mean([NATS[run][1::2].astype(float).sum() for run in runs])
         for runs in ([base], arm, full)
     )
-    assert (base - arm) / (base - full) == pytest.approx(row.recovery, abs=2e-4), cell
+    assert (base - arm) / (base - full) == pytest.approx(row.R, abs=2e-4), cell
