@@ -43,6 +43,7 @@ def make_probe_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
     add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
     add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
+    add("--no_template", action="store_true", help="the text alone, as MiniMind asks a base")
     add("--show_answers", type=COUNT, default=3, help="prompts to print answers to (3)")
     add("--limit", type=SIZE, help="only the first so many prompts")
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
@@ -69,7 +70,8 @@ def check_args(args: argparse.Namespace) -> None:
     missing += [path for path in measured if not path.is_file()]
     names = {path.resolve().name for path in args.model}
     is_other = args.list or args.interactive or args.no_generation
-    asking = args.judge or args.translator or args.limit or args.prompts != PROMPTS_FILE
+    asking = args.judge or args.translator or args.limit or args.no_template
+    asking = asking or args.prompts != PROMPTS_FILE
     problems = {
         "--model: name a checkpoint; --list shows what is there": not (args.list or args.model),
         "--model: outputs have the folder's name; rename one of two": len(names) < len(args.model),
@@ -77,7 +79,7 @@ def check_args(args: argparse.Namespace) -> None:
         "--interactive: chats with one --model": args.interactive and len(args.model) > 1,
         "--wrap_documents: is of --text_nll_data": args.wrap_documents and not args.text_nll_data,
         "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
-        "--judge, --translator, --limit, --prompts: are of probing; drop them": is_other and asking,
+        "--judge, --translator, --limit, --no_template, --prompts: of probing": is_other and asking,
         f"{', '.join(map(str, missing))}: not there; train it or mend the path": missing,
     }
     for message, is_wrong in problems.items():
@@ -113,7 +115,7 @@ def run_probes(args: argparse.Namespace) -> None:
         if nll[name]:
             write_json(folder / "nll.json", nll[name])
         if prompts:
-            samples = answers[name] = probe(checkpoint, prompts, *choices)
+            samples = answers[name] = probe(checkpoint, prompts, *choices, not args.no_template)
             if judge:
                 add_topic_measures(judge, prompts, samples, args.batch_size)
             translate_samples(samples, folder, translator)

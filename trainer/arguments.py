@@ -49,8 +49,7 @@ def make_stage_parser(
     dtype = "of matrix products, not of weights (auto: bfloat16 where the processor computes it)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
     compile_flag = {"nargs": "?", "choices": ("auto", "on", "off"), "const": "on"}
-    when = "compile forward pass and loss (auto: if the run is long enough)"
-    add("--use_compile", **compile_flag, default="auto", help=when)
+    add("--use_compile", **compile_flag, default="auto", help="the loss (auto: in a long run)")
     add("--num_workers", type=COUNT, default=0, help="data loading processes (0)")
 
     add = parser.add_argument_group("model").add_argument
@@ -66,8 +65,7 @@ def make_stage_parser(
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
     add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     if from_weight != "none":  # by default pretraining starts from none and reads no conversations
-        subset = "train on so many conversations, the same random choice for every --seed (all)"
-        add("--max_train_samples", type=SIZE, help=subset)
+        add("--max_train_samples", type=SIZE, help="a random choice, the same for any --seed (all)")
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
     add("--show_answers", type=COUNT, default=3, help="held-out answers to print at the end (3)")
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dataset.checks import LOOP
-from dataset.lm_dataset import encode_conversations
+from dataset.lm_dataset import encode_batch, encode_conversations
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import Checkpoint
 from model.files import UserError
@@ -24,14 +24,20 @@ def probe(
     seeds: Sequence[int] = (0,),
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
+    has_template: bool = True,
 ) -> list[dict]:
     """Ask every prompt once per decoding and seed; greedy decoding draws nothing and runs once.
 
     Samples come in the order decoding, seed, prompt. A prompt that leaves no room is refused.
+    Without the chat template a prompt is its text after the first token of a text.
     """
     model, tokenizer = checkpoint
-    opened = encode_conversations(tokenizer, [prompt.messages for prompt in prompts], True)
-    encoded = [ids for ids, _ in opened]
+    if has_template:
+        opened = encode_conversations(tokenizer, [prompt.messages for prompt in prompts], True)
+        encoded = [ids for ids, _ in opened]
+    else:
+        texts = encode_batch(tokenizer, [prompt.text for prompt in prompts], special=False)
+        encoded = [[tokenizer.bos_token_id, *ids] for ids in texts]
     limit = model.config.max_position_embeddings - max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) > limit:

@@ -71,6 +71,7 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
     """Describe where results come from: weights, prompts, settings, machine, versions."""
     weights = next(filter(Path.is_file, (path / ADAPTER_WEIGHTS, path / WEIGHTS_FILE)))
     keys = ("decoding", "seeds", "max_new_tokens", "batch_size", "dtype", "translator")
+    keys += ("no_template",)
     return {
         "weights_sha256": file_sha256(weights),
         "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},

@@ -98,6 +98,10 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     assert decodings == "greedy / t0.85p0.85:"
     assert re.fullmatch(r"\| trained +\| correct, Facts +\| never ends +\|", head)
     assert row.startswith("| one ") and "0% / 0%" in row
+    alone = run_script(home, tmp_path / "c", "--no_template", "--decoding", "greedy")
+    (_, sample), *_ = read_jsonl(alone / "samples.jsonl")
+    rendered = "<|im_start|>What is the capital of France?"
+    assert sample["prompt_sha256"] == hashlib.sha256(rendered.encode()).hexdigest()
 
 
 @pytest.mark.gpu
@@ -189,7 +193,7 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
         (["--model", "x", "--model", "y/x"], "--model: outputs have the folder's name"),
         (["--model", "x", "--model", "y", "--interactive"], "chats with one --model"),
         (["--model", "model", "--judge", "model"], "--judge: is a probed --model"),
-        (["--model", "x", "--interactive", "--limit", "3"], "are of probing; drop them"),
+        (["--model", "x", "--interactive", "--limit", "3"], "--prompts: of probing"),
         (["--model", "model", "--prompts", "gone.md"], "gone.md: no such file; check --prompts"),
         (["--model", "no/such/folder"], "no/such/folder: not there; train it"),
     ],
