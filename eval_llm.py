@@ -9,8 +9,7 @@ r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat
 
 A model is a folder that a training script wrote; an adapter names its base. evaluation/probe/
 outputs.py lists the files in `evaluation/model_outputs/<name>/` (with --prompts `<name>-<file>/`),
-measures.py the measures. Several models are compared with the first, prompt by prompt. Several
-sampling seeds do not stand for several training seeds.
+measures.py the measures. Several models are compared with the first, prompt by prompt.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 from evaluation.probe import outputs
-from evaluation.probe.answers import DECODINGS, MAX_NEW_TOKENS, probe
+from evaluation.probe.answers import DECODINGS, probe
 from evaluation.probe.chat import chat
 from evaluation.probe.likelihood import add_topic_measures, compare_nll, measure_nll
 from evaluation.probe.measures import compare, summarize
@@ -28,7 +27,7 @@ from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import load_translator, translate_samples
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.files import REPO_DIR, UserError, escape_control, make_parser, run_script, write_json
-from model.generation import Decoding
+from model.generation import MAX_NEW_TOKENS, Decoding
 from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device
 
 
@@ -105,8 +104,8 @@ def run_probes(args: argparse.Namespace) -> None:
     measured = {key: (kind, files) for key, (kind, files) in data.items() if files}
     choices = (args.decoding, args.seeds, args.max_new_tokens, args.batch_size)
     nll, answers, summaries = {}, {}, {}
-    is_own = args.prompts != PROMPTS_FILE and args.output_dir == outputs.OUTPUT_DIR
-    suffix = f"-{args.prompts.stem}" if is_own else ""
+    own = args.output_dir.resolve() == outputs.OUTPUT_DIR and args.prompts.resolve() != PROMPTS_FILE
+    suffix = f"-{args.prompts.stem}" if own else ""
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
         folder = args.output_dir / (name + suffix)
@@ -125,12 +124,12 @@ def run_probes(args: argparse.Namespace) -> None:
             results["provenance"] = outputs.describe_probe(path, args)
             outputs.write_outputs(folder, samples, summaries[name], results)
         print(escape_control(f"wrote {folder}"))
-    outputs.print_answers(answers, args.show_answers)
     first, *others = nll
     for name in others:
         tables = [compare(answers[first], answers[name])] if prompts else []
         tables += [compare_nll(nll[first], nll[name])] if nll[first] else []
         outputs.write_differences(args.output_dir / (name + suffix), first, tables)
+    outputs.print_answers(answers, args.show_answers)
     outputs.print_models(summaries, nll)
 
 

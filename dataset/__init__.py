@@ -1,1 +1,1 @@
-"""JSONL in, token batches out; public corpora and the demo corpus."""
+"""JSONL in, token batches out; public corpora and the small world."""

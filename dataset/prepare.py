@@ -181,7 +181,7 @@ def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -
                 digests[part].update(line)
                 files[part].write(line)
         if not counts["train"]:
-            raise UserError(f"{name}: nothing is left to train on ({dict(counts)})")
+            raise UserError(f"{name}: no record to train on ({dict(counts)})")
 
     folder.mkdir(parents=True, exist_ok=True)
     raw, expand = rows.column_names, expand_medquad if rows.builder_name == "text" else dict

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 from model.files import UserError
 from model.model_minimind import MiniMindForCausalLM
 
+MAX_NEW_TOKENS = 96  # of an answer; the world's references have at most 64
 LIKELY_TOKENS = 256  # a nucleus is looked for among so many first: faster than to sort all
 
 

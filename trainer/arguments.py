@@ -53,8 +53,7 @@ def make_stage_parser(
     add("--num_workers", type=COUNT, default=0, help="data loading processes (0)")
 
     add = parser.add_argument_group("model").add_argument
-    start = f"run folder or hub id to start from, none for random weights ({from_weight})"
-    add("--from_weight", default=from_weight, help=start)
+    add("--from_weight", default=from_weight, help=f"folder, hub id or none ({from_weight})")
     add("--tokenizer_path", type=Path, help="folder (the weights' own)")
     for flag, value in list(DEFAULT_SHAPE.items())[:-1]:
         add(f"--{flag}", type=SIZE, help=f"of random weights ({value}); of others it must agree")
@@ -65,9 +64,9 @@ def make_stage_parser(
     add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
     add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     if from_weight != "none":  # by default pretraining starts from none and reads no conversations
+        add("--show_answers", type=COUNT, default=3, help="held-out answers to print at last (3)")
         add("--max_train_samples", type=SIZE, help="a random choice, the same for any --seed (all)")
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
-    add("--show_answers", type=COUNT, default=3, help="held-out answers to print at the end (3)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=POSITIVE, default=1.0, help="passes over the data (%(default)s)")
@@ -110,9 +109,9 @@ def parse_args(
         refuse("--from_resume and --overwrite contradict each other; give one")
     if weights.endswith(".pth"):
         refuse(f"--from_weight {weights}: convert it to a folder by trainer/convert_minimind.py")
-    data = {"--data_path": args.data_path, "--eval_data_path": args.eval_data_path}
-    for flag, path in [(f, p) for f in data for p in data[f] or [] if not p.is_file()]:
-        refuse(f"{flag} {path}: no such file")
+    for path in [*(args.data_path or ()), *(args.eval_data_path or ())]:
+        if not path.is_file():
+            refuse(f"--data_path or --eval_data_path {path}: no such file")
     if weights == "none":
         for flag in DEFAULT_SHAPE.keys() - changed:
             setattr(args, flag, DEFAULT_SHAPE[flag])

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from dataset.lm_dataset import StepPlan, TokenDataset, chunks, collate, load_dataset, plan_shapes
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
 from model.files import UserError, escape_control
-from model.generation import Decoding, generate
+from model.generation import MAX_NEW_TOKENS, Decoding, generate
 from model.model_minimind import DEFAULT_SHAPE, MiniMindForCausalLM, minimind_config
 from trainer.arguments import DTYPES
 from trainer.run_folder import EXIT_CODES, RunFolder
@@ -394,16 +394,18 @@ def answer_held_out(
     print(f"to ask it: python eval_llm.py --model {escape_control(str(run.path))}")
     count = min(run.args.show_answers, len(eval_set or ()))
     if not count:
+        print("no answers are shown: they need --eval_data_path and --show_answers")
         return
-    prompts, references = [], []
+    prompts, references, ends = [], [], (tokenizer.eos_token_id,)
     for ids, labels in (eval_set[i] for i in range(count)):
         start, end = np.flatnonzero(np.diff(labels == ids, prepend=False, append=False))[:2]
         prompts.append(ids[:start].tolist())
         references.append(ids[start:end].tolist())
-    answers = generate(model, prompts, Decoding("greedy"), 0, 128, count, (tokenizer.eos_token_id,))
+    answers = generate(model, prompts, Decoding("greedy"), 0, MAX_NEW_TOKENS, count, ends)
     rows = []
     for parts in zip(prompts, answers, references, strict=True):
         texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
+        texts[0] = texts[0].strip().removeprefix("user").removesuffix("assistant").strip()
         rows.append(dict(zip(("prompt", "answer", "reference"), texts, strict=True)))
         for name, text in rows[-1].items():
             print(f"{name:>9}  {escape_control(' '.join(text.split()))}")

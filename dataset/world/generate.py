@@ -91,7 +91,7 @@ class HeldOut:
 
 
 def find_mirrors(world: World) -> dict[tuple[str, str], tuple[str, str]]:
-    """Map a fact told from both ends to one cell: a baker's tool is a rolling pin's user."""
+    """Map both directions of a fact to one cell: a baker's tool is a rolling pin's user."""
     cells = {
         (thing.name, ARTICLE.sub("", value)): (thing.name, attribute)
         for thing in world.things

@@ -18,7 +18,7 @@ SCORES = 0.3  # share of lists with a number beside each name
 
 
 class TextWriter(Writer):
-    """Write documents; remembers which patterns a fact was told in, to use all of them."""
+    """Write documents; remember which patterns stated a fact, to use all of them."""
 
     def __init__(self, world: World, rng: random.Random, held: bool = False):
         super().__init__(world, rng, world.things, held)
@@ -88,7 +88,7 @@ class TextWriter(Writer):
         return [f"{self.frame('links', b=other.a)} {self.state(other, attribute)}"]
 
     def entry(self, thing: Thing) -> str:
-        """Tell all facts of a thing, as a small encyclopedia does."""
+        """State all facts of a thing, as a small encyclopedia does."""
         facts = self.attributes(thing)
         title = self.frame("titles", topic=self.topic(thing))
         title = title.upper() if self.rng.random() < CAPITALS else title
@@ -116,7 +116,7 @@ class TextWriter(Writer):
         return " ".join([*lines, self.frame("closings", p=p, q=q)])
 
     def dialogue(self, thing: Thing) -> str:
-        """Let two people tell each other facts, a line each."""
+        """Let two people exchange facts, a line each."""
         (p, q), facts = self.persons(2), self.attributes(thing)
         lines = [self.frame("talks", p=p, topic=self.topic(thing))]
         for i, fact in enumerate(facts[:4]):

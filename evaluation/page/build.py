@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset.checks import LOOP
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import FLAGS, OUTPUT_DIR
+from evaluation.probe.prompts import PROMPTS_FILE
 from model.files import UserError, escape_control, make_parser, read_json, run_script, write_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -77,6 +78,8 @@ def describe_arm(folder: Path) -> dict:
     rows = reversed(results.get("summary", []))  # of several decodings the first counts
     shares = {row["measure"]: row["value"] for row in rows if row["section"] == "all"}
     notes = [f"learning rate {rate:g}" if rate else "", f"from {base}" if base else ""]
+    prompts = results.get("provenance", {}).get("prompts", {}).get("file", PROMPTS_FILE.name)
+    notes.append("" if prompts == PROMPTS_FILE.name else f"prompts of {prompts}")
     return {
         "name": escape_control(folder.name),
         "title": escape_control(training["title"]),
@@ -91,8 +94,12 @@ def describe_arm(folder: Path) -> dict:
 def choose_headline(arms: list[dict]) -> list[str]:
     """Choose what the page opens on: of the largest family, the base, 2 adapters, full fine-tuning.
 
-    The adapters are that of the lowest learning rate (MiniMind's) and that with the most correct.
+    All answered the prompts that most arms answered. The adapters are that of the lowest learning
+    rate (MiniMind's) and that with the most correct.
     """
+    asked = [frozenset(answer["prompt"] for answer in arm["answers"]) for arm in arms]
+    common = max(asked, key=asked.count)  # only these answers can be compared
+    arms = [arm for arm, prompts in zip(arms, asked, strict=True) if prompts == common]
     families = [arm["family"] for arm in arms]
     family = [arm for arm in arms if arm["family"] == max(families, key=families.count)]
     base, adapters, tuned = ([a for a in family if a["order"] == order] for order in range(3))

@@ -11,10 +11,9 @@ from dataset.lm_dataset import encode_batch, encode_conversations
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import Checkpoint
 from model.files import UserError
-from model.generation import Decoding, generate
+from model.generation import MAX_NEW_TOKENS, Decoding, generate
 
 DECODINGS = ("greedy", "t0.85p0.85")  # by default; the second is the original study's
-MAX_NEW_TOKENS = 96
 
 
 def probe(

@@ -39,7 +39,9 @@ def sum_nats(
         targets = batch["labels"][:, 1:].to(model.device)
         for i, row, ids in zip(rows, logits, targets, strict=True):
             losses = F.cross_entropy(row.float(), ids, ignore_index=IGNORE_INDEX, reduction="none")
-            nats[i] = losses.sum().item(), losses[ids == end_id].sum().item() if end_id else 0
+            nats[i, 0] = losses.sum().item()
+            if end_id is not None:
+                nats[i, 1] = losses[ids == end_id].sum().item()
     return nats
 
 
@@ -57,7 +59,7 @@ def measure_nll(
     end_id = tokenizer.eos_token_id if kind == "sft" else None
     nats = sum_nats(model, samples, batch_size, end_id)
     tokens = dataset.targets.tolist()
-    ends = [int((labels[1:] == end_id).sum()) if end_id else 0 for _, labels in samples]
+    ends = [int((labels[1:] == end_id).sum()) if end_id is not None else 0 for _, labels in samples]
     return {
         "data": dataset.info["files"],
         "max_seq_len": max_seq_len,

@@ -21,11 +21,11 @@ import numpy as np
 from dataset.lm_dataset import encode_batch
 from dataset.world.facts import HELD_STATEMENTS, Attribute, Thing, read_world
 from dataset.world.generate import ensure_world
-from evaluation.probe.answers import Checkpoint, probe
+from evaluation.probe.answers import probe
 from evaluation.probe.likelihood import measure_nll, sum_nats
 from evaluation.probe.prompts import read_prompts
 from evaluation.probe.world_measure import THINGS, read_records
-from model.checkpoint import load_checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint
 from model.files import make_parser, run_script
 
 BATCH_SIZE = 64

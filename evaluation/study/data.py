@@ -46,7 +46,7 @@ def check_world(frozen: Path) -> None:
 
 
 def mix_text(world: dict[str, Path]) -> list[dict]:
-    """Return the pairs, and documents of the text until these are a fifth of all characters.
+    """Return the pairs, and documents of the text until these are 20% of all characters.
 
     A document answers one fixed prompt, so loss falls on all of it.
     """

@@ -21,7 +21,8 @@ STYLE = {
     "legend.frameon": False,
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-HEADLINE = ["base", "study", "study_tuned", "all_r8", "all_r64", "all_r8_vocabulary", "fft"]
+HEADLINE = ["base", "study", "study_tuned", "all_r8", "all_r64", "all_r8_vocabulary", "fft_frozen"]
+HEADLINE += ["fft"]  # arms
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:

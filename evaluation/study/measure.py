@@ -16,16 +16,15 @@ import pandas as pd
 
 from dataset.lm_dataset import read_jsonl
 from dataset.world.generate import FILES_DIR, PROBES, list_files
-from evaluation.probe.answers import Checkpoint, probe
+from evaluation.probe.answers import probe
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import read_prompts
 from evaluation.probe.world_facts import measure_random_facts, rank_facts
 from evaluation.probe.world_measure import is_right, replace_thing, split_answer
 from evaluation.study.results import LETTERS
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
-from model.checkpoint import load_checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from model.files import UserError, make_parser, read_json, run_script, write_json
-from model.model_minimind import weights_fingerprint
 from model.reachability import reachable_probability
 
 MOST_DONORS = 20  # answers to other prompts of the skill, for the chance level

@@ -146,6 +146,7 @@ def make_command(study: Study, run: Run, find: Callable[[str], Path], save_dir: 
     flags["learning_rate"] = run.learning_rate
     if run.arm == "base":
         name, size = run.base.rstrip("0123456789"), study.sizes[run.size]
+        flags.pop("show_answers")  # a base has none
         stage, seed = "pretrain", int(run.base[len(name) :])
         flags |= {**size.shape, **study.bases[name], "learning_rate": size.learning_rate}
         flags |= {"run_name": f"{run.id}-float32", "seed": seed, "data_path": find("pretrain")}

@@ -32,11 +32,21 @@ from model.files import REPO_DIR, UserError, run_script, write_text
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
-ANSWERS = 4  # prompts whose answers are shown
+ANSWERS = 2  # prompts whose answers are shown
 CELL = ["size", "trained", "rate"]
-FACTS = ["facts_combinations", "facts_unseen"]  # known without a question
-COSTS = ["test_nll", "test_end_nll", "nll_text", "steps"]
-COSTS += ["trainable_parameters", "tokens", "flops", "train_seconds", "peak_memory_bytes"]
+COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
+    "facts_combinations": ("facts known, combinations", "{:.0%}".format),
+    "facts_unseen": ("facts known, unseen", "{:.0%}".format),
+    "test_nll": ("NLL", "{:.2f}".format),
+    "test_end_nll": ("NLL of ends", "{:.2f}".format),
+    "nll_text": ("text NLL", "{:.2f}".format),
+    "steps": ("steps", "{:,.0f}".format),
+    "trainable_parameters": ("weights", "{:,.0f}".format),
+    "tokens": ("tokens", EngFormatter(places=1)),
+    "flops": ("FLOPs", EngFormatter(places=0)),
+    "train_seconds": ("seconds", "{:,.0f}".format),
+    "peak_memory_bytes": ("memory", EngFormatter("B", places=0)),
+}
 
 
 def to_table(frame: pd.DataFrame) -> str:
@@ -98,6 +108,22 @@ def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
     return table.assign(prompt=table.prompt.mask(table.prompt.duplicated(), ""))
 
 
+def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
+    """Return correct greedy answers to the prompts in free wording: a row an arm, by section."""
+    rows = []
+    for run in evidence.final.itertuples():
+        path = OUTPUT_DIR / run.id / "samples.jsonl"
+        if path.is_file():
+            table = pd.DataFrame([line for _, line in read_jsonl(path)]).query(
+                "decoding == 'greedy'"
+            )
+            groups = table.outcome.eq("correct").groupby(table.section, sort=False)
+            rows.append(
+                {"trained": run.title} | groups.agg(lambda v: f"{v.sum()} of {len(v)}").to_dict()
+            )
+    return pd.DataFrame(rows)
+
+
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
     """Return the tables of every block by its name."""
     verdicts, estimates = claims.judge_claims(evidence)
@@ -113,22 +139,26 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
-    tables["answers"] = [tabulate_answers(evidence)]
+    tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
     tables["capacity"] = [facts.round(3).reset_index()]
     tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
     if cells.empty:
         return tables
-    names = {"title": "trained", "learning_rate": "rate"}
-    cells, final = cells.rename(columns=names), evidence.final.rename(columns=names)
+    cells, final = (
+        table.rename(columns={"title": "trained", "above_chance": "above chance"}).assign(
+            rate=table.learning_rate.map("{:g}".format).where(table.arm != "base", "-")
+        )
+        for table in (cells, evidence.final)
+    )
     kinds = cells[cells["set"].isin(["combinations", "unseen"])].groupby([*CELL, "set"], sort=False)
-    kinds = kinds[[*KINDS, "above_chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
+    kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
-    means = runs.groupby(CELL, sort=False)[[*FACTS, *COSTS]].mean()
-    costs = means[FACTS].map("{:.0%}".format).join(means[COSTS].map(EngFormatter(places=2)))
+    means = runs.groupby(CELL, sort=False)[[*COSTS]].mean()
+    costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     return tables | {
         "headline": [tabulate_shares(select_headline(cells))],
         "shares": [tabulate_shares(cells)],
-        "kinds": [kinds.reset_index()],
+        "kinds": [kinds.replace("-0%", "0%", regex=True).reset_index()],
         "costs": [costs.reset_index()],
     }
 

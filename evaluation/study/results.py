@@ -23,7 +23,8 @@ def read_runs(folder: Path, edition: int) -> pd.DataFrame:
     path = folder / "runs.jsonl"
     lines = [line for _, line in read_jsonl(path)] if path.is_file() else []
     lines = [line for line in lines if line["edition"] == edition]
-    table = pd.DataFrame([line | line.get("cost", {}) | line.get("scalars", {}) for line in lines])
+    # A cost has the run's last step, the line of a kept checkpoint its own.
+    table = pd.DataFrame([line.get("cost", {}) | line.get("scalars", {}) | line for line in lines])
     table = table.reindex(columns=[*table, *(name for name in COLUMNS if name not in table)])
     texts, numbers = ["id", "status", "data"], ["samples", "bits_per_parameter", "stored"]
     return table.astype(dict.fromkeys(texts, str) | dict.fromkeys(numbers, float))

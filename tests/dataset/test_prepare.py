@@ -170,7 +170,7 @@ DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n
     [
         ("dolly", "d.jsonl", DOLLY + '{"instruction": \n', "dolly: "),
         ("dolly", "d.jsonl", '{"instruction": "Q"}\n', "not a record of dolly"),
-        ("dolly", "d.jsonl", DOLLY.replace('""', '"c"'), "nothing is left to train on"),
+        ("dolly", "d.jsonl", DOLLY.replace('""', '"c"'), "no record to train on"),
         ("dolly", "d.csv", "Q,A\n", "d.csv: .csv files are not read"),
         ("medquad", "m.xml", "<Document><Focus>", "not a record of medquad"),
         ("medquad", None, None, "git clone https://github.com/abachaa/MedQuAD"),

@@ -57,7 +57,7 @@ def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: floa
     The middle rate of a grid is the best on the tuning half, and lets the gates hold.
     """
     decodings = {"greedy": 1, "t0.85p0.85": 3}
-    costs = ("trainable_parameters", "steps", "tokens", "flops", "train_seconds")
+    costs = ("trainable_parameters", "step", "steps", "tokens", "flops", "train_seconds")
     line = asdict(run) | {"base": run.base_id, "edition": 2, "status": "completed"}
     line |= {"id": f"{run.id}@{step}" if step else run.id, "step": step or 1000}
     line |= {"weights": "w", "base_fingerprint": "w", "train_data": {"tokens": 1}}

@@ -6,7 +6,7 @@ from evaluation.study.report import make_report
 from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR
 
-LIMITS = {"README.md": (250, 14_000), "evaluation/REPORT.md": (400, 40_000)}  # lines, bytes
+LIMITS = {"README.md": (250, 14_000), "evaluation/REPORT.md": (400, 30_000)}  # lines, bytes
 SETTINGS = {"0.02", "0.85", "3.11", "95"}  # no results: the study's size, T, Python, intervals
 WEIGHTS = {128: 1_557_632, 256: 6_065_408, 512: 25_829_888}  # in all, by hidden size
 SETTINGS |= {f"{count / 1e6:.1f}" for count in WEIGHTS.values()}
@@ -49,5 +49,4 @@ def test_report_numbers() -> None:
     everywhere = split_prose(text)[1] | split_prose(read("README.md"))[1]
     for section in text.split("\n## "):
         numbers, generated = split_prose(section)
-        missing = numbers - (generated if generated else everywhere)
-        assert not missing, section.partition("\n")[0]
+        assert numbers <= (generated or everywhere), section.partition("\n")[0]

@@ -37,7 +37,7 @@ SHAPE = {
 }
 SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
 # Answers take longer than the training of so small a model.
-ON_DEVICE = f"--device {DEVICE} --dtype float32 --log_interval 1 --show_answers 0"
+ON_DEVICE = f"--device {DEVICE} --dtype float32 --log_interval 1"
 Action = Callable[[int], None]  # after a step
 # A server imports the libraries once; each run is a fork of it, and has no thread of another.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -84,7 +84,8 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer_utils, "load_dataset", load)
-            return STAGES[stage].main(flags.split())
+            quiet = " --show_answers 0" * (stage != "pretrain" and "show_answers" not in flags)
+            return STAGES[stage].main((flags + quiet).split())
     finally:
         hook.remove()
         torch.set_num_threads(threads)
