@@ -94,12 +94,12 @@ def describe_arm(folder: Path) -> dict:
 def choose_headline(arms: list[dict]) -> list[str]:
     """Choose what the page opens on: of the largest family, the base, 2 adapters, full fine-tuning.
 
-    All answered the prompts that most arms answered. The adapters are that of the lowest learning
+    All answered what most arms answered. The adapters are that of the lowest learning
     rate (MiniMind's) and that with the most correct.
     """
     asked = [frozenset(answer["prompt"] for answer in arm["answers"]) for arm in arms]
     common = max(asked, key=asked.count)  # only these answers can be compared
-    arms = [arm for arm, prompts in zip(arms, asked, strict=True) if prompts == common]
+    arms = [arm for arm, prompts in zip(arms, asked, strict=True) if prompts >= common]
     families = [arm["family"] for arm in arms]
     family = [arm for arm in arms if arm["family"] == max(families, key=families.count)]
     base, adapters, tuned = ([a for a in family if a["order"] == order] for order in range(3))

@@ -150,7 +150,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         )
         for table in (cells, evidence.final)
     )
-    kinds = cells[cells["set"].isin(["combinations", "unseen"])].groupby([*CELL, "set"], sort=False)
+    kinds = select_headline(cells).groupby([*CELL, "set"], sort=False)
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
     means = runs.groupby(CELL, sort=False)[[*COSTS]].mean()
