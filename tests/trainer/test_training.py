@@ -231,13 +231,13 @@ def test_answers_stand_beside_their_references(
     assert call("full_sft", flags, home) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     answers = [line[1] for line in lines if line[0] == "answer"]
-    assert [line[1] for line in lines if line[0] == "reference"] == ["0 1", "2"]
+    shown = [line for line in lines if line[0] in ("prompt", "reference")]
+    assert [text for _, text in shown] == ["Hi", "0 1", "And?", "2"]
     assert [row["reference"] for row in record_of(tmp_path / "full_sft")["answers"]] == ["0 1", "2"]
     opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     model = load_model(tmp_path / "full_sft")
-    answer = generate(model, [opening], Decoding("greedy"), 0, 128, 1, (2,))[0]
-    answer = tokenizer.decode(answer, skip_special_tokens=True)
-    assert answers[0] == " ".join(answer.split())
+    answer = generate(model, [opening], Decoding("greedy"), 0, 96, 1, (2,))[0]
+    assert answers[0] == " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
         "--from_resume": "resume.pt is missing; drop the flag",
-        "--data_path {home}/none.jsonl": "--data_path {home}/none.jsonl: no such file",
+        "--data_path {home}/none.jsonl": "{home}/none.jsonl: no such file",
         "--save_dir {home}/text.jsonl/out": "Not a directory: ",
     },
     "full_sft": {
