@@ -33,7 +33,7 @@ from tests.trainer.runs import SHAPE_FLAGS, record_of, rows_of, start, write_cor
 
 # Evaluations and saves come often, so that kills fall into them.
 COMMON = f"--device {DEVICE} --dtype float32 --log_interval 2 --eval_interval 4 --save_interval 3"
-COMMON += " --max_seq_len 64 --max_steps 40 --show_answers 1"
+COMMON += " --max_seq_len 64 --max_steps 40"
 WAIT_SECONDS = 180  # for a process that should end by itself within seconds, on a busy machine
 CASES = {  # name -> (stage, flags, processes)
     "pretrain, float32, accumulation": ("pretrain", "--batch_size 4 --accumulation_steps 2", 1),
@@ -52,7 +52,7 @@ CASES = {  # name -> (stage, flags, processes)
 def flags_of(stage: str, flags: str, home: Path, run: Path) -> str:
     """Return the command line of a run, from the corpora and the base in `home`."""
     data = f"--from_weight {home}/base --data_path {home}/sft.jsonl"
-    data += f" --eval_data_path {home}/valid.jsonl"
+    data += f" --eval_data_path {home}/valid.jsonl --show_answers 1"
     if stage == "pretrain":
         data = f"{SHAPE_FLAGS} --data_path {home}/text.jsonl --eval_data_path {home}/text.jsonl"
     name_flag = "--lora_name" if stage == "lora" else "--run_name"

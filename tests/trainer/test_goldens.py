@@ -14,7 +14,7 @@ from tests.trainer.runs import SHAPE_FLAGS, WEIGHTS, at_step, call, rows_of, ter
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens/trainer.json").read_text())["runs"]
 COMMON = "--device cpu --dtype float32 --log_interval 3 --eval_interval 7 --save_interval 4 "
-COMMON += "--max_seq_len 64 --max_steps 20 --warmup_ratio 0.1 --show_answers 0"
+COMMON += "--max_seq_len 64 --max_steps 20 --warmup_ratio 0.1"
 TUNING = "--from_weight {out}/pretrain --data_path {home}/sft.jsonl --eval_data_path "
 TUNING += "{home}/valid.jsonl"
 FLAGS = {
