@@ -146,7 +146,7 @@ def encode_template(
     options = {"tokenize": False, "add_generation_prompt": generation_prompt}
     text = tokenizer.apply_chat_template(slots, **options)
     pieces = encode_batch(tokenizer, text.split(CONTENT_SLOT), special=True)
-    ends = [ids[:1] for role, ids in zip(roles, pieces[1:], strict=False) if role == "assistant"]
+    ends = (pieces[i][:1] for i, role in enumerate(roles, start=1) if role == "assistant")
     if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
         rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
         raise UserError(f"{tokenizer.name_or_path}: the chat template must {rule}")

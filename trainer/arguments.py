@@ -49,11 +49,11 @@ def make_stage_parser(
     dtype = "of matrix products, not of weights (auto: bfloat16 where the processor computes it)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
     compile_flag = {"nargs": "?", "choices": ("auto", "on", "off"), "const": "on"}
-    add("--use_compile", **compile_flag, default="auto", help="the loss (auto: in a long run)")
+    add("--use_compile", **compile_flag, default="auto", help="compile the loss (auto: long runs)")
     add("--num_workers", type=COUNT, default=0, help="data loading processes (0)")
 
     add = parser.add_argument_group("model").add_argument
-    add("--from_weight", default=from_weight, help=f"folder, hub id or none ({from_weight})")
+    add("--from_weight", default=from_weight, help=f"start: folder, hub id, none ({from_weight})")
     add("--tokenizer_path", type=Path, help="folder (the weights' own)")
     for flag, value in list(DEFAULT_SHAPE.items())[:-1]:
         add(f"--{flag}", type=SIZE, help=f"of random weights ({value}); of others it must agree")
@@ -65,7 +65,7 @@ def make_stage_parser(
     add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     if from_weight != "none":  # by default pretraining starts from none and reads no conversations
         add("--show_answers", type=COUNT, default=3, help="held-out answers to print at last (3)")
-        add("--max_train_samples", type=SIZE, help="a random choice, the same for any --seed (all)")
+        add("--max_train_samples", type=SIZE, help="so many, drawn alike for every --seed (all)")
     add("--show_sample", action="store_true", help="print a sample's tokens beside labels and exit")
 
     add = parser.add_argument_group("optimization").add_argument

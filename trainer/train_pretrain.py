@@ -27,7 +27,7 @@ from trainer.trainer_utils import load_data, load_start, start_run, train
 def main(argv: list[str] | None = None) -> int:
     """Train every parameter, from random weights by default."""
     parser = make_stage_parser(__doc__, run_name="pretrain", from_weight="none")
-    parser.add_argument("--wrap_documents", action="store_true", help="chat tokens around each")
+    parser.add_argument("--wrap_documents", action="store_true", help="chat tokens around texts")
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
     args = parse_args(parser, argv, kind="pretrain")
     accelerator, run = start_run(args)
