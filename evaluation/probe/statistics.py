@@ -43,22 +43,17 @@ def resample_means(sums: np.ndarray, weights: np.ndarray, seeds: tuple[int, int]
     return np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
 
 
-def paired_bootstrap(
-    differences: np.ndarray, weights: np.ndarray | None = None, confidence: float = CONFIDENCE
-) -> tuple[float, float, float]:
-    """Compute a weighted mean difference over seeds and prompts, and its percentile interval.
+def paired_bootstrap(differences: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """Compute a weighted mean difference over seeds and prompts, and its 95% percentile interval.
 
     With one seed, the interval says nothing about other seeds. A draw without weight is left out.
 
     `differences`, arm A minus B, and `weights`, such as tokens for a mean per token, are (seeds,
     prompts). Weight 0 leaves a cell out, but not all of them.
     """
-    weights = np.ones_like(differences, dtype=np.float64) if weights is None else weights
     rows, columns = weights.any(axis=1), weights.any(axis=0)  # an empty one could be drawn alone
-    if not rows.any():
-        raise ValueError("nothing to compare: every cell has weight 0")
     weights = weights[rows][:, columns]
     sums = differences[rows][:, columns] * weights
     means = resample_means(sums, weights, SEEDS)
-    low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(sums.sum() / weights.sum()), float(low), float(high)
