@@ -32,15 +32,14 @@ from torch.utils.benchmark import Timer
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dataset.lm_dataset import StepPlan, TokenDataset, chunks, load_dataset, read_jsonl
-from dataset.world.generate import ensure_world
+from dataset.world.generate import ensure_world, write_records
 from evaluation.study.settings import read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
 from model.files import make_parser, read_json, run_script, write_json
 from model.generation import Decoding, generate
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
-from trainer import train_full_sft, train_lora
-from trainer.arguments import DEVICES, MAX_SEQ_LEN, choose_device, choose_dtype
-from trainer.run_folder import describe_machine, git_state
+from trainer import arguments, run_folder, train_full_sft, train_lora, trainer_utils
+from trainer.arguments import MAX_SEQ_LEN
 
 METHODS = {"FFT": None, "LoRA square": ["q_proj", "o_proj"], "LoRA all-linear": "all-linear"}
 SAMPLES = 1_024  # a multiple of each batch size, so that no batch is smaller
@@ -86,10 +85,14 @@ def train_ours(job: dict, data: TokenDataset) -> dict:
     words += f" --log_interval {steps} --learning_rate 1e-4 --lr_schedule constant"
     is_lora, targets = job["method"] != "FFT", job["method"].removeprefix("LoRA ")
     words += f" --lora_name {name} --lora_targets {targets}" if is_lora else f" --run_name {name}"
-    script = train_lora if is_lora else train_full_sft
     if job["engine"] == "minimind":
-        script.load_data = lambda *_: (MiniMindData(folder / "chats.jsonl", data), None)
-    script.main(words.split())
+        args = arguments.parse_args(arguments.make_stage_parser("", "", ""), words.split(), "sft")
+        accelerator, run = trainer_utils.start_run(args)
+        model, *_ = trainer_utils.load_start(args)
+        data, save = MiniMindData(*args.data_path, data), partial(save_model, model, TOKENIZER_DIR)
+        trainer_utils.train(args, accelerator, run, model, data, None, save, facts={})
+    else:
+        (train_lora if is_lora else train_full_sft).main(words.split())
     record = read_json(folder / name / "run.json")
     return {"loss": record["train_loss"], "flops": record["flops"] / record["tokens"]}
 
@@ -118,8 +121,7 @@ def run_turn(job: dict, profiles: bool = False) -> dict:
 
     def note_step(*_: object) -> None:
         if next(steps) in (1, job["steps"] + 1):
-            if is_gpu:
-                torch.cuda.synchronize()
+            torch.get_device_module(job["device"]).synchronize()
             clock.append(time.time())
             if profiles:
                 (profiler.stop if len(clock) > 1 else profiler.start)()
@@ -208,16 +210,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=1, help="pairs in a conversation (1)")
     parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
+    parser.add_argument("--device", choices=arguments.DEVICES, default="auto", help="(auto)")
     args = parser.parse_args(argv)
-    device, tables = choose_device(args.device), {}
-    is_gpu, machine = device == "cuda", describe_machine(device)
-    dtype, width = choose_dtype("auto", device), 8192 if is_gpu else 4096
-    result = {"git": git_state(), "machine": machine, "dtype": dtype, "tables": tables}
+    device, tables = arguments.choose_device(args.device), {}
+    is_gpu, machine = device == "cuda", run_folder.describe_machine(device)
+    dtype, width = arguments.choose_dtype("auto", device), 8192 if is_gpu else 4096
+    result = {"git": run_folder.git_state(), "machine": machine, "dtype": dtype, "tables": tables}
     where = f"{machine['processor']}, {machine['threads']} threads, {dtype}, {torch.__version__}"
     pairs = [record["conversations"][-2:] for _, record in read_jsonl(ensure_world()["sft"])]
     joined = [sum(chunk, []) for chunk in chunks(pairs[: SAMPLES * args.pairs], args.pairs)]
-    chats = pd.DataFrame({"conversations": joined})
     matrix = torch.ones(width, width, dtype=getattr(torch, dtype), device=device)
     timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
     job = {"device": device, "dtype": dtype, "peak": 2 * width**3 / timer.timeit(4).mean}
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     job |= {"turns": 1 if args.quick else 5, "steps": 50 if is_gpu else 4, "workers": 0}
     with tempfile.TemporaryDirectory(prefix="bench") as name:
         job |= {"folder": Path(name), "size": args.sizes[-1], "pairs": args.pairs, "compiles": "on"}
-        chats.to_json(job["folder"] / "chats.jsonl", orient="records", lines=True)
+        write_records(job["folder"] / "chats.jsonl", [{"conversations": chat} for chat in joined])
         for size in args.sizes:
             model = MiniMindForCausalLM(minimind_config(**sizes[size].shape))
             save_model(model, TOKENIZER_DIR, job["folder"] / size)

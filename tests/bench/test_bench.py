@@ -1,6 +1,5 @@
 """The benchmark at a tiny size: arms train alike, MiniMind's loading is right, medians by hand."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +7,11 @@ import pandas as pd
 import pytest
 from accelerate.state import AcceleratorState
 
+from dataset import lm_dataset
 from evaluation.bench import bench
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.model.small import make_model
 from tests.trainer.runs import write_jsonl
-from trainer import trainer_utils
 
 
 @pytest.fixture
@@ -24,9 +23,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     chats = [[question, {"role": "assistant", "content": count}] for count in counts]
     chats[0] += chats[1]
     write_jsonl(tmp_path / "chats.jsonl", [{"conversations": chat} for chat in chats])
-    load = partial(bench.load_dataset, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(bench, "load_dataset", load)
-    monkeypatch.setattr(trainer_utils, "load_dataset", load)
+    monkeypatch.setattr(lm_dataset, "CACHE_DIR", tmp_path / "cache")
     AcceleratorState._reset_state(True)
     job = {"folder": tmp_path, "size": "tiny", "device": "cpu", "dtype": "float32", "peak": 1e9}
     job |= {"method": "FFT", "engine": "ours", "batch": 4, "steps": 2, "workers": 0}
@@ -54,7 +51,7 @@ def test_ours_and_trainer_train_alike_and_are_timed(job: dict) -> None:
         ]
         assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=0.02)
         assert all(min(report["seconds"], report["MiB"]) > 0 for report in reports)
-    shares = bench.run_turn(job, profiles=True)
+    shares = bench.run_turn(job | {"engine": "minimind", "workers": 1}, profiles=True)
     assert 0 < shares["% outside products"] < 100 and 0 < shares["% waiting for data"] < 100
 
 
