@@ -27,7 +27,7 @@ from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_front
 from evaluation.study.edition1 import tabulate_edition1
 from evaluation.study.figures import DECODING_TITLES, FIGURES, select_headline
 from evaluation.study.settings import RESULTS_DIR
-from model.files import REPO_DIR, UserError, run_script, write_text
+from model.files import REPO_DIR, UserError, make_parser, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
@@ -191,6 +191,7 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
 
 def main() -> None:
     """Write the files of the report."""
+    make_parser(__doc__).parse_args()
     for path, text in make_report(REPO_DIR, RESULTS_DIR).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
