@@ -202,7 +202,7 @@ def encode_files(
 
 
 def load_tokens(
-    kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int, cache_dir: Path
+    kind: str, paths: list[Path], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the memory-mapped arrays of `encode_files`, and the facts for run.json.
 
@@ -215,15 +215,14 @@ def load_tokens(
     key |= {"tokenizer": hashlib.sha256(described.encode()).hexdigest(), "size": len(tokenizer)}
     key["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     key["max_seq_len"] = max_seq_len if kind == "sft" else None  # blocks are cut later
-    cached = cache_dir / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
-    if not cached.is_file():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cached.with_name(f".{cached.name}.lock")):
-            if not cached.is_file():  # of several processes, the first one tokenizes
-                arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
-                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                header = {"key": json.dumps(key), "counts": json.dumps(counts)}
-                write_aside(cached, partial(save_file, tensors, metadata=header))
+    cached = CACHE_DIR / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    with FileLock(cached.with_name(f".{cached.name}.lock")):
+        if not cached.is_file():  # of several processes, the first one tokenizes
+            arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            header = {"key": json.dumps(key), "counts": json.dumps(counts)}
+            write_aside(cached, partial(save_file, tensors, metadata=header))
     with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         counts = json.loads(file.metadata()["counts"])
@@ -271,7 +270,6 @@ def load_dataset(
     tokenizer: Tokenizer,
     max_seq_len: int,
     max_samples: int | None = None,
-    cache_dir: Path = CACHE_DIR,
 ) -> TokenDataset:
     """Load the data of a stage, tokenized once.
 
@@ -281,7 +279,7 @@ def load_dataset(
         max_seq_len: tokens of a block, or of the longest conversation; longer ones are cut.
         max_samples: conversations to keep, drawn at random; a smaller set is part of a larger.
     """
-    arrays, info = load_tokens(kind, paths, tokenizer, max_seq_len, cache_dir)
+    arrays, info = load_tokens(kind, paths, tokenizer, max_seq_len)
     starts, ends = arrays["starts"][:-1], arrays["starts"][1:]
     if kind != "sft":
         total = len(arrays["tokens"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset import lm_dataset
 from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset
 from model.checkpoint import load_tokenizer
 from tests.trainer.runs import write_corpora
@@ -27,7 +28,8 @@ def hash_samples(dataset: TokenDataset) -> str:
 
 
 @pytest.mark.parametrize("name", [*GOLDENS["data"], *GOLDENS["corpora"]])
-def test_tokens_and_labels(tmp_path: Path, name: str) -> None:
+def test_tokens_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(lm_dataset, "CACHE_DIR", tmp_path / "cache")
     if name in GOLDENS["data"]:
         write_corpora(tmp_path)
         kind, file, *size = name.split()
@@ -37,7 +39,7 @@ def test_tokens_and_labels(tmp_path: Path, name: str) -> None:
         path, length, size = Path(os.environ.get("MINIMIND_DATA", "nowhere")) / name, 340, None
     if not path.is_file():
         pytest.skip("MINIMIND_DATA names no folder with this corpus")
-    dataset = load_dataset(kind, [path], load_tokenizer(), length, size, tmp_path / "cache")
+    dataset = load_dataset(kind, [path], load_tokenizer(), length, size)
     golden = (GOLDENS["data"] | GOLDENS["corpora"])[name]
     assert hash_samples(dataset) == golden["sha256"]
     # Counts are of the chosen samples today; copies and lost tails are not counted.

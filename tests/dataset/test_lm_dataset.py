@@ -44,6 +44,13 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The token cache of a test."""
+    monkeypatch.setattr(lm_dataset, "CACHE_DIR", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
 def turns(user: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
 
@@ -168,7 +175,7 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
     opening = tokenizer.apply_chat_template(dialogs[0][:1], add_generation_prompt=True)
     opening = len(opening["input_ids"])
     path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": d} for d in dialogs * 2])
-    dataset = load_dataset("sft", [path], tokenizer, limit, None, tmp_path / "cache")
+    dataset = load_dataset("sft", [path], tokenizer, limit)
     assert dataset.lengths.tolist() == [limit] * 4
     targets = [limit - 1 - opening, limit - opening] * 2  # the last newline is no label
     assert dataset.targets.tolist() == targets
@@ -177,10 +184,10 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
     counts |= {"tokens": 4 * limit, "labeled_tokens": sum(targets)}
     assert {name: dataset.info[name] for name in counts} == counts
     # One token more than the opening keeps one label; the opening alone keeps nothing.
-    dataset = load_dataset("sft", [path], tokenizer, opening + 1, None, tmp_path / "cache")
+    dataset = load_dataset("sft", [path], tokenizer, opening + 1)
     assert dataset.targets.tolist() == [1] * 4
     with pytest.raises(UserError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
-        load_dataset("sft", [path], tokenizer, opening, None, tmp_path / "cache")
+        load_dataset("sft", [path], tokenizer, opening)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
@@ -189,20 +196,21 @@ def test_second_load_reads_no_json_and_gives_the_same(
 ) -> None:
     record = {"text": "Some text."} if kind == "pretrain" else {"conversations": DIALOG}
     path = write_jsonl(tmp_path / "a.jsonl", [record] * 2)
-    first, info = load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
+    first, info = load_tokens(kind, [path], tokenizer, 50)
     monkeypatch.setattr(lm_dataset, "read_jsonl", None)
-    second, info_again = load_tokens(kind, [path], tokenizer, 50, tmp_path / "cache")
+    second, info_again = load_tokens(kind, [path], tokenizer, 50)
     assert first.keys() == second.keys() and info == info_again
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert second["tokens"].dtype == np.uint16
 
 
-def test_what_changes_the_tokens_changes_the_key(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    cache = tmp_path / "cache"
+def test_what_changes_the_tokens_changes_the_key(
+    tmp_path: Path, tokenizer: Tokenizer, cache: Path
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": DIALOG}])
 
     def files_after(tokens_of: Tokenizer, max_seq_len: int) -> int:
-        load_dataset("sft", [path], tokens_of, max_seq_len, None, cache)
+        load_dataset("sft", [path], tokens_of, max_seq_len)
         return len(list(cache.glob("[!.]*")))
 
     assert [files_after(tokenizer, 50), files_after(tokenizer, 50)] == [1, 1]
@@ -216,7 +224,7 @@ def test_what_changes_the_tokens_changes_the_key(tmp_path: Path, tokenizer: Toke
     assert files_after(tokenizer, 50) == 4
     text = write_jsonl(tmp_path / "t.jsonl", [{"text": "x y z"}])
     for max_seq_len in (2, 3):  # blocks are cut later
-        load_dataset("pretrain", [text], tokenizer, max_seq_len, None, cache)
+        load_dataset("pretrain", [text], tokenizer, max_seq_len)
     assert len(list(cache.glob("[!.]*"))) == 5
 
 
@@ -229,7 +237,7 @@ def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokeniz
     paths = [write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[:2]])]
     paths += [write_jsonl(tmp_path / "b.jsonl", [{"text": texts[2]}])]
     size = len(stream) // 3 - 1
-    blocks = load_dataset("pretrain", paths, tokenizer, size, None, tmp_path / "cache")
+    blocks = load_dataset("pretrain", paths, tokenizer, size)
     tail = len(stream) - 3 * size
     assert 1 < tail < size, len(stream)
     assert blocks.lengths.tolist() == [size, size, size, tail]
@@ -238,17 +246,17 @@ def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokeniz
         ids, labels = blocks[index]
         assert ids.tolist() == labels.tolist() == stream[index * size : (index + 1) * size]
     # A tail of one token has no target, and is left out.
-    blocks = load_dataset("pretrain", paths, tokenizer, len(stream) - 1, None, tmp_path / "cache")
+    blocks = load_dataset("pretrain", paths, tokenizer, len(stream) - 1)
     assert (len(blocks), blocks.info["tokens"]) == (1, len(stream) - 1)
     assert blocks.info["labeled_tokens"] == len(stream) - 2
     # Between the tokens of a turn, as MiniMind's own data are.
     stream = [token for ids in encoded for token in [BOS, *ids, EOS, PAD]]
-    blocks = load_dataset("pretrain_wrapped", paths, tokenizer, 999, None, tmp_path / "cache")
+    blocks = load_dataset("pretrain_wrapped", paths, tokenizer, 999)
     assert blocks[0][0].tolist() == stream
     other = load_tokenizer()
     other.bos_token = None
     with pytest.raises(UserError, match="--wrap_documents: .* has no bos_token"):
-        load_dataset("pretrain_wrapped", paths, other, 999, None, tmp_path / "cache")
+        load_dataset("pretrain_wrapped", paths, other, 999)
 
 
 def test_chosen_samples_are_part_of_a_larger_choice(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -256,13 +264,13 @@ def test_chosen_samples_are_part_of_a_larger_choice(tmp_path: Path, tokenizer: T
     path = write_jsonl(tmp_path / "a.jsonl", records)
     texts = []
     for size in (10, 25, None):
-        chosen = load_dataset("sft", [path], tokenizer, 64, size, tmp_path / "cache")
+        chosen = load_dataset("sft", [path], tokenizer, 64, size)
         texts.append([tokenizer.decode(chosen[i][0]) for i in range(len(chosen))])
     few, more, whole = texts
     assert len(few) == 10 and few != whole[:10]
     assert set(few) < set(more) < set(whole)
     with pytest.raises(UserError, match="--max_train_samples 41: the data have 40"):
-        load_dataset("sft", [path], tokenizer, 64, 41, tmp_path / "cache")
+        load_dataset("sft", [path], tokenizer, 64, 41)
 
 
 def test_samples_are_padded_on_the_right_and_none_make_a_row_without_a_label() -> None:

@@ -20,10 +20,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dataset.lm_dataset import load_dataset
+from dataset import lm_dataset
 from model.files import run_script
 from tests import DEVICE
-from trainer import train_full_sft, train_lora, train_pretrain, trainer_utils
+from trainer import train_full_sft, train_lora, train_pretrain
 
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
 WEIGHTS = {"pretrain": "model.safetensors", "full_sft": "model.safetensors"}
@@ -78,12 +78,11 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(DEVICE == "cuda")  # else 2 runs differ in last bits
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    load = functools.partial(load_dataset, cache_dir=home / "cache")
     steps = itertools.count(1)
     hook = register_optimizer_step_post_hook(lambda *_: on_step(next(steps)))
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer_utils, "load_dataset", load)
+            patch.setattr(lm_dataset, "CACHE_DIR", home / "cache")
             quiet = " --show_answers 0" * (stage != "pretrain" and "show_answers" not in flags)
             return STAGES[stage].main((flags + quiet).split())
     finally:

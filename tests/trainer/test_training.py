@@ -354,10 +354,10 @@ def test_two_processes_stop_together_and_go_on(home: Path, tmp_path: Path) -> No
 
 # The script as torchrun starts it, but for the cache, which is not the repository's.
 SCRIPT = """
-import functools, pathlib, runpy, sys
+import pathlib, runpy, sys
 sys.path.insert(0, {repo!r})
-from trainer import trainer_utils as utils
-utils.load_dataset = functools.partial(utils.load_dataset, cache_dir=pathlib.Path("cache"))
+from dataset import lm_dataset
+lm_dataset.CACHE_DIR = pathlib.Path("cache")
 runpy.run_path({repo!r} + "/trainer/train_full_sft.py", run_name="__main__")
 """
 
