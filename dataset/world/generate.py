@@ -13,12 +13,9 @@ The same seed gives the same bytes. What is held out is drawn by hash, so that a
 little else. The scripts in trainer/ call `ensure_world` when no --data_path is given.
 """
 
-import argparse
 import hashlib
-import json
 import random
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +28,7 @@ from dataset.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.skills import NOUN_DRAWS, Pair, Writer, collect_fillers, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
-from model.files import run_script, write_json, write_text
+from model.files import make_parser, run_script, write_json, write_records, write_text
 
 FILES_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES, CHINESE_BYTES = 8_800_000, 400_000
@@ -172,11 +169,6 @@ def make_record(pair: Pair, **fields: str) -> dict:
     return fields | about | {"conversations": pair.messages, "check": pair.check}
 
 
-def write_records(path: Path, records: Iterable[dict]) -> None:
-    """Write JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-
-
 def write_pretraining(output_dir: Path, worlds: list[World], seed: int, scale: float) -> None:
     """Write the documents: for training, held-out documents, and held-out patterns."""
     rng, (world, chinese) = random.Random(seed), worlds
@@ -192,14 +184,10 @@ def write_pretraining(output_dir: Path, worlds: list[World], seed: int, scale: f
 
 
 def write_world(
-    output_dir: Path,
-    seed: int = 42,
-    things_each: int | None = None,
-    scale: float = 1.0,
-    folder: Path = WORLD_DIR,
+    output_dir: Path, seed: int = 42, things_each: int | None = None, scale: float = 1.0
 ) -> dict[str, Path]:
     """Write all files; `things_each` and `scale` make a small world for tests."""
-    world, chinese = read_world(folder, things_each), read_world(folder / "chinese", things_each)
+    world, chinese = (read_world(path, things_each) for path in (WORLD_DIR, WORLD_DIR / "chinese"))
     vocabulary = make_vocabulary(world, chinese)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_pretraining(output_dir, [world, chinese], seed, scale)
@@ -256,15 +244,14 @@ def ensure_world(output_dir: Path = FILES_DIR, seed: int = 42) -> dict[str, Path
     return list_files(output_dir)
 
 
-def main(argv: list[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def main(argv: list[str] | None = None) -> None:
+    """Write the files that are missing, and print the number of lines of each file."""
+    parser = make_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=FILES_DIR)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
     for path in dict.fromkeys(ensure_world(args.output_dir, args.seed).values()):
         print(f"{path}  {sum(1 for _ in path.open(encoding='utf-8'))} lines")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ gets that pattern's English twin; another one gets a word-by-word gloss in brack
 is a folder or a hub id of a transformers model that translates, such as Helsinki-NLP/opus-mt-zh-en.
 """
 
-import json
 import re
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, capitalize, read_toml, with_article
 from evaluation.probe.prompts import CJK
-from model.files import UserError, escape_control, write_text
+from model.files import UserError, write_records
 
 STORE_FILE = "translations.jsonl"
 MAX_TOKENS = 256  # of a line that a model translates
@@ -150,9 +149,8 @@ def translate_samples(
                 english = translator.translate(text)
                 store[text] = {"text": text, "translation": english, "by": translator.name}
             sample[slot] = store.get(text, {}).get("translation")
-    lines = (escape_control(json.dumps(line, ensure_ascii=False)) for line in store.values())
     if store:
-        write_text(folder / STORE_FILE, "".join(line + "\n" for line in lines))
+        write_records(folder / STORE_FILE, store.values())
 
 
 def read_store(folder: Path) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from dataset.checks import judge_answer, make_vocabulary, split_words
+from dataset.world import generate
 from dataset.world.facts import HELD_STATEMENTS, WORLD_DIR, read_toml, read_world, split_wordings
 from dataset.world.generate import (
     MEDICAL,
@@ -203,7 +204,7 @@ def test_halves_and_sets(small):
     assert small["sft_valid"] == small["combinations_tune"]
 
 
-def test_a_reader_adds_a_thing_and_a_skill(tmp_path):
+def test_a_reader_adds_a_thing_and_a_skill(tmp_path, monkeypatch):
     world_dir = shutil.copytree(WORLD_DIR, tmp_path / "world")
     animals, skills = world_dir / "facts" / "animals.toml", world_dir / "skills.toml"
     line = "unicorn | unicorns | a fabled beast | on a rainbow | starlight | a sparkle | one horn"
@@ -218,7 +219,8 @@ def test_a_reader_adds_a_thing_and_a_skill(tmp_path):
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     with skills.open("a", encoding="utf-8") as file:
         file.write("\n".join(["\n[skill.farewell]", *lines, 'check = { ends = "Bye." }', ""]))
-    files = write_world(tmp_path / "out", things_each=FEW, scale=0.01, folder=world_dir)
+    monkeypatch.setattr(generate, "WORLD_DIR", world_dir)
+    files = write_world(tmp_path / "out", things_each=FEW, scale=0.01)
     pairs = read_records(files["sft"])
     new = [contents(pair) for pair in pairs if pair["skill"] == "farewell"]
     assert new and all(p.startswith("Bye ") and a.endswith(" Bye.") for p, a in new)
