@@ -133,7 +133,7 @@ def run_probes(args: argparse.Namespace) -> None:
     outputs.print_models(summaries, nll)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """List runs, chat, or probe, by the flags on the command line."""
     args = make_probe_parser().parse_args(argv)
     check_args(args)
@@ -145,7 +145,6 @@ def main(argv: list[str] | None = None) -> int:
             chat(load(args.model[0], args), Decoding.parse(args.decoding[-1]), args.max_new_tokens)
     else:
         run_probes(args)
-    return 0
 
 
 if __name__ == "__main__":

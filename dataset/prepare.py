@@ -10,7 +10,6 @@ of the title, the question or the disease alone decides what is held out, so a t
 side when the order changes or when a newer dump adds texts.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -28,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import record_messages
-from model.files import REPO_DIR, UserError, file_sha256, run_script, write_aside, write_json
+from model.files import UserError, file_sha256, make_parser, run_script, write_aside, write_json
 
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"
@@ -194,13 +193,13 @@ def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -
     return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Parse the flags, write the corpus and its record, and say what was kept."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("corpus", nargs="?", choices=CORPORA, help="one of the names that --list prints")
     add("--list", action="store_true", help="print the corpora and stop")
-    add("--output_dir", type=Path, default=REPO_DIR / "dataset/data", help="(dataset/data/)")
+    add("--output_dir", type=Path, default=Path(__file__).with_name("data"), help="(dataset/data/)")
     for rule, kind in RULES.items():
         add(f"--{rule}", type=kind, help="instead of the corpus's rule in corpora.toml")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -210,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list or args.corpus is None:
         for name, corpus in CORPORA.items():
             print(f"{name}\n  {corpus['home']}\n  {corpus['license']}; {corpus['credit']}")
-        return 0
+        return
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: must be above 0")
     name, corpus = args.corpus, CORPORA[args.corpus]
@@ -232,7 +231,6 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(result["counts"]))
     if "-NC-" in corpus["license"]:
         print(f"note: {corpus['license']}: for research only, no commercial use")
-    return 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def make_parser(doc: str, **options: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(allow_abbrev=False, **options)
 
 
-def run_script(main: Callable[[], int]) -> NoReturn:
+def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit: 2 and one line after a user's error, 130 after Ctrl-C."""
     try:
         sys.exit(main())

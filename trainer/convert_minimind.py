@@ -74,7 +74,7 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
     print(escape_control(f"{path}: {len(adapted)} matrices, r={rank}: {folder}"))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Convert by the flags on the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -92,13 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     tensors = read_pth(args.pth)
     if args.base:
         convert_adapter(tensors, args.base, args.pth, args.output_dir)
-        return 0
+        return
     model = MiniMindForCausalLM(find_config(tensors, args.num_attention_heads, args.pth))
     fill_model(model, tensors, args.pth)
     load_tokenizer(args.tokenizer_path, model.config.vocab_size)
     save_model(model, args.tokenizer_path, args.output_dir)
     print(escape_control(f"{args.pth}: {model.num_parameters():,} parameters: {args.output_dir}"))
-    return 0
 
 
 if __name__ == "__main__":

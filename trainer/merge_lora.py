@@ -18,7 +18,7 @@ from model.files import UserError, escape_control, file_sha256, make_parser, run
 from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Merge by the flags on the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     record["parameters"] = merged.num_parameters()
     write_json(args.output_dir / "run.json", record)
     print(escape_control(f"{args.adapter} merged into {base}: {args.output_dir}"))
-    return 0
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def train_tokenizer(
     return tokenizer
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Train the tokenizer and write its two files."""
     parser = make_parser(__doc__)
     add, size = parser.add_argument, limit(int, LEAST_SIZE, 2**20)
@@ -102,7 +102,6 @@ def main(argv: list[str] | None = None) -> int:
     # The class name that every version of transformers knows.
     write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     print(f"{len(tokenizer)} tokens written to {args.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedToken
     records = [{"text": "the quick quick fox"}, talk] * 20
     write_jsonl(folder / "data.jsonl", records)
     flags = f"--data_path {folder}/data.jsonl --output_dir {folder}/out --vocab_size 300"
-    assert train_tokenizer.main(flags.split()) == 0
+    train_tokenizer.main(flags.split())
     names = {path.name for path in (folder / "out").iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json"}
     config = json.loads((folder / "out/tokenizer_config.json").read_text())
