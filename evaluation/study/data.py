@@ -1,19 +1,30 @@
 """Data that the study makes: pairs mixed with text, random facts, tokenizers with unused rows.
 
 All of it is made anew at each call, from the world alone: the same world gives the same bytes.
+Random facts fill a model: each has one of 256 values, 8 bits that nothing predicts.
 """
 
+import random
+from itertools import permutations, product
 from pathlib import Path
 
+import numpy as np
+
 from dataset.lm_dataset import read_jsonl
+from dataset.world.facts import read_world
 from dataset.world.generate import write_records
-from evaluation.probe.world_facts import draw_facts
-from model.checkpoint import load_tokenizer
+from dataset.world.skills import turns
+from evaluation.probe.answers import probe
+from evaluation.probe.likelihood import measure_nll
+from evaluation.probe.prompts import read_prompts
+from model.checkpoint import Checkpoint, load_tokenizer
 from model.files import REPO_DIR, UserError, file_sha256
-from trainer.arguments import BASE_DIR
+from trainer.arguments import BASE_DIR, MAX_SEQ_LEN
 
 TEXT_SHARE = 0.2  # of all characters of `sft_mixed`
 TEXT_PROMPT = "Write a text."  # in front of a document; no instruction of the world says this
+FACT_BITS = 8  # of a random fact
+FACT_WORDS = 16  # its value is 2 of these
 
 
 def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
@@ -59,3 +70,28 @@ def mix_text(world: dict[str, Path]) -> list[dict]:
             break
         records.append({"instruction": TEXT_PROMPT, "output": document["text"]})
     return records
+
+
+def draw_facts(count: int) -> list[dict]:
+    """Draw random facts: a pair of nouns, no two alike, has one of 256 values with equal odds."""
+    nouns = [t.name for t in read_world().things if t.plural and t.name.isalpha()]
+    rng, pairs = random.Random(count), [*map(" ".join, permutations(nouns[FACT_WORDS:], 2))]
+    values = [*map(" ".join, product(nouns[:FACT_WORDS], repeat=2))]
+    facts = []
+    for i, pair in enumerate(rng.sample(pairs, count)):
+        messages = turns(pair, rng.choice(values))
+        facts.append({"id": f"fact-{i}", "conversations": messages, "check": {"exact": True}})
+    return facts
+
+
+def measure_random_facts(checkpoint: Checkpoint, path: Path, trained: int) -> dict[str, float]:
+    """Return the share of random facts that greedy answers give, and the bits a trained parameter.
+
+    A fact's bits are those that its value had before, less those of its NLL.
+    """
+    found = measure_nll(checkpoint, "sft", [path], MAX_SEQ_LEN, 64)["sequences"]
+    nats = np.subtract(found["nats"], found["end_nats"])
+    answers = probe(checkpoint, read_prompts(path), ["greedy"], max_new_tokens=16, batch_size=256)
+    stored = np.mean([answer["outcome"] == "correct" for answer in answers])
+    bits = FACT_BITS * len(nats) - nats.sum() / np.log(2)
+    return {"bits_per_parameter": float(bits / trained), "stored": float(stored)}

@@ -19,8 +19,9 @@ from dataset.world.generate import FILES_DIR, PROBES, list_files
 from evaluation.probe.answers import probe
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import read_prompts
-from evaluation.probe.world_facts import measure_random_facts, rank_facts
+from evaluation.probe.world_facts import rank_facts
 from evaluation.probe.world_measure import is_right, replace_thing, split_answer
+from evaluation.study.data import measure_random_facts
 from evaluation.study.results import LETTERS
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dataset.lm_dataset import encode_batch, read_jsonl
-from evaluation.probe.world_facts import draw_facts, list_facts, measure_random_facts, rank_facts
-from evaluation.study.data import TEXT_PROMPT, find_data
+from evaluation.probe.world_facts import list_facts, rank_facts
+from evaluation.study.data import TEXT_PROMPT, draw_facts, find_data, measure_random_facts
 from model.checkpoint import load_tokenizer
 from model.files import UserError
 from tests.model.small import make_model
