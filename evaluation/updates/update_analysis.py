@@ -11,8 +11,7 @@ flags it writes checkpoints with a part of the update instead, for eval_llm.py a
     --random_rank 8 --seed 0  <tuned>_random_rank8_seed0: a random update of rank 8 with the norm
                               of dW in each linear layer, the control for --truncate
 
---rest decides on the update of embedding and norms under --truncate and --random_rank: `keep`,
-`drop`, or `alike`: changed as the linear layers are, a vector as one column.
+--truncate and --random_rank keep the update of embedding and norms.
 """
 
 import argparse
@@ -60,20 +59,17 @@ def compute_shares(delta: Update) -> dict:
     return {k: shares.groupby(by, sort=False).sum().to_dict("index") for k, by in tables.items()}
 
 
-def change_linears(delta: Update, change: Callable[[Tensor], Tensor], rest: str) -> Update:
-    """Apply `change` to the update of each linear layer; `rest` decides for the other weights."""
-    others = {"keep": lambda tensor: tensor, "drop": torch.zeros_like, "alike": change}[rest]
-    is_linear = {name: ".layers." in name and tensor.ndim == 2 for name, tensor in delta.items()}
-    return {n: (change if is_linear[n] else others)(tensor) for n, tensor in delta.items()}
+def change_linears(delta: Update, change: Callable[[Tensor], Tensor]) -> Update:
+    """Apply `change` to the update of each linear layer; keep that of other weights."""
+    linears = {n: change(t) for n, t in delta.items() if ".layers." in n and t.ndim == 2}
+    return delta | linears
 
 
 def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
     """Return the changed updates that the flags name, by the ending of their folder."""
-    suffix = "" if args.rest == "keep" else f"_rest_{args.rest}"
     variants = {}
     for rank in args.truncate:
-        cut = partial(cut_to_rank, rank=rank)
-        variants[f"_rank{rank}{suffix}"] = change_linears(delta, cut, args.rest)
+        variants[f"_rank{rank}"] = change_linears(delta, partial(cut_to_rank, rank=rank))
     for spec in args.keep:
         model = load_model(args.base)
         select_trainable(model, spec)
@@ -82,8 +78,8 @@ def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
     if args.random_rank:
         generator = torch.Generator().manual_seed(args.seed)
         draw = partial(draw_low_rank, rank=args.random_rank, generator=generator)
-        name = f"_random_rank{args.random_rank}_seed{args.seed}{suffix}"
-        variants[name] = change_linears(delta, draw, args.rest)
+        name = f"_random_rank{args.random_rank}_seed{args.seed}"
+        variants[name] = change_linears(delta, draw)
     return variants
 
 
@@ -96,9 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--truncate", type=SIZE, nargs="+", default=[], metavar="RANK")
     add("--keep", nargs="+", default=[], metavar="PARTS")
     add("--random_rank", type=SIZE, metavar="RANK")
-    add("--rest", choices=("keep", "drop", "alike"), default="keep", help="(keep)")
     add("--seed", type=int, default=0, help="of random directions and updates (0)")
-    add("--output", type=Path, help="JSON file of the analysis")
     add("--output_dir", type=Path, help="of checkpoints (default: beside --tuned)")
     args = parser.parse_args(argv)
     base = load_model(args.base)
@@ -127,11 +121,11 @@ def main(argv: list[str] | None = None) -> None:
     ]
     unchanged = [name for name, tensor in delta.items() if not tensor.any()]
     shares, table = compute_shares(delta), pd.json_normalize(matrices)
-    table = table.drop(columns=["singular_values", "intruders.max_cos", "intruders.null95"])
+    table = table.drop(columns=["singular_values", "intruders.max_cos"])
     print(table.to_string(index=False, float_format="{:.3f}".format))
     print(pd.DataFrame(shares["by_kind"]).T.to_string(float_format="{:.1%}".format))
     record |= {"tuned": args.tuned.name, "shares": shares, "unchanged": unchanged}
-    write_json(args.output or args.tuned / "update_analysis.json", record | {"matrices": matrices})
+    write_json(args.tuned / "update_analysis.json", record | {"matrices": matrices})
 
 
 if __name__ == "__main__":

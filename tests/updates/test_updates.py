@@ -27,12 +27,10 @@ def test_ranks_of_known_spectra() -> None:
 
 
 def test_low_rank_keeps_the_largest_directions() -> None:
-    """A diagonal is cut to its largest entries; a vector has rank 1."""
+    """A diagonal is cut to its largest entries."""
     entries = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
     cut = spectra.cut_to_rank(torch.diag(entries), 2)
     assert torch.allclose(cut, torch.diag(entries * torch.tensor([1, 1, 0])))
-    vector = torch.randn(7, dtype=torch.float64, generator=GENERATOR)
-    assert torch.allclose(spectra.cut_to_rank(vector, 1), vector)
 
 
 def test_random_updates_have_rank_norm_and_spectrum() -> None:
@@ -49,7 +47,6 @@ def test_intruders() -> None:
     w0 = torch.diag(torch.linspace(2, 1, 128, dtype=torch.float64))
     scaled = spectra.count_intruders(w0, w0.clone(), GENERATOR)
     assert scaled["count"] == 0
-    assert scaled["null95"] == pytest.approx(0.308, abs=5e-4)  # of 128 x 128
     flat = torch.full((128,), 128**-0.5, dtype=torch.float64)  # cos 0.09 with each axis
     found = spectra.count_intruders(w0, 100 * torch.outer(flat, flat), GENERATOR)
     assert found["count"] >= 1 and min(found["max_cos"]) < 0.5 and found["k"] == 3
@@ -87,16 +84,17 @@ def read_delta(base: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_truncated_and_kept_parts(base: Path) -> None:
-    """Linear layers are cut to rank 2, the embedding is dropped; --keep zeroes all other parts."""
-    tuned, more = base.with_name("tuned"), ("--random_rank", 2, "--rest", "drop")
-    assert analyze(base, tuned, "--truncate", 2, "--keep", "mlp,norms", *more) == {}
+    """Linear layers are cut to rank 2, the embedding is kept; --keep zeroes all other parts."""
+    tuned, more = base.with_name("tuned"), ("--keep", "mlp,norms", "--random_rank", 2)
+    assert analyze(base, tuned, "--truncate", 2, *more) == {}
     whole = read_delta(base, tuned)
-    cut = read_delta(base, base.with_name("tuned_rank2_rest_drop"))
+    cut = read_delta(base, base.with_name("tuned_rank2"))
     only = read_delta(base, base.with_name("tuned_only_mlp_norms"))
-    random = read_delta(base, base.with_name("tuned_random_rank2_seed0_rest_drop"))
+    random = read_delta(base, base.with_name("tuned_random_rank2_seed0"))
     query, gate = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"
     assert torch.linalg.matrix_rank(cut[query], rtol=1e-4) == 2
-    assert not cut["model.embed_tokens.weight"].any()
+    embedding = "model.embed_tokens.weight"
+    assert torch.allclose(cut[embedding], whole[embedding], atol=1e-6)
     assert random[query].norm().item() == pytest.approx(whole[query].norm().item(), rel=1e-4)
     assert torch.allclose(only[gate], whole[gate], atol=1e-6) and not only[query].any()
     record = (base.with_name("tuned_only_mlp_norms") / "run.json").read_text()
