@@ -12,7 +12,7 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 from dataset.world.facts import Attribute, Thing, World, capitalize, split_wordings, uncapitalize
 
@@ -214,58 +214,50 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def make_fact_maker(skill: str) -> Maker:
+def ask_fact(skill: str, w: Writer, thing: Thing) -> Pair | None:
     """Ask for an attribute of this skill, in the attribute's own question forms."""
-
-    def ask(w: Writer, thing: Thing) -> Pair | None:
-        attribute = next((a for a in w.attributes(thing) if a.skill == skill), None)
-        if not attribute:
-            return None
-        messages = turns(w.question(thing, attribute, w.held), w.answer(thing, attribute))
-        cells, check = [(thing.name, attribute.name)], {"about": [attribute.vocabulary]}
-        return Pair(skill, messages, cells, check)
-
-    return ask
+    attribute = next((a for a in w.attributes(thing) if a.skill == skill), None)
+    if not attribute:
+        return None
+    messages = turns(w.question(thing, attribute, w.held), w.answer(thing, attribute))
+    cells, check = [(thing.name, attribute.name)], {"about": [attribute.vocabulary]}
+    return Pair(skill, messages, cells, check)
 
 
-def make_maker(skill: str, spec: dict) -> Maker:
-    """Make instructions of a table of skills.toml; what its slots are, that file's header says."""
-
-    def ask(w: Writer, thing: Thing) -> Pair | None:
-        if thing.plural is None and NOUN_DRAWS.keys() & set(spec["uses"]):
-            return None
-        people = dict(zip("pq", w.persons(2), strict=True))
-        d = Draw(w, thing, spec.get("key", skill), thing.slots() | people)
-        d.add_cells(d.key, thing)
-        d.slots["word"] = w.rng.choice(spec.get("words", [""]))
-        if thing.category:
-            d.slots["category"] = w.world.categories[thing.category].a
-        case = w.rng.choice(spec.get("cases", [spec]))
-        try:
-            for name in spec["uses"]:
-                SLOT_DRAWS[name](d)
-            given = spec.get("text", [])
-            d.slots["text"] = d.fill(" ".join(w.rng.sample(given, len(given))))
-        except LookupError:  # clues that fit 2 things, no other thing to draw, or no plural
-            return None
-        d.slots["case"] = d.fill(case.get("case", ""))
-        forms = split_wordings(spec["prompts"])[w.held]
-        fitting = [form for form in forms if find_slots(form) <= d.slots.keys()]
-        if not fitting or not find_slots(case["answer"]) <= d.slots.keys():
-            return None
-        prompt, answer = d.fill(w.rng.choice(fitting)), d.fill(case["answer"])
-        before = [d.fill(turn) for turn in spec.get("before", [])]
-        messages = turns(*before, prompt, answer)
-        if spec.get("system"):
-            messages = [{"role": "system", "content": prompt}, *turns(*before, answer)]
-        form = spec.get("check", {}).items()
-        check = {key: d.fill(value) if isinstance(value, str) else value for key, value in form}
-        facts = d.facts[-1:] if spec.get("about_last") else d.facts
-        if facts:
-            check["about"] = sorted({attribute.vocabulary for attribute in facts})
-        return Pair(skill, messages, d.cells, check)
-
-    return ask
+def ask_skill(skill: str, spec: dict, w: Writer, thing: Thing) -> Pair | None:
+    """Make an instruction of a table of skills.toml, whose header lists the slots."""
+    if thing.plural is None and NOUN_DRAWS.keys() & set(spec["uses"]):
+        return None
+    people = dict(zip("pq", w.persons(2), strict=True))
+    d = Draw(w, thing, spec.get("key", skill), thing.slots() | people)
+    d.add_cells(d.key, thing)
+    d.slots["word"] = w.rng.choice(spec.get("words", [""]))
+    if thing.category:
+        d.slots["category"] = w.world.categories[thing.category].a
+    case = w.rng.choice(spec.get("cases", [spec]))
+    try:
+        for name in spec["uses"]:
+            SLOT_DRAWS[name](d)
+        given = spec.get("text", [])
+        d.slots["text"] = d.fill(" ".join(w.rng.sample(given, len(given))))
+    except LookupError:  # clues that fit 2 things, no other thing to draw, or no plural
+        return None
+    d.slots["case"] = d.fill(case.get("case", ""))
+    forms = split_wordings(spec["prompts"])[w.held]
+    fitting = [form for form in forms if find_slots(form) <= d.slots.keys()]
+    if not fitting or not find_slots(case["answer"]) <= d.slots.keys():
+        return None
+    prompt, answer = d.fill(w.rng.choice(fitting)), d.fill(case["answer"])
+    before = [d.fill(turn) for turn in spec.get("before", [])]
+    messages = turns(*before, prompt, answer)
+    if spec.get("system"):
+        messages = [{"role": "system", "content": prompt}, *turns(*before, answer)]
+    form = spec.get("check", {}).items()
+    check = {key: d.fill(value) if isinstance(value, str) else value for key, value in form}
+    facts = d.facts[-1:] if spec.get("about_last") else d.facts
+    if facts:
+        check["about"] = sorted({attribute.vocabulary for attribute in facts})
+    return Pair(skill, messages, d.cells, check)
 
 
 def collect_fillers(world: World) -> list[Thing]:
@@ -282,8 +274,9 @@ def collect_fillers(world: World) -> list[Thing]:
 def collect_makers(world: World) -> dict[str, Maker]:
     """Return the makers of the skills that fit a world: of one category, those about facts."""
     attributes = [a for c in world.categories.values() for a in c.attributes.values()]
-    makers = {skill: make_fact_maker(skill) for skill in sorted({a.skill for a in attributes})}
+    skills = sorted({a.skill for a in attributes})
+    makers = {skill: partial(ask_fact, skill) for skill in skills}
     for name, spec in world.wordings["skill"].items():
         if len(world.categories) > 2 or not set(spec["uses"]) & {*NOUN_DRAWS, "categories"}:
-            makers[name] = make_maker(name, spec)
+            makers[name] = partial(ask_skill, name, spec)
     return makers
