@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset.checks import LOOP
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import FLAGS, OUTPUT_DIR
-from evaluation.probe.prompts import PROMPTS_FILE
 from model.files import UserError, escape_control, make_parser, read_json, run_script, write_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -71,15 +70,12 @@ def describe_answer(sample: dict) -> dict:
 
 def describe_arm(folder: Path) -> dict:
     """Describe what a folder's answers come from, by its results.json."""
-    path = folder / "results.json"
-    results = read_json(path) if path.is_file() else {}
-    training = results.get("training") or {"title": folder.name}
+    results = read_json(folder / "results.json")
+    training = results["training"]
     rate, base, stage = map(training.get, ("learning_rate", "base", "stage"))
-    rows = reversed(results.get("summary", []))  # of several decodings the first counts
+    rows = reversed(results["summary"])  # of several decodings the first counts
     shares = {row["measure"]: row["value"] for row in rows if row["section"] == "all"}
     notes = [f"learning rate {rate:g}" if rate else "", f"from {base}" if base else ""]
-    prompts = results.get("provenance", {}).get("prompts", {}).get("file", PROMPTS_FILE.name)
-    notes.append("" if prompts == PROMPTS_FILE.name else f"prompts of {prompts}")
     return {
         "name": escape_control(folder.name),
         "title": escape_control(training["title"]),
