@@ -31,7 +31,7 @@ from model.files import UserError, file_sha256, make_parser, run_script, write_a
 
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"
-BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".xml": "text"}
+BUILDERS = {".parquet": "parquet", ".xml": "text"}  # of the datasets library; else JSON
 RULES = {"valid_fraction": float, "min_chars": int, "max_words": int, "limit": int}
 
 
@@ -117,12 +117,12 @@ def expand_medquad(batch: dict) -> dict:
     return pairs
 
 
-def load_hub(corpus: dict, revision: str | None) -> tuple[datasets.Dataset, dict]:
+def load_hub(corpus: dict) -> tuple[datasets.Dataset, dict]:
     """Return a corpus's records from the hub, and their origin."""
     if not corpus["home"].startswith(HUB):
         raise UserError(f"not on the hub: git clone {corpus['home']}, give it as --source")
-    name, revision = corpus["home"].removeprefix(HUB), revision or corpus.get("revision", "main")
-    place = {"data_files": corpus["files"][0], "revision": revision}
+    name = corpus["home"].removeprefix(HUB)
+    place = {"data_files": corpus["files"][0], "revision": corpus.get("revision", "main")}
     files = datasets.load_dataset_builder(name, **place).config.data_files["train"]
     commit = files[0].partition("@")[2].partition("/")[0]  # hf://datasets/owner/name@commit/file
     rows = datasets.load_dataset(name, split="train", **place)
@@ -135,8 +135,7 @@ def load_files(corpus: dict, source: Path) -> tuple[datasets.Dataset, dict]:
     files = [source] if source.is_file() else next(filter(None, matches), [])
     if not files:
         raise UserError(f"{source}: no {' or '.join(corpus['files'])}; see {corpus['home']}")
-    if (builder := BUILDERS.get(files[0].suffix)) is None:
-        raise UserError(f"{source}: {files[0].suffix} files are not read; see {corpus['home']}")
+    builder = BUILDERS.get(files[0].suffix, "json")
     lines = [f"{file_sha256(path)}  {path.relative_to(source).as_posix()}\n" for path in files]
     listing = hashlib.sha256("".join(lines).encode()).hexdigest()  # as of `sha256sum`
     sha256 = file_sha256(source) if source.is_file() else listing
@@ -151,9 +150,8 @@ def hold_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def keep_example(example: dict, seen: set[bytes], counts: Counter, bar: tqdm) -> bool:
+def keep_example(example: dict, seen: set[bytes], counts: Counter) -> bool:
     """Drop an example for its reason, or for a text seen before; count what is read."""
-    bar.update()
     reasons, digests = [example["drop"]] if "drop" in example else [], []
     for name, text in example.get("once", {}).items():
         digests.append(hashlib.blake2b(f"{name}\n{text}".encode(), digest_size=16).digest())
@@ -173,7 +171,8 @@ def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -
         pack = partial(gzip.GzipFile, "", "wb", 6, mtime=0)  # no name, no time: same bytes
         with train.open("wb") as a, pack(a) as text_a, valid.open("wb") as b, pack(b) as text_b:
             files = {"train": text_a, "valid": text_b}
-            for example in islice(examples, rules.get("limit")):  # `take` reads 1 example more
+            kept = islice(examples, rules.get("limit"))  # `take` reads 1 example more
+            for example in tqdm(kept, unit=" examples kept", disable=None):
                 part = "valid" if hold_out(example["group"], rules["valid_fraction"]) else "train"
                 line = (json.dumps(example["data"], ensure_ascii=False) + "\n").encode()
                 counts[part] += 1
@@ -184,11 +183,10 @@ def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -
 
     folder.mkdir(parents=True, exist_ok=True)
     raw, expand = rows.column_names, expand_medquad if rows.builder_name == "text" else dict
-    with tqdm(total=len(rows) if expand is dict else None, unit=" records", disable=None) as bar:
-        rows = rows.to_iterable_dataset().map(expand, batched=True, remove_columns=raw)
-        rows = rows.map(partial(convert, rules=rules), remove_columns=raw)
-        rows = rows.filter(partial(keep_example, seen=set(), counts=counts, bar=bar))
-        write_aside(paths["train"], lambda a: write_aside(paths["valid"], partial(write, rows, a)))
+    rows = rows.to_iterable_dataset().map(expand, batched=True, remove_columns=raw)
+    rows = rows.map(partial(convert, rules=rules), remove_columns=raw)
+    rows = rows.filter(partial(keep_example, seen=set(), counts=counts))
+    write_aside(paths["train"], lambda a: write_aside(paths["valid"], partial(write, rows, a)))
     outputs = {paths[part].name: {"content_sha256": digests[part].hexdigest()} for part in paths}
     return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
@@ -202,9 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--output_dir", type=Path, default=Path(__file__).with_name("data"), help="(dataset/data/)")
     for rule, kind in RULES.items():
         add(f"--{rule}", type=kind, help="instead of the corpus's rule in corpora.toml")
-    add = parser.add_mutually_exclusive_group().add_argument
     add("--source", type=Path, help="raw file or folder to read instead of the hub")
-    add("--revision", help="branch, tag or commit of the hub's repository")
     args = parser.parse_args(argv)
     if args.list or args.corpus is None:
         for name, corpus in CORPORA.items():
@@ -219,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     rules = corpus["rules"] | given
     datasets.disable_progress_bars()
     try:
-        raw = load_files(corpus, args.source) if args.source else load_hub(corpus, args.revision)
+        raw = load_files(corpus, args.source) if args.source else load_hub(corpus)
         result = write_corpus(name, raw[0], rules, args.output_dir)
     except (KeyError, TypeError, ElementTree.ParseError) as error:
         raise UserError(f"{args.source}: not a record of {name} ({error!r})") from error

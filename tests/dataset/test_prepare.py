@@ -171,11 +171,10 @@ DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n
         ("dolly", "d.jsonl", DOLLY + '{"instruction": \n', "dolly: "),
         ("dolly", "d.jsonl", '{"instruction": "Q"}\n', "not a record of dolly"),
         ("dolly", "d.jsonl", DOLLY.replace('""', '"c"'), "no record to train on"),
-        ("dolly", "d.csv", "Q,A\n", "d.csv: .csv files are not read"),
+        ("dolly", "d.csv", "Q,A\n", "dolly: "),
         ("medquad", "m.xml", "<Document><Focus>", "not a record of medquad"),
         ("medquad", None, None, "git clone https://github.com/abachaa/MedQuAD"),
         ("medquad --source .ci", None, None, "no **/*.xml; see https://github.com/abachaa/MedQuAD"),
-        ("dolly --source x --revision main", None, None, "not allowed with argument --source"),
         ("dolly --min_chars 9", None, None, "--min_chars does nothing for dolly"),
     ],
 )
