@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dataset.lm_dataset import Sample, collate, encode_conversations, load_dataset
+from dataset.lm_dataset import Sample, chunks, collate, encode_conversations, load_dataset
 from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
@@ -31,9 +31,7 @@ def sum_nats(
     """Sum NLL over each sample's labeled tokens, in nats: (samples, 2), of all and of `end_id`."""
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
     nats = np.zeros((len(samples), 2))
-    starts = range(0, len(samples), batch_size)
-    for start in tqdm(starts, desc="NLL", leave=False, disable=None):
-        rows = by_length[start : start + batch_size]
+    for rows in tqdm([*chunks(by_length, batch_size)], desc="NLL", leave=False, disable=None):
         batch = collate([samples[i] for i in rows])
         logits = model(batch["input_ids"].to(model.device)).logits[:, :-1]
         targets = batch["labels"][:, 1:].to(model.device)
