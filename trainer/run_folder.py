@@ -81,8 +81,8 @@ class RunFolder:
         else:
             origin |= STARTS
             if self.is_main:
-                if self.args.overwrite:
-                    rmtree(self.path, ignore_errors=True)
+                if self.args.overwrite and self.path.exists():
+                    rmtree(self.path)
                 self.path.mkdir()
                 self.metrics_path.touch()
         self.write(status="running", settings=settings, reason=None, **facts, **origin)
