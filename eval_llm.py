@@ -66,7 +66,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse values that cannot work, before anything is loaded."""
     measured = [*(args.nll_data or []), *(args.text_nll_data or [])]
     missing = [path for path in (*args.model, *filter(None, [args.judge])) if not path.is_dir()]
-    missing += [path for path in measured if not path.is_file()]
+    missing += [path for path in (*measured, args.prompts) if not path.is_file()]
     names = {path.resolve().name for path in args.model}
     is_other = args.list or args.interactive or args.no_generation
     asking = args.judge or args.translator or args.limit or args.no_template

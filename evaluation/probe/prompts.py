@@ -60,8 +60,6 @@ class Prompt:
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Read a Markdown or JSONL file, at most `limit` prompts; references must pass their checks."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check --prompts")
     is_markdown, lines = path.suffix == ".md", read_jsonl(path)
     found = parse_markdown(path) if is_markdown else (parse_record(*one, path) for one in lines)
     prompts = list(islice(found, limit))

@@ -20,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, capitalize, read_toml, with_article
 from evaluation.probe.prompts import CJK
-from model.files import UserError, write_records
+from model.files import write_records
 
 STORE_FILE = "translations.jsonl"
 MAX_TOKENS = 256  # of a line that a model translates
@@ -34,7 +34,8 @@ class WorldTranslator:
 
     name = "world"
 
-    def __init__(self, folder: Path = WORLD_DIR / "chinese"):
+    def __init__(self):
+        folder = WORLD_DIR / "chinese"
         facts = [read_toml(path) for path in sorted((folder / "facts").glob("*.toml"))]
         stories = read_toml(folder / "stories.toml")
         lists = [one for category in facts for one in category["attributes"].values()]
@@ -108,12 +109,8 @@ class ModelTranslator:
 
     def __init__(self, path: str, device: str):
         self.name = Path(path).name
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--translator {path}: {reason}; name 'world' or a model") from error
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True)
         self.model = model.to(device).eval()
 
     @torch.inference_mode()

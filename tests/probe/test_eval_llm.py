@@ -12,8 +12,8 @@ import torch
 
 from dataset.lm_dataset import read_jsonl
 from eval_llm import main
-from evaluation.probe.answers import make_sample, probe
-from evaluation.probe.prompts import Prompt, read_prompts
+from evaluation.probe.answers import make_sample
+from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from model.files import UserError
 from tests import DEVICE
@@ -154,14 +154,6 @@ def test_special_tokens_are_shown_and_not_measured():
     assert (sample["tokens"], repeated["tokens"]) == (1, 13)
 
 
-def test_a_prompt_that_leaves_no_room_is_named(home):
-    model = make_model()
-    model.config.max_position_embeddings = 40
-    prompts = read_prompts(home / "prompts.md")
-    with pytest.raises(UserError, match="facts-02: the prompt has .* lower --max_new_tokens"):
-        probe((model, load_tokenizer()), prompts, max_new_tokens=20)
-
-
 def test_list_shows_runs(tmp_path, capsys):
     settings = {"lora_targets": "mlp", "lora_rank": 8, "from_weight": "out/xs"}
     record = {"stage": "lora", "steps": 90, "eval_loss": 3.80423, "settings": settings}
@@ -194,7 +186,7 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
         (["--model", "x", "--model", "y", "--interactive"], "chats with one --model"),
         (["--model", "model", "--judge", "model"], "--judge: is a probed --model"),
         (["--model", "x", "--interactive", "--limit", "3"], "--prompts: of probing"),
-        (["--model", "model", "--prompts", "gone.md"], "gone.md: no such file; check --prompts"),
+        (["--model", "model", "--prompts", "gone.md"], "gone.md: not there; train it"),
         (["--model", "no/such/folder"], "no/such/folder: not there; train it"),
     ],
 )

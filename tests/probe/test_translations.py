@@ -11,7 +11,6 @@ from evaluation.probe import translations
 from evaluation.probe.prompts import CJK
 from evaluation.probe.translations import STORE_FILE, WorldTranslator, translate_samples
 from model.checkpoint import load_tokenizer
-from model.files import UserError
 
 WORLD = WorldTranslator()
 
@@ -89,7 +88,7 @@ def test_nothing_is_lost_when_outputs_are_made_again(tmp_path):
     assert read_translations(tmp_path) == {"草原。": ("In the grass, by hand.", "hand")}
 
 
-def test_a_model_translates_line_by_line_or_is_refused(tmp_path, monkeypatch):
+def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
     monkeypatch.setattr(translations, "MAX_TOKENS", 8)
     folder, tokenizer = tmp_path / "tiny-zh-en", load_tokenizer()
     sizes = ("layers", "attention_heads", "ffn_dim")
@@ -101,5 +100,5 @@ def test_a_model_translates_line_by_line_or_is_refused(tmp_path, monkeypatch):
     assert translator.name == "tiny-zh-en"
     alone = translator.translate("你好")
     assert alone and translator.translate("1. OK\n你好\n\nBye") == f"1. OK\n{alone}\n\nBye"
-    with pytest.raises(UserError, match="--translator .*nothing: .*'world' or a model"):
+    with pytest.raises(OSError, match="nothing"):
         translations.load_translator(str(tmp_path / "nothing"), "cpu")
