@@ -10,6 +10,8 @@ flags it writes checkpoints with a part of the update instead, for eval_llm.py a
     --keep square mlp,norms   <tuned>_only_<parts>: the base, and the update of these parts alone
     --random_rank 8 --seed 0  <tuned>_random_rank8_seed0: a random update of rank 8 with the norm
                               of dW in each linear layer, the control for --truncate
+    --restore_rows FILE...    <tuned>_read_rows: of the embedding's update only the rows of tokens
+                              that occur in these conversations
 
 --truncate and --random_rank keep the update of embedding and norms.
 """
@@ -22,16 +24,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from dataset.lm_dataset import load_dataset
 from evaluation.updates.spectra import cut_to_rank, describe_matrix, draw_low_rank
-from model.checkpoint import load_checkpoint, load_model, save_model, weights_fingerprint
+from model.checkpoint import load_checkpoint, load_model, load_tokenizer, save_model
 from model.files import UserError, make_parser, run_script, write_json
 from model.model_lora import merge_lora, select_trainable
-from model.model_minimind import MiniMindForCausalLM
-from trainer.arguments import SIZE
+from model.model_minimind import EMBEDDING_WEIGHT, MiniMindForCausalLM, weights_fingerprint
+from trainer.arguments import MAX_SEQ_LEN, SIZE
 
 Update = dict[str, Tensor]  # float64, by the name of the weight; a tied head is the embedding
 
@@ -80,6 +84,11 @@ def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
         draw = partial(draw_low_rank, rank=args.random_rank, generator=generator)
         name = f"_random_rank{args.random_rank}_seed{args.seed}"
         variants[name] = change_linears(delta, draw)
+    if args.restore_rows:
+        data = load_dataset("sft", args.restore_rows, load_tokenizer(args.base), MAX_SEQ_LEN)
+        rows = delta[EMBEDDING_WEIGHT]
+        read = torch.isin(torch.arange(len(rows)), torch.from_numpy(np.unique(data.tokens)).long())
+        variants["_read_rows"] = delta | {EMBEDDING_WEIGHT: rows * read[:, None]}
     return variants
 
 
@@ -92,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--truncate", type=SIZE, nargs="+", default=[], metavar="RANK")
     add("--keep", nargs="+", default=[], metavar="PARTS")
     add("--random_rank", type=SIZE, metavar="RANK")
+    add("--restore_rows", type=Path, nargs="+", metavar="FILE")
     add("--seed", type=int, default=0, help="of random directions and updates (0)")
     add("--output_dir", type=Path, help="of checkpoints (default: beside --tuned)")
     args = parser.parse_args(argv)

@@ -9,10 +9,17 @@ import torch
 
 from evaluation.updates import spectra
 from evaluation.updates.update_analysis import main
-from model.checkpoint import TOKENIZER_DIR, load_model, save_model, weights_fingerprint
+from model.checkpoint import (
+    TOKENIZER_DIR,
+    load_model,
+    load_tokenizer,
+    save_model,
+    weights_fingerprint,
+)
 from model.files import UserError
 from model.model_lora import LoraSettings, apply_lora, save_lora
 from tests.model.small import make_model
+from tests.trainer.runs import write_jsonl
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -99,6 +106,23 @@ def test_truncated_and_kept_parts(base: Path) -> None:
     assert torch.allclose(only[gate], whole[gate], atol=1e-6) and not only[query].any()
     record = (base.with_name("tuned_only_mlp_norms") / "run.json").read_text()
     assert json.loads(record)["part_of_update"] == "only_mlp_norms"
+
+
+def test_restored_rows(base: Path, tmp_path: Path) -> None:
+    """Rows of tokens that no conversation has are the base's; all other weights are tuned."""
+    chat = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
+    write_jsonl(tmp_path / "chats.jsonl", [{"conversations": chat}])
+    analyze(base, base.with_name("tuned"), "--restore_rows", tmp_path / "chats.jsonl")
+    tokenizer = load_tokenizer()
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    read = sorted(set(tokenizer(text).input_ids))
+    whole = read_delta(base, base.with_name("tuned"))
+    kept = read_delta(base, base.with_name("tuned_read_rows"))
+    rows = kept.pop("model.embed_tokens.weight")
+    assert rows.any(dim=1).nonzero().flatten().tolist() == read and len(read) < 30
+    assert torch.allclose(rows[read], whole["model.embed_tokens.weight"][read], atol=1e-6)
+    del kept["lm_head.weight"]
+    assert all(torch.allclose(kept[name], whole[name], atol=1e-6) for name in kept)
 
 
 def test_analysis_of_a_checkpoint(base: Path) -> None:
