@@ -24,7 +24,7 @@ from evaluation.probe.chat import chat
 from evaluation.probe.likelihood import add_topic_measures, compare_nll, measure_nll
 from evaluation.probe.measures import compare, summarize
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
-from evaluation.probe.translations import load_translator, translate_samples
+from evaluation.probe.translations import ModelTranslator, WorldTranslator, translate_samples
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.files import REPO_DIR, UserError, escape_control, make_parser, run_script, write_json
 from model.generation import MAX_NEW_TOKENS, Decoding
@@ -98,7 +98,9 @@ def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
     judge = args.judge and load(args.judge, args)
-    translator = args.translator and load_translator(args.translator, choose_device(args.device))
+    translator = WorldTranslator() if args.translator == "world" else None
+    if args.translator and not translator:
+        translator = ModelTranslator(args.translator, choose_device(args.device))
     text, sizes = "pretrain" + "_wrapped" * args.wrap_documents, (args.max_seq_len, args.batch_size)
     data = {"nll": ("sft", args.nll_data), "text_nll": (text, args.text_nll_data)}
     measured = {key: (kind, files) for key, (kind, files) in data.items() if files}

@@ -206,8 +206,7 @@ def load_tokens(
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Return the memory-mapped arrays of `encode_files`, and the facts for run.json.
 
-    The cache's name is the hash of all that the tokens depend on; its header names the
-    vocabulary's size, the tokenizer's hash and each dtype.
+    The cache's name is the hash of all that the tokens depend on.
     """
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
     described = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
@@ -221,7 +220,7 @@ def load_tokens(
         if not cached.is_file():  # of several processes, the first one tokenizes
             arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            header = {"key": json.dumps(key), "counts": json.dumps(counts)}
+            header = {"counts": json.dumps(counts)}
             write_aside(cached, partial(save_file, tensors, metadata=header))
     with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118

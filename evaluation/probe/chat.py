@@ -23,7 +23,7 @@ class SafeStreamer(TextStreamer):
 
 
 def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> None:
-    """Answer line by line and remember the conversation, until it fills the model's context."""
+    """Answer line by line and remember the conversation."""
     model, tokenizer = checkpoint
     streamer, ends = SafeStreamer(tokenizer, skip_special_tokens=True), (tokenizer.eos_token_id,)
     system, turns = [], []
@@ -39,10 +39,6 @@ def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> Non
         else:
             turns.append({"role": "user", "content": line})
             ((ids, _),) = encode_conversations(tokenizer, [[*system, *turns]], True)
-            if len(ids) > model.config.max_position_embeddings - max_new_tokens:
-                print("(the conversation fills the model's context: it begins anew)")
-                turns = []
-                continue
             answer, draws = [], torch.rand(1, max_new_tokens)
             for ((_, token),) in continue_prompts(model, [ids], decoding, draws, ends):
                 streamer.put(torch.tensor([token]))

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from dataset.checks import judge_answer
 from dataset.lm_dataset import read_jsonl, record_messages
+from dataset.world.skills import turns
 from model.files import UserError
 
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "qualitative_prompts.md"
@@ -112,8 +113,7 @@ def parse_prompt(prompt_id: str, section: str, body: str, where: str) -> Prompt:
     if not quoted or None in matches:
         raise UserError(f"{where}: write '> the question', then lines '- reference: text'")
     fields = {name: text.replace("\\n", "\n") for name, text in map(re.Match.groups, matches)}
-    turns, roles = "\n".join(quoted).split("\n***\n"), ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    messages = turns(*"\n".join(quoted).split("\n***\n"))
     if "check" in fields:
         if "reference" not in fields:
             raise UserError(f"{where}: a check compares with a reference; add one")

@@ -126,11 +126,6 @@ class ModelTranslator:
         return "\n".join(lines)
 
 
-def load_translator(name: str, device: str) -> WorldTranslator | ModelTranslator:
-    """Load the world's translator, or a transformers model."""
-    return WorldTranslator() if name == "world" else ModelTranslator(name, device)
-
-
 def translate_samples(
     samples: list[dict], folder: Path, translator: WorldTranslator | ModelTranslator | None
 ) -> None:

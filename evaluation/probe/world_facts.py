@@ -22,8 +22,6 @@ from evaluation.probe.world_measure import THINGS
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.files import make_parser, run_script
 
-BATCH_SIZE = 64
-
 
 def list_facts(paths: list[Path]) -> list[tuple[Thing, Attribute]]:
     """Return what the prompts of probe files ask for: facts of their first things, each once."""
@@ -49,7 +47,7 @@ def rank_facts(checkpoint: Checkpoint, paths: list[Path]) -> dict[str, float]:
         texts = [pattern.format(**one) for one in slots]
         encoded = encode_batch(tokenizer, texts, special=False)
         ids = [np.array([tokenizer.pad_token_id, *one]) for one in encoded]  # ends a document
-        nats = sum_nats(model, [(one, one) for one in ids], BATCH_SIZE)[:, 0]
+        nats = sum_nats(model, [(one, one) for one in ids], batch_size=64)[:, 0]
         known.append(nats[0] < nats[1:].min())
         chances.append(1 / len(texts))
     return {"facts": len(known), "share": float(np.mean(known)), "chance": float(np.mean(chances))}

@@ -96,9 +96,9 @@ def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
     ids = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": 0}
     MarianMTModel(MarianConfig(vocab_size=6400, d_model=8, **small, **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    translator = translations.load_translator(str(folder), "cpu")
+    translator = translations.ModelTranslator(str(folder), "cpu")
     assert translator.name == "tiny-zh-en"
     alone = translator.translate("你好")
     assert alone and translator.translate("1. OK\n你好\n\nBye") == f"1. OK\n{alone}\n\nBye"
     with pytest.raises(OSError, match="nothing"):
-        translations.load_translator(str(tmp_path / "nothing"), "cpu")
+        translations.ModelTranslator(str(tmp_path / "nothing"), "cpu")
