@@ -16,6 +16,7 @@ import json
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -106,15 +107,13 @@ CONVERTERS = {"text": convert_text, "instruction": convert_instruction}
 CONVERTERS |= {"medquad": convert_medquad, "minimind": convert_minimind}
 
 
-def expand_medquad(batch: dict) -> dict:
-    """Expand documents, one a disease, into their questions and answers."""
-    pairs = {"focus": [], "question": [], "answer": []}
-    for document in map(ElementTree.fromstring, batch["text"]):
+def expand_medquad(documents: Iterable[dict]) -> Iterator[dict]:
+    """Yield the questions and answers of documents, one a disease."""
+    for document in (ElementTree.fromstring(one["text"]) for one in documents):
         for pair in document.iterfind("QAPairs/QAPair"):
             parts = [document.find("Focus"), pair.find("Question"), pair.find("Answer")]
-            for texts, part in zip(pairs.values(), parts, strict=True):
-                texts.append("" if part is None else "".join(part.itertext()))
-    return pairs
+            texts = ["" if part is None else "".join(part.itertext()) for part in parts]
+            yield dict(zip(("focus", "question", "answer"), texts, strict=True))
 
 
 def load_hub(corpus: dict) -> tuple[datasets.Dataset, dict]:
@@ -167,12 +166,12 @@ def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -
     paths = {"train": folder / f"{name}.jsonl.gz", "valid": folder / f"{name}_valid.jsonl.gz"}
     digests = {part: hashlib.sha256() for part in paths}  # of the text: zlibs differ in their bytes
 
-    def write(examples: datasets.IterableDataset, train: Path, valid: Path) -> None:
+    def write(examples: Iterable[dict], train: Path, valid: Path) -> None:
         pack = partial(gzip.GzipFile, "", "wb", 6, mtime=0)  # no name, no time: same bytes
         with train.open("wb") as a, pack(a) as text_a, valid.open("wb") as b, pack(b) as text_b:
             files = {"train": text_a, "valid": text_b}
-            kept = islice(examples, rules.get("limit"))  # `take` reads 1 example more
-            for example in tqdm(kept, unit=" examples kept", disable=None):
+            examples = islice(examples, rules.get("limit"))
+            for example in tqdm(examples, unit=" examples kept", disable=None):
                 part = "valid" if hold_out(example["group"], rules["valid_fraction"]) else "train"
                 line = (json.dumps(example["data"], ensure_ascii=False) + "\n").encode()
                 counts[part] += 1
@@ -182,11 +181,10 @@ def write_corpus(name: str, rows: datasets.Dataset, rules: dict, folder: Path) -
             raise UserError(f"{name}: no record to train on ({dict(counts)})")
 
     folder.mkdir(parents=True, exist_ok=True)
-    raw, expand = rows.column_names, expand_medquad if rows.builder_name == "text" else dict
-    rows = rows.to_iterable_dataset().map(expand, batched=True, remove_columns=raw)
-    rows = rows.map(partial(convert, rules=rules), remove_columns=raw)
-    rows = rows.filter(partial(keep_example, seen=set(), counts=counts))
-    write_aside(paths["train"], lambda a: write_aside(paths["valid"], partial(write, rows, a)))
+    records = expand_medquad(rows) if rows.builder_name == "text" else rows
+    examples = (convert(record, rules) for record in records)
+    kept = filter(partial(keep_example, seen=set(), counts=counts), examples)
+    write_aside(paths["train"], lambda a: write_aside(paths["valid"], partial(write, kept, a)))
     outputs = {paths[part].name: {"content_sha256": digests[part].hexdigest()} for part in paths}
     return {"settings": rules, "counts": dict(counts), "outputs": outputs}
 
