@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,12 +73,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_records(path: Path, records: Iterable[dict]) -> None:
-    r"""Write JSON lines, whole or not at all, with control characters as \uXXXX."""
-    lines = (escape_control(json.dumps(record, ensure_ascii=False)) for record in records)
-    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def read_json(path: Path) -> dict:

@@ -19,8 +19,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, capitalize, read_toml, with_article
+from dataset.world.generate import write_records
 from evaluation.probe.prompts import CJK
-from model.files import write_records
 
 STORE_FILE = "translations.jsonl"
 MAX_TOKENS = 256  # of a line that a model translates
