@@ -274,8 +274,7 @@ def collect_fillers(world: World) -> list[Thing]:
 def collect_makers(world: World) -> dict[str, Maker]:
     """Return the makers of the skills that fit a world: of one category, those about facts."""
     attributes = [a for c in world.categories.values() for a in c.attributes.values()]
-    skills = sorted({a.skill for a in attributes})
-    makers = {skill: partial(ask_fact, skill) for skill in skills}
+    makers = {skill: partial(ask_fact, skill) for skill in sorted({a.skill for a in attributes})}
     for name, spec in world.wordings["skill"].items():
         if len(world.categories) > 2 or not set(spec["uses"]) & {*NOUN_DRAWS, "categories"}:
             makers[name] = partial(ask_skill, name, spec)

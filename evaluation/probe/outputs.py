@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dataset.world.generate import write_records
 from model.checkpoint import WEIGHTS_FILE
 from model.files import UserError, escape_control, file_sha256, read_json, write_json, write_text
 from model.model_lora import ADAPTER_WEIGHTS
@@ -85,8 +86,7 @@ def write_outputs(
     folder: Path, samples: list[dict], summary: pd.DataFrame, results: dict[str, dict]
 ) -> None:
     """Write samples.jsonl, samples.md and results.json (`results` and `summary`)."""
-    lines = (escape_control(json.dumps(sample, ensure_ascii=False)) for sample in samples)
-    write_text(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
+    write_records(folder / "samples.jsonl", samples)
     page = [f"# Outputs of {escape_markdown(folder.name)}", ""]
     for key, value in results["training"].items():
         if value:

@@ -110,8 +110,7 @@ class ModelTranslator:
     def __init__(self, path: str, device: str):
         self.name = Path(path).name
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True)
-        self.model = model.to(device).eval()
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True).to(device)
 
     @torch.inference_mode()
     def translate(self, text: str) -> str:
