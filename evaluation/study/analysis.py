@@ -94,6 +94,7 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
     start = study.arms.get(run.start, arm).title
     length = "1 epoch" if run.epochs == 1 else f"{run.epochs:g} epochs"
     trial = "preliminary" if run.learning_rate == sweep.leading else ""
+    part = run.id.partition("@")[2]  # of a run's update, or the step of a kept checkpoint
     extras = [
         (f"*{run.learning_rate:g}", trial, sweep.reported != [run.learning_rate]),
         (f"/{run.epochs:g}", length, run.epochs != study.sizes[run.size].epochs),
@@ -101,6 +102,7 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
         (f"@{base}", f"from {base}", base != MAIN_BASE),
         (f"^{run.start}", f"after {start}", run.start != "base"),
         (f"#{run.data}", run.data, run.data != arm.data),
+        (f"+{part}", part.replace("_", " "), part and not part.isdigit()),
     ]
     codes, words, _ = zip(("", arm.title, True), *filter(itemgetter(2), extras), strict=True)
     return run.arm + "".join(codes), ", ".join(filter(None, words))
@@ -172,27 +174,36 @@ def estimate_sum(
     return Estimate.of(total), runs.base.nunique()
 
 
-def tabulate_cells(evidence: Evidence) -> pd.DataFrame:
-    """Return a row a reported cell, set and decoding, in the order of study.toml.
+def select_reported(evidence: Evidence) -> pd.DataFrame:
+    """Return the runs on which tables report: all sets were asked, at the best learning rate.
 
-    While an arm's best learning rate is not known, the best of those that ran stands for it.
+    While an arm's best rate is not known, the best of those that ran stands for it.
+    """
+    rows, sets = [], set(evidence.prompts["set"])
+    for run in evidence.final.itertuples():
+        is_trial = "*" in run.cell and not evidence.study.arms[run.arm].fixed
+        is_trial = is_trial and run.learning_rate != evidence.sweeps[run.size, run.arm].leading
+        rows.append(not is_trial and set(run.outcomes) == sets)
+    return evidence.final[rows]
+
+
+def tabulate_cells(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a cell of `runs`, set and decoding, in the order of study.toml.
+
     Columns: size, cell, arm, title, learning_rate, seeds, set, decoding, share (correct) with its
     interval (low, high), above_chance, and the share of each kind of `KINDS`.
     """
-    rows, sets = [], evidence.prompts["set"].unique()
-    for (size, cell), runs in evidence.final.groupby(["size", "cell"], sort=False):
-        first = runs.iloc[0]
-        is_trial = "*" in cell and not evidence.study.arms[first.arm].fixed
-        is_trial = is_trial and first.learning_rate != evidence.sweeps[size, first.arm].leading
-        if is_trial or set(first.outcomes) != set(sets):
-            continue  # serves the choice of a rate
+    rows = []
+    for (size, _), seeds in runs.groupby(["size", "cell"], sort=False):
+        first = seeds.iloc[0]
         place = first[["size", "cell", "arm", "title", "learning_rate"]].to_dict()
+        sets = [name for name in evidence.prompts["set"].unique() if name in first.outcomes]
         for name, decoding in product(sets, evidence.study.probe["decodings"]):
             prompts = evidence.choose_prompts(name)
-            kinds = {kind: mark_answers(runs, prompts, decoding, kind) for kind in KINDS}
+            kinds = {kind: mark_answers(seeds, prompts, decoding, kind) for kind in KINDS}
             found = Estimate.of(draw_shares(kinds["correct"], prompts, size))
             chance = prompts.chance.mean()
-            row = {"seeds": len(runs), "set": name, "decoding": decoding, "share": found.value}
+            row = {"seeds": len(seeds), "set": name, "decoding": decoding, "share": found.value}
             row |= {"low": found.low, "high": found.high}
             row["above_chance"] = (found.value - chance) / (1 - chance)
             rows.append(place | row | {kind: marks.mean() for kind, marks in kinds.items()})

@@ -1,9 +1,12 @@
-"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL of the references.
+r"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL of the references.
 
     python evaluation/study/measure.py out/study/RUN --output record.json
+    python evaluation/study/measure.py out/study/RUN_read_rows --sets combinations unseen \
+        --add_to RUN --output record.json
 
-run.py calls it in a process of its own for each run. prompts.csv lists the prompts in the order of
-the outcome strings and of NLL by sequence.
+run.py calls it in a process of its own for each run. --add_to is for a checkpoint that
+update_analysis.py made of a run's: runs.jsonl gets the line RUN@read_rows. prompts.csv lists the
+prompts in the order of the outcome strings and of NLL by sequence.
 """
 
 import sys
@@ -22,7 +25,7 @@ from evaluation.probe.prompts import read_prompts
 from evaluation.probe.world_facts import rank_facts
 from evaluation.probe.world_measure import is_right, replace_thing, split_answer
 from evaluation.study.data import measure_random_facts
-from evaluation.study.results import LETTERS
+from evaluation.study.results import LETTERS, append_run
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from model.files import UserError, make_parser, read_json, run_script, write_json
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=PROBES, default=[*PROBES], help="(all)")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     parser.add_argument("--facts", type=Path, help="ask for these random facts alone")
+    parser.add_argument("--add_to", help="run of study_dir whose changed checkpoint this is")
     args = parser.parse_args()
     study, data = read_study(args.study_dir), list_files(args.world)
     check_prompts(data, args.study_dir / "prompts.csv")
@@ -127,7 +131,14 @@ def main() -> None:
         found = {"outcomes": {}, "scalars": measure_random_facts(checkpoint, args.facts, trained)}
     else:
         found = measure_checkpoint(study, checkpoint, data, args.base, args.sets, args.only_tune)
-    write_json(args.output, found | {"weights": weights_fingerprint(checkpoint[0])})
+    found["weights"] = weights_fingerprint(checkpoint[0])
+    write_json(args.output, found)
+    if args.add_to:
+        lines = [line for _, line in read_jsonl(args.study_dir / "runs.jsonl")]
+        (line,) = [line for line in lines if line["id"] == args.add_to]
+        del found["nll"]
+        part = {"id": args.folder.name.replace(args.add_to + "_", args.add_to + "@"), "step": None}
+        append_run(args.study_dir, line | found | part)
 
 
 if __name__ == "__main__":

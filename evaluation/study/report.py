@@ -22,7 +22,7 @@ from dataset.checks import KINDS
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.study import claims
-from evaluation.study.analysis import Evidence, load_evidence, tabulate_cells
+from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
 from evaluation.study.edition1 import tabulate_edition1
 from evaluation.study.figures import DECODING_TITLES, FIGURES, select_headline
@@ -124,10 +124,19 @@ def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def label_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Return runs or cells with the columns that tables show."""
+    rates = table.learning_rate.map("{:g}".format).where(table.arm != "base", "-")
+    names = {"title": "trained", "above_chance": "above chance"}
+    return table.rename(columns=names).assign(rate=rates)
+
+
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
     """Return the tables of every block by its name."""
     verdicts, estimates = claims.judge_claims(evidence)
-    estimates["value"] = estimates.value.map(str)
+    estimates["estimates"] = estimates.estimate + ": " + estimates.value.map(str)
+    estimates = estimates.groupby(["claim", "size", "decoding", "bases"], sort=False)["estimates"]
+    estimates = estimates.agg("; ".join).reset_index()
     lost = evidence.runs.query("status != 'completed'")[["id", "status"]]
     endings = list_endings(evidence)
     endings["bound"] = endings.bound.map("{:.2f}".format)
@@ -141,15 +150,13 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
     tables["capacity"] = [facts.round(3).reset_index()]
-    tables |= dict.fromkeys(["headline", "shares", "kinds", "costs"], [])
+    tables |= dict.fromkeys(["headline", "shares", "kinds", "costs", "parts"], [])
     if cells.empty:
         return tables
-    cells, final = (
-        table.rename(columns={"title": "trained", "above_chance": "above chance"}).assign(
-            rate=table.learning_rate.map("{:g}".format).where(table.arm != "base", "-")
-        )
-        for table in (cells, evidence.final)
-    )
+    cells, final = label_rows(cells), label_rows(evidence.final)
+    parts = evidence.runs[evidence.runs.id.str.contains("@[a-z]")]
+    if not parts.empty:
+        tables["parts"] = [tabulate_shares(label_rows(tabulate_cells(evidence, parts)))]
     kinds = select_headline(cells).groupby([*CELL, "set"], sort=False)
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
@@ -176,7 +183,7 @@ def fill_block(found: re.Match[str], tables: dict, titles: dict, place: str) -> 
 def make_report(root: Path, folder: Path) -> dict[Path, str]:
     """Return the text of every file of the report by its path."""
     evidence = load_evidence(folder)
-    cells = tabulate_cells(evidence)
+    cells = tabulate_cells(evidence, select_reported(evidence))
     tables = make_tables(evidence, cells) | {"edition1": [tabulate_edition1()]}
     files, titles = {}, {}
     for name, draw in FIGURES.items():

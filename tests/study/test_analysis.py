@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from evaluation.study.analysis import load_evidence, tabulate_cells
+from evaluation.study.analysis import load_evidence, select_reported, tabulate_cells
 from evaluation.study.report import make_report
 from evaluation.study.results import append_run
 from model.files import UserError
 from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
 NAMES = ["headline", "shares", "kinds", "keeping", "harm", "capacity", "rates", "costs", "claims"]
-NAMES += ["gates", "endings", "edition1", "answers"]
+NAMES += ["gates", "endings", "edition1", "answers", "parts"]
 PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES)
 
 
@@ -27,7 +28,14 @@ def folder(tmp_path_factory) -> Path:
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     diverged = lines[-1] | {"id": "s-lost", "status": "diverged", "seed": 9}
     append_run(folder, diverged)
+    (whole,) = [line for line in lines if line["id"] == "xs-world-wrapped42-fft-e4-lr0.001-s1"]
+    append_run(folder, whole | {"id": whole["id"] + "@read_rows", "step": None})
     return folder
+
+
+def tabulate_reported(folder: Path) -> pd.DataFrame:
+    evidence = load_evidence(folder)
+    return tabulate_cells(evidence, select_reported(evidence))
 
 
 def test_cells_have_names_without_what_is_usual(folder: Path) -> None:
@@ -44,7 +52,7 @@ def test_cells_have_names_without_what_is_usual(folder: Path) -> None:
 
 def test_shares_and_intervals(folder: Path) -> None:
     """Share and interval are those of the test half's clusters, worked out without resampling."""
-    table = tabulate_cells(load_evidence(folder)).set_index(["size", "cell", "set", "decoding"])
+    table = tabulate_reported(folder).set_index(["size", "cell", "set", "decoding"])
     row = table.loc["xs", "all_r8", "unseen", "greedy"]
     marks = np.array([letter == "c" for letter in spell_outcomes(0.5)])
     is_test = np.arange(PROMPTS) % 10 > 0
@@ -65,7 +73,7 @@ def test_the_best_rate_so_far_stands_for_an_arm(folder: Path, tmp_path: Path) ->
     write_prompts(tmp_path)
     lines = (folder / "runs.jsonl").read_text().splitlines(keepends=True)  # but the last rate's
     (tmp_path / "runs.jsonl").write_text("".join(x for x in lines if "fft-e4-lr0.002-" not in x))
-    table = tabulate_cells(load_evidence(tmp_path)).query("size == 'xs' and arm == 'fft'")
+    table = tabulate_reported(tmp_path).query("size == 'xs' and arm == 'fft'")
     assert len(table) and table.title.str.startswith("full fine-tuning, preliminary").all()
 
 
@@ -81,6 +89,7 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
         make_report(tmp_path, folder)
     assert first[path].count("Not run yet") == 2  # the medical set, random facts
     assert "| s-lost | diverged |" in first[path]
+    assert first[path].count("full fine-tuning, read rows |") == 1
     assert "full fine-tuning, from plain42" in first[path]
     assert {file.stem for file in first} == {"README", "headline", "endings", "keeping"}
 
