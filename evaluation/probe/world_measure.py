@@ -153,7 +153,8 @@ def measure_size(files: dict[str, Path]) -> dict:
     return sizes
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
+    """Measure the world, write the JSON file and print what is above 15%."""
     parser = make_parser(__doc__)
     parser.add_argument("--answers", type=Path, nargs="+", default=[], help="samples.jsonl files")
     output = Path(__file__).with_suffix(".json")
@@ -165,7 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, control in result["controls"].items():
         high = {skill: share for skill, share in control.items() if share > 15}
         print(f"{name}: {control['average']}%; above 15%: {high}")
-    return 0
 
 
 if __name__ == "__main__":
