@@ -74,6 +74,7 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     runs = runs.sort_values("seed", kind="stable")
     runs = runs.sort_values(["size", "arm"], key=lambda c: c.map(order.index), kind="stable")
     sweeps = tune_rates(study, runs)
+    runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)  # of the update, none: whole
     names = [name_cell(study, run, sweeps) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
     prompts = pd.DataFrame(columns=["set", "half"])
@@ -94,7 +95,6 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
     start = study.arms.get(run.start, arm).title
     length = "1 epoch" if run.epochs == 1 else f"{run.epochs:g} epochs"
     trial = "preliminary" if run.learning_rate == sweep.leading else ""
-    part = run.id.partition("@")[2]  # of a run's update, or the step of a kept checkpoint
     extras = [
         (f"*{run.learning_rate:g}", trial, sweep.reported != [run.learning_rate]),
         (f"/{run.epochs:g}", length, run.epochs != study.sizes[run.size].epochs),
@@ -102,7 +102,7 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
         (f"@{base}", f"from {base}", base != MAIN_BASE),
         (f"^{run.start}", f"after {start}", run.start != "base"),
         (f"#{run.data}", run.data, run.data != arm.data),
-        (f"+{part}", part.replace("_", " "), part and not part.isdigit()),
+        (f"+{run.part}", f"{run.part}".replace("_", " "), pd.notna(run.part)),
     ]
     codes, words, _ = zip(("", arm.title, True), *filter(itemgetter(2), extras), strict=True)
     return run.arm + "".join(codes), ", ".join(filter(None, words))

@@ -36,7 +36,8 @@ def find_paths(
     """Return the kept checkpoints and ends of an arm's runs; `data` instead of the arm's own."""
     data, base = data or evidence.study.arms[arm].data, Run(size, MAIN_BASE).base_id
     wanted = {"arm": arm, "base": base, "start": start, "data": data, "status": "completed"}
-    runs = evidence.runs[(evidence.runs[list(wanted)] == wanted).all(axis=1)]
+    is_wanted = (evidence.runs[list(wanted)] == wanted).all(axis=1) & evidence.runs.part.isna()
+    runs = evidence.runs[is_wanted]
     stems = runs.id.str.split("@").str[0]
     return runs[stems.isin(stems[runs.id.str.contains("@")])]
 
@@ -82,7 +83,7 @@ def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str,
     both = np.isfinite(ours) & np.isfinite(full)
     gaps = np.where(both, ours, np.nan) - full
     levels = np.flatnonzero(both[:-DRAWS].all(axis=0))
-    return {f"all_r8 - fft at {LEVELS[one]:.2f}": Estimate.of(gaps[:, one]) for one in levels}
+    return {f"at {LEVELS[one]:.2f}": Estimate.of(gaps[:, one]) for one in levels}
 
 
 def list_endings(evidence: Evidence) -> pd.DataFrame:

@@ -21,8 +21,9 @@ STYLE = {
     "legend.frameon": False,
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-HEADLINE = ["base", "study", "study_tuned", "all_r8", "all_r64", "all_r8_vocabulary", "fft_frozen"]
-HEADLINE += ["fft"]  # arms
+MAIN_SETS = ["combinations", "unseen"]
+HEADLINE = ["base", "study", "fft_script", "study_tuned", "all_r8", "all_r64", "all_r8_vocabulary"]
+HEADLINE += ["fft_frozen", "fft"]  # arms
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -67,7 +68,7 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
 def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the headline's cells in its order, whether their rates are final or not."""
     usual = cells.cell.str.replace(r"\*[^/~@^#]*", "", regex=True)
-    rows = cells[usual.isin(HEADLINE) & cells["set"].isin(["combinations", "unseen"])]
+    rows = cells[usual.isin(HEADLINE) & cells["set"].isin(MAIN_SETS)]
     places = pd.factorize(rows["size"])[0] * len(HEADLINE) + rows.arm.map(HEADLINE.index)
     return rows.iloc[places.argsort(kind="stable")]
 

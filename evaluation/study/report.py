@@ -25,7 +25,7 @@ from evaluation.study import claims
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
 from evaluation.study.edition1 import tabulate_edition1
-from evaluation.study.figures import DECODING_TITLES, FIGURES, select_headline
+from evaluation.study.figures import DECODING_TITLES, FIGURES, MAIN_SETS, select_headline
 from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR, UserError, make_parser, run_script, write_text
 
@@ -90,7 +90,7 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
             texts = ["-" if np.isinf(one) else f"{one:.0%}" for one in shares[0]]
             columns[f"{evidence.study.arms[arm].title}, {title}"] = texts
     table = pd.DataFrame(columns, pd.Index(LEVELS, name="level").map("{:.0%}".format))
-    return table if table.empty else table.reset_index()
+    return table if table.empty else table[table.ne("-").any(axis=1)].reset_index()
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
@@ -150,22 +150,24 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
     tables["capacity"] = [facts.round(3).reset_index()]
-    tables |= dict.fromkeys(["headline", "shares", "kinds", "costs", "parts"], [])
+    tables |= dict.fromkeys(["headline", "shares", "other_sets", "kinds", "costs", "parts"], [])
     if cells.empty:
         return tables
     cells, final = label_rows(cells), label_rows(evidence.final)
-    parts = evidence.runs[evidence.runs.id.str.contains("@[a-z]")]
+    parts = evidence.runs[evidence.runs.part.notna()]
     if not parts.empty:
         tables["parts"] = [tabulate_shares(label_rows(tabulate_cells(evidence, parts)))]
     kinds = select_headline(cells).groupby([*CELL, "set"], sort=False)
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
+    kinds = kinds.replace("-0%", "0%", regex=True)
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
     means = runs.groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     return tables | {
         "headline": [tabulate_shares(select_headline(cells))],
-        "shares": [tabulate_shares(cells)],
-        "kinds": [kinds.replace("-0%", "0%", regex=True).reset_index()],
+        "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
+        "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
+        "kinds": [kinds.loc[:, kinds.ne("0% / 0%").any()].reset_index()],
         "costs": [costs.reset_index()],
     }
 

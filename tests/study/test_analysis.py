@@ -14,7 +14,7 @@ from model.files import UserError
 from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
 NAMES = ["headline", "shares", "kinds", "keeping", "harm", "capacity", "rates", "costs", "claims"]
-NAMES += ["gates", "endings", "edition1", "answers", "parts"]
+NAMES += ["gates", "endings", "edition1", "answers", "parts", "other_sets"]
 PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES)
 
 
