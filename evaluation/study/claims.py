@@ -183,7 +183,7 @@ def judge_gates(evidence: Evidence) -> pd.DataFrame:
 
 
 def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a row a claim with its verdict, and a row an estimate.
+    """Return a row a claim with its verdict and its fewest seeds, and a row an estimate.
 
     Nothing is concluded on a claim one of whose sizes has a gate that does not hold.
     """
@@ -194,7 +194,8 @@ def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
         if verdict in ("supported", "refuted", "open") and not shut.empty:
             verdict = f"no conclusion: {', '.join(shut.gate + ' ' + shut.state)}"
         row = {"claim": claim.name, "text": claim.text, "prediction": claim.prediction}
-        claims.append(row | {"verdict": verdict})
+        seeds = min((len(one.by_seed) for *_, one in found), default=0)
+        claims.append(row | {"verdict": verdict, "seeds": seeds or "-"})
         estimates += found
     columns = ["claim", "estimate", "size", "decoding", "bases", "value"]
     table = pd.DataFrame(estimates, columns=columns).drop_duplicates(columns[:4])

@@ -1,4 +1,4 @@
-"""Write the tables and figures of README.md and evaluation/REPORT.md from the committed results.
+"""Write tables and figures of README.md, REPORT.md and TABLES.md from the committed results.
 
     python evaluation/study/report.py      # or: make report
 
@@ -29,7 +29,7 @@ from evaluation.study.figures import DECODING_TITLES, FIGURES, MAIN_SETS, select
 from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR, UserError, make_parser, run_script, write_text
 
-FILES = ("README.md", "evaluation/REPORT.md")
+FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
 ANSWERS = 2  # prompts whose answers are shown
@@ -141,7 +141,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     endings = list_endings(evidence)
     endings["bound"] = endings.bound.map("{:.2f}".format)
     endings["endless"] = endings.endless.map("{:.0%}".format)
-    tables = {"claims": [verdicts] + [estimates] * (not estimates.empty), "endings": [endings]}
+    tables = {"claims": [verdicts], "estimates": [estimates], "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
     harm = "xs", ("medical", "combinations"), "fft", "medical"
     paths = tabulate_frontiers(evidence), tabulate_frontiers(evidence, *harm)

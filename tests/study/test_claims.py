@@ -108,6 +108,17 @@ def test_nothing_is_concluded_where_a_gate_fails(tmp_path: Path) -> None:
     assert judge(tmp_path, "C3") == "no conclusion: G2 xs fails"
 
 
+def test_a_claim_names_its_fewest_seeds(tmp_path: Path) -> None:
+    """All runs have 3 seeds, but one arm lost its third."""
+    write_runs(tmp_path, GATES | CASES["C3"][0])
+    path = tmp_path / "runs.jsonl"
+    for expected, lost in ((3, "nothing"), (2, "study_tuned-e4-lr0.01-s3")):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if lost not in line))
+        table = claims.judge_claims(analysis.load_evidence(tmp_path))[0].set_index("claim")
+        assert table.seeds["C3"] == expected and table.seeds["C6"] == "-"
+
+
 def test_a_condition_needs_interval_and_seeds() -> None:
     """All are within the bounds, unless the condition speaks of the estimate alone."""
     found = analysis.Estimate(0.3, 0.25, 0.35, (0.31, 0.19))
