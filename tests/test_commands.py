@@ -1,4 +1,4 @@
-"""The commands of README.md, the reports and docstrings: their scripts and flags exist."""
+"""Check that the scripts and flags of documented commands exist."""
 
 import importlib
 import re

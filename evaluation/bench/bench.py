@@ -3,9 +3,9 @@
     python evaluation/bench/bench.py                     # or: make bench
     python evaluation/bench/bench.py --sizes xs --quick  # does it run? too few turns to report
 
-An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", that with
+An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", the same with
 MiniMind's loading; "trainer", Trainer with PEFT, not compiled. Arms take turns. Numbers are medians
-without first steps. "% of the peak", that of a large product, is MFU. "Batches" needs a GPU.
+without first steps. MFU is "% of the peak", of a large product. "Batches" needs a GPU.
 """
 
 import json

@@ -4,9 +4,9 @@ r"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL
     python evaluation/study/measure.py out/study/RUN_read_rows --sets combinations unseen \
         --add_to RUN --output record.json
 
-run.py calls it in a process of its own for each run. --add_to is for a checkpoint that
-update_analysis.py made of a run's: runs.jsonl gets the line RUN@read_rows. prompts.csv lists the
-prompts in the order of the outcome strings and of NLL by sequence.
+run.py calls it in a process of its own for each run. --add_to is for a run's checkpoint that
+update_analysis.py changed: runs.jsonl gets the line RUN@read_rows. prompts.csv lists the prompts in
+the order of the outcome strings and of NLL by sequence.
 """
 
 import sys

@@ -2,16 +2,16 @@ r"""What fine-tuning changed: dW = W - W0 of a checkpoint or an adapter, matrix 
 
     python evaluation/updates/update_analysis.py --base out/pretrain --tuned out/full_sft
 
-prints ranks and intruder dimensions (spectra.py), and writes them to <tuned>/update_analysis.json
-with the shares of squared norm and of parameters by kind of module and by layer. With one of these
+prints ranks and intruder dimensions (spectra.py), and shares of squared norm and of parameters by
+kind of module. <tuned>/update_analysis.json has these, and the shares by layer. With one of these
 flags it writes checkpoints with a part of the update instead, for eval_llm.py and transformers:
 
     --truncate 1 2 4 8 16     <tuned>_rank<r>: dW of each linear layer cut to rank r
     --keep square mlp,norms   <tuned>_only_<parts>: the base, and the update of these parts alone
     --random_rank 8 --seed 0  <tuned>_random_rank8_seed0: a random update of rank 8 with the norm
                               of dW in each linear layer, the control for --truncate
-    --restore_rows FILE...    <tuned>_read_rows: of the embedding's update only the rows of tokens
-                              that occur in these conversations
+    --restore_rows FILE...    <tuned>_read_rows: the tuned model, with the base's embedding rows of
+                              tokens that are in none of these conversations
 
 --truncate and --random_rank keep the update of embedding and norms.
 """
