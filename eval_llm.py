@@ -79,7 +79,7 @@ def check_args(args: argparse.Namespace) -> None:
         "--wrap_documents: is of --text_nll_data": args.wrap_documents and not args.text_nll_data,
         "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
         "--judge, --translator, --limit, --no_template, --prompts: of probing": is_other and asking,
-        f"{', '.join(map(str, missing))}: not there; train it or mend the path": missing,
+        f"{', '.join(map(str, missing))}: not there; make it or mend the path": missing,
     }
     for message, is_wrong in problems.items():
         if is_wrong:

@@ -215,13 +215,14 @@ def load_tokens(
     key["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     key["max_seq_len"] = max_seq_len if kind == "sft" else None  # blocks are cut later
     cached = CACHE_DIR / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
-    CACHE_DIR.mkdir(parents=True, exist_ok=True)
-    with FileLock(cached.with_name(f".{cached.name}.lock")):
-        if not cached.is_file():  # of several processes, the first one tokenizes
-            arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
-            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            header = {"counts": json.dumps(counts)}
-            write_aside(cached, partial(save_file, tensors, metadata=header))
+    if not cached.is_file():
+        CACHE_DIR.mkdir(parents=True, exist_ok=True)
+        with FileLock(cached.with_name(f".{cached.name}.lock")):
+            if not cached.is_file():  # of several processes, the first one tokenizes
+                arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                header = {"counts": json.dumps(counts)}
+                write_aside(cached, partial(save_file, tensors, metadata=header))
     with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         counts = json.loads(file.metadata()["counts"])

@@ -4,9 +4,11 @@
 
 page.html is the frame, page.css its style, page.js its behavior. Outputs are JSON in a data block
 whose every `<` is escaped; page.js puts them on the page as text nodes. A Content-Security-Policy
-keeps the page from the network.
+runs the one script and the one style of this build, known by their hashes, and nothing else.
 """
 
+import base64
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset.checks import LOOP
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import FLAGS, OUTPUT_DIR
+from evaluation.probe.prompts import PROMPTS_FILE
 from model.files import UserError, escape_control, make_parser, read_json, run_script, write_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -30,6 +33,8 @@ def build_page(outputs: Path) -> str:
     parts = {"data": json.dumps(collect_data(folders)).replace("<", "\\u003c")}
     for name, file in {"style": "page.css", "script": "page.js"}.items():
         parts[name] = (FOLDER / file).read_text("utf-8")
+        digest = base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode()
+        parts[f"{name}_hash"] = f"sha256-{digest}"
     return Template((FOLDER / "page.html").read_text("utf-8")).substitute(parts)
 
 
@@ -66,12 +71,15 @@ def describe_answer(sample: dict) -> dict:
 
 def describe_arm(folder: Path) -> dict:
     """Describe what a folder's answers come from, by its results.json."""
-    results = read_json(folder / "results.json")
-    training = results["training"]
+    path = folder / "results.json"
+    results = read_json(path) if path.is_file() else {}
+    training = results.get("training") or {"title": folder.name}
     rate, base, stage = map(training.get, ("learning_rate", "base", "stage"))
-    rows = reversed(results["summary"])  # of several decodings the first counts
+    rows = reversed(results.get("summary", []))  # of several decodings the first counts
     shares = {row["measure"]: row["value"] for row in rows if row["section"] == "all"}
     notes = [f"learning rate {rate:g}" if rate else "", f"from {base}" if base else ""]
+    prompts = results.get("provenance", {}).get("prompts", {}).get("file", PROMPTS_FILE.name)
+    notes.append("" if prompts == PROMPTS_FILE.name else f"prompts of {prompts}")
     return {
         "name": escape_control(folder.name),
         "title": escape_control(training["title"]),
@@ -101,13 +109,14 @@ def choose_headline(arms: list[dict]) -> list[str]:
     return list(dict.fromkeys(arm["name"] for arm in chosen))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Write index.html beside the folders."""
     parser = make_parser(__doc__)
     parser.add_argument("--outputs", type=Path, default=OUTPUT_DIR)
     args = parser.parse_args(argv)
     write_text(args.outputs / "index.html", build_page(args.outputs))
     print(f"wrote {args.outputs / 'index.html'}")
+    return 0
 
 
 if __name__ == "__main__":

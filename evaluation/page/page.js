@@ -16,6 +16,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+const linkedId = () => decodeURIComponent(location.hash.slice(1));
 const isBad = (kind) => kind !== "correct";
 
 /* What two models can differ in: the kinds of answer, or the text where nothing was checked. */
@@ -56,6 +57,7 @@ function drawAnswer(answer, isAlone) {
 }
 
 function drawPrompt(prompt, columns) {
+  const link = make("a", { href: `#${encodeURIComponent(prompt.id)}` }, prompt.id);
   const boxes = columns.map(({ arm, said }) =>
     make(
       "div",
@@ -67,8 +69,8 @@ function drawPrompt(prompt, columns) {
   );
   return make(
     "article",
-    {},
-    make("code", {}, prompt.id),
+    { class: prompt.id === linkedId() ? "current" : "" },
+    link,
     make("span", { class: "soft" }, ` ${prompt.section}`),
     make("h2", {}, prompt.prompt),
     prompt.prompt_translation && make("p", { class: "soft" }, prompt.prompt_translation),
@@ -92,6 +94,16 @@ function render() {
   byId("count").textContent = `${cards.length} of ${data.prompts.length} prompts`;
 }
 
+/* Draws, and goes to the prompt that the address names; filters that hide it are cleared. */
+function follow() {
+  render();
+  if (linkedId() && !document.querySelector(".current")) {
+    byId("controls").reset();
+    render();
+  }
+  document.querySelector(".current")?.scrollIntoView();
+}
+
 function setOptions(select, first, values) {
   const options = values.map((value) => make("option", { value }, label(value)));
   select.replaceChildren(make("option", { value: "" }, first), ...options);
@@ -111,4 +123,5 @@ byId("filters").open = matchMedia("(min-width: 60rem)").matches;
 byId("controls").addEventListener("input", render);
 byId("controls").addEventListener("submit", (event) => event.preventDefault());
 byId("controls").addEventListener("reset", () => setTimeout(render));
-render();
+addEventListener("hashchange", follow);
+follow();

@@ -10,6 +10,7 @@ from dataset.checks import LOOP
 from dataset.lm_dataset import encode_batch, encode_conversations
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import Checkpoint
+from model.files import UserError
 from model.generation import MAX_NEW_TOKENS, Decoding, generate
 
 DECODINGS = ("greedy", "t0.85p0.85")  # by default; the second is the original study's
@@ -26,8 +27,8 @@ def probe(
 ) -> list[dict]:
     """Ask every prompt once per decoding and seed; greedy decoding draws nothing and runs once.
 
-    Samples come in the order decoding, seed, prompt. Without the chat template a prompt is its text
-    after the first token of a text.
+    Samples come in the order decoding, seed, prompt. A prompt that leaves no room is refused.
+    Without the chat template a prompt is its text after the first token of a text.
     """
     model, tokenizer = checkpoint
     if has_template:
@@ -36,6 +37,11 @@ def probe(
     else:
         texts = encode_batch(tokenizer, [prompt.text for prompt in prompts], special=False)
         encoded = [[tokenizer.bos_token_id, *ids] for ids in texts]
+    limit = model.config.max_position_embeddings - max_new_tokens
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) > limit:
+            what = f"{prompt.id}: the prompt has {len(ids)} tokens, more than the {limit} that fit"
+            raise UserError(f"{what}; shorten it or lower --max_new_tokens")
     rounds = dict.fromkeys((d, None if d == "greedy" else s) for d in decodings for s in seeds)
     samples = []
     for name, seed in tqdm(rounds, desc="probing", unit="round", disable=None, leave=False):

@@ -21,6 +21,7 @@ from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, capitalize, read_toml, with_article
 from dataset.world.generate import write_records
 from evaluation.probe.prompts import CJK
+from model.files import UserError
 
 STORE_FILE = "translations.jsonl"
 MAX_TOKENS = 256  # of a line that a model translates
@@ -109,8 +110,13 @@ class ModelTranslator:
 
     def __init__(self, path: str, device: str):
         self.name = Path(path).name
-        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True).to(device)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--translator {path}: {reason}; name 'world' or a model") from error
+        self.model = model.to(device)
 
     @torch.inference_mode()
     def translate(self, text: str) -> str:

@@ -2,8 +2,9 @@
 
     python evaluation/probe/world_facts.py out/full_sft model/base_xs
 
-The facts are those that the probes' tuning prompts ask for. A fact is known if its statement, as
-the pretraining text has it, is the likeliest of the statements with each value of the attribute.
+The facts are those that prompts ask for, here the prompts of the tuning halves. A fact is known if
+its statement, as the pretraining text has it, is the likeliest of the statements with each value of
+the attribute.
 """
 
 import sys

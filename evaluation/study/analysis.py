@@ -1,9 +1,9 @@
 """Compute the second edition's shares of answers, with intervals, by cell.
 
 A cell is all seeds of one way of training. Its name, without parts that have their default, is
-`arm[*rate][/epochs][~pairs][@base][^start][#data]`. The bootstrap draws training seeds and clusters
-of test prompts with replacement, the same for all arms that are compared. A cluster holds the
-prompts on a thing, or on a thing and a skill.
+`arm[*rate][/epochs][~pairs][@base][^start][#data][+part]`. The bootstrap draws
+training seeds and clusters of test prompts with replacement, the same for all arms that are
+compared. A cluster holds the prompts on a thing, or on a thing and a skill.
 """
 
 import re
@@ -184,7 +184,7 @@ def select_reported(evidence: Evidence) -> pd.DataFrame:
         is_trial = "*" in run.cell and not evidence.study.arms[run.arm].fixed
         is_trial = is_trial and run.learning_rate != evidence.sweeps[run.size, run.arm].leading
         rows.append(not is_trial and set(run.outcomes) == sets)
-    return evidence.final[rows]
+    return evidence.final[np.array(rows, dtype=bool)]
 
 
 def tabulate_cells(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:

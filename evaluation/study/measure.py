@@ -9,6 +9,7 @@ update_analysis.py changed: runs.jsonl gets the line RUN@read_rows. prompts.csv 
 the order of the outcome strings and of NLL by sequence.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -110,6 +111,20 @@ def measure_checkpoint(
     return {"outcomes": outcomes, "scalars": scalars, "nll": nll}
 
 
+def find_whole(args: argparse.Namespace) -> dict:
+    """Return the line of the run --add_to, under the name of its part; refuse what does not fit."""
+    if args.facts or args.only_tune:
+        raise UserError("--add_to: a part is asked whole sets; drop --facts and --only_tune")
+    lines = {line["id"]: line for _, line in read_jsonl(args.study_dir / "runs.jsonl")}
+    run, _, part = args.folder.resolve().name.partition(f"{args.add_to}_")
+    name = f"{args.add_to}@{part}"
+    if lines.get(args.add_to, {}).get("status") != "completed" or run or not part:
+        raise UserError(f"--add_to {args.add_to}: no completed run, or {args.folder} is not of it")
+    if name in lines:
+        raise UserError(f"--add_to: runs.jsonl has {name} already; remove its line first")
+    return lines[args.add_to] | {"id": name, "step": None}
+
+
 def main() -> None:
     """Measure a checkpoint and write the record."""
     parser = make_parser(__doc__)
@@ -124,6 +139,7 @@ def main() -> None:
     parser.add_argument("--add_to", help="run of study_dir whose changed checkpoint this is")
     args = parser.parse_args()
     study, data = read_study(args.study_dir), list_files(args.world)
+    whole = find_whole(args) if args.add_to else None
     check_prompts(data, args.study_dir / "prompts.csv")
     checkpoint = load_checkpoint(args.folder)
     if args.facts:
@@ -133,12 +149,9 @@ def main() -> None:
         found = measure_checkpoint(study, checkpoint, data, args.base, args.sets, args.only_tune)
     found["weights"] = weights_fingerprint(checkpoint[0])
     write_json(args.output, found)
-    if args.add_to:
-        lines = [line for _, line in read_jsonl(args.study_dir / "runs.jsonl")]
-        (line,) = [line for line in lines if line["id"] == args.add_to]
+    if whole:
         del found["nll"]
-        part = {"id": args.folder.name.replace(args.add_to + "_", args.add_to + "@"), "step": None}
-        append_run(args.study_dir, line | found | part)
+        append_run(args.study_dir, whole | found)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from model.files import REPO_DIR, UserError, make_parser, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
+FIGURE_OF = {"shares": "headline"}  # a block that shows another one's figure
 NOTHING = "Not run yet."
 ANSWERS = 2  # prompts whose answers are shown
 CELL = ["size", "trained", "rate"]
@@ -90,7 +91,8 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
             texts = ["-" if np.isinf(one) else f"{one:.0%}" for one in shares[0]]
             columns[f"{evidence.study.arms[arm].title}, {title}"] = texts
     table = pd.DataFrame(columns, pd.Index(LEVELS, name="level").map("{:.0%}".format))
-    return table if table.empty else table[table.ne("-").any(axis=1)].reset_index()
+    is_kept = table.ne("-").any(axis=1) | (np.arange(len(table)) == 0)
+    return table if table.empty else table[is_kept].reset_index()
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
@@ -154,7 +156,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     if cells.empty:
         return tables
     cells, final = label_rows(cells), label_rows(evidence.final)
-    parts = evidence.runs[evidence.runs.part.notna()]
+    is_reported = evidence.runs.id.str.partition("@")[0].isin(select_reported(evidence).id)
+    parts = evidence.runs[evidence.runs.part.notna() & is_reported]
     if not parts.empty:
         tables["parts"] = [tabulate_shares(label_rows(tabulate_cells(evidence, parts)))]
     kinds = select_headline(cells).groupby([*CELL, "set"], sort=False)
@@ -167,17 +170,17 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "headline": [tabulate_shares(select_headline(cells))],
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
-        "kinds": [kinds.loc[:, kinds.ne("0% / 0%").any()].reset_index()],
+        "kinds": [kinds.reset_index()],
         "costs": [costs.reset_index()],
     }
 
 
 def fill_block(found: re.Match[str], tables: dict, titles: dict, place: str) -> str:
     """Return a block of a file made anew; `place` is the figures' folder as the file links it."""
-    name = found[1]
+    name, figure = found[1], FIGURE_OF.get(found[1], found[1])
     if name not in tables:
         raise UserError(f"no block {name!r}; there are {', '.join(tables)}")
-    parts = [f"![{titles[name]}]({place}/{name}.svg)"] if name in titles else []
+    parts = [f"![{titles[figure]}]({place}/{figure}.svg)"] if figure in titles else []
     text = "\n\n".join([*parts, *map(to_table, tables[name])]) or NOTHING
     return f"<!-- study:{name} -->\n{text}\n<!-- /study:{name} -->"
 

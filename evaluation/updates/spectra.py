@@ -29,7 +29,7 @@ def cut_to_rank(delta: Tensor, rank: int) -> Tensor:
 
 
 def draw_low_rank(delta: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Return a product of two Gaussian factors, of this rank and with the norm of `delta`."""
+    """Return a product of two Gaussian factors, of at most this rank, with the norm of `delta`."""
     rows, columns = delta.shape
     b = torch.randn(rows, rank, dtype=delta.dtype, generator=generator)
     a = torch.randn(rank, columns, dtype=delta.dtype, generator=generator)

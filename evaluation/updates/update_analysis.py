@@ -35,7 +35,7 @@ from model.checkpoint import load_checkpoint, load_model, load_tokenizer, save_m
 from model.files import UserError, make_parser, run_script, write_json
 from model.model_lora import merge_lora, select_trainable
 from model.model_minimind import EMBEDDING_WEIGHT, MiniMindForCausalLM, weights_fingerprint
-from trainer.arguments import MAX_SEQ_LEN, SIZE
+from trainer.arguments import SIZE
 
 Update = dict[str, Tensor]  # float64, by the name of the weight; a tied head is the embedding
 
@@ -85,8 +85,11 @@ def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
         name = f"_random_rank{args.random_rank}_seed{args.seed}"
         variants[name] = change_linears(delta, draw)
     if args.restore_rows:
-        data = load_dataset("sft", args.restore_rows, load_tokenizer(args.base), MAX_SEQ_LEN)
-        rows = delta[EMBEDDING_WEIGHT]
+        tokenizer, longest = load_tokenizer(args.base), 2**20  # no conversation is cut
+        data, rows = (
+            load_dataset("sft", args.restore_rows, tokenizer, longest),
+            delta[EMBEDDING_WEIGHT],
+        )
         read = torch.isin(torch.arange(len(rows)), torch.from_numpy(np.unique(data.tokens)).long())
         variants["_read_rows"] = delta | {EMBEDDING_WEIGHT: rows * read[:, None]}
     return variants

@@ -1,11 +1,7 @@
-"""Token ids, labels and batches are those of edition 1, whose results they must be comparable to.
-
-MINIMIND_DATA=folder adds the corpora of the study to the test, if the folder holds them.
-"""
+"""Token ids, labels and batches are those of edition 1, with which results are compared."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +23,13 @@ def hash_samples(dataset: TokenDataset) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("name", [*GOLDENS["data"], *GOLDENS["corpora"]])
+@pytest.mark.parametrize("name", GOLDENS["data"])
 def test_tokens_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(lm_dataset, "CACHE_DIR", tmp_path / "cache")
-    if name in GOLDENS["data"]:
-        write_corpora(tmp_path)
-        kind, file, *size = name.split()
-        path, length, size = tmp_path / file, 64, int(size[0]) if size else None
-    else:
-        kind = "pretrain" if name.startswith("pretrain") else "sft"
-        path, length, size = Path(os.environ.get("MINIMIND_DATA", "nowhere")) / name, 340, None
-    if not path.is_file():
-        pytest.skip("MINIMIND_DATA names no folder with this corpus")
-    dataset = load_dataset(kind, [path], load_tokenizer(), length, size)
-    golden = (GOLDENS["data"] | GOLDENS["corpora"])[name]
+    write_corpora(tmp_path)
+    kind, file, *size = name.split()
+    dataset = load_dataset(kind, [tmp_path / file], load_tokenizer(), 64, *map(int, size))
+    golden = GOLDENS["data"][name]
     assert hash_samples(dataset) == golden["sha256"]
     # Counts are of the chosen samples today; copies and lost tails are not counted.
     info = golden["info"] | golden["info"].get("kept", {})

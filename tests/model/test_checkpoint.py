@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
+from dataset.lm_dataset import read_jsonl
 from model import checkpoint
 from model.checkpoint import TOKENIZER_DIR, find_base, load_checkpoint, load_model, save_model
-from model.files import UserError
+from model.files import REPO_DIR, UserError
 from model.model_lora import LoraSettings
 from model.model_minimind import weights_fingerprint
 from tests.model.small import IDS, SMALL, compute_logits, make_model, save_adapter
@@ -20,6 +21,12 @@ from tests.model.small import IDS, SMALL, compute_logits, make_model, save_adapt
 def folder(tmp_path: Path) -> Path:
     save_model(make_model(), TOKENIZER_DIR, tmp_path / "base")
     return tmp_path / "base"
+
+
+def test_the_base_that_ships_is_that_of_the_committed_runs() -> None:
+    runs = [run for _, run in read_jsonl(REPO_DIR / "evaluation/study/runs.jsonl")]
+    (base,) = [run for run in runs if run["id"] == "xs-world-wrapped42"]
+    assert weights_fingerprint(load_model(REPO_DIR / "model/base_xs")) == base["weights"]
 
 
 def edit_json(path: Path, **changes: object) -> None:

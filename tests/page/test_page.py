@@ -73,7 +73,7 @@ def outputs(tmp_path_factory) -> Path:
 def test_it_is_one_file_that_names_nothing_else(outputs, tmp_path):
     with pytest.raises(UserError, match="holds no outputs; probe a checkpoint"):
         build_page(tmp_path)
-    main(["--outputs", str(outputs)])
+    assert main(["--outputs", str(outputs)]) == 0
     html = (outputs / "index.html").read_text()
     assert html.count("<script") == 2 and "default-src 'none'" in html
     assert not set("\x1b\u202e\u2028") & set(html)
@@ -106,7 +106,7 @@ def tab() -> Iterator[Page]:
 
 @pytest.fixture
 def page(tab: Page, outputs: Path) -> Page:
-    """Open the page anew: no filter."""
+    """Open the page anew: no filter, no link."""
     (outputs / "page.html").write_text(build_page(outputs), encoding="utf-8")
     tab.goto("about:blank")
     tab.goto((outputs / "page.html").as_uri())
@@ -114,7 +114,7 @@ def page(tab: Page, outputs: Path) -> Page:
 
 
 def prompt_ids(page: Page) -> list[str]:
-    return page.locator("article > code").all_text_contents()
+    return page.locator("article > a").all_text_contents()
 
 
 def read_answers(page: Page, number: int = 0) -> list[str]:
@@ -174,7 +174,7 @@ def test_filters_and_search(page):
     assert prompt_ids(page) == [] and page.inner_text("#count") == "0 of 3 prompts"
 
 
-def test_decodings_and_models(page):
+def test_decodings_models_and_links(page):
     page.select_option("#decoding", "t0.85p0.85")
     assert read_answers(page)[2:4] == ["It is Lyon. (0)", "It is Lyon. (1)"]
     page.select_option("#decoding", "")
@@ -186,3 +186,10 @@ def test_decodings_and_models(page):
     page.get_by_label("<b onclick=hack()>").check()  # a user's own
     assert read_answers(page) == ["Rome.", "It is Lyon."]
     assert page.locator("h3").first.text_content().startswith("<i>mine")
+
+    page.evaluate("location.hash = '#story%2F03'")  # which the models on the page were not asked
+    page.wait_for_selector(".current")
+    assert page.locator(".current > a").text_content() == "story/03"
+    assert page.locator(".current > a").get_attribute("href") == "#story%2F03"
+    page.reload()
+    assert page.locator(".current > a").text_content() == "story/03"

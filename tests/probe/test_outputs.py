@@ -1,13 +1,16 @@
 """Saved outputs: what was trained, and hostile text that must stay inert."""
 
 import json
+from operator import itemgetter
 
+from dataset.lm_dataset import read_jsonl
 from evaluation.probe import outputs
-from evaluation.probe.answers import make_sample
+from evaluation.probe.answers import make_sample, probe
 from evaluation.probe.measures import summarize
-from evaluation.probe.outputs import describe_training
-from evaluation.probe.prompts import Prompt
-from model.checkpoint import load_tokenizer
+from evaluation.probe.outputs import OUTPUT_DIR, describe_training
+from evaluation.probe.prompts import PROMPTS_FILE, Prompt, read_prompts
+from model.checkpoint import load_checkpoint, load_tokenizer
+from model.files import REPO_DIR
 
 HOSTILE = "</pre>\n````\n# Heading\n<script>alert(1)</script>\x1b[31m\x9b\u202e|[x](javascript:0)"
 SETTINGS = {"from_weight": "out/base", "data_path": ["a.jsonl", "b.jsonl"], "learning_rate": 1e-4}
@@ -32,6 +35,14 @@ def test_what_was_trained(tmp_path):
     run = {"stage": "pretrain", "settings": {"from_weight": "none"}}
     assert describe(run) == ["base", "all weights", None]
     assert describe({})[:2] == ["mine", "not known: no run.json beside the weights"]
+
+
+def test_committed_answers_can_be_made_again():
+    """Those of the base to the first 2 prompts; T=0.85 draws by the seed."""
+    saved = [line for _, line in read_jsonl(OUTPUT_DIR / "xs-world-wrapped42" / "samples.jsonl")]
+    again = probe(load_checkpoint(REPO_DIR / "model/base_xs"), read_prompts(PROMPTS_FILE, 2))
+    place = itemgetter("id", "decoding", "seed", "output")
+    assert {*map(place, again)} <= {*map(place, saved)}
 
 
 def test_hostile_text_is_inert_and_nothing_is_lost(tmp_path, capsys):

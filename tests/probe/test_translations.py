@@ -11,6 +11,7 @@ from evaluation.probe import translations
 from evaluation.probe.prompts import CJK
 from evaluation.probe.translations import STORE_FILE, WorldTranslator, translate_samples
 from model.checkpoint import load_tokenizer
+from model.files import UserError
 
 WORLD = WorldTranslator()
 
@@ -100,5 +101,5 @@ def test_a_model_translates_line_by_line(tmp_path, monkeypatch):
     assert translator.name == "tiny-zh-en"
     alone = translator.translate("你好")
     assert alone and translator.translate("1. OK\n你好\n\nBye") == f"1. OK\n{alone}\n\nBye"
-    with pytest.raises(OSError, match="nothing"):
+    with pytest.raises(UserError, match="--translator .*nothing: .*'world' or a model"):
         translations.ModelTranslator(str(tmp_path / "nothing"), "cpu")

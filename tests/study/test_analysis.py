@@ -48,6 +48,8 @@ def test_cells_have_names_without_what_is_usual(folder: Path) -> None:
     assert titles["fft@plain42"] == "full fine-tuning, from plain42"
     assert titles["base"] == "the base alone"
     assert evidence.find_cell("fft@wrapped43", "xs").empty
+    assert evidence.runs.part.tolist().count("read_rows") == 1
+    assert evidence.final.part.isna().all()
 
 
 def test_shares_and_intervals(folder: Path) -> None:
@@ -84,6 +86,8 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     first = make_report(tmp_path, folder)
     path.write_text(first[path])
     assert make_report(tmp_path, folder) == first
+    write_prompts(tmp_path)  # a study without a run
+    assert "Not run yet" in make_report(tmp_path, tmp_path)[path]
     path.write_text("<!-- study:nothing -->\n<!-- /study:nothing -->")
     with pytest.raises(UserError, match="no block 'nothing'"):
         make_report(tmp_path, folder)

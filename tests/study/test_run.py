@@ -3,12 +3,14 @@
 import asyncio
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 
 from evaluation.study import run as runner
+from evaluation.study.measure import find_whole
 from evaluation.study.plan import Run
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import read_study
@@ -114,3 +116,17 @@ def test_editions_share_their_file(tmp_path: Path) -> None:
     for edition in (1, 2):
         append_run(tmp_path, {"id": "a", "edition": edition, "status": "completed"})
     assert [len(read_runs(tmp_path, edition)) for edition in (1, 2)] == [1, 1]
+
+
+def test_a_changed_checkpoint_is_added_to_its_run_once(tmp_path: Path) -> None:
+    append_run(tmp_path, {"id": "r", "status": "completed", "edition": 2, "step": 9})
+    given = {"study_dir": tmp_path, "facts": None, "only_tune": False, "add_to": "r"}
+    args = Namespace(**given, folder=Path("out/r_read_rows"))
+    part = find_whole(args)
+    assert part == {"id": "r@read_rows", "status": "completed", "edition": 2, "step": None}
+    for changes in ({"add_to": "lost"}, {"folder": Path("out/r")}, {"folder": Path("out/other")}):
+        with pytest.raises(UserError, match="no completed run"):
+            find_whole(Namespace(**(vars(args) | changes)))
+    append_run(tmp_path, part)
+    with pytest.raises(UserError, match="r@read_rows already"):
+        find_whole(args)
