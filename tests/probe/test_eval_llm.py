@@ -186,8 +186,8 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
         (["--model", "x", "--model", "y", "--interactive"], "chats with one --model"),
         (["--model", "model", "--judge", "model"], "--judge: is a probed --model"),
         (["--model", "x", "--interactive", "--limit", "3"], "--prompts: of probing"),
-        (["--model", "model", "--prompts", "gone.md"], "gone.md: not there; train it"),
-        (["--model", "no/such/folder"], "no/such/folder: not there; train it"),
+        (["--model", "model", "--prompts", "gone.md"], "gone.md: not there; make it"),
+        (["--model", "no/such/folder"], "no/such/folder: not there; make it"),
     ],
 )
 def test_what_cannot_work_is_refused(flags, message, monkeypatch):
