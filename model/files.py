@@ -42,7 +42,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
 
 def escape_control(text: str) -> str:
-    r"""Write control, zero-width and direction characters as \uXXXX; keep tabs and newlines."""
+    """Escape control, zero-width and direction characters; keep tabs and newlines."""
     return UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 

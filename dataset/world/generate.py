@@ -172,7 +172,7 @@ def make_record(pair: Pair, **fields: str) -> dict:
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
-    r"""Write JSON lines, whole or not at all, with control characters as \uXXXX."""
+    """Write JSON lines, whole or not at all; control characters are escaped."""
     lines = (escape_control(json.dumps(record, ensure_ascii=False)) for record in records)
     write_text(path, "".join(line + "\n" for line in lines))
 

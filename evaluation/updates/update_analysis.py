@@ -86,10 +86,8 @@ def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
         variants[name] = change_linears(delta, draw)
     if args.restore_rows:
         tokenizer, longest = load_tokenizer(args.base), 2**20  # no conversation is cut
-        data, rows = (
-            load_dataset("sft", args.restore_rows, tokenizer, longest),
-            delta[EMBEDDING_WEIGHT],
-        )
+        data = load_dataset("sft", args.restore_rows, tokenizer, longest)
+        rows = delta[EMBEDDING_WEIGHT]
         read = torch.isin(torch.arange(len(rows)), torch.from_numpy(np.unique(data.tokens)).long())
         variants["_read_rows"] = delta | {EMBEDDING_WEIGHT: rows * read[:, None]}
     return variants
