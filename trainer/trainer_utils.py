@@ -37,7 +37,7 @@ from trainer.arguments import DTYPES
 from trainer.run_folder import EXIT_CODES, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself.
-COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
+COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e16}
 
 
 def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:

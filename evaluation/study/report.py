@@ -27,7 +27,7 @@ from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_front
 from evaluation.study.edition1 import tabulate_edition1
 from evaluation.study.figures import DECODING_TITLES, FIGURES, MAIN_SETS, select_headline
 from evaluation.study.settings import RESULTS_DIR
-from model.files import REPO_DIR, UserError, make_parser, run_script, write_text
+from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
@@ -95,35 +95,51 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
     return table if table.empty else table[is_kept].reset_index()
 
 
+def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
+    """Return the saved answers of every reported run that has a folder of this name."""
+    tables = []
+    for run in evidence.final.itertuples():
+        path = OUTPUT_DIR / (run.id + suffix) / "samples.jsonl"
+        if path.is_file():
+            lines = [line for _, line in read_jsonl(path)]
+            tables.append(pd.DataFrame(lines).assign(trained=run.title))
+    return tables
+
+
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
     """Return answers, a row an arm, to the first prompts of the combinations' tuning half."""
-    tables = [pd.DataFrame(columns=["prompt", "trained", "answer", "judged"])]
-    for run in evidence.final.itertuples():
-        path = OUTPUT_DIR / f"{run.id}-probe_combinations_tune" / "samples.jsonl"
-        if path.is_file():
-            table = pd.DataFrame([line for _, line in read_jsonl(path)])[:ANSWERS]
-            texts = table[["prompt", "output"]].map(escape_markdown)
-            table = texts.assign(trained=run.title, answer=texts.output, judged=table.outcome)
-            tables.append(table[[*tables[0]]])
-    table = pd.concat(tables)
+    tables = [table[:ANSWERS] for table in read_answers(evidence, "-probe_combinations_tune")]
+    shown = pd.DataFrame(columns=["prompt", "trained", "output", "outcome"])
+    table = pd.concat([shown, *tables], join="inner")
+    table[["prompt", "output"]] = table[["prompt", "output"]].map(escape_markdown)
     table = table.sort_values("prompt", key=lambda texts: pd.factorize(texts)[0], kind="stable")
+    table = table.rename(columns={"output": "answer", "outcome": "judged"})
     return table.assign(prompt=table.prompt.mask(table.prompt.duplicated(), ""))
 
 
 def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
     """Return correct greedy answers to the prompts in free wording: a row an arm, by section."""
     rows = []
-    for run in evidence.final.itertuples():
-        path = OUTPUT_DIR / run.id / "samples.jsonl"
-        if path.is_file():
-            table = pd.DataFrame([line for _, line in read_jsonl(path)]).query(
-                "decoding == 'greedy'"
-            )
-            groups = table.outcome.eq("correct").groupby(table.section, sort=False)
-            rows.append(
-                {"trained": run.title} | groups.agg(lambda v: f"{v.sum()} of {len(v)}").to_dict()
-            )
+    for table in read_answers(evidence, ""):
+        greedy = table[table.decoding == "greedy"]
+        groups = greedy.outcome.eq("correct").groupby(greedy.section, sort=False)
+        texts = groups.agg(lambda v: f"{v.sum()} of {len(v)}")
+        rows.append({"trained": table.trained[0]} | texts.to_dict())
     return pd.DataFrame(rows)
+
+
+def tabulate_speed(folder: Path) -> list[pd.DataFrame]:
+    """Return the tables of `bench.py`, each with its processor."""
+    tables = []
+    for path in sorted(folder.glob("*.json")):
+        result = read_json(path)
+        machine = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
+        for rows in result["tables"].values():
+            table = pd.DataFrame(rows)
+            numbers = table.select_dtypes(float).map("{:,.2f}".format, na_action="ignore")
+            texts = table.assign(processor=f"{machine}, {result['dtype']}", **numbers)
+            tables.append(texts[["processor", *table]])
+    return tables
 
 
 def label_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -190,6 +206,7 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
     evidence = load_evidence(folder)
     cells = tabulate_cells(evidence, select_reported(evidence))
     tables = make_tables(evidence, cells) | {"edition1": [tabulate_edition1()]}
+    tables["speed"] = tabulate_speed(root / "evaluation/bench")
     files, titles = {}, {}
     for name, draw in FIGURES.items():
         if found := draw(evidence, cells):

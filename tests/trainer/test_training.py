@@ -428,11 +428,11 @@ def test_first_step_moves_each_by_its_own_rate(home: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("mode", "flops", "compiler", "compiles"),
     [
-        ("auto", 1.2e14, "g++", True),
-        ("auto", 1.2e14, None, False),  # falls back
-        ("auto", 5e13, "g++", False),  # would not earn it back
-        ("on", 5e13, "g++", True),
-        ("off", 2e14, "g++", False),
+        ("auto", 2.4e13, "g++", True),
+        ("auto", 2.4e13, None, False),  # falls back
+        ("auto", 1e13, "g++", False),  # would not earn it back
+        ("on", 1e13, "g++", True),
+        ("off", 4e13, "g++", False),
     ],
 )
 def test_loss_is_compiled_where_it_pays(
