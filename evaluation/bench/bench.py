@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
-from itertools import count, product
+from itertools import count, islice, product
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.benchmark import Timer
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dataset.lm_dataset import StepPlan, TokenDataset, chunks, load_dataset, read_jsonl
+from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset, read_jsonl
 from dataset.world.generate import ensure_world, write_records
 from evaluation.study.settings import read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
@@ -48,7 +48,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 40, 64
 # Names in a profile: products are operators on a CPU and kernels on a GPU.
 PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}
 TABLES = ("Training", "Start", "Generation", "Batches", "Loading")
-ARM_KEYS = ["size", "pairs", "method", "batch", "workers", "engine"]
+ARM_KEYS = ["size", "method", "batch", "workers", "engine"]
 MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
 TABLE_COLUMNS = ["MiB", "% outside products", "% waiting for data"]
 start_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
@@ -207,7 +207,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes), help="(all)")
     parser.add_argument("--parts", nargs="+", choices=TABLES, default=TABLES, help="tables (all)")
-    parser.add_argument("--pairs", type=int, default=1, help="pairs in a conversation (1)")
     parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
     parser.add_argument("--device", choices=arguments.DEVICES, default="auto", help="(auto)")
@@ -217,16 +216,16 @@ def main(argv: list[str] | None = None) -> None:
     dtype, width = arguments.choose_dtype("auto", device), 8192 if is_gpu else 4096
     result = {"git": run_folder.git_state(), "machine": machine, "dtype": dtype, "tables": tables}
     where = f"{machine['processor']}, {machine['threads']} threads, {dtype}, {torch.__version__}"
-    pairs = [record["conversations"][-2:] for _, record in read_jsonl(ensure_world()["sft"])]
-    joined = [sum(chunk, []) for chunk in chunks(pairs[: SAMPLES * args.pairs], args.pairs)]
+    lines = islice(read_jsonl(ensure_world()["sft"]), SAMPLES)
+    pairs = [{"conversations": record["conversations"][-2:]} for _, record in lines]
     matrix = torch.ones(width, width, dtype=getattr(torch, dtype), device=device)
     timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
     job = {"device": device, "dtype": dtype, "peak": 2 * width**3 / timer.timeit(4).mean}
     job |= {"engines": ("ours", "trainer"), "methods": METHODS, "method": "FFT", "batch": 32}
     job |= {"turns": 1 if args.quick else 5, "steps": 50 if is_gpu else 4, "workers": 0}
     with tempfile.TemporaryDirectory(prefix="bench") as name:
-        job |= {"folder": Path(name), "size": args.sizes[-1], "pairs": args.pairs, "compiles": "on"}
-        write_records(job["folder"] / "chats.jsonl", [{"conversations": chat} for chat in joined])
+        job |= {"folder": Path(name), "size": args.sizes[-1], "compiles": "on"}
+        write_records(job["folder"] / "chats.jsonl", pairs)
         for size in args.sizes:
             model = MiniMindForCausalLM(minimind_config(**sizes[size].shape))
             save_model(model, TOKENIZER_DIR, job["folder"] / size)

@@ -109,14 +109,13 @@ def choose_headline(arms: list[dict]) -> list[str]:
     return list(dict.fromkeys(arm["name"] for arm in chosen))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Write index.html beside the folders."""
     parser = make_parser(__doc__)
     parser.add_argument("--outputs", type=Path, default=OUTPUT_DIR)
     args = parser.parse_args(argv)
     write_text(args.outputs / "index.html", build_page(args.outputs))
     print(f"wrote {args.outputs / 'index.html'}")
-    return 0
 
 
 if __name__ == "__main__":

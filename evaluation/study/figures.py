@@ -35,13 +35,8 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     panels = table.groupby("panel", sort=False)
     names = list(dict.fromkeys(table.y)) if "low" in table else []
     with mpl.rc_context(STYLE):
-        how = {
-            "sharex": True,
-            "sharey": True,
-            "squeeze": False,
-            "figsize": (1 + 4.5 * len(panels), 3),
-        }
-        figure, axes = plt.subplots(1, len(panels), **how)
+        size, how = (1 + 4.5 * len(panels), 3), {"sharex": True, "sharey": True, "squeeze": False}
+        figure, axes = plt.subplots(1, len(panels), figsize=size, **how)
         for ax, (panel, points) in zip(axes[0], panels, strict=True):
             for i, (label, rows) in enumerate(points.groupby("series", sort=False)):
                 if names:

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter
 from dataset.checks import KINDS
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
-from evaluation.study import claims
+from evaluation.study import analysis, claims
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
 from evaluation.study.edition1 import tabulate_edition1
@@ -34,6 +34,7 @@ BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 FIGURE_OF = {"shares": "headline"}  # a block that shows another one's figure
 NOTHING = "Not run yet."
 ANSWERS = 2  # prompts whose answers are shown
+TOLD_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
 CELL = ["size", "trained", "rate"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
     "facts_combinations": ("facts known, combinations", "{:.0%}".format),
@@ -93,6 +94,23 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
     table = pd.DataFrame(columns, pd.Index(LEVELS, name="level").map("{:.0%}".format))
     is_kept = table.ne("-").any(axis=1) | (np.arange(len(table)) == 0)
     return table if table.empty else table[is_kept].reset_index()
+
+
+def tabulate_skills(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return correct greedy answers to the combinations: a row a cell, a column a skill.
+
+    Before the skills stand the 4 of `TOLD_NAMES` together, the others together, and the mean.
+    """
+    prompts, rows = evidence.choose_prompts("combinations"), []
+    groups = prompts.skill.isin(TOLD_NAMES).map({True: "told names", False: "other skills"})
+    for (size, title), seeds in runs.groupby(["size", "title"], sort=False):
+        shares = analysis.mark_answers(seeds, prompts, "greedy").mean(axis=0)
+        marks = pd.Series(shares, prompts.index)
+        skills = marks.groupby(prompts.skill).mean()
+        shares = marks.groupby(groups).mean().reindex(["told names", "other skills"]).to_dict()
+        shares |= {"mean of skills": skills.mean()} | skills.to_dict()
+        rows.append({"size": size, "trained": title} | {k: f"{v:.0%}" for k, v in shares.items()})
+    return pd.DataFrame(rows)
 
 
 def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
@@ -168,11 +186,13 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
     tables["capacity"] = [facts.round(3).reset_index()]
-    tables |= dict.fromkeys(["headline", "shares", "other_sets", "kinds", "costs", "parts"], [])
+    last = ["headline", "shares", "other_sets", "kinds", "costs", "parts", "names", "skills"]
+    tables |= dict.fromkeys(last, [])
     if cells.empty:
         return tables
     cells, final = label_rows(cells), label_rows(evidence.final)
-    is_reported = evidence.runs.id.str.partition("@")[0].isin(select_reported(evidence).id)
+    reported = select_reported(evidence)
+    is_reported = evidence.runs.id.str.partition("@")[0].isin(reported.id)
     parts = evidence.runs[evidence.runs.part.notna() & is_reported]
     if not parts.empty:
         tables["parts"] = [tabulate_shares(label_rows(tabulate_cells(evidence, parts)))]
@@ -180,6 +200,9 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
     kinds = kinds.replace("-0%", "0%", regex=True)
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
+    skills = tabulate_skills(evidence, reported)
+    names = skills.reindex(columns=["size", "trained", "told names", *TOLD_NAMES, "other skills"])
+    skills.index = pd.Index(skills.pop("size") + ", " + skills.pop("trained"))
     means = runs.groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     return tables | {
@@ -187,6 +210,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
+        "names": [names],
+        "skills": [skills.T.rename_axis("skill").reset_index()],
         "costs": [costs.reset_index()],
     }
 

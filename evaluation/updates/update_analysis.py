@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--keep", nargs="+", default=[], metavar="PARTS")
     add("--random_rank", type=SIZE, metavar="RANK")
     add("--restore_rows", type=Path, nargs="+", metavar="FILE")
-    add("--seed", type=int, default=0, help="of random directions and updates (0)")
+    add("--seed", type=int, default=0, help="of the random update (0)")
     add("--output_dir", type=Path, help="of checkpoints (default: beside --tuned)")
     args = parser.parse_args(argv)
     base = load_model(args.base)
@@ -122,11 +122,10 @@ def main(argv: list[str] | None = None) -> None:
         print(folder)
     if variants:
         return
-    generator = torch.Generator().manual_seed(args.seed)
     before = dict(base.named_parameters())
     matrices = [
         {"name": name.removesuffix(".weight")}
-        | describe_matrix(before[name].detach().double(), tensor, generator)
+        | describe_matrix(before[name].detach().double(), tensor)
         for name, tensor in delta.items()
         if tensor.ndim == 2 and tensor.any()
     ]

@@ -27,7 +27,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     AcceleratorState._reset_state(True)
     job = {"folder": tmp_path, "size": "tiny", "device": "cpu", "dtype": "float32", "peak": 1e9}
     job |= {"method": "FFT", "engine": "ours", "batch": 4, "steps": 2, "workers": 0}
-    return job | {"pairs": 1, "turns": 1, "compiles": "off"}
+    return job | {"turns": 1, "compiles": "off"}
 
 
 def test_minimind_way_gives_the_tokens_and_labels_of_ours(job: dict) -> None:

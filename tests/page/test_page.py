@@ -73,7 +73,7 @@ def outputs(tmp_path_factory) -> Path:
 def test_it_is_one_file_that_names_nothing_else(outputs, tmp_path):
     with pytest.raises(UserError, match="holds no outputs; probe a checkpoint"):
         build_page(tmp_path)
-    assert main(["--outputs", str(outputs)]) == 0
+    main(["--outputs", str(outputs)])
     html = (outputs / "index.html").read_text()
     assert html.count("<script") == 2 and "default-src 'none'" in html
     assert not set("\x1b\u202e\u2028") & set(html)

@@ -40,29 +40,27 @@ def test_low_rank_keeps_the_largest_directions() -> None:
     assert torch.allclose(cut, torch.diag(entries * torch.tensor([1, 1, 0])))
 
 
-def test_random_updates_have_rank_norm_and_spectrum() -> None:
+def test_random_updates_have_rank_and_norm() -> None:
     delta = torch.randn(12, 8, dtype=torch.float64, generator=GENERATOR)
     random = spectra.draw_low_rank(delta, 3, GENERATOR)
     assert torch.linalg.matrix_rank(random) == 3
     assert random.norm().item() == pytest.approx(delta.norm().item())
-    turned = spectra.draw_directions(torch.linalg.svdvals(delta), delta.shape, GENERATOR)
-    assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(delta))
 
 
 def test_intruders() -> None:
     """A large update in a new direction intrudes, a scaled W0 does not."""
     w0 = torch.diag(torch.linspace(2, 1, 128, dtype=torch.float64))
-    scaled = spectra.count_intruders(w0, w0.clone(), GENERATOR)
+    scaled = spectra.count_intruders(w0, w0.clone())
     assert scaled["count"] == 0
     flat = torch.full((128,), 128**-0.5, dtype=torch.float64)  # cos 0.09 with each axis
-    found = spectra.count_intruders(w0, 100 * torch.outer(flat, flat), GENERATOR)
+    found = spectra.count_intruders(w0, 100 * torch.outer(flat, flat))
     assert found["count"] >= 1 and min(found["max_cos"]) < 0.5 and found["k"] == 3
 
 
 def test_description_of_half_the_base() -> None:
     """Sizes are relative to the base; singular values descend."""
     w0 = torch.eye(8, dtype=torch.float64)
-    row = spectra.describe_matrix(w0, 0.5 * w0, GENERATOR)
+    row = spectra.describe_matrix(w0, 0.5 * w0)
     assert (row["shape"], row["r90"], row["relative"]) == ([8, 8], 8, pytest.approx(0.5))
     assert row["singular_values"] == pytest.approx([0.5] * 8)
 
