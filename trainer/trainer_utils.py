@@ -229,7 +229,7 @@ def train(
         "eval_data": eval_set.info if eval_set is not None else None,
     }
     state, record = run.begin(facts), run.record
-    share = f"{trainable:,} of {total:,} parameters train"
+    share = "compiling first; " * is_compiled + f"{trainable:,} of {total:,} parameters train"
     accelerator.print(f"{args.run_name}: {share} for {steps} steps on {device} in {args.dtype}")
 
     with run.record_end():
