@@ -97,24 +97,22 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
 
 
 def tabulate_skills(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return correct greedy answers to the combinations: a row a cell, a column a skill.
-
-    Before the skills stand the 4 of `TOLD_NAMES` together, the others together, and the mean.
-    """
+    """Return correct greedy answers to combinations: a row a cell, a column a group or a skill."""
     prompts, rows = evidence.choose_prompts("combinations"), []
     groups = prompts.skill.isin(TOLD_NAMES).map({True: "told names", False: "other skills"})
-    for (size, title), seeds in runs.groupby(["size", "title"], sort=False):
+    for place, seeds in label_rows(runs).groupby(CELL, sort=False):
         shares = analysis.mark_answers(seeds, prompts, "greedy").mean(axis=0)
         marks = pd.Series(shares, prompts.index)
         skills = marks.groupby(prompts.skill).mean()
         shares = marks.groupby(groups).mean().reindex(["told names", "other skills"]).to_dict()
         shares |= {"mean of skills": skills.mean()} | skills.to_dict()
-        rows.append({"size": size, "trained": title} | {k: f"{v:.0%}" for k, v in shares.items()})
+        texts = {name: f"{share:.0%}" for name, share in shares.items()}
+        rows.append(dict(zip(CELL, place, strict=True)) | texts)
     return pd.DataFrame(rows)
 
 
 def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
-    """Return the saved answers of every reported run that has a folder of this name."""
+    """Return the saved answers of every completed run that has a folder of this name."""
     tables = []
     for run in evidence.final.itertuples():
         path = OUTPUT_DIR / (run.id + suffix) / "samples.jsonl"
@@ -201,8 +199,10 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds.replace("-0%", "0%", regex=True)
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
     skills = tabulate_skills(evidence, reported)
-    names = skills.reindex(columns=["size", "trained", "told names", *TOLD_NAMES, "other skills"])
-    skills.index = pd.Index(skills.pop("size") + ", " + skills.pop("trained"))
+    names = skills.reindex(columns=[*CELL, "told names", *TOLD_NAMES, "other skills"])
+    skills = skills.set_index(skills[CELL].agg(", ".join, axis=1)).drop(columns=CELL).T
+    counts = evidence.choose_prompts("combinations").skill.value_counts()
+    skills.insert(0, "prompts", counts.astype("Int64"))
     means = runs.groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     return tables | {
@@ -211,7 +211,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
         "names": [names],
-        "skills": [skills.T.rename_axis("skill").reset_index()],
+        "skills": [skills.rename_axis("skill").reset_index()],
         "costs": [costs.reset_index()],
     }
 
