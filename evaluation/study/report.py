@@ -117,8 +117,8 @@ def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
     for run in evidence.final.itertuples():
         path = OUTPUT_DIR / (run.id + suffix) / "samples.jsonl"
         if path.is_file():
-            lines = [line for _, line in read_jsonl(path)]
-            tables.append(pd.DataFrame(lines).assign(trained=run.title))
+            table = pd.DataFrame(line for _, line in read_jsonl(path))
+            tables.append(table.assign(trained=run.title))
     return tables
 
 
@@ -147,8 +147,7 @@ def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
 def tabulate_speed(folder: Path) -> list[pd.DataFrame]:
     """Return the tables of `bench.py`, each with its processor."""
     tables = []
-    for path in sorted(folder.glob("*.json")):
-        result = read_json(path)
+    for result in map(read_json, sorted(folder.glob("*.json"))):
         machine = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
         for rows in result["tables"].values():
             table = pd.DataFrame(rows)
@@ -184,8 +183,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
     tables["capacity"] = [facts.round(3).reset_index()]
-    last = ["headline", "shares", "other_sets", "kinds", "costs", "parts", "names", "skills"]
-    tables |= dict.fromkeys(last, [])
+    of_cells = "headline shares other_sets kinds costs parts names skills"
+    tables |= dict.fromkeys(of_cells.split(), [])
     if cells.empty:
         return tables
     cells, final = label_rows(cells), label_rows(evidence.final)
