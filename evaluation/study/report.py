@@ -34,7 +34,7 @@ BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 FIGURE_OF = {"shares": "headline"}  # a block that shows another one's figure
 NOTHING = "Not run yet."
 ANSWERS = 2  # prompts whose answers are shown
-TOLD_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
+PROMPT_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
 CELL = ["size", "trained", "rate"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
     "facts_combinations": ("facts known, combinations", "{:.0%}".format),
@@ -99,12 +99,12 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFram
 def tabulate_skills(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
     """Return correct greedy answers to combinations: a row a cell, a column a group or a skill."""
     prompts, rows = evidence.choose_prompts("combinations"), []
-    groups = prompts.skill.isin(TOLD_NAMES).map({True: "told names", False: "other skills"})
+    groups = prompts.skill.isin(PROMPT_NAMES).map({True: "prompt names", False: "other skills"})
     for place, seeds in label_rows(runs).groupby(CELL, sort=False):
         shares = analysis.mark_answers(seeds, prompts, "greedy").mean(axis=0)
         marks = pd.Series(shares, prompts.index)
         skills = marks.groupby(prompts.skill).mean()
-        shares = marks.groupby(groups).mean().reindex(["told names", "other skills"]).to_dict()
+        shares = marks.groupby(groups).mean().reindex(["prompt names", "other skills"]).to_dict()
         shares |= {"mean of skills": skills.mean()} | skills.to_dict()
         texts = {name: f"{share:.0%}" for name, share in shares.items()}
         rows.append(dict(zip(CELL, place, strict=True)) | texts)
@@ -198,7 +198,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds.replace("-0%", "0%", regex=True)
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
     skills = tabulate_skills(evidence, reported)
-    names = skills.reindex(columns=[*CELL, "told names", *TOLD_NAMES, "other skills"])
+    names = skills.reindex(columns=[*CELL, "prompt names", *PROMPT_NAMES, "other skills"])
     skills = skills.set_index(skills[CELL].agg(", ".join, axis=1)).drop(columns=CELL).T
     counts = evidence.choose_prompts("combinations").skill.value_counts()
     skills.insert(0, "prompts", counts.astype("Int64"))
