@@ -37,7 +37,7 @@ from trainer.arguments import DTYPES
 from trainer.run_folder import EXIT_CODES, RunFolder
 
 # Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself:
-# at xs on a CPU, where it takes 25 s and a step then 12 to 20% less; m26 needs twice as many.
+# at xs on a CPU, where it takes 15 to 25 s, and a step 12 to 20% less; m26 needs twice as many.
 COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e16}
 
 
