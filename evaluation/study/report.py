@@ -183,7 +183,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
     tables["capacity"] = [facts.round(3).reset_index()]
-    of_cells = "headline shares other_sets kinds costs parts names skills"
+    of_cells = "headline shares other_sets kinds costs parts skills"
     tables |= dict.fromkeys(of_cells.split(), [])
     if cells.empty:
         return tables
@@ -198,7 +198,6 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds.replace("-0%", "0%", regex=True)
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
     skills = tabulate_skills(evidence, reported)
-    names = skills.reindex(columns=[*CELL, "prompt names", *PROMPT_NAMES, "other skills"])
     skills = skills.set_index(skills[CELL].agg(", ".join, axis=1)).drop(columns=CELL).T
     counts = evidence.choose_prompts("combinations").skill.value_counts()
     skills.insert(0, "prompts", counts.astype("Int64"))
@@ -209,7 +208,6 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
-        "names": [names],
         "skills": [skills.rename_axis("skill").reset_index()],
         "costs": [costs.reset_index()],
     }
