@@ -2,12 +2,13 @@
 
     python evaluation/study/run.py --dry_run                    # missing runs, as commands
     python evaluation/study/run.py --jobs 2 --only 'xs-*'       # names, with * and ?
-    python evaluation/study/run.py --only 'm26-*' --max_hours 2.5
+    OMP_NUM_THREADS=2 python evaluation/study/run.py --only 'm26-*' --max_hours 2.5
 
-Each training and each measurement is a process of its own with one thread. Weights, logs and NLL
-by sequence go to --save_dir, results to runs.jsonl beside study.toml. A run that is stopped, by
---max_hours or Ctrl-C, keeps its state, and the next call continues it. Diverged and failed runs
-have lines, too; the next call repeats failed ones. Other seeds run once the best rate is known.
+Each training and each measurement is a process of its own, with 1 thread unless OMP_NUM_THREADS is
+set. Weights, logs and NLL by sequence go to --save_dir, results to runs.jsonl beside study.toml. A
+run that is stopped, by --max_hours or Ctrl-C, keeps its state, and the next call continues it.
+Diverged and failed runs have lines, too; the next call repeats failed ones. Other seeds run once
+the best rate is known.
 """
 
 import asyncio
@@ -51,12 +52,12 @@ class Runner:
         return find_data(name, self.world, self.save_dir / "data")
 
     async def call(self, words: list, run_id: str) -> bool:
-        """Run a script with one thread, its output appended to the run's log; say if it succeeded.
+        """Run a script, its output appended to the run's log; say if it succeeded.
 
         When the runner is stopped, the script is as well; a training script saves its state first.
         """
         command = [sys.executable, *map(str, words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
         with (self.save_dir / f"{run_id}.log").open("a", encoding="utf-8") as log:
             print("$", shlex.join(command), file=log, flush=True)
             how = {"stdout": log, "stderr": log, "env": environment, "cwd": REPO_DIR}
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--save_dir", type=Path, default=REPO_DIR / "out" / "study")
     parser.add_argument("--world", type=Path, help="folder of another world's files")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with * and ?")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--max_hours", type=float, default=1e6, help="stop runs after this time")
     parser.add_argument("--dry_run", action="store_true", help="print the commands alone")
     args = parser.parse_args()
