@@ -106,10 +106,11 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1))
+        with torch.autocast("cpu", enabled=False):  # there its kernel is slower in bfloat16
+            q, k, v = [part.float() if part.is_cpu else part for part in (q, k, v)]
+            how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.grouped}
+            out = F.scaled_dot_product_attention(q, k, v, **how)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -122,7 +123,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
