@@ -72,13 +72,14 @@ class Runner:
     async def train(self, run: Run, folder: Path) -> dict:
         """Train from the saved state, if there is one, and return run.json.
 
-        A base that ships in bases/ is copied. Another one trains beside its folder, into which its
-        weights go rounded to bfloat16. Raise a UserError if training failed; a run that diverged
-        is a result, not a failure.
+        A base that ships in bases/ is copied, for its arms too. Another one trains beside its
+        folder, into which its weights go rounded to bfloat16. Raise a UserError if training failed;
+        a run that diverged is a result, not a failure.
         """
-        shipped = self.results_dir / "bases" / run.id
+        shipped, base = self.results_dir / "bases" / run.base_id, self.save_dir / run.base_id
+        if shipped.is_dir() and not base.exists():
+            shutil.copytree(shipped, base)
         if run.arm == "base" and shipped.is_dir():
-            shutil.copytree(shipped, folder, dirs_exist_ok=True)
             return read_json(folder / "run.json")
         trained = folder.with_name(f"{run.id}-float32") if run.arm == "base" else folder
         path = trained / "run.json"

@@ -19,7 +19,6 @@ from model.files import UserError
 STUDY = read_study()
 BASE = "xs-world-wrapped42"
 RATES = (5e-4, 1e-3, 2e-3)  # the second is the best
-ONLY = [BASE, f"{BASE}-fft-e4-*"]
 
 
 class FakeRunner(runner.Runner):
@@ -55,7 +54,7 @@ def fake(tmp_path: Path, monkeypatch) -> FakeRunner:
     monkeypatch.setattr(runner, "save_model", lambda model, trained, folder: folder.mkdir())
     data = {name: tmp_path / f"{name}.jsonl" for name in ("pretrain", "sft", "medical")}
     (tmp_path / "out").mkdir()
-    return FakeRunner(STUDY, data, tmp_path / "out", tmp_path, ONLY)
+    return FakeRunner(STUDY, data, tmp_path / "out", tmp_path, [BASE, f"{BASE}-fft-e4-*"])
 
 
 def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:
@@ -70,6 +69,12 @@ def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:
     assert fake.calls == 2 * len(ids)  # nothing is missing, so nothing ran
 
 
+def test_arms_find_a_base_that_ships(fake: FakeRunner) -> None:
+    (fake.results_dir / "bases" / BASE).mkdir(parents=True)
+    asyncio.run(fake.perform(Run("xs", "wrapped42", "fft", 1e-3, 1, 4.0, start_id=BASE)))
+    assert (fake.save_dir / BASE).is_dir()
+
+
 def test_runs_that_diverge_or_fail_have_a_line(fake: FakeRunner) -> None:
     """A diverged run is a result; a failed one is named, and the next call repeats it alone."""
     asyncio.run(fake.perform(Run("xs", "wrapped42", "fft", 4e-3, 1, 3.0, start_id=BASE)))
@@ -82,8 +87,7 @@ def test_runs_that_diverge_or_fail_have_a_line(fake: FakeRunner) -> None:
     again = FakeRunner(fake.study, fake.world, fake.save_dir, fake.results_dir, [fake.broken])
     asyncio.run(again.run_all(1))
     runs = read_runs(fake.results_dir, 2)
-    assert runs.status.tolist().count("completed") == 4
-    assert runs.id.is_unique
+    assert runs.id.is_unique and runs.status.tolist().count("completed") == 4
 
 
 def test_a_stopped_runner_stops_its_scripts(tmp_path: Path, monkeypatch) -> None:
@@ -93,8 +97,7 @@ def test_a_stopped_runner_stops_its_scripts(tmp_path: Path, monkeypatch) -> None
         "import pathlib, signal, sys, time\n"
         "def save(*_): pathlib.Path('saved').touch(); sys.exit()\n"
         "signal.signal(signal.SIGTERM, save)\n"
-        "pathlib.Path('started').touch()\n"
-        "time.sleep(60)\n"
+        "pathlib.Path('started').touch(); time.sleep(60)\n"
     )
     monkeypatch.setattr(runner, "make_command", lambda *_: [script])
     monkeypatch.setattr(runner, "REPO_DIR", tmp_path)
@@ -112,7 +115,6 @@ def test_a_stopped_runner_stops_its_scripts(tmp_path: Path, monkeypatch) -> None
 
 
 def test_editions_share_their_file(tmp_path: Path) -> None:
-    """A new edition's lines are added to those that are there."""
     for edition in (1, 2):
         append_run(tmp_path, {"id": "a", "edition": edition, "status": "completed"})
     assert [len(read_runs(tmp_path, edition)) for edition in (1, 2)] == [1, 1]
