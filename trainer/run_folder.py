@@ -212,7 +212,7 @@ def describe_machine(device: str) -> dict:
     if device == "cuda":
         processor = torch.cuda.get_device_name()
     elif cpuinfo.is_file() and (model := re.search("model name\t: (.*)", cpuinfo.read_text())):
-        processor = model[1]
+        processor = f"{model[1]}, {torch.backends.cpu.get_cpu_capability()}"  # such as AVX2
     packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "safetensors")
     return {
         "device": device,
