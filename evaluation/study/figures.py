@@ -61,18 +61,19 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
 
 
 def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the headline's cells in its order, whether their rates are final or not."""
+    """Return the headline's cells in its order, of sizes of which more than the base was run."""
     usual = cells.cell.str.replace(r"\*[^/~@^#]*", "", regex=True)
-    rows = cells[usual.isin(HEADLINE) & cells["set"].isin(MAIN_SETS)]
+    sizes = cells["size"][cells.arm != "base"]
+    rows = cells[usual.isin(HEADLINE) & cells["set"].isin(MAIN_SETS) & cells["size"].isin(sizes)]
     places = pd.factorize(rows["size"])[0] * len(HEADLINE) + rows.arm.map(HEADLINE.index)
     return rows.iloc[places.argsort(kind="stable")]
 
 
 def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
     """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
-    if cells.empty:
+    rows = select_headline(cells) if len(cells) else cells
+    if rows.empty:
         return None
-    rows = select_headline(cells)
     last = rows[(rows["size"] == rows["size"].iloc[-1]) & (rows.decoding == "greedy")]
     last = last[last.arm.isin(["study", "all_r8", "fft"]) & (last["set"] == "combinations")]
     words = [f"{evidence.study.arms[row.arm].title} {row.share:.0%}" for row in last.itertuples()]

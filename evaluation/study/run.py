@@ -7,8 +7,7 @@
 Each training and each measurement is a process of its own, with 1 thread unless OMP_NUM_THREADS is
 set. Weights, logs and NLL by sequence go to --save_dir, results to runs.jsonl beside study.toml. A
 run that is stopped, by --max_hours or Ctrl-C, keeps its state, and the next call continues it.
-Diverged and failed runs have lines, too; the next call repeats failed ones. Other seeds run once
-the best rate is known.
+Diverged and failed runs have lines, too; the next call repeats failed ones. Other seeds run last.
 """
 
 import asyncio
