@@ -83,6 +83,7 @@ def train_ours(job: dict, data: TokenDataset) -> dict:
     words += f" --save_dir {folder} --device {job['device']} --use_compile {job['compiles']}"
     words += f" --batch_size {job['batch']} --num_workers {job['workers']} --max_steps {steps}"
     words += f" --log_interval {steps} --learning_rate 1e-4 --lr_schedule constant"
+    words += f" --dtype {job['dtype']}"
     is_lora, targets = job["method"] != "FFT", job["method"].removeprefix("LoRA ")
     words += f" --lora_name {name} --lora_targets {targets}" if is_lora else f" --run_name {name}"
     if job["engine"] == "minimind":

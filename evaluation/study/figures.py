@@ -71,8 +71,7 @@ def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
 
 def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
     """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
-    rows = select_headline(cells) if len(cells) else cells
-    if rows.empty:
+    if cells.empty or (rows := select_headline(cells)).empty:
         return None
     last = rows[(rows["size"] == rows["size"].iloc[-1]) & (rows.decoding == "greedy")]
     last = last[last.arm.isin(["study", "all_r8", "fft"]) & (last["set"] == "combinations")]
