@@ -107,10 +107,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
         with torch.autocast("cpu", enabled=False):  # there its kernel is slower in bfloat16
-            q, k, v = [part.float() if part.is_cpu else part for part in (q, k, v)]
+            parts = [part.float() if part.is_cpu else part for part in (q, k, v)]
             how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.grouped}
-            out = F.scaled_dot_product_attention(q, k, v, **how)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1).to(x.dtype))
+            out = F.scaled_dot_product_attention(*parts, **how).to(q.dtype)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1))
 
 
 class MLP(nn.Module):
