@@ -51,6 +51,7 @@ def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
     )
     set_seed(args.seed)  # the same on every process, for the same initial weights
     run = RunFolder(args, accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # each has looked for the folder before the first makes it
     if run.record.get("status") == "completed":
         accelerator.print(f"{args.run_name}: complete, nothing to do")
         raise SystemExit(0)
@@ -143,8 +144,8 @@ def compile_loss(
 ) -> bool:
     """Compile forward pass and loss as one graph, if --use_compile or the run's size says so.
 
-    `auto` goes by settings alone, so a resumed run computes what its first part computed; and not
-    by what trains, so a comparison of methods compiles all of them or none.
+    `auto` depends on settings, not on which parameters train: a resumed run computes what its first
+    part computed, and a comparison compiles all methods or none.
     """
     header, device = Path(sysconfig.get_paths()["include"]) / "Python.h", args.device
     is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
@@ -178,7 +179,7 @@ def stop_on_signals(processes: int) -> list[int]:
 
 
 def ignore_signals(_: int) -> None:
-    """Leave a signal to the whole group to the main process, not to a data process."""
+    """Ignore signals in a data process: the main process handles them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -230,8 +231,8 @@ def train(
         "eval_data": eval_set.info if eval_set is not None else None,
     }
     state, record = run.begin(facts), run.record
-    share = "compiling first; " * is_compiled + f"{trainable:,} of {total:,} parameters train"
-    accelerator.print(f"{args.run_name}: {share} for {steps} steps on {device} in {args.dtype}")
+    summary = "compiling first; " * is_compiled + f"{trainable:,} of {total:,} parameters train"
+    accelerator.print(f"{args.run_name}: {summary} for {steps} steps on {device} in {args.dtype}")
 
     with run.record_end():
         # The gradient scaler of float16 must see whether a step was skipped; a fused step hides it.
@@ -339,6 +340,10 @@ def train(
                 finish()
             run.write(flops=flops_per_token(model, train_set.lengths) * record["tokens"])
             run.end("completed")
+    # The gradients' reducer must not be the last owner of the processes' group: it would wait for
+    # gloo's threads while it holds the interpreter's lock, which they need (pytorch#56297).
+    wrapped = None
+    accelerator.free_memory()
     accelerator.end_training()
     return EXIT_CODES[run.record["status"]]
 

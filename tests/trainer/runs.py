@@ -1,5 +1,6 @@
 """Small runs of the three training scripts, here and in processes of their own."""
 
+import faulthandler
 import functools
 import gc
 import itertools
@@ -7,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -125,6 +125,7 @@ def be_process(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.dump_traceback_later(100, exit=False)  # where it hangs
     sys.stdout.reconfigure(line_buffering=True)
     run_script(lambda: call(stage, flags, home, on_step))
 
@@ -134,9 +135,7 @@ def start(
 ) -> list[BaseProcess]:
     """Start a run's processes, several as torchrun does; the last one calls `on_step`."""
     log.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = 10_000 + int.from_bytes(os.urandom(2)) % 20_000  # below those that the system gives
     group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(processes):
