@@ -216,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         raw = load_files(corpus, args.source) if args.source else load_hub(corpus)
         result = write_corpus(name, raw[0], rules, args.output_dir)
     except (KeyError, TypeError, ElementTree.ParseError) as error:
-        raise UserError(f"{args.source}: not a record of {name} ({error!r})") from error
+        origin = args.source or corpus["home"]
+        raise UserError(f"{origin}: not a record of {name} ({error!r})") from error
     except (datasets.exceptions.DatasetsError, ConnectionError) as error:
         raise UserError(f"{name}: {error.__cause__ or error}; see {corpus['home']}") from error
     about = {"corpus": name, "home": corpus["home"], "source": raw[1]}

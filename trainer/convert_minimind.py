@@ -21,6 +21,7 @@ from model.checkpoint import load_model, load_tokenizer, save_model, weights_fin
 from model.files import UserError, escape_control, make_parser, run_script
 from model.model_lora import LoraSettings, apply_lora, save_lora
 from model.model_minimind import Config, MiniMindForCausalLM, fill_model, minimind_config
+from trainer.arguments import SIZE
 
 MATRICES = ("embed_tokens", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj")
 
@@ -60,13 +61,12 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
     """Write a MiniMind adapter as a folder: scaling 1, as its scripts compute it."""
     model = load_model(base)
     fingerprint, frozen = weights_fingerprint(model), model.state_dict()
-    names = [name.removeprefix("module.").replace(".lora.", ".lora_") for name in tensors]
-    renamed = dict(zip(names, tensors.values(), strict=True))
+    renamed = {n.removeprefix("module.").replace(".lora.", ".lora_"): t for n, t in tensors.items()}
     first = next((name for name in renamed if name.endswith(".lora_A.weight")), None)
     if first is None:
         raise UserError(f"{path}: no matrix named ...lora.A.weight; leave out --base for a model")
     rank = renamed[first].shape[0]
-    targets = ",".join({name.partition(".lora_")[0] for name in names})
+    targets = ",".join({name.partition(".lora_")[0] for name in renamed})
     settings = LoraSettings(rank=rank, alpha=rank, targets=targets, init="gaussian")
     adapted = apply_lora(model, settings)
     fill_model(model, frozen | renamed, path)
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--output_dir", type=Path, required=True, help="folder to make")
     add("--base", help="of an adapter: the folder of the model that it was trained on")
     add("--tokenizer_path", help="of a model: the folder of its tokenizer")
-    add("--num_attention_heads", type=int, default=8, help="of a model (default 8)")
+    add("--num_attention_heads", type=SIZE, default=8, help="of a model (default 8)")
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         raise UserError(f"--output_dir {args.output_dir}: exists; name another folder")

@@ -244,12 +244,14 @@ def ensure_world(output_dir: Path = FILES_DIR, seed: int = 42) -> dict[str, Path
     version = hashlib.sha256(b"".join(contents)).hexdigest()
     stamp = output_dir / "sources.sha256"
     output_dir.mkdir(parents=True, exist_ok=True)
+    files = list_files(output_dir)
     with FileLock(output_dir / "lock"):
-        if not stamp.is_file() or stamp.read_text() != version:
+        is_whole = stamp.is_file() and all(map(Path.is_file, files.values()))
+        if not is_whole or stamp.read_text() != version:
             print("writing the world's text and instructions, about a minute")
             write_world(output_dir, seed)
             write_text(stamp, version)
-    return list_files(output_dir)
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,11 +47,12 @@ def describe_training(folder: Path) -> dict:
     stage, settings = run.get("stage"), run.get("settings", {})
     if stage == "lora":
         targets, whole = settings["lora_targets"], settings.get("modules_to_save")
-        parts, extra = f"LoRA on {targets}", whole or settings.get("train_tokens") or []
+        parts, extra = f"LoRA on {targets}", [*(whole or ()), *(settings.get("train_tokens") or ())]
         title = f"LoRA on {PLAIN_NAMES.get(targets, targets)}, r={settings['lora_rank']}"
         title += f", and {', '.join(map(str, extra))}" if extra else ""
     else:
-        parts = settings.get("trainable", "all").replace("all", "all weights")
+        parts = settings.get("trainable", "all")
+        parts = "all weights" if parts == "all" else parts
         tuned = "full fine-tuning" if parts == "all weights" else f"fine-tuning of {parts}"
         title = {"full_sft": tuned, "pretrain": "base"}.get(stage, folder.name)
     base = settings.get("from_weight")

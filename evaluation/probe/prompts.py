@@ -96,7 +96,10 @@ def parse_record(where: str, record: dict, path: Path) -> Prompt:
 
 def parse_markdown(path: Path) -> Iterator[Prompt]:
     """Yield the prompts of a Markdown file; errors name the prompt."""
-    _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
+    try:
+        _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     section = ""
     for mark, title, body in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         if mark == "##":
@@ -114,6 +117,8 @@ def parse_prompt(prompt_id: str, section: str, body: str, where: str) -> Prompt:
         raise UserError(f"{where}: write '> the question', then lines '- reference: text'")
     fields = {name: text.replace("\\n", "\n") for name, text in map(re.Match.groups, matches)}
     messages = turns(*"\n".join(quoted).split("\n***\n"))
+    if len(messages) % 2 == 0:
+        raise UserError(f"{where}: the last turn is the assistant's; end with the user's")
     if "check" in fields:
         if "reference" not in fields:
             raise UserError(f"{where}: a check compares with a reference; add one")

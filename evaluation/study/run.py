@@ -30,6 +30,7 @@ from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_model, save_model
 from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_json
+from trainer.arguments import SIZE
 
 ORIGIN = ("base_fingerprint", "train_data", "git", "machine")
 ENDED = ("completed", "diverged")
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--save_dir", type=Path, default=REPO_DIR / "out" / "study")
     parser.add_argument("--world", type=Path, help="folder of another world's files")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with * and ?")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--jobs", type=SIZE, default=1, help="runs at once")
     parser.add_argument("--max_hours", type=float, default=1e6, help="stop runs after this time")
     parser.add_argument("--dry_run", action="store_true", help="print the commands alone")
     args = parser.parse_args()

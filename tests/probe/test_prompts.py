@@ -68,6 +68,7 @@ Prose, which is not read.
         ("> Hi\n- reference: x\n- check: upper = true", "a: the reference fails its check: wrong"),
         ("> Hi\n- reference: x\n- check: about = ['no.such']", "the world has no list 'no.such'"),
         ("> Hi\n### a\n> Ho", "two prompts have the id 'a'"),
+        ("> Hi\n> ***\n> Ho", "the last turn is the assistant's"),
         (None, "holds no prompt"),
     ],
 )
