@@ -30,24 +30,18 @@ TRAINABLE_PARTS = ("square", "attention", "mlp", "embeddings", "norms", "frozen-
 class LoraSettings:
     """What is adapted, and how.
 
-    Attributes:
-        rank: r; 0 adapts no matrix (with `train_tokens` or `modules_to_save` alone).
-        alpha: numerator of the scaling.
-        targets: some of `TARGET_NAMES` or module names, joined by commas. `square` is the placement
-            of MiniMind's scripts: only q_proj and o_proj are square under grouped-query attention.
-        init: A is `kaiming` U(+-1/sqrt(in)) as in PEFT, or `gaussian` N(0, .02) as in MiniMind.
-        train_tokens: ids of tokens whose embedding rows train too (at both ends of a tied model).
-        modules_to_save: parts trained whole: `embeddings`, `norms`, or names of such modules.
+    `targets`: some of `TARGET_NAMES` or module names, joined by commas. `square` is the placement
+    of MiniMind's scripts: only q_proj and o_proj are square under grouped-query attention.
     """
 
-    rank: int = 8
-    alpha: float = 32.0
+    rank: int = 8  # r; 0 adapts no matrix: `train_tokens` or `modules_to_save` alone
+    alpha: float = 32.0  # numerator of the scaling
     dropout: float = 0.0
     targets: str = "all-linear"
-    init: str = "kaiming"
+    init: str = "kaiming"  # of A: U(+-1/sqrt(in)) as in PEFT; gaussian: MiniMind's N(0, .02)
     use_rslora: bool = False
-    train_tokens: tuple[int, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
+    train_tokens: tuple[int, ...] = ()  # ids whose embedding rows train, at both ends if tied
+    modules_to_save: tuple[str, ...] = ()  # trained whole: embeddings, norms, or module names
 
     @property
     def scaling(self) -> float:

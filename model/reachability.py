@@ -18,20 +18,15 @@ MAX_STEPS = 5000  # some 60 to 100 are taken
 
 
 @torch.no_grad()
-def reachable_probability(model: MiniMindForCausalLM, token_ids: list[int]) -> list[float]:
-    """Bound the probability that each token can get from any hidden state, to about 0.1%."""
-    matrix = model.lm_head.weight.double() * model.model.norm.weight.double()
-    matrix = matrix - matrix.mean(dim=0)  # probabilities depend on differences of logits alone
-    return [bound_probability(matrix, token) for token in token_ids]
-
-
-def bound_probability(matrix: torch.Tensor, token: int) -> float:
-    """Maximize one token's probability under logits `matrix @ x`, and add what may be missing.
+def reachable_probability(model: MiniMindForCausalLM, token: int) -> float:
+    """Bound the probability that a token can get from any hidden state, to about 0.1%.
 
     Accelerated projected gradient ascent (Beck & Teboulle 2009) with a line search, started anew
     where it overshoots. A concave f is at most sqrt(D) * ||f'(x)|| - f'(x) * x above f(x) on the
     ball; the search ends when this gap is below `TOLERANCE`.
     """
+    matrix = model.lm_head.weight.double() * model.model.norm.weight.double()
+    matrix = matrix - matrix.mean(dim=0)  # probabilities depend on differences of logits alone
     radius = matrix.shape[1] ** 0.5
     x = ahead = torch.zeros_like(matrix[0])
     step, momentum = 1.0, 1.0

@@ -55,7 +55,7 @@ def warn_of_rare_ends(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizer
     parts = (model.model.embed_tokens, model.model.norm, model.lm_head)
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         return
-    [bound] = reachable_probability(model, [tokenizer.eos_token_id])
+    bound = reachable_probability(model, tokenizer.eos_token_id)
     if bound < 0.501:  # two tokens with equal rows reach 0.5; the bound is computed to 0.1%
         end = tokenizer.eos_token
         cause = f"with the embedding frozen, the probability of {end} stays below {bound:.3f}"

@@ -26,7 +26,7 @@ CANDIDATES = 10  # the prompt of an answer and 9 others
 
 @torch.inference_mode()
 def sum_nats(
-    model: MiniMindForCausalLM, samples: list[Sample], batch_size: int, end_id: int | None = None
+    model: MiniMindForCausalLM, samples: list[Sample], batch_size: int, end_id: int = -1
 ) -> np.ndarray:
     """Sum NLL over each sample's labeled tokens, in nats: (samples, 2), of all and of `end_id`."""
     by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
@@ -38,8 +38,7 @@ def sum_nats(
         for i, row, ids in zip(rows, logits, targets, strict=True):
             losses = F.cross_entropy(row.float(), ids, ignore_index=IGNORE_INDEX, reduction="none")
             nats[i, 0] = losses.sum().item()
-            if end_id is not None:
-                nats[i, 1] = losses[ids == end_id].sum().item()
+            nats[i, 1] = losses[ids == end_id].sum().item()
     return nats
 
 
@@ -54,10 +53,10 @@ def measure_nll(
     model, tokenizer = checkpoint
     dataset = load_dataset(kind, paths, tokenizer, max_seq_len)
     samples = [dataset[i] for i in range(len(dataset))]
-    end_id = tokenizer.eos_token_id if kind == "sft" else None
+    end_id = tokenizer.eos_token_id if kind == "sft" else -1  # no label
     nats = sum_nats(model, samples, batch_size, end_id)
     tokens = dataset.targets.tolist()
-    ends = [int((labels[1:] == end_id).sum()) if end_id is not None else 0 for _, labels in samples]
+    ends = [int((labels[1:] == end_id).sum()) for _, labels in samples]
     return {
         "data": dataset.info["files"],
         "max_seq_len": max_seq_len,

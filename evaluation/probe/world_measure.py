@@ -57,10 +57,8 @@ def find_constants(
 ) -> dict[str, str]:
     """Return for each group of prompts the answer of that group that is right most often.
 
-    Only an answer that names the same things as a reference can be right.
-
-    Args:
-        answers: group and text of each training answer.
+    `answers` are (group, text) of training answers; only one that names the same things as a
+    reference can be right.
     """
     alike, votes = defaultdict(list), defaultdict(Counter)
     for group, answer in dict.fromkeys(answers):

@@ -29,7 +29,7 @@ from evaluation.study.data import measure_random_facts
 from evaluation.study.results import LETTERS, append_run
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
-from model.files import UserError, make_parser, read_json, run_script, write_json
+from model.files import UserError, make_parser, read_json, run_script, write_json, write_text
 from model.reachability import reachable_probability
 
 MOST_DONORS = 20  # answers to other prompts of the skill, for the chance level
@@ -58,7 +58,7 @@ def check_prompts(data: dict[str, Path], path: Path) -> None:
         for _, group in table.groupby(["set", "skill"]):
             others = [records[i] for i in group.index]
             table.loc[group.index, "chance"] = [find_chance(one, others) for one in others]
-        table.to_csv(path, index=False)
+        write_text(path, table.to_csv(index=False))
     if not pd.read_csv(path).id.equals(table.id):
         raise UserError(f"{path}: the world has other prompts now; restore the world of this study")
 
@@ -74,7 +74,7 @@ def measure_checkpoint(
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
     `base` names the kind of base in study.toml: held-out text is read as its pretraining read it.
-    `names` are those of the sets to ask; facts are ranked if these are all.
+    `names` are the sets to ask; facts are ranked if all sets are asked.
     `only_tune` asks the tuning half of the combinations alone, greedily.
     """
     model, tokenizer = checkpoint
@@ -98,7 +98,7 @@ def measure_checkpoint(
     scalars = {
         "tune_correct": outcomes["combinations"]["greedy"][:count].count("c") / count,
         "nll_text": text["nats_per_token"],
-        "reachable_end": float(reachable_probability(model, [tokenizer.eos_token_id])[0]),
+        "reachable_end": reachable_probability(model, tokenizer.eos_token_id),
     }
     table = pd.DataFrame(nll["combinations"])
     for half, rows in {"tune": table[:count], "test": table[count:]}.items():
@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--facts", type=Path, help="ask for these random facts alone")
     parser.add_argument("--add_to", help="run of study_dir whose changed checkpoint this is")
     args = parser.parse_args()
+    if not args.facts and "combinations" not in args.sets:
+        parser.error("--sets: name combinations as well; tune_correct is measured on it")
     study, data = read_study(args.study_dir), list_files(args.world)
     whole = find_whole(args) if args.add_to else None
     check_prompts(data, args.study_dir / "prompts.csv")

@@ -9,6 +9,7 @@ it has one, and its tables. A second call changes nothing.
 import os
 import re
 import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.study import analysis, claims
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
-from evaluation.study.edition1 import tabulate_edition1
 from evaluation.study.figures import DECODING_TITLES, FIGURES, MAIN_SETS, select_headline
 from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_text
@@ -34,6 +34,8 @@ BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 FIGURE_OF = {"shares": "headline"}  # a block that shows another one's figure
 NOTHING = "Not run yet."
 ANSWERS = 2  # prompts whose answers are shown
+EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
+HARM_LEVELS = np.arange(4, 20) / 20  # of correct medical answers
 PROMPT_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
 CELL = ["size", "trained", "rate"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
@@ -77,38 +79,40 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
     percent = 100 * cells[["share", "low", "high"]].to_numpy()
     cells = cells.assign(text=["{:.0f}% [{:.0f}, {:.0f}]".format(*row) for row in percent])
     cells["column"] = cells["set"] + ", " + cells.decoding.map(DECODING_TITLES)
-    index = [*CELL, "seeds"]
+    index = [*CELL, "weights", "seeds"]
     return cells.pivot_table("text", index, "column", aggfunc="first", sort=False).reset_index()
 
 
-def tabulate_frontiers(evidence: Evidence, *options: str | tuple) -> pd.DataFrame:
+def tabulate_frontiers(evidence: Evidence, *options: str | tuple | np.ndarray) -> pd.DataFrame:
     """Return a row a level: the best share of the second set by arm and decoding, in percent.
 
-    `options` are those of `trace_frontiers` from the size on.
+    `options`, if any, are all those of `trace_frontiers` from the size on.
     """
     columns = {}
     for decoding, title in DECODING_TITLES.items():
         for arm, shares in trace_frontiers(evidence, decoding, PATH_ARMS, *options).items():
             texts = ["-" if np.isinf(one) else f"{one:.0%}" for one in shares[0]]
             columns[f"{evidence.study.arms[arm].title}, {title}"] = texts
-    table = pd.DataFrame(columns, pd.Index(LEVELS, name="level").map("{:.0%}".format))
+    levels = pd.Index(options[-1] if options else LEVELS, name="level")
+    table = pd.DataFrame(columns, levels.map("{:.0%}".format))
     is_kept = table.ne("-").any(axis=1) | (np.arange(len(table)) == 0)
     return table if table.empty else table[is_kept].reset_index()
 
 
 def tabulate_skills(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return correct greedy answers to combinations: a row a cell, a column a group or a skill."""
-    prompts, rows = evidence.choose_prompts("combinations"), []
+    """Return correct greedy answers to combinations: a row a group or a skill, a column a cell."""
+    prompts, columns = evidence.choose_prompts("combinations"), {}
     groups = prompts.skill.isin(PROMPT_NAMES).map({True: "prompt names", False: "other skills"})
     for place, seeds in label_rows(runs).groupby(CELL, sort=False):
         shares = analysis.mark_answers(seeds, prompts, "greedy").mean(axis=0)
         marks = pd.Series(shares, prompts.index)
         skills = marks.groupby(prompts.skill).mean()
-        shares = marks.groupby(groups).mean().reindex(["prompt names", "other skills"]).to_dict()
-        shares |= {"mean of skills": skills.mean()} | skills.to_dict()
-        texts = {name: f"{share:.0%}" for name, share in shares.items()}
-        rows.append(dict(zip(CELL, place, strict=True)) | texts)
-    return pd.DataFrame(rows)
+        shares = marks.groupby(groups).mean().reindex(["prompt names", "other skills"])
+        shares["mean of skills"] = skills.mean()
+        columns[", ".join(place)] = pd.concat([shares, skills]).map("{:.0%}".format)
+    table = pd.DataFrame(columns)
+    table.insert(0, "prompts", prompts.skill.value_counts().astype("Int64"))
+    return table.rename_axis("skill").reset_index()
 
 
 def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
@@ -144,6 +148,39 @@ def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def read_edition1() -> pd.DataFrame:
+    """Read the cells of edition1.csv by base and cell."""
+    table = pd.read_csv(RESULTS_DIR / "edition1.csv", dtype={"learning_rate": str})
+    table = table.query("kind == 'cell'").set_index(["base", "cell"], drop=False)
+    return table.rename_axis([None, None])
+
+
+def write_recovery(cell: pd.Series) -> str:
+    """Write R without end tokens with its interval, and R in parentheses; 1 is FFT."""
+    if pd.isna(cell.R):
+        return "-"
+    text = "{:.2f} [{:.2f}, {:.2f}] ({:.2f})"
+    text = text.format(cell.R_no_end, cell.R_no_end_low, cell.R_no_end_high, cell.R)
+    return "1" if cell.R == 1 else text
+
+
+def tabulate_edition1() -> pd.DataFrame:
+    """Return a row an arm of the first edition, both sizes side by side."""
+    cells, rows, sizes = read_edition1(), [], pd.DataFrame(EDITION1["sizes"]).T
+    for title, names in EDITION1["rows"].items():
+        chosen = [(base, name) for base, name in zip(sizes.index, names, strict=True) if name]
+        pair = cells.loc[chosen].set_index("base").reindex(sizes.index)
+        row = {"trained": title, "lr": " / ".join(pair.learning_rate.dropna().unique())}
+        pair["weights"] = pair.trainable_parameters / sizes.parameters
+        percent = pair[["weights", "never_end_sampled", "correct_sampled"]].astype(float)
+        texts = percent.map(lambda x: "-" if pd.isna(x) else f"{x:.0%}").agg(" / ".join)
+        row["weights"], *others = texts.replace("- / -", "-")
+        for base, size in sizes["name"].items():
+            row[f"{size}: R without ends (R)"] = write_recovery(pair.loc[base])
+        rows.append(row | dict(zip(("never end", "correct"), others, strict=True)))
+    return pd.DataFrame(rows)
+
+
 def tabulate_speed(folder: Path) -> list[pd.DataFrame]:
     """Return the tables of `bench.py`, each with its processor."""
     tables = []
@@ -160,8 +197,9 @@ def tabulate_speed(folder: Path) -> list[pd.DataFrame]:
 def label_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Return runs or cells with the columns that tables show."""
     rates = table.learning_rate.map("{:g}".format).where(table.arm != "base", "-")
+    weights = table.fraction.map("{:.0%}".format).where(table.arm != "base", "-")
     names = {"title": "trained", "above_chance": "above chance"}
-    return table.rename(columns=names).assign(rate=rates)
+    return table.rename(columns=names).assign(rate=rates, weights=weights)
 
 
 def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.DataFrame]]:
@@ -176,7 +214,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     endings["endless"] = endings.endless.map("{:.0%}".format)
     tables = {"claims": [verdicts], "estimates": [estimates], "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
-    harm = "xs", ("medical", "combinations"), "fft", "medical"
+    harm = "xs", ("medical", "combinations"), "fft", "medical", HARM_LEVELS
     paths = tabulate_frontiers(evidence), tabulate_frontiers(evidence, *harm)
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
@@ -197,10 +235,6 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
     kinds = kinds.replace("-0%", "0%", regex=True)
     runs = final.merge(cells[["size", "cell"]].drop_duplicates())
-    skills = tabulate_skills(evidence, reported)
-    skills = skills.set_index(skills[CELL].agg(", ".join, axis=1)).drop(columns=CELL).T
-    counts = evidence.choose_prompts("combinations").skill.value_counts()
-    skills.insert(0, "prompts", counts.astype("Int64"))
     means = runs.groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     return tables | {
@@ -208,7 +242,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
-        "skills": [skills.rename_axis("skill").reset_index()],
+        "skills": [tabulate_skills(evidence, reported)],
         "costs": [costs.reset_index()],
     }
 

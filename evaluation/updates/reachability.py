@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+", help="folders or hub ids of bases")
     for path in parser.parse_args(argv).checkpoints:
         model, tokenizer = load_model(path), load_tokenizer(path)
-        [bound] = reachable_probability(model, [tokenizer.eos_token_id])
+        bound = reachable_probability(model, tokenizer.eos_token_id)
         print(f"{path}\t{tokenizer.eos_token}\t{bound:.4f}")
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.updates import spectra
-from evaluation.updates.update_analysis import main
+from evaluation.updates import update_analysis as updates
 from model.checkpoint import (
     TOKENIZER_DIR,
     load_model,
@@ -26,9 +25,9 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 def test_ranks_of_known_spectra() -> None:
     """Equal values have full rank by all three measures, and 9 of 10 hold 90%."""
-    equal = spectra.measure_ranks(torch.ones(10, dtype=torch.float64))
+    equal = updates.measure_ranks(torch.ones(10, dtype=torch.float64))
     assert list(equal.values()) == pytest.approx([9, 10, 10])
-    two = spectra.measure_ranks(torch.tensor([3.0, 1.0], dtype=torch.float64))  # squares 9 and 1
+    two = updates.measure_ranks(torch.tensor([3.0, 1.0], dtype=torch.float64))  # squares 9 and 1
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert list(two.values()) == pytest.approx([1, math.exp(entropy), 10 / 9])
 
@@ -36,13 +35,13 @@ def test_ranks_of_known_spectra() -> None:
 def test_low_rank_keeps_the_largest_directions() -> None:
     """A diagonal is cut to its largest entries."""
     entries = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
-    cut = spectra.cut_to_rank(torch.diag(entries), 2)
+    cut = updates.cut_to_rank(torch.diag(entries), 2)
     assert torch.allclose(cut, torch.diag(entries * torch.tensor([1, 1, 0])))
 
 
 def test_random_updates_have_rank_and_norm() -> None:
     delta = torch.randn(12, 8, dtype=torch.float64, generator=GENERATOR)
-    random = spectra.draw_low_rank(delta, 3, GENERATOR)
+    random = updates.draw_low_rank(delta, 3, GENERATOR)
     assert torch.linalg.matrix_rank(random) == 3
     assert random.norm().item() == pytest.approx(delta.norm().item())
 
@@ -50,17 +49,17 @@ def test_random_updates_have_rank_and_norm() -> None:
 def test_intruders() -> None:
     """A large update in a new direction intrudes, a scaled W0 does not."""
     w0 = torch.diag(torch.linspace(2, 1, 128, dtype=torch.float64))
-    scaled = spectra.count_intruders(w0, w0.clone())
+    scaled = updates.count_intruders(w0, w0.clone())
     assert scaled["count"] == 0
     flat = torch.full((128,), 128**-0.5, dtype=torch.float64)  # cos 0.09 with each axis
-    found = spectra.count_intruders(w0, 100 * torch.outer(flat, flat))
+    found = updates.count_intruders(w0, 100 * torch.outer(flat, flat))
     assert found["count"] >= 1 and min(found["max_cos"]) < 0.5 and found["k"] == 3
 
 
 def test_description_of_half_the_base() -> None:
     """Sizes are relative to the base; singular values descend."""
     w0 = torch.eye(8, dtype=torch.float64)
-    row = spectra.describe_matrix(w0, 0.5 * w0)
+    row = updates.describe_matrix(w0, 0.5 * w0)
     assert (row["shape"], row["r90"], row["relative"]) == ([8, 8], 8, pytest.approx(0.5))
     assert row["singular_values"] == pytest.approx([0.5] * 8)
 
@@ -77,7 +76,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def analyze(base: Path, tuned: Path, *words: object) -> dict:
-    main(["--base", str(base), "--tuned", str(tuned), *map(str, words)])
+    updates.main(["--base", str(base), "--tuned", str(tuned), *map(str, words)])
     path = tuned / "update_analysis.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
