@@ -24,6 +24,7 @@ from evaluation.study.results import LETTERS, read_runs
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Condition, Study, read_study
 from model.files import UserError
 
+PART_TITLES = {"read_rows": "base rows", "only_frozen-embeddings": "base embedding"}
 TERM = re.compile(r"(?:^|([+-]) )(?:([\d.]+) )?([a-z]\S*)")  # of a sum: sign, factor, cell
 
 
@@ -77,6 +78,8 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)  # of the update, none: whole
     names = [name_cell(study, run, sweeps) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
+    runs["usual"] = runs.cell.str.replace(r"\*[^/~@^#+]*", "", regex=True)  # without the rate
+    runs["fraction"] = runs.trainable_parameters / runs.groupby("size").parameters.transform("min")
     prompts = pd.DataFrame(columns=["set", "half"])
     if path.is_file():
         prompts = pd.read_csv(path, keep_default_na=False)
@@ -86,7 +89,7 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
 
 
 def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
-    """Return the name of a run's cell and its title: its arm, and what is not usual."""
+    """Return the name of a run's cell and its title: its arm, and non-default parts."""
     base = run.base.rpartition("-")[2]
     if run.arm == "base":
         is_other = base != MAIN_BASE
@@ -102,7 +105,7 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
         (f"@{base}", f"from {base}", base != MAIN_BASE),
         (f"^{run.start}", f"after {start}", run.start != "base"),
         (f"#{run.data}", run.data, run.data != arm.data),
-        (f"+{run.part}", f"{run.part}".replace("_", " "), pd.notna(run.part)),
+        (f"+{run.part}", PART_TITLES.get(run.part, run.part), pd.notna(run.part)),
     ]
     codes, words, _ = zip(("", arm.title, True), *filter(itemgetter(2), extras), strict=True)
     return run.arm + "".join(codes), ", ".join(filter(None, words))
@@ -111,8 +114,10 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
 def check_controlled(runs: pd.DataFrame) -> None:
     """Refuse runs that differ in their data, or did not start from their base's weights (G3)."""
     weights, arms = runs.set_index("id").weights, runs[runs.arm != "base"]
-    for (data, _), group in arms.groupby(["data", "samples"], dropna=False):
-        if group.train_data.map(str).nunique() > 1:
+    # Bases with unused rows have tokenizers of their own.
+    texts = arms.train_data.map(lambda data: str(data | {"tokenizer_sha256": None}))
+    for (data, _), group in texts.groupby([arms.data, arms.samples], dropna=False):
+        if group.nunique() > 1:
             raise UserError(f"runs on {data!r} differ in their training data; run them again")
     own = arms.base.map(weights)
     for run in arms[(arms.start == "base") & own.notna() & (arms.base_fingerprint != own)].id:
@@ -134,7 +139,7 @@ def mark_answers(
 def draw_shares(
     marks: np.ndarray, prompts: pd.DataFrame, size: str, alone: int | None = None
 ) -> np.ndarray:
-    """Return shares of all seeds, of the first `alone`, of draws; `marks` are (seeds, prompts)."""
+    """Return shares of all seeds, each of the first `alone`, each draw; marks: (seeds, prompts)."""
     codes, names = pd.factorize(prompts.cluster)
     members = np.eye(len(names))[codes]
     sums, counts = marks @ members, np.tile(members.sum(axis=0), (len(marks), 1))
@@ -188,15 +193,15 @@ def select_reported(evidence: Evidence) -> pd.DataFrame:
 
 
 def tabulate_cells(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a cell of `runs`, set and decoding, in the order of study.toml.
+    """Return one row per cell of `runs`, set and decoding, in the order of study.toml.
 
-    Columns: size, cell, arm, title, learning_rate, seeds, set, decoding, share (correct) with its
-    interval (low, high), above_chance, and the share of each kind of `KINDS`.
+    Columns: those of the runs, seeds, set, decoding, share (correct) with its interval (low, high),
+    above_chance, and the share of each kind of `KINDS`.
     """
     rows = []
     for (size, _), seeds in runs.groupby(["size", "cell"], sort=False):
         first = seeds.iloc[0]
-        place = first[["size", "cell", "arm", "title", "learning_rate"]].to_dict()
+        place = dict(first[["size", "cell", "usual", "arm", "title", "learning_rate", "fraction"]])
         sets = [name for name in evidence.prompts["set"].unique() if name in first.outcomes]
         for name, decoding in product(sets, evidence.study.probe["decodings"]):
             prompts = evidence.choose_prompts(name)

@@ -12,7 +12,7 @@ from evaluation.study.analysis import Estimate, Evidence, draw_shares, estimate_
 from evaluation.study.plan import Run
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Claim, Condition
 
-LEVELS = np.arange(0.40, 1.0, 0.05)  # of combinations, at which C9 compares unseen things
+LEVELS = np.arange(8, 20) / 20  # of combinations, at which C9 compares unseen things
 SKILL_RANGE = (0.40, 0.95)  # of full fine-tuning on a skill that C8 counts
 PATH_ARMS = ("fft", "fft_mixed", "all_r8")  # whose checkpoints C9 compares
 FEWEST_BASES = 8  # of C12
@@ -50,6 +50,7 @@ def trace_frontiers(
     sets: tuple[str, str] = ("combinations", "unseen"),
     start: str = "base",
     data: str | None = None,
+    levels: np.ndarray = LEVELS,
 ) -> dict[str, np.ndarray]:
     """Return arms' frontiers, (draws, levels): that of all seeds, of each seed, and of each draw.
 
@@ -69,7 +70,7 @@ def trace_frontiers(
         ]
         if points:
             taught, kept = np.moveaxis(np.array(points), 1, 0)
-            reached = np.where(taught[:, :, None] >= LEVELS, kept[:, :, None], -np.inf)
+            reached = np.where(taught[:, :, None] >= levels, kept[:, :, None], -np.inf)
             frontiers[arm] = reached.max(axis=0)
     return frontiers
 
@@ -118,7 +119,7 @@ def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimat
 
 
 def lies_within(found: Estimate, low: float, high: float, whole: bool = True) -> bool:
-    """Say whether an estimate, and unless `whole` is off its interval and seeds, are in bounds."""
+    """Say whether an estimate lies in bounds; if `whole`, its interval and seeds as well."""
     values = [found.value] + [found.low, found.high, *found.by_seed] * whole
     return low <= min(values) and max(values) <= high
 
@@ -126,7 +127,7 @@ def lies_within(found: Estimate, low: float, high: float, whole: bool = True) ->
 def estimate_claim(
     evidence: Evidence, claim: Claim, condition: Condition, place: tuple[str, str, str]
 ) -> tuple[dict[str, Estimate] | None, int]:
-    """Return what (estimate, size, decoding) names (None: not run), and on how many bases."""
+    """Return estimates by their names (None: not run), and on how many bases they rest."""
     (estimate, size, decoding), prompts = place, evidence.choose_prompts("combinations")
     if claim.kind == "frontier":
         return compare_frontiers(evidence, size, decoding), 1
@@ -149,10 +150,11 @@ def judge_claim(evidence: Evidence, claim: Claim) -> tuple[str, set[str], list[t
     estimates, about = [], set()
     met: dict[str, list[bool | None]] = {"supported": [], "refuted": []}
     missed = []  # whether an estimate is wholly out of bounds
+    begun = set(evidence.final["size"][evidence.final.arm != "base"])
     for side, condition in [(s, one) for s in met for one in getattr(claim, s)]:
         low, high = condition.at_least, condition.at_most
         sizes = condition.sizes or claim.sizes
-        sizes = [s for s in sizes if s in set(evidence.final["size"])] or sizes
+        sizes = [s for s in sizes if s in begun] or sizes
         about.update(sizes, re.findall(r":(\w+)", " ".join(condition.estimates)))
         for place in product(condition.estimates, sizes, claim.decodings):
             found, bases = estimate_claim(evidence, claim, condition, place)
@@ -160,20 +162,21 @@ def judge_claim(evidence: Evidence, claim: Claim) -> tuple[str, set[str], list[t
             for name, one in (found or {}).items():
                 estimates.append((claim.name, name, *place[1:], bases, one))
                 met[side][-1] &= lies_within(one, low, high, condition.whole)
-                missed.append(lies_within(one, -np.inf, low) or lies_within(one, high, np.inf))
+                below, above = np.nextafter(low, -np.inf), np.nextafter(high, np.inf)
+                missed.append(lies_within(one, -np.inf, below) or lies_within(one, above, np.inf))
     is_refuted = all(met["refuted"]) if claim.refuted else any(missed)
     conditions = met["supported"] + met["refuted"]
     sides = {"supported": all(met["supported"]), "refuted": is_refuted}
     verdicts = [side for side, holds in sides.items() if holds]
     verdict = verdicts[0] if len(verdicts) == 1 else "open"
     if verdict == "open" and None in conditions:
-        verdict = "open, not all run" if set(conditions) != {None} else "not run"
+        verdict = "not all run" if set(conditions) != {None} else "not run"
     return verdict, about, estimates
 
 
 def judge_gates(evidence: Evidence) -> pd.DataFrame:
     """Return a row a gate and estimate on the tuning half: whether it `holds`, fails or waits."""
-    rows, states = [], {"supported": "holds", "not run": "not run", "open, not all run": "not run"}
+    rows, states = [], {"supported": "holds", "not run": "not run", "not all run": "not run"}
     for gate in evidence.study.gates:
         verdict, _, estimates = judge_claim(evidence, gate)
         values = ", ".join(f"{name} {one.value:.3f}" for _, name, *_, one in estimates)
@@ -183,9 +186,9 @@ def judge_gates(evidence: Evidence) -> pd.DataFrame:
 
 
 def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a row a claim with its verdict and its fewest seeds, and a row an estimate.
+    """Return one row per claim (verdict, fewest seeds), and one row per estimate.
 
-    Nothing is concluded on a claim one of whose sizes has a gate that does not hold.
+    A claim gets no conclusion if a gate of one of its sizes does not hold.
     """
     claims, estimates, gates = [], [], judge_gates(evidence)
     for claim in evidence.study.claims:

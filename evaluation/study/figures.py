@@ -62,9 +62,8 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
 
 def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the headline's cells in its order, of sizes of which more than the base was run."""
-    usual = cells.cell.str.replace(r"\*[^/~@^#]*", "", regex=True)
-    sizes = cells["size"][cells.arm != "base"]
-    rows = cells[usual.isin(HEADLINE) & cells["set"].isin(MAIN_SETS) & cells["size"].isin(sizes)]
+    sizes, is_main = cells["size"][cells.arm != "base"], cells["set"].isin(MAIN_SETS)
+    rows = cells[cells.usual.isin(HEADLINE) & is_main & cells["size"].isin(sizes)]
     places = pd.factorize(rows["size"])[0] * len(HEADLINE) + rows.arm.map(HEADLINE.index)
     return rows.iloc[places.argsort(kind="stable")]
 
@@ -74,7 +73,8 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     if cells.empty or (rows := select_headline(cells)).empty:
         return None
     last = rows[(rows["size"] == rows["size"].iloc[-1]) & (rows.decoding == "greedy")]
-    last = last[last.arm.isin(["study", "all_r8", "fft"]) & (last["set"] == "combinations")]
+    is_shown = last.arm.isin(["study", "study_tuned", "all_r8", "fft"])
+    last = last[is_shown & (last["set"] == "combinations")]
     words = [f"{evidence.study.arms[row.arm].title} {row.share:.0%}" for row in last.itertuples()]
     title = f"Correct combinations at {rows['size'].iloc[-1]}, greedy: {', '.join(words)}"
     table = rows.rename(columns={"share": "x", "set": "series", "title": "y"})
@@ -84,7 +84,7 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
 
 def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     """Draw the share of endless answers against the bound of the end token, a point a base."""
-    title = "Where the end token cannot become probable, sampled answers do not end"
+    title = "Where the bound of the end token is low, many sampled answers do not end"
     table = list_endings(evidence)
     table = table.assign(panel="", series="edition " + table.edition.map(str))
     table = table.rename(columns={"bound": "x", "endless": "y", "base": "note"})

@@ -90,7 +90,7 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     shares = table.tune_correct.astype(float)
     if missing := [rate for rate in grid if rate not in table.index]:
         return Sweep([], missing, shares.to_dict())
-    ties = table[shares.fillna(-1) >= shares.fillna(-1).max() - study.tie]
+    ties = table[shares.fillna(-1) >= shares.fillna(-1).max() - study.tie - 1e-9]
     best = float(ties.tune_nll.astype(float).fillna(float("inf")).idxmin())
     beyond = {shares.index[0]: below, shares.index[-1]: above}.get(best, [])
     missing = [rate for rate in beyond if rate not in table.index][:1]

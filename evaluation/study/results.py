@@ -13,9 +13,10 @@ from model.files import write_text
 
 LETTERS = dict(zip(KINDS, "cbelofw", strict=True))  # of the outcome strings
 COLUMNS = ["id", "size", "base", "arm", "learning_rate", "seed", "status", "start", "data"]
-COLUMNS += ["epochs", "samples", "step", "outcomes", "train_data", "weights"]
+COLUMNS += ["epochs", "samples", "step", "outcomes", "train_data", "weights", "parameters"]
 COLUMNS += ["facts_combinations", "facts_unseen", "bits_per_parameter", "stored"]
 COLUMNS += ["base_fingerprint", "tune_correct", "tune_nll", "nll_text", "reachable_end"]
+COLUMNS += ["trainable_parameters"]
 
 
 def read_runs(folder: Path, edition: int) -> pd.DataFrame:
@@ -27,6 +28,7 @@ def read_runs(folder: Path, edition: int) -> pd.DataFrame:
     table = pd.DataFrame([line.get("cost", {}) | line.get("scalars", {}) | line for line in lines])
     table = table.reindex(columns=[*table, *(name for name in COLUMNS if name not in table)])
     texts, numbers = ["id", "status", "data"], ["samples", "bits_per_parameter", "stored"]
+    numbers += ["parameters", "trainable_parameters"]
     return table.astype(dict.fromkeys(texts, str) | dict.fromkeys(numbers, float))
 
 

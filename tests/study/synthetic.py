@@ -57,16 +57,16 @@ def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: floa
     The middle rate of a grid is the best on the tuning half, and lets the gates hold.
     """
     decodings = {"greedy": 1, "t0.85p0.85": 3}
-    costs = ("trainable_parameters", "step", "steps", "tokens", "flops", "train_seconds")
+    costs = ("parameters", "trainable_parameters", "step", "steps", "tokens", "flops")
     line = asdict(run) | {"base": run.base_id, "edition": 2, "status": "completed"}
     line |= {"id": f"{run.id}@{step}" if step else run.id, "step": step or 1000}
-    line |= {"weights": "w", "base_fingerprint": "w", "train_data": {"tokens": 1}}
-    line["cost"] = dict.fromkeys((*costs, "peak_memory_bytes"), 1e9)
+    line["train_data"] = {"tokens": 1, "tokenizer_sha256": run.base}
+    line |= {"weights": "w", "base_fingerprint": "w"}
+    line["cost"] = dict.fromkeys((*costs, "train_seconds", "peak_memory_bytes"), 1e9)
     grid = STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []
     best = 0.0 if run.arm == "base" else 0.9 if run.learning_rate in grid[1:2] else 0.5
-    names = ("tune_nll", "nll_text", "test_nll", "test_end_nll", "facts_combinations")
-    names += ("facts_unseen",)
-    line["scalars"] = {"tune_correct": best} | dict.fromkeys(names, 1.0) | scalars
+    names = "tune_nll nll_text test_nll test_end_nll facts_combinations facts_unseen"
+    line["scalars"] = {"tune_correct": best} | dict.fromkeys(names.split(), 1.0) | scalars
     line["outcomes"] = {
         name: {decoding: " ".join([text] * n) for decoding, n in decodings.items()}
         for name, text in outcomes.items()
@@ -79,7 +79,7 @@ def write_runs(folder: Path, shares: dict[str, float | list | dict]) -> None:
 
     Args:
         shares: by cell, the share of correct answers; or pairs of shares of combinations and unseen
-            things, of each checkpoint; or scalars, where `endless` is a share of answers.
+            things, of each checkpoint; or scalars (of each seed), `endless` is a share of answers.
     """
     write_prompts(folder)
     lines = []
@@ -93,6 +93,7 @@ def write_runs(folder: Path, shares: dict[str, float | list | dict]) -> None:
                     lines.append(make_line(run, texts, 100 * i % (100 * len(value))))
             else:
                 scalars = value if isinstance(value, dict) else {"endless": 1 - value}
+                scalars = {k: np.broadcast_to(v, 3)[run.seed - 1] for k, v in scalars.items()}
                 text = spell_outcomes(1 - scalars.get("endless", 1), "e")
                 lines.append(make_line(run, dict.fromkeys(SETS, text), **scalars))
     lines.sort(key=lambda line: line["outcomes"] == {}, reverse=True)  # trials give way to runs

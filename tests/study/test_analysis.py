@@ -93,7 +93,7 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
         make_report(tmp_path, folder)
     assert first[path].count("Not run yet") == 3  # the medical set, random facts, other sets
     assert "| s-lost | diverged |" in first[path]
-    assert first[path].count("full fine-tuning, read rows |") == 1
+    assert first[path].count("full fine-tuning, base rows |") == 1
     assert "full fine-tuning, from plain42" in first[path]
     assert {file.stem for file in first} == {"README", "headline", "endings", "keeping"}
 
@@ -103,7 +103,7 @@ def test_arms_must_start_alike(folder: Path, tmp_path: Path) -> None:
     text = (folder / "runs.jsonl").read_text()
     for old, new, error in (
         ('"base_fingerprint": "w"', '"base_fingerprint": "x"', "-s1: started from other weights"),
-        ('{"tokens": 1}', '{"tokens": 2}', "differ in their training data"),
+        ('"tokens": 1,', '"tokens": 2,', "differ in their training data"),
     ):
         write_prompts(tmp_path)
         (tmp_path / "runs.jsonl").write_text(text.replace(old, new, 2))
