@@ -33,7 +33,7 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, Trai
 
 from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset, read_jsonl
 from dataset.world.generate import ensure_world, write_records
-from evaluation.study.settings import read_study
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
 from model.files import make_parser, read_json, run_script, write_json
 from model.generation import Decoding, generate
@@ -42,11 +42,10 @@ from trainer import arguments, run_folder, train_full_sft, train_lora, trainer_u
 from trainer.arguments import MAX_SEQ_LEN
 
 METHODS = {"FFT": None, "LoRA square": ["q_proj", "o_proj"], "LoRA all-linear": "all-linear"}
-SAMPLES = 1_024  # a multiple of each batch size, so that no batch is smaller
 BATCHES, WORKERS = (1, 2, 4, 8, 16, 32, 64, 128), (0, 1, 2, 4, 8)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 40, 64
-# Names in a profile: products are operators on a CPU and kernels on a GPU.
-PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}
+SAMPLES, PROMPTS, NEW_TOKENS = 1_024, 100, 64  # samples: a multiple of each batch size
+BASE = RESULTS_DIR / "bases" / f"m26-world-{MAIN_BASE}"
+PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}  # by "is GPU"
 TABLES = ("Training", "Start", "Generation", "Batches", "Loading")
 ARM_KEYS = ["size", "method", "batch", "workers", "engine"]
 MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
@@ -80,10 +79,9 @@ def train_ours(job: dict, data: TokenDataset) -> dict:
     """Run a training script as its users do; return mean loss and FLOPs a token."""
     folder, steps, name = job["folder"], job["steps"] + 1, f"run{os.getpid()}"
     words = f"--from_weight {folder / job['size']} --data_path {folder / 'chats.jsonl'} --overwrite"
-    words += f" --save_dir {folder} --device {job['device']} --use_compile {job['compiles']}"
-    words += f" --batch_size {job['batch']} --num_workers {job['workers']} --max_steps {steps}"
-    words += f" --log_interval {steps} --learning_rate 1e-4 --lr_schedule constant"
-    words += f" --dtype {job['dtype']}"
+    words += f" --save_dir {folder} --max_steps {steps} --log_interval {steps} --learning_rate 1e-4"
+    words += f" --device {job['device']} --num_workers {job['workers']} --lr_schedule constant"
+    words += f" --use_compile {job['compiles']} --batch_size {job['batch']} --dtype {job['dtype']}"
     is_lora, targets = job["method"] != "FFT", job["method"].removeprefix("LoRA ")
     words += f" --lora_name {name} --lora_targets {targets}" if is_lora else f" --run_name {name}"
     if job["engine"] == "minimind":
@@ -185,20 +183,22 @@ def measure_start(job: dict) -> pd.DataFrame:
 
 
 def measure_generation(job: dict) -> pd.DataFrame:
-    """Time greedy answers that end at no token, ours and transformers' from the same weights."""
-    weights, device = job["folder"] / job["size"], job["device"]
-    ids, rows = torch.randint(3, 4096, (PROMPTS, PROMPT_TOKENS), device=device), []
-    flags = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
-    ours = load_model(weights).to(device, getattr(torch, job["dtype"]))
-    theirs = LlamaForCausalLM.from_pretrained(weights, dtype=ours.dtype).to(device)
-    answer = partial(generate, ours, ids.tolist(), Decoding("greedy"), 0, NEW_TOKENS, PROMPTS)
-    calls = {"ours": answer, "transformers": partial(theirs.generate, ids, **flags)}
+    """Time a model's greedy answers, ours and transformers', of at most 64 tokens each."""
+    tokenizer, device, rows = load_tokenizer(job["base"]), job["device"], []
+    data = load_dataset("sft", [job["folder"] / "chats.jsonl"], tokenizer, MAX_SEQ_LEN)
+    ids = [a[: (b != IGNORE_INDEX).argmax()].tolist() for a, b in islice(iter(data), PROMPTS)]
+    padded = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(device)
+    ours = load_model(job["base"]).to(device, getattr(torch, job["dtype"]))
+    theirs = LlamaForCausalLM.from_pretrained(job["base"], dtype=ours.dtype).to(device)
+    how = Decoding("greedy"), 0, NEW_TOKENS, PROMPTS, (tokenizer.eos_token_id,)
+    calls = {"transformers": partial(theirs.generate, **padded, max_new_tokens=NEW_TOKENS)}
+    calls = {"ours": partial(generate, ours, ids, *how)} | calls
+    arm = job | {"size": job["base"].name, "method": "greedy", "batch": PROMPTS}
+    arm["tokens"] = sum(map(len, calls["ours"]()))
     for turn, engine in product(range(job["turns"] + 1), calls):
-        clock = time.perf_counter()
-        torch.as_tensor(calls[engine]()).cpu()  # waits for the device
-        cost = {"seconds": time.perf_counter() - clock, "tokens": PROMPTS * NEW_TOKENS}
-        cost |= {"engine": engine, "method": "greedy", "batch": PROMPTS, "turn": turn}
-        rows.append(job | cost)
+        arm |= {"engine": engine, "turn": turn, "seconds": -time.perf_counter()}
+        calls[engine]()  # both wait for the device after each token
+        rows.append(arm | {"seconds": arm["seconds"] + time.perf_counter()})
     return take_medians(pd.DataFrame(rows[len(calls) :]).drop(columns="peak"))
 
 
@@ -211,12 +211,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
     parser.add_argument("--device", choices=arguments.DEVICES, default="auto", help="(auto)")
+    parser.add_argument("--base", type=Path, default=BASE, help="model of Generation (m26)")
     args = parser.parse_args(argv)
     device, tables = arguments.choose_device(args.device), {}
     is_gpu, machine = device == "cuda", run_folder.describe_machine(device)
     dtype, width = arguments.choose_dtype("auto", device), 8192 if is_gpu else 4096
     result = {"git": run_folder.git_state(), "machine": machine, "dtype": dtype, "tables": tables}
-    where = f"{machine['processor']}, {machine['threads']} threads, {dtype}, {torch.__version__}"
     lines = islice(read_jsonl(ensure_world()["sft"]), SAMPLES)
     pairs = [{"conversations": record["conversations"][-2:]} for _, record in lines]
     matrix = torch.ones(width, width, dtype=getattr(torch, dtype), device=device)
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     job |= {"engines": ("ours", "trainer"), "methods": METHODS, "method": "FFT", "batch": 32}
     job |= {"turns": 1 if args.quick else 5, "steps": 50 if is_gpu else 4, "workers": 0}
     with tempfile.TemporaryDirectory(prefix="bench") as name:
-        job |= {"folder": Path(name), "size": args.sizes[-1], "compiles": "on"}
+        job |= {"folder": Path(name), "size": args.sizes[-1], "compiles": "on", "base": args.base}
         write_records(job["folder"] / "chats.jsonl", pairs)
         for size in args.sizes:
             model = MiniMindForCausalLM(minimind_config(**sizes[size].shape))
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
             tables[title] = tables.get(title, []) + json.loads(table.to_json(orient="records"))
             write_json(args.output, result)
             text = table.to_markdown(index=False, floatfmt=",.2f")
-            print(f"\n**{title}** on {where}\n\n{text}", flush=True)
+            print(f"\n**{title}** on {machine['processor']}, {dtype}\n\n{text}", flush=True)
 
 
 if __name__ == "__main__":
