@@ -22,8 +22,8 @@ STYLE = {
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 MAIN_SETS = ["combinations", "unseen"]
-HEADLINE = ["base", "study", "study_tuned", "all_r8", "all_r64", "all_r8_vocabulary", "fft_frozen"]
-HEADLINE += ["fft"]  # arms
+TITLE_ARMS = ["study", "study_tuned", "all_r8", "fft"]  # of the headline's title
+HEADLINE = ["base", *TITLE_ARMS[:-1], "all_r64", "all_r8_vocabulary", "fft_frozen", "fft"]
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -61,8 +61,8 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
 
 
 def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the headline's cells in its order, of sizes of which more than the base was run."""
-    sizes, is_main = cells["size"][cells.arm != "base"], cells["set"].isin(MAIN_SETS)
+    """Return the headline's cells in its order, of sizes at which all weights were trained."""
+    sizes, is_main = cells["size"][cells.arm == "fft"], cells["set"].isin(MAIN_SETS)
     rows = cells[cells.usual.isin(HEADLINE) & is_main & cells["size"].isin(sizes)]
     places = pd.factorize(rows["size"])[0] * len(HEADLINE) + rows.arm.map(HEADLINE.index)
     return rows.iloc[places.argsort(kind="stable")]
@@ -73,8 +73,7 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     if cells.empty or (rows := select_headline(cells)).empty:
         return None
     last = rows[(rows["size"] == rows["size"].iloc[-1]) & (rows.decoding == "greedy")]
-    is_shown = last.arm.isin(["study", "study_tuned", "all_r8", "fft"])
-    last = last[is_shown & (last["set"] == "combinations")]
+    last = last[last.arm.isin(TITLE_ARMS) & (last["set"] == "combinations")]
     words = [f"{evidence.study.arms[row.arm].title} {row.share:.0%}" for row in last.itertuples()]
     title = f"Correct combinations at {rows['size'].iloc[-1]}, greedy: {', '.join(words)}"
     table = rows.rename(columns={"share": "x", "set": "series", "title": "y"})
@@ -85,9 +84,8 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
 def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     """Draw the share of endless answers against the bound of the end token, a point a base."""
     title = "Where the bound of the end token is low, many sampled answers do not end"
-    table = list_endings(evidence)
+    table = list_endings(evidence).rename(columns={"bound": "x", "endless": "y", "base": "note"})
     table = table.assign(panel="", series="edition " + table.edition.map(str))
-    table = table.rename(columns={"bound": "x", "endless": "y", "base": "note"})
     texts = "bound of the end token's probability", "endless answers"
     return title, draw_panels(title, table, *texts)
 

@@ -33,7 +33,6 @@ FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 FIGURE_OF = {"shares": "headline"}  # a block that shows another one's figure
 NOTHING = "Not run yet."
-ANSWERS = 2  # prompts whose answers are shown
 EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
 HARM_LEVELS = np.arange(4, 20) / 20  # of correct medical answers
 PROMPT_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
@@ -122,13 +121,13 @@ def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
         path = OUTPUT_DIR / (run.id + suffix) / "samples.jsonl"
         if path.is_file():
             table = pd.DataFrame(line for _, line in read_jsonl(path))
-            tables.append(table.assign(trained=run.title))
+            tables.append(table.assign(trained=f"{run.size}, {run.title}"))
     return tables
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
-    """Return answers, a row an arm, to the first prompts of the combinations' tuning half."""
-    tables = [table[:ANSWERS] for table in read_answers(evidence, "-probe_combinations_tune")]
+    """Return answers, a row an arm, to the first 2 prompts of the combinations' tuning half."""
+    tables = [table[:2] for table in read_answers(evidence, "-probe_combinations_tune")]
     shown = pd.DataFrame(columns=["prompt", "trained", "output", "outcome"])
     table = pd.concat([shown, *tables], join="inner")
     table[["prompt", "output"]] = table[["prompt", "output"]].map(escape_markdown)
@@ -221,6 +220,9 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
     tables["capacity"] = [facts.round(3).reset_index()]
+    larger = label_rows(evidence.final.query("size != 'xs' and arm != 'base'")).convert_dtypes()
+    larger["tuning half"] = larger.tune_correct.map("{:.0%}".format)
+    tables["sizes"] = [larger[[*CELL, "weights", "epochs", "tuning half"]]]
     of_cells = "headline shares other_sets kinds costs parts skills"
     tables |= dict.fromkeys(of_cells.split(), [])
     if cells.empty:

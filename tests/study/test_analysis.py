@@ -14,7 +14,7 @@ from model.files import UserError
 from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
 NAMES = ["headline", "shares", "kinds", "keeping", "harm", "capacity", "rates", "costs", "claims"]
-NAMES += ["gates", "endings", "edition1", "answers", "parts", "other_sets", "estimates"]
+NAMES += ["gates", "endings", "edition1", "answers", "parts", "other_sets", "estimates", "sizes"]
 PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES)
 
 
@@ -91,7 +91,7 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     path.write_text("<!-- study:nothing -->\n<!-- /study:nothing -->")
     with pytest.raises(UserError, match="no block 'nothing'"):
         make_report(tmp_path, folder)
-    assert first[path].count("Not run yet") == 3  # the medical set, random facts, other sets
+    assert first[path].count("Not run yet") == 4  # medical, random facts, other sets, answers
     assert "| s-lost | diverged |" in first[path]
     assert first[path].count("full fine-tuning, base rows |") == 1
     assert "full fine-tuning, from plain42" in first[path]
