@@ -191,8 +191,8 @@ def measure_generation(job: dict) -> pd.DataFrame:
     ours = load_model(job["base"]).to(device, getattr(torch, job["dtype"]))
     theirs = LlamaForCausalLM.from_pretrained(job["base"], dtype=ours.dtype).to(device)
     how = Decoding("greedy"), 0, NEW_TOKENS, PROMPTS, (tokenizer.eos_token_id,)
-    calls = {"transformers": partial(theirs.generate, **padded, max_new_tokens=NEW_TOKENS)}
-    calls = {"ours": partial(generate, ours, ids, *how)} | calls
+    calls = {"ours": partial(generate, ours, ids, *how)}
+    calls["transformers"] = partial(theirs.generate, **padded, max_new_tokens=NEW_TOKENS)
     arm = job | {"size": job["base"].name, "method": "greedy", "batch": PROMPTS}
     arm["tokens"] = sum(map(len, calls["ours"]()))
     for turn, engine in product(range(job["turns"] + 1), calls):
