@@ -23,7 +23,8 @@ STYLE = {
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 MAIN_SETS = ["combinations", "unseen"]
 TITLE_ARMS = ["study", "study_tuned", "all_r8", "fft"]  # of the headline's title
-HEADLINE = ["base", *TITLE_ARMS[:-1], "all_r64", "all_r8_vocabulary", "fft_frozen", "fft"]
+HEADLINE = ["base", *TITLE_ARMS[:-1], "all_r64", "all_r8_vocabulary", "fft_frozen"]
+HEADLINE += ["fft_script", "fft"]
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -76,7 +77,8 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     last = last[last.arm.isin(TITLE_ARMS) & (last["set"] == "combinations")]
     words = [f"{evidence.study.arms[row.arm].title} {row.share:.0%}" for row in last.itertuples()]
     title = f"Correct combinations at {rows['size'].iloc[-1]}, greedy: {', '.join(words)}"
-    table = rows.rename(columns={"share": "x", "set": "series", "title": "y"})
+    rates = rows.learning_rate.map(", {:g}".format).where(rows.arm != "base", "")
+    table = rows.rename(columns={"share": "x", "set": "series"}).assign(y=rows.title + rates)
     table["panel"] = table["size"] + ", " + table.decoding.map(DECODING_TITLES)
     return title, draw_panels(title, table, "correct answers")
 

@@ -31,7 +31,6 @@ from model.files import REPO_DIR, UserError, make_parser, read_json, run_script,
 
 FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
-FIGURE_OF = {"shares": "headline"}  # a block that shows another one's figure
 NOTHING = "Not run yet."
 EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
 HARM_LEVELS = np.arange(4, 20) / 20  # of correct medical answers
@@ -126,14 +125,13 @@ def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
-    """Return answers, a row an arm, to the first 2 prompts of the combinations' tuning half."""
-    tables = [table[:2] for table in read_answers(evidence, "-probe_combinations_tune")]
-    shown = pd.DataFrame(columns=["prompt", "trained", "output", "outcome"])
-    table = pd.concat([shown, *tables], join="inner")
-    table[["prompt", "output"]] = table[["prompt", "output"]].map(escape_markdown)
-    table = table.sort_values("prompt", key=lambda texts: pd.factorize(texts)[0], kind="stable")
-    table = table.rename(columns={"output": "answer", "outcome": "judged"})
-    return table.assign(prompt=table.prompt.mask(table.prompt.duplicated(), ""))
+    """Return answers to prompts of the tuning half: a column an arm, wrong ones with their kind."""
+    columns = {}
+    for table in read_answers(evidence, "-probe_combinations_tune"):
+        kinds = (" *(" + table.outcome + ")*").where(table.outcome != "correct", "")
+        columns |= {"prompt": table.prompt.map(escape_markdown)}
+        columns |= {table.trained[0]: table.output.map(escape_markdown) + kinds}
+    return pd.DataFrame(columns)
 
 
 def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
@@ -218,7 +216,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
-    tables |= {"answers": [tabulate_answers(evidence)], "free": [tabulate_free_wording(evidence)]}
+    answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
+    tables |= {"answers": [answers[:2]], "ten_answers": [answers[:10]]}
     tables["capacity"] = [facts.round(3).reset_index()]
     larger = label_rows(evidence.final.query("size != 'xs' and arm != 'base'")).convert_dtypes()
     larger["tuning half"] = larger.tune_correct.map("{:.0%}".format)
@@ -251,10 +250,10 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
 
 def fill_block(found: re.Match[str], tables: dict, titles: dict, place: str) -> str:
     """Return a block of a file made anew; `place` is the figures' folder as the file links it."""
-    name, figure = found[1], FIGURE_OF.get(found[1], found[1])
+    name = found[1]
     if name not in tables:
         raise UserError(f"no block {name!r}; there are {', '.join(tables)}")
-    parts = [f"![{titles[figure]}]({place}/{figure}.svg)"] if figure in titles else []
+    parts = [f"![{titles[name]}]({place}/{name}.svg)"] if name in titles else []
     text = "\n\n".join([*parts, *map(to_table, tables[name])]) or NOTHING
     return f"<!-- study:{name} -->\n{text}\n<!-- /study:{name} -->"
 
