@@ -250,8 +250,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
 
 def fill_block(found: re.Match[str], tables: dict, titles: dict, place: str) -> str:
     """Return a block of a file made anew; `place` is the figures' folder as the file links it."""
-    name = found[1]
-    if name not in tables:
+    if (name := found[1]) not in tables:
         raise UserError(f"no block {name!r}; there are {', '.join(tables)}")
     parts = [f"![{titles[name]}]({place}/{name}.svg)"] if name in titles else []
     text = "\n\n".join([*parts, *map(to_table, tables[name])]) or NOTHING
