@@ -62,8 +62,8 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
 
 
 def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the headline's cells in its order, of sizes at which all weights were trained."""
-    sizes, is_main = cells["size"][cells.arm == "fft"], cells["set"].isin(MAIN_SETS)
+    """Return the headline's cells in its order, of sizes at which LoRA on all layers was scored."""
+    sizes, is_main = cells["size"][cells.arm == "all_r8"], cells["set"].isin(MAIN_SETS)
     rows = cells[cells.usual.isin(HEADLINE) & is_main & cells["size"].isin(sizes)]
     places = pd.factorize(rows["size"])[0] * len(HEADLINE) + rows.arm.map(HEADLINE.index)
     return rows.iloc[places.argsort(kind="stable")]

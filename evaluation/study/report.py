@@ -33,7 +33,7 @@ FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 NOTHING = "Not run yet."
 EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
-HARM_LEVELS = np.arange(4, 20) / 20  # of correct medical answers
+HARM = "xs", ("medical", "combinations"), "fft", "medical", np.arange(4, 20) / 20  # options
 PROMPT_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
 CELL = ["size", "trained", "rate"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
@@ -211,9 +211,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     endings["endless"] = endings.endless.map("{:.0%}".format)
     tables = {"claims": [verdicts], "estimates": [estimates], "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
-    harm = "xs", ("medical", "combinations"), "fft", "medical", HARM_LEVELS
-    paths = tabulate_frontiers(evidence), tabulate_frontiers(evidence, *harm)
-    tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [paths[0]], "harm": [paths[1]]}
+    tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [tabulate_frontiers(evidence)]}
+    tables["harm"] = [tabulate_frontiers(evidence, *HARM)]
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
@@ -221,6 +220,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables["capacity"] = [facts.round(3).reset_index()]
     larger = label_rows(evidence.final.query("size != 'xs' and arm != 'base'")).convert_dtypes()
     larger["tuning half"] = larger.tune_correct.map("{:.0%}".format)
+    larger = larger.replace(", (preliminary|1 epoch)", "", regex=True)  # columns say it
     tables["sizes"] = [larger[[*CELL, "weights", "epochs", "tuning half"]]]
     of_cells = "headline shares other_sets kinds costs parts skills"
     tables |= dict.fromkeys(of_cells.split(), [])
