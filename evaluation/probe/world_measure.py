@@ -23,14 +23,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pandas as pd
 from tokenizers import Tokenizer
 
 from dataset.checks import judge_answer, split_words, world_vocabulary
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
-from model.files import REPO_DIR, make_parser, run_script, write_text
+from model.files import REPO_DIR, make_parser, read_json, run_script, write_text
 
+OUTPUT = Path(__file__).with_suffix(".json")
 WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))
 THINGS = {thing.name: thing for world in WORLDS for thing in world.things}
 NAMES = world_vocabulary().names
@@ -137,6 +139,16 @@ def average_by_skill(shares: list[float], skills: list[str]) -> dict[str, float]
     return {"average": round(float(percent.mean()), 2)} | means
 
 
+def tabulate_controls(path: Path = OUTPUT) -> pd.DataFrame:
+    """Return the controls of a JSON file: correct answers to all prompts, and the highest skill."""
+    rows = []
+    for name, shares in read_json(path)["controls"].items():
+        average, highest = shares.pop("average"), max(shares.values())
+        skill = max(shares, key=shares.get) if 0 < highest < 100 else "any"
+        rows.append((name.replace("_", " "), f"{average}%", f"{highest}% ({skill})"))
+    return pd.DataFrame(rows, columns=["control", "all prompts", "highest skill"])
+
+
 def measure_size(files: dict[str, Path]) -> dict:
     """Count records, skills, bytes and tokens of each file."""
     tokenizer = Tokenizer.from_file(str(REPO_DIR / "model" / "base_xs" / "tokenizer.json"))
@@ -155,8 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the world, write the JSON file and print what is above 15%."""
     parser = make_parser(__doc__)
     parser.add_argument("--answers", type=Path, nargs="+", default=[], help="samples.jsonl files")
-    output = Path(__file__).with_suffix(".json")
-    parser.add_argument("--output", type=Path, default=output, help="a JSON file (beside this one)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="a JSON file (beside this one)")
     args = parser.parse_args(argv)
     files = ensure_world()
     result = {"sizes": measure_size(files), "controls": measure_controls(files, args.answers)}

@@ -43,10 +43,10 @@ class Evidence:
         name, _, own = cell.partition(":")
         return self.final[(self.final.cell == name) & (self.final["size"] == (own or size))]
 
-    def choose_prompts(self, name: str) -> pd.DataFrame:
-        """Return the test prompts of a set, with their place in the outcome strings."""
+    def choose_prompts(self, name: str, half: str = "test") -> pd.DataFrame:
+        """Return the prompts of a set's half, with their place in the outcome strings."""
         of_set = self.prompts[self.prompts["set"] == name].reset_index(drop=True)
-        return of_set[of_set.half == "test"]
+        return of_set[of_set.half == half]
 
 
 @dataclass(frozen=True)

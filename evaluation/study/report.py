@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
-from dataset.lm_dataset import read_jsonl
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
+from evaluation.probe.world_measure import tabulate_controls
 from evaluation.study import analysis, claims
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
@@ -35,6 +36,7 @@ NOTHING = "Not run yet."
 EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
 HARM = "xs", ("medical", "combinations"), "fft", "medical", np.arange(4, 20) / 20  # options
 PROMPT_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
+GROUPS = ["prompt names", "other skills", "mean of skills"]  # of skills
 CELL = ["size", "trained", "rate"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
     "facts_combinations": ("facts known, combinations", "{:.0%}".format),
@@ -97,31 +99,29 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple | np.ndarray) -
     return table if table.empty else table[is_kept].reset_index()
 
 
-def tabulate_skills(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return correct greedy answers to combinations: a row a group or a skill, a column a cell."""
-    prompts, columns = evidence.choose_prompts("combinations"), {}
-    groups = prompts.skill.isin(PROMPT_NAMES).map({True: "prompt names", False: "other skills"})
+def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") -> pd.DataFrame:
+    """Return correct greedy answers to combinations: groups, then skills, the hardest first."""
+    prompts, columns = evidence.choose_prompts("combinations", half), {}
+    groups = prompts.skill.isin(PROMPT_NAMES).map({True: GROUPS[0], False: GROUPS[1]})
     for place, seeds in label_rows(runs).groupby(CELL, sort=False):
-        shares = analysis.mark_answers(seeds, prompts, "greedy").mean(axis=0)
-        marks = pd.Series(shares, prompts.index)
-        skills = marks.groupby(prompts.skill).mean()
-        shares = marks.groupby(groups).mean().reindex(["prompt names", "other skills"])
-        shares["mean of skills"] = skills.mean()
-        columns[", ".join(place)] = pd.concat([shares, skills]).map("{:.0%}".format)
+        marks = pd.Series(analysis.mark_answers(seeds, prompts, "greedy").mean(0), prompts.index)
+        skills, shares = (marks.groupby(by).mean() for by in (prompts.skill, groups))
+        shares[GROUPS[2]] = skills.mean()
+        columns[", ".join(place)] = pd.concat([shares, skills])
     table = pd.DataFrame(columns)
+    order = table.drop(GROUPS, errors="ignore").mean(axis=1).sort_values(kind="stable").index
+    table = table.reindex([*GROUPS, *order]).map("{:.0%}".format)
     table.insert(0, "prompts", prompts.skill.value_counts().astype("Int64"))
     return table.rename_axis("skill").reset_index()
 
 
-def read_answers(evidence: Evidence, suffix: str) -> list[pd.DataFrame]:
-    """Return the saved answers of every completed run that has a folder of this name."""
-    tables = []
+def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:
+    """Read the saved answers of every completed run that has a folder of this name."""
     for run in evidence.final.itertuples():
         path = OUTPUT_DIR / (run.id + suffix) / "samples.jsonl"
         if path.is_file():
-            table = pd.DataFrame(line for _, line in read_jsonl(path))
-            tables.append(table.assign(trained=f"{run.size}, {run.title}"))
-    return tables
+            table = pd.read_json(path, lines=True, dtype=False)
+            yield table.assign(trained=f"{run.size}, {run.title}")
 
 
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
@@ -222,12 +222,11 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     larger["tuning half"] = larger.tune_correct.map("{:.0%}".format)
     larger = larger.replace(", (preliminary|1 epoch)", "", regex=True)  # columns say it
     tables["sizes"] = [larger[[*CELL, "weights", "epochs", "tuning half"]]]
-    of_cells = "headline shares other_sets kinds costs parts skills"
+    of_cells = "headline shares other_sets kinds costs parts skills worst"
     tables |= dict.fromkeys(of_cells.split(), [])
     if cells.empty:
         return tables
-    cells, final = label_rows(cells), label_rows(evidence.final)
-    reported = select_reported(evidence)
+    cells, reported = label_rows(cells), select_reported(evidence)
     is_reported = evidence.runs.id.str.partition("@")[0].isin(reported.id)
     parts = evidence.runs[evidence.runs.part.notna() & is_reported]
     if not parts.empty:
@@ -235,8 +234,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = select_headline(cells).groupby([*CELL, "set"], sort=False)
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
     kinds = kinds.replace("-0%", "0%", regex=True)
-    runs = final.merge(cells[["size", "cell"]].drop_duplicates())
-    means = runs.groupby(CELL, sort=False)[[*COSTS]].mean()
+    means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     return tables | {
         "headline": [tabulate_shares(select_headline(cells))],
@@ -244,6 +242,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
         "skills": [tabulate_skills(evidence, reported)],
+        "worst": [tabulate_skills(evidence, reported[reported.usual == "fft"], "tune")[:8]],
         "costs": [costs.reset_index()],
     }
 
@@ -262,6 +261,7 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
     evidence = load_evidence(folder)
     cells = tabulate_cells(evidence, select_reported(evidence))
     tables = make_tables(evidence, cells) | {"edition1": [tabulate_edition1()]}
+    tables["controls"] = [tabulate_controls()]
     tables["speed"] = tabulate_speed(root / "evaluation/bench")
     files, titles = {}, {}
     for name, draw in FIGURES.items():

@@ -23,9 +23,10 @@ from dataset.world.generate import (
     write_world,
 )
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
+from evaluation.probe.world_measure import OUTPUT
 from evaluation.study.data import check_world
 from evaluation.study.settings import RESULTS_DIR
-from model.files import REPO_DIR
+from model.files import REPO_DIR, read_json
 
 FROZEN = RESULTS_DIR / "world.sha256"
 CHINESE_DIR = WORLD_DIR / "chinese"
@@ -274,3 +275,12 @@ def test_the_shipped_tokenizer(full):
     print(f"in pairs alone: {missing}")
     assert size <= 4096 and frequent >= 0.95 * size and chinese <= 0.1 * total
     assert missing <= {tokenizer.id_to_token(token) for token in questions} | {"?"}
+
+
+def test_controls_of_the_committed_world_stay_low():
+    controls = read_json(OUTPUT)["controls"]
+    assert set(controls.pop("references").values()) == {100.0}
+    for name in ("one_answer", "prompt", "all_things"):
+        assert controls.pop(name)["average"] <= 1
+    for name, shares in controls.items():
+        assert shares["average"] <= 10 and max(shares.values()) <= 25, name
