@@ -32,11 +32,12 @@ from model.files import REPO_DIR, UserError, make_parser, read_json, run_script,
 
 FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
-NOTHING = "Not run yet."
 EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
 HARM = "xs", ("medical", "combinations"), "fft", "medical", np.arange(4, 20) / 20  # options
-PROMPT_NAMES = ["reading_who", "remember", "repeat", "swap"]  # skills, see the end of PROTOCOL.md
-GROUPS = ["prompt names", "other skills", "mean of skills"]  # of skills
+GROUPS = dict.fromkeys(["reading_who", "remember", "repeat", "swap"], "prompt names")  # of skills
+PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
+GROUPS |= dict.fromkeys(PLAIN, "plain questions")
+HEADS = ["prompt names", "plain questions", "other skills", "mean of skills"]
 CELL = ["size", "trained", "rate"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
     "facts_combinations": ("facts known, combinations", "{:.0%}".format),
@@ -56,7 +57,7 @@ COSTS = {  # column of the runs -> title and form; known facts are asked for wit
 def to_table(frame: pd.DataFrame) -> str:
     """Return a data frame as a Markdown table; a dash where nothing was measured."""
     if frame.empty:
-        return NOTHING
+        return "Not run yet."
     text = frame.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True)
     return re.sub(r"-{3,}", "---", re.sub(r" +\|", " |", text))  # without padding
 
@@ -102,15 +103,14 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple | np.ndarray) -
 def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") -> pd.DataFrame:
     """Return correct greedy answers to combinations: groups, then skills, the hardest first."""
     prompts, columns = evidence.choose_prompts("combinations", half), {}
-    groups = prompts.skill.isin(PROMPT_NAMES).map({True: GROUPS[0], False: GROUPS[1]})
-    for place, seeds in label_rows(runs).groupby(CELL, sort=False):
+    groups = prompts.skill.map(GROUPS).fillna("other skills")
+    for row, seeds in label_rows(runs).groupby(CELL, sort=False):
         marks = pd.Series(analysis.mark_answers(seeds, prompts, "greedy").mean(0), prompts.index)
         skills, shares = (marks.groupby(by).mean() for by in (prompts.skill, groups))
-        shares[GROUPS[2]] = skills.mean()
-        columns[", ".join(place)] = pd.concat([shares, skills])
+        columns[", ".join(row)] = pd.concat([shares, pd.Series({HEADS[3]: skills.mean()}), skills])
     table = pd.DataFrame(columns)
-    order = table.drop(GROUPS, errors="ignore").mean(axis=1).sort_values(kind="stable").index
-    table = table.reindex([*GROUPS, *order]).map("{:.0%}".format)
+    order = table.drop(HEADS, errors="ignore").mean(axis=1).sort_values(kind="stable").index
+    table = table.reindex([*HEADS, *order]).map("{:.0%}".format)
     table.insert(0, "prompts", prompts.skill.value_counts().astype("Int64"))
     return table.rename_axis("skill").reset_index()
 
@@ -223,7 +223,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     larger = larger.replace(", (preliminary|1 epoch)", "", regex=True)  # columns say it
     tables["sizes"] = [larger[[*CELL, "weights", "epochs", "tuning half"]]]
     of_cells = "headline shares other_sets kinds costs parts skills worst"
-    tables |= dict.fromkeys(of_cells.split(), [])
+    tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
     if cells.empty:
         return tables
     cells, reported = label_rows(cells), select_reported(evidence)
@@ -242,7 +242,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
         "skills": [tabulate_skills(evidence, reported)],
-        "worst": [tabulate_skills(evidence, reported[reported.usual == "fft"], "tune")[:8]],
+        "worst": [tabulate_skills(evidence, reported[reported.usual == "fft"], "tune")[:9]],
         "costs": [costs.reset_index()],
     }
 
@@ -252,7 +252,7 @@ def fill_block(found: re.Match[str], tables: dict, titles: dict, place: str) -> 
     if (name := found[1]) not in tables:
         raise UserError(f"no block {name!r}; there are {', '.join(tables)}")
     parts = [f"![{titles[name]}]({place}/{name}.svg)"] if name in titles else []
-    text = "\n\n".join([*parts, *map(to_table, tables[name])]) or NOTHING
+    text = "\n\n".join([*parts, *map(to_table, tables[name])])
     return f"<!-- study:{name} -->\n{text}\n<!-- /study:{name} -->"
 
 
