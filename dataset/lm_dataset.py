@@ -55,12 +55,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                 if line.strip():
                     record = json.loads(line)
                     if not isinstance(record, dict):
-                        raise ValueError(f"{type(record).__name__} in place of an object")
+                        raise ValueError(f"a {type(record).__name__}, not an object")
                     yield f"{path}:{number}", record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read after line {number} ({error})") from error
     except ValueError as error:  # of JSON or of UTF-8
-        raise UserError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
+        raise UserError(f"{path}:{number}: no JSON object ({error}); mend the line") from error
     if record is None:
         raise UserError(f"{path}: holds no record; expected one JSON object a line")
 

@@ -12,6 +12,9 @@ of the combinations; percent by skill and over all prompts:
     shuffled    references, or a model's answers, of the other prompts of the skill
     one_answer  the training answer that is correct most often over all prompts
     prompt      the prompt repeated; all_things: a list of all things
+
+2 controls say what the checks do not see, so they are high: `random_order` has the words of the
+reference in random order, `stray_words` has "in of and which the" after the reference.
 """
 
 import json
@@ -110,6 +113,7 @@ def measure_controls(files: dict[str, Path], answer_files: list[Path]) -> dict:
     constants = find_constants(records, skills, of_skill)
     one = find_constants(records, [""] * count, [("", answer) for answer in answers])
     near = find_nearest(prompts, training)
+    generator = np.random.default_rng(0)
     old = [(answers[place], training[place]) for place in near]
     controls = {
         "references": references,
@@ -118,6 +122,8 @@ def measure_controls(files: dict[str, Path], answer_files: list[Path]) -> dict:
         "one_answer": [one[""]] * count,
         "prompt": prompts,
         "all_things": [", ".join(THINGS)] * count,
+        "random_order": [" ".join(generator.permutation(text.split())) for text in references],
+        "stray_words": [f"{text} in of and which the" for text in references],
     }
     found = {name: [*map(is_right, texts, records)] for name, texts in controls.items()}
     shuffled = {"references": {r["id"]: a for r, a in zip(records, references, strict=True)}}

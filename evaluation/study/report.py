@@ -27,7 +27,7 @@ from evaluation.study import analysis, claims
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
 from evaluation.study.figures import DECODING_TITLES, FIGURES, MAIN_SETS, select_headline
-from evaluation.study.settings import RESULTS_DIR
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Condition
 from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_text
 
 FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
@@ -37,7 +37,10 @@ HARM = "xs", ("medical", "combinations"), "fft", "medical", np.arange(4, 20) / 2
 GROUPS = dict.fromkeys(["reading_who", "remember", "repeat", "swap"], "prompt names")  # of skills
 PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
 GROUPS |= dict.fromkeys(PLAIN, "plain questions")
-HEADS = ["prompt names", "plain questions", "other skills", "mean of skills"]
+HEADS = ["all prompts", "prompt names", "plain questions", "other skills", "mean of skills"]
+SIZE_ARMS = ["fft", "study", "all_r8"]  # whose runs of the first seed the block of sizes shows
+CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
+CONTRASTS += " all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
 CELL = ["size", "trained", "rate"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
     "facts_combinations": ("facts known, combinations", "{:.0%}".format),
@@ -107,12 +110,28 @@ def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") 
     for row, seeds in label_rows(runs).groupby(CELL, sort=False):
         marks = pd.Series(analysis.mark_answers(seeds, prompts, "greedy").mean(0), prompts.index)
         skills, shares = (marks.groupby(by).mean() for by in (prompts.skill, groups))
-        columns[", ".join(row)] = pd.concat([shares, pd.Series({HEADS[3]: skills.mean()}), skills])
+        means = pd.Series({HEADS[0]: marks.mean(), HEADS[-1]: skills.mean()})
+        columns[", ".join(row)] = pd.concat([shares, means, skills])
     table = pd.DataFrame(columns)
     order = table.drop(HEADS, errors="ignore").mean(axis=1).sort_values(kind="stable").index
     table = table.reindex([*HEADS, *order]).map("{:.0%}".format)
-    table.insert(0, "prompts", prompts.skill.value_counts().astype("Int64"))
+    counts = pd.concat([prompts.skill, groups]).value_counts().astype("Int64")
+    table.insert(0, "prompts", counts)
     return table.rename_axis("skill").reset_index()
+
+
+def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return estimates at xs, greedy: intervals over the usual clusters, and over skills."""
+    prompts, rows = evidence.choose_prompts("combinations"), []
+    names = runs[runs["size"] == "xs"].set_index("usual").cell.to_dict()
+    for arms in (words.split("-") for words in CONTRASTS.split()):
+        if set(arms) <= set(names):
+            place = " - ".join(names[arm] for arm in arms), "xs", "greedy"
+            clusters = prompts, prompts.assign(cluster=prompts.skill)
+            condition = Condition(estimates=[])
+            found = [analysis.estimate_sum(evidence, condition, place, one) for one in clusters]
+            rows.append((place[0], *(str(one) for one, _ in found)))
+    return pd.DataFrame(rows, columns=["estimate", "clusters of things", "clusters of skills"])
 
 
 def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:
@@ -218,11 +237,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
     tables |= {"answers": [answers[:2]], "ten_answers": [answers[:10]]}
     tables["capacity"] = [facts.round(3).reset_index()]
-    larger = label_rows(evidence.final.query("size != 'xs' and arm != 'base'")).convert_dtypes()
-    larger["tuning half"] = larger.tune_correct.map("{:.0%}".format)
-    larger = larger.replace(", (preliminary|1 epoch)", "", regex=True)  # columns say it
-    tables["sizes"] = [larger[[*CELL, "weights", "epochs", "tuning half"]]]
-    of_cells = "headline shares other_sets kinds costs parts skills worst"
+    of_cells = "headline shares other_sets kinds costs parts skills sizes worst contrasts"
     tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
     if cells.empty:
         return tables
@@ -236,13 +251,19 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds.replace("-0%", "0%", regex=True)
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
+    is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.arm.isin(SIZE_ARMS)
+    is_main &= evidence.final.outcomes.astype(bool)
+    compared = evidence.final[is_main].query("data == 'sft' and start == 'base' and seed == 1")
+    sizes = tabulate_skills(evidence, compared, "tune").set_index("skill").loc[HEADS[:4]]
     return tables | {
         "headline": [tabulate_shares(select_headline(cells))],
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
         "skills": [tabulate_skills(evidence, reported)],
-        "worst": [tabulate_skills(evidence, reported[reported.usual == "fft"], "tune")[:9]],
+        "contrasts": [tabulate_contrasts(evidence, reported)],
+        "sizes": [sizes.T.rename_axis("trained, rate").reset_index()],
+        "worst": [tabulate_skills(evidence, reported[reported.usual == "fft"], "tune")[:10]],
         "costs": [costs.reset_index()],
     }
 
@@ -280,6 +301,7 @@ def main() -> None:
     for path, text in make_report(REPO_DIR, RESULTS_DIR).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+        print(f"wrote {path.relative_to(REPO_DIR)}")
 
 
 if __name__ == "__main__":

@@ -148,8 +148,11 @@ class Runner:
         """
         done = read_runs(self.results_dir, self.study.edition)
         ended = set(done.id[done.status != "failed"])
-        missing = [run for run in plan_runs(self.study, done) if run.id not in ended]
-        missing = [run for run in missing if any(fnmatch(run.id, name) for name in self.only)]
+        plan = plan_runs(self.study, done)
+        plan = [run for run in plan if any(fnmatch(run.id, name) for name in self.only)]
+        if not plan:
+            raise UserError(f"--only {' '.join(self.only)}: no run has such a name; see --dry_run")
+        missing = [run for run in plan if run.id not in ended]
         return missing, {None, *done.id[done.status == "completed"]}
 
     async def run_all(self, jobs: int) -> None:

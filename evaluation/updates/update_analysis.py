@@ -8,18 +8,14 @@ flags it writes checkpoints with a part of the update instead, for eval_llm.py a
 
     --truncate 1 2 4 8 16     <tuned>_rank<r>: dW of each linear layer cut to rank r
     --keep square mlp,norms   <tuned>_only_<parts>: the base, and the update of these parts alone
-    --random_rank 8 --seed 0  <tuned>_random_rank8_seed0: a random update of rank 8 with the norm
-                              of dW in each linear layer, the control for --truncate
     --restore_rows FILE...    <tuned>_read_rows: the tuned model, with the base's embedding rows of
                               tokens that are in none of these conversations
 
---truncate and --random_rank keep the update of embedding and norms.
+--truncate keeps the update of embedding and norms.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -59,15 +55,6 @@ def cut_to_rank(delta: Tensor, rank: int) -> Tensor:
     """Return the best approximation of rank at most `rank`."""
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
-
-
-def draw_low_rank(delta: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Return a product of two Gaussian factors, of at most this rank, with the norm of `delta`."""
-    rows, columns = delta.shape
-    b = torch.randn(rows, rank, dtype=delta.dtype, generator=generator)
-    a = torch.randn(rank, columns, dtype=delta.dtype, generator=generator)
-    product = b @ a
-    return product * (delta.norm() / product.norm())
 
 
 def count_intruders(w0: Tensor, delta: Tensor) -> dict:
@@ -119,27 +106,17 @@ def compute_shares(delta: Update) -> dict:
     return {k: shares.groupby(by, sort=False).sum().to_dict("index") for k, by in tables.items()}
 
 
-def change_linears(delta: Update, change: Callable[[Tensor], Tensor]) -> Update:
-    """Apply `change` to the update of each linear layer; keep that of other weights."""
-    linears = {n: change(t) for n, t in delta.items() if ".layers." in n and t.ndim == 2}
-    return delta | linears
-
-
 def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
     """Return the changed updates that the flags name, by the ending of their folder."""
     variants = {}
+    linears = [name for name, t in delta.items() if ".layers." in name and t.ndim == 2]
     for rank in args.truncate:
-        variants[f"_rank{rank}"] = change_linears(delta, partial(cut_to_rank, rank=rank))
+        variants[f"_rank{rank}"] = delta | {n: cut_to_rank(delta[n], rank) for n in linears}
     for spec in args.keep:
         model = load_model(args.base)
         select_trainable(model, spec)
         trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
         variants[f"_only_{spec.replace(',', '_')}"] = {n: t * trained[n] for n, t in delta.items()}
-    if args.random_rank:
-        generator = torch.Generator().manual_seed(args.seed)
-        draw = partial(draw_low_rank, rank=args.random_rank, generator=generator)
-        name = f"_random_rank{args.random_rank}_seed{args.seed}"
-        variants[name] = change_linears(delta, draw)
     if args.restore_rows:
         tokenizer, longest = load_tokenizer(args.base), 2**20  # no conversation is cut
         data = load_dataset("sft", args.restore_rows, tokenizer, longest)
@@ -157,9 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--tuned", type=Path, required=True, help="checkpoint or adapter folder")
     add("--truncate", type=SIZE, nargs="+", default=[], metavar="RANK")
     add("--keep", nargs="+", default=[], metavar="PARTS")
-    add("--random_rank", type=SIZE, metavar="RANK")
     add("--restore_rows", type=Path, nargs="+", metavar="FILE")
-    add("--seed", type=int, default=0, help="of the random update (0)")
     add("--output_dir", type=Path, help="of checkpoints (default: beside --tuned)")
     args = parser.parse_args(argv)
     base = load_model(args.base)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from evaluation.study.analysis import load_evidence, select_reported, tabulate_cells
-from evaluation.study.report import make_report
+from evaluation.study.report import make_report, tabulate_contrasts, tabulate_skills
 from evaluation.study.results import append_run
 from model.files import UserError
 from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
@@ -68,6 +68,17 @@ def test_shares_and_intervals(folder: Path) -> None:
     assert row.low == pytest.approx(share - half, abs=0.01)
     assert row.high == pytest.approx(share + half, abs=0.01)
     assert ("xs", "fft*0.0005", "unseen", "greedy") not in table.index  # chose the rate
+
+
+def test_skills(folder: Path) -> None:
+    """Of 2 skills, intervals over skills reach from the lower share to the higher."""
+    evidence, places = load_evidence(folder), np.arange(PROMPTS)
+    runs, marks = select_reported(evidence), np.array(list(spell_outcomes(0.5))) == "c"
+    shares = [marks[(places % 10 > 0) & (places % 2 == i)].mean() for i in (0, 1)]
+    table = tabulate_skills(evidence, runs).set_index("skill").filter(like="xs, LoRA on all")
+    assert table.loc[["skill 0", "skill 1"]].squeeze().tolist() == [f"{x:.0%}" for x in shares]
+    text = tabulate_contrasts(evidence, runs).set_index("estimate").loc["all_r8"].iloc[1]
+    assert text.endswith("[{:.2f}, {:.2f}]".format(*sorted(shares))) and shares[0] != shares[1]
 
 
 def test_the_best_rate_so_far_stands_for_an_arm(folder: Path, tmp_path: Path) -> None:
