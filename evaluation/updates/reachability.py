@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in parser.parse_args(argv).checkpoints:
         model, tokenizer = load_model(path), load_tokenizer(path)
         bound = reachable_probability(model, tokenizer.eos_token_id)
-        print(f"{path}\t{tokenizer.eos_token}\t{bound:.4f}")
+        print(f"{path}: {tokenizer.eos_token} has a probability of at most {bound:.4f}")
 
 
 if __name__ == "__main__":
