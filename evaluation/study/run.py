@@ -148,8 +148,7 @@ class Runner:
         """
         done = read_runs(self.results_dir, self.study.edition)
         ended = set(done.id[done.status != "failed"])
-        plan = plan_runs(self.study, done)
-        plan = [run for run in plan if any(fnmatch(run.id, name) for name in self.only)]
+        plan = [r for r in plan_runs(self.study, done) if any(fnmatch(r.id, n) for n in self.only)]
         if not plan:
             raise UserError(f"--only {' '.join(self.only)}: no run has such a name; see --dry_run")
         missing = [run for run in plan if run.id not in ended]
@@ -209,6 +208,7 @@ def main() -> None:
     runner = Runner(study, world, *folders, args.only)
     runner.save_dir.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
+        print(f"# bases that ship: cp -r {args.study_dir / 'bases'}/* {args.save_dir}/")
         for run in runner.list_missing()[0]:
             command = make_command(study, run, runner.find, args.save_dir)
             print(f"# {run.id}\n{shlex.join(['python', *command])}")
