@@ -115,20 +115,18 @@ def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") 
     table = pd.DataFrame(columns)
     order = table.drop(HEADS, errors="ignore").mean(axis=1).sort_values(kind="stable").index
     table = table.reindex([*HEADS, *order]).map("{:.0%}".format)
-    counts = pd.concat([prompts.skill, groups]).value_counts().astype("Int64")
-    table.insert(0, "prompts", counts)
+    table.insert(0, "prompts", pd.concat([prompts.skill, groups]).value_counts().astype("Int64"))
     return table.rename_axis("skill").reset_index()
 
 
 def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
     """Return estimates at xs, greedy: intervals over the usual clusters, and over skills."""
-    prompts, rows = evidence.choose_prompts("combinations"), []
+    prompts, rows, condition = evidence.choose_prompts("combinations"), [], Condition(estimates=[])
     names = runs[runs["size"] == "xs"].set_index("usual").cell.to_dict()
     for arms in (words.split("-") for words in CONTRASTS.split()):
         if set(arms) <= set(names):
             place = " - ".join(names[arm] for arm in arms), "xs", "greedy"
             clusters = prompts, prompts.assign(cluster=prompts.skill)
-            condition = Condition(estimates=[])
             found = [analysis.estimate_sum(evidence, condition, place, one) for one in clusters]
             rows.append((place[0], *(str(one) for one, _ in found)))
     return pd.DataFrame(rows, columns=["estimate", "clusters of things", "clusters of skills"])
@@ -253,7 +251,9 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.arm.isin(SIZE_ARMS)
     is_main &= evidence.final.outcomes.astype(bool)
-    compared = evidence.final[is_main].query("data == 'sft' and start == 'base' and seed == 1")
+    chosen = "data == 'sft' and start == 'base' and seed == 1"
+    chosen += " and (size != 'xs' or epochs == 1 or usual == cell)"  # xs has many rates
+    compared = evidence.final[is_main].query(chosen)
     sizes = tabulate_skills(evidence, compared, "tune").set_index("skill").loc[HEADS[:4]]
     return tables | {
         "headline": [tabulate_shares(select_headline(cells))],
