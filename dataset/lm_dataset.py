@@ -55,7 +55,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                 if line.strip():
                     record = json.loads(line)
                     if not isinstance(record, dict):
-                        raise ValueError(f"a {type(record).__name__}, not an object")
+                        raise ValueError(f"found: {type(record).__name__}")
                     yield f"{path}:{number}", record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read after line {number} ({error})") from error

@@ -75,7 +75,7 @@ GOOD = b'{"text": "fine"}\n'
         ("d.jsonl", None, "d.jsonl: cannot be read after line 0"),
         ("d.jsonl", b"\n \n", "d.jsonl: holds no record"),
         ("d.jsonl", GOOD * 2 + b'\n{"text": "fi', "d.jsonl:4: no JSON object (Unterminated string"),
-        ("d.jsonl", GOOD + b"[1]", "d.jsonl:2: no JSON object (a list, not an object)"),
+        ("d.jsonl", GOOD + b"[1]", "d.jsonl:2: no JSON object (found: list)"),
         ("d.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "d.jsonl.gz: cannot be read after line 9"),
     ],
 )
