@@ -28,7 +28,7 @@ from evaluation.probe.translations import ModelTranslator, WorldTranslator, tran
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.files import REPO_DIR, UserError, escape_control, make_parser, run_script, write_json
 from model.generation import MAX_NEW_TOKENS, Decoding
-from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device
+from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device, limit
 
 
 def make_probe_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def make_probe_parser() -> argparse.ArgumentParser:
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
     add("--wrap_documents", action="store_true", help="that text as train_pretrain.py wraps it")
-    add("--max_seq_len", type=SIZE, default=MAX_SEQ_LEN, help="tokens of an NLL sequence (340)")
+    add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="of an NLL sequence (340)")
     add("--judge", type=Path, help="checkpoint, trained apart, that finds off-topic answers")
     add("--translator", help="'world', or a transformers model that translates into English")
     add = parser.add_argument_group("generation").add_argument
@@ -70,7 +70,7 @@ def check_args(args: argparse.Namespace) -> None:
     names = {path.resolve().name for path in args.model}
     is_other = args.list or args.interactive or args.no_generation
     asking = args.judge or args.translator or args.limit or args.no_template
-    asking = asking or args.prompts != PROMPTS_FILE
+    asking = asking or args.prompts != PROMPTS_FILE or (measured and not args.no_generation)
     problems = {
         "--model: name a checkpoint; --list shows what is there": not (args.list or args.model),
         "--model: outputs have the folder's name; rename one of two": len(names) < len(args.model),
@@ -78,7 +78,7 @@ def check_args(args: argparse.Namespace) -> None:
         "--interactive: chats with one --model": args.interactive and len(args.model) > 1,
         "--wrap_documents: is of --text_nll_data": args.wrap_documents and not args.text_nll_data,
         "--no_generation: name --nll_data or --text_nll_data": args.no_generation and not measured,
-        "--judge, --translator, --limit, --no_template, --prompts: of probing": is_other and asking,
+        "--list, --interactive, --no_generation: drop the flags of probing": is_other and asking,
         f"{', '.join(map(str, missing))}: not there; make it or mend the path": missing,
     }
     for message, is_wrong in problems.items():
@@ -89,8 +89,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def load(path: Path, args: argparse.Namespace) -> Checkpoint:
-    """Load a checkpoint onto the device."""
-    model, tokenizer = load_checkpoint(path, args.tokenizer_path)
+    """Load a checkpoint onto the device; the judge has its own tokenizer."""
+    model, tokenizer = load_checkpoint(path, None if path == args.judge else args.tokenizer_path)
     return model.to(choose_device(args.device), getattr(torch, args.dtype)), tokenizer
 
 
@@ -106,8 +106,7 @@ def run_probes(args: argparse.Namespace) -> None:
     measured = {key: (kind, files) for key, (kind, files) in data.items() if files}
     choices = (args.decoding, args.seeds, args.max_new_tokens, args.batch_size)
     nll, answers, summaries = {}, {}, {}
-    own = args.output_dir.resolve() == outputs.OUTPUT_DIR and args.prompts.resolve() != PROMPTS_FILE
-    suffix = f"-{args.prompts.stem}" if own else ""
+    suffix = f"-{args.prompts.stem}" if args.prompts.resolve() != PROMPTS_FILE else ""
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
         folder = args.output_dir / (name + suffix)

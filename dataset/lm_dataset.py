@@ -39,8 +39,7 @@ ENCODE_CHUNK = 2_000  # records that are encoded at once, in parallel
 SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
 # Fields that change what a conversation means, and that the chat template does not show.
-UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call")
-UNREAD_FIELDS += ("reasoning_content", "weight")
+UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call", "reasoning_content")
 CONTENT_SLOT = "\ue000\ue001\ue000"  # private use: stands for a content in the chat template
 Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
 Shape = tuple[int, int]  # of a batch: tokens of a row, labels
@@ -54,6 +53,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     record = json.loads(line)
+                    if b"\\u" in line:  # such an escape may be half of a character
+                        json.dumps(record, ensure_ascii=False).encode()
                     if not isinstance(record, dict):
                         raise ValueError(f"found: {type(record).__name__}")
                     yield f"{path}:{number}", record
@@ -88,6 +89,8 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     for name in UNREAD_FIELDS:
         if any(turn.get(name) for turn in (record, *messages)):
             raise UserError(f'{where}: "{name}" is not read; convert or remove it')
+    if any(message.get("weight") not in (None, 1) for message in messages):  # 0: without a loss
+        raise UserError(f'{where}: a "weight" other than 1 is not read; remove the record')
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise UserError(f'{where}: message {turn} needs a non-empty string "content"')

@@ -33,7 +33,8 @@ from model.files import UserError, file_sha256, make_parser, run_script, write_a
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"
 BUILDERS = {".parquet": "parquet", ".xml": "text"}  # of the datasets library; else JSON
-RULES = {"valid_fraction": float, "min_chars": int, "max_words": int, "limit": int}
+RULES = {"valid_fraction": float, "min_chars": int, "min_words": int, "max_words": int}
+RULES |= {"limit": int}
 
 
 def join_spaces(text: str | None) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 REPO_DIR = Path(__file__).resolve().parents[1]
 # Control, zero-width and direction characters: they could steer a terminal or hide text.
 UNSAFE = re.compile(
@@ -54,7 +56,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         with aside.open("rb") as file:
             os.fsync(file.fileno())  # so that a crash leaves the old or the new
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch's
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is torch's
         raise UserError(f"{path}: not written ({error}); free space, or mend the path") from error
     finally:
         aside.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ bound matters for sampling, above all that of the token that ends an answer.
 
 import torch
 
+from model.files import UserError
 from model.model_minimind import MiniMindForCausalLM
 
 TOLERANCE = 1e-3  # nats between the value found and the bound
@@ -26,6 +27,8 @@ def reachable_probability(model: MiniMindForCausalLM, token: int) -> float:
     ball; the search ends when this gap is below `TOLERANCE`.
     """
     matrix = model.lm_head.weight.double() * model.model.norm.weight.double()
+    if not matrix.isfinite().all():
+        raise UserError("the embedding or the final norm is not finite: that run diverged")
     matrix = matrix - matrix.mean(dim=0)  # probabilities depend on differences of logits alone
     radius = matrix.shape[1] ** 0.5
     x = ahead = torch.zeros_like(matrix[0])

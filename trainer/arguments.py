@@ -101,8 +101,6 @@ def parse_args(
         refuse(f"--run_name or --lora_name {name!r}: must be a plain folder name")
     if {"epochs", "max_steps"} <= changed:
         refuse("--epochs and --max_steps: both say when to stop; give one")
-    if args.lr_schedule == "constant" and "min_lr_ratio" in changed:
-        refuse("--min_lr_ratio: --lr_schedule constant has no last rate; drop one of both")
     if args.eval_interval and args.data_path and not args.eval_data_path:
         refuse("--eval_interval: needs --eval_data_path beside --data_path")
     if args.from_resume and args.overwrite:

@@ -70,7 +70,8 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
     settings = LoraSettings(rank=rank, alpha=rank, targets=targets, init="gaussian")
     adapted = apply_lora(model, settings)
     fill_model(model, frozen | renamed, path)
-    save_lora(model, settings, folder, base, fingerprint)
+    place = str(Path(base).absolute()) if Path(base).exists() else base  # found from any folder
+    save_lora(model, settings, folder, place, fingerprint)
     print(escape_control(f"{path}: {len(adapted)} matrices, r={rank}: {folder}"))
 
 

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder")
     add("--base", help="its base: a folder or hub id (default: what its config names)")
+    add("--tokenizer_path", help="the adapter's, if it was trained with one (the base's)")
     add("--output_dir", type=Path, required=True, help="folder to make")
     args = parser.parse_args(argv)
     if args.output_dir.exists():
@@ -34,10 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     fingerprint = weights_fingerprint(model)
     settings = load_lora(model, args.adapter)
     merged = merge_lora(model)
-    save_model(merged, base, args.output_dir)
-    names = {"base": Path(base).name, "tuned": args.adapter.resolve().name}
+    save_model(merged, args.tokenizer_path or base, args.output_dir)
     record = {"status": "completed", "stage": "merge_lora", "base_fingerprint": fingerprint}
-    record["settings"] = names | {"adapter": asdict(settings)}
+    record["settings"] = {"from_weight": Path(base).name, "adapter": asdict(settings)}
+    record["adapter"] = args.adapter.resolve().name
     record["adapter_sha256"] = file_sha256(args.adapter / ADAPTER_WEIGHTS)
     record["parameters"] = merged.num_parameters()
     write_json(args.output_dir / "run.json", record)

@@ -49,11 +49,14 @@ class RunFolder:
         self.losses: list[float] = []  # of the steps since the last log line
         self.logged = (0, 0.0)  # tokens and seconds at the last log line
         if args.from_resume and not self.state_path.is_file():
-            raise UserError(f"--from_resume: {self.state_path} is missing; drop the flag")
+            raise UserError(f"--from_resume: {self.state_path} is missing; use --overwrite instead")
         if args.show_sample:
             return
         if self.path.exists() and not (args.from_resume or args.overwrite):
             raise UserError(f"{self.path} exists: give another name, --from_resume or --overwrite")
+        starts = [Path(one).resolve() for one in (args.from_weight, args.tokenizer_path) if one]
+        if args.overwrite and any(one.is_relative_to(self.path.resolve()) for one in starts):
+            raise UserError(f"--overwrite: this run starts from {self.path}; give another name")
         self.lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # outlives --overwrite
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)

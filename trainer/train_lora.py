@@ -74,8 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     for flag in of_matrices.split():
         if args.lora_rank == 0 and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag}: --lora_rank 0 adapts no matrix; drop one of both")
-    if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
-        parser.error("--modules_to_save_lr_ratio: no part has this rate; name --modules_to_save")
     accelerator, run = start_run(args)
 
     model, tokenizer, fingerprint = load_start(args)

@@ -36,8 +36,7 @@ from model.model_minimind import DEFAULT_SHAPE, MiniMindForCausalLM, minimind_co
 from trainer.arguments import DTYPES
 from trainer.run_folder import EXIT_CODES, RunFolder
 
-# Below this many FLOPs, 6 a parameter and token, a run ends before compiling has paid for itself:
-# at xs on a CPU, where it takes 15 to 25 s, and a step 12 to 20% less; m26 needs twice as many.
+# FLOPs, 6 a parameter and token, from which compiling pays for itself: 15 to 25 s at xs on a CPU.
 COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e16}
 
 
@@ -61,9 +60,10 @@ def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
 def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer, str | None]:
     """Load the model to train, in float32, its tokenizer, and the fingerprint of given weights."""
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
+    special = ("pad_token_id", "bos_token_id", "eos_token_id")  # saved weights name them
     if args.from_weight == "none":
         tokenizer = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR)
-        ids = {n: getattr(tokenizer, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        ids = {name: getattr(tokenizer, name) for name in special}
         config = minimind_config(vocab_size=len(tokenizer), **shape, **ids)
         return MiniMindForCausalLM(config), tokenizer, None
     model = load_model(args.from_weight)
@@ -73,6 +73,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
         if value not in (None, found[flag]):
             raise UserError(f"--{flag} {value}: the weights have {found[flag]}; drop the flag")
     tokenizer = load_tokenizer(args.tokenizer_path or args.from_weight, model.config.vocab_size)
+    model.config.update({name: getattr(tokenizer, name) for name in special})
     return model, tokenizer, weights_fingerprint(model)
 
 
@@ -120,8 +121,6 @@ def parameter_groups(
         if parameter.requires_grad:
             is_plain = parameter.ndim != 2 or name.startswith(("model.embed_tokens", "lm_head"))
             groups[0.0 if is_plain else weight_decay, lr_ratio(name)].append(parameter)
-    if weight_decay and not any(decay for decay, _ in groups):
-        raise UserError(f"--weight_decay {weight_decay}: no matrix that it acts on trains; drop it")
     keys = sorted(groups, reverse=True)
     return [{"params": groups[key], "weight_decay": key[0], "lr_ratio": key[1]} for key in keys]
 
@@ -144,12 +143,12 @@ def compile_loss(
 ) -> bool:
     """Compile forward pass and loss as one graph, if --use_compile or the run's size says so.
 
-    `auto` depends on settings, not on which parameters train: a resumed run computes what its first
-    part computed, and a comparison compiles all methods or none.
+    `auto` looks at the base's size and the tokens, so a comparison compiles all methods or none.
     """
     header, device = Path(sysconfig.get_paths()["include"]) / "Python.h", args.device
     is_able = header.is_file() and shutil.which("g++" if device == "cpu" else "gcc")
-    earns = 6 * model.num_parameters() * tokens >= COMPILE_FLOPS.get(device, math.inf)
+    base = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    earns = 6 * base * tokens >= COMPILE_FLOPS.get(device, math.inf)
     is_wanted = args.use_compile == "on" or (args.use_compile == "auto" and earns and bool(is_able))
     if is_wanted:
         # One graph for all shapes; on CUDA, where few shapes are planned, one each, and launched as
@@ -400,7 +399,6 @@ def answer_held_out(
     print(f"to ask it: python eval_llm.py --model {escape_control(str(run.path))}")
     count = min(run.args.show_answers, len(eval_set or ()))
     if not count:
-        print("no answers are shown: they need --eval_data_path and --show_answers")
         return
     prompts, references, ends = [], [], (tokenizer.eos_token_id,)
     for ids, labels in (eval_set[i] for i in range(count)):

@@ -36,7 +36,8 @@ def probe(
         encoded = [ids for ids, _ in opened]
     else:
         texts = encode_batch(tokenizer, [prompt.text for prompt in prompts], special=False)
-        encoded = [[tokenizer.bos_token_id, *ids] for ids in texts]
+        first = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None)
+        encoded = [first + ids for ids in texts]
     limit = model.config.max_position_embeddings - max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) > limit:

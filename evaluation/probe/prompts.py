@@ -53,7 +53,7 @@ class Prompt:
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.messages)
 
     def judge(self, answer: str, ended: bool) -> str:
-        """Return "correct" or the kind of mistake; see `judge_answer`."""
+        """Return "correct" or the kind of mistake; its things are those of the reference."""
         reference = {"role": "assistant", "content": self.reference}
         record = {"conversations": [*self.messages, reference], "check": self.check}
         return judge_answer(answer, ended, record)
@@ -100,7 +100,7 @@ def parse_markdown(path: Path) -> Iterator[Prompt]:
         _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
-    section = ""
+    section = path.stem
     for mark, title, body in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         if mark == "##":
             section = title

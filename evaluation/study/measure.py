@@ -73,7 +73,7 @@ def measure_checkpoint(
 ) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
-    `base` names the kind of base in study.toml: held-out text is read as its pretraining read it.
+    `base` is a base or its kind in study.toml: held-out text is read as its pretraining read it.
     `names` are the sets to ask; facts are ranked if all sets are asked.
     `only_tune` asks the tuning half of the combinations alone, greedily.
     """
@@ -92,7 +92,7 @@ def measure_checkpoint(
         outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
         nll[name] = measure_nll(checkpoint, "sft", paths, length, 32)["sequences"]
     count = sum(1 for _ in read_jsonl(data["combinations_tune"]))  # these come first
-    flags = study.bases[base]
+    flags = study.bases[base.rstrip("0123456789")]
     kind = "pretrain_wrapped" if flags.get("wrap_documents") else "pretrain"
     text = measure_nll(checkpoint, kind, [data["pretrain_valid"]], flags["max_seq_len"], 32)
     scalars = {
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
     parser.add_argument("--world", type=Path, default=FILES_DIR, help="folder of its files")
-    parser.add_argument("--base", default="wrapped", help="kind of its base, see study.toml")
+    parser.add_argument("--base", default="wrapped", help="its base, such as plain42")
     parser.add_argument("--sets", nargs="+", choices=PROBES, default=[*PROBES], help="(all)")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     parser.add_argument("--facts", type=Path, help="ask for these random facts alone")

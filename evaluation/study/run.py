@@ -111,7 +111,7 @@ class Runner:
             output.parent.mkdir(exist_ok=True)
             words = ["evaluation/study/measure.py", folder, "--output", output]
             words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
-            words += ["--base", run.base.rstrip("0123456789")]
+            words += ["--base", run.base]
             # A path of checkpoints is drawn over 2 sets.
             second = "medical" if run.data == "medical" else "unseen"
             words += ["--sets", "combinations", second] if step else []
@@ -208,7 +208,7 @@ def main() -> None:
     runner = Runner(study, world, *folders, args.only)
     runner.save_dir.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
-        print(f"# bases that ship: cp -r {args.study_dir / 'bases'}/* {args.save_dir}/")
+        print(f"# bases that ship: cp -rL '{args.study_dir / 'bases'}'/* '{args.save_dir}'")
         for run in runner.list_missing()[0]:
             command = make_command(study, run, runner.find, args.save_dir)
             print(f"# {run.id}\n{shlex.join(['python', *command])}")

@@ -3,9 +3,9 @@
 import tomllib
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.files import UserError
 
@@ -37,7 +37,7 @@ class Arm(Table):
     stage: Literal["full_sft", "lora"]
     flags: dict = {}
     data: str = "sft"
-    rates: dict[str, list[float]] = {}
+    rates: dict[str, Annotated[list[float], Field(min_length=2)]] = {}  # each twice the one before
     fixed: list[float] = []
 
 

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     """Analyze an update, or write checkpoints with a part of it."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--base", type=Path, required=True, help="where fine-tuning started")
+    add("--base", type=Path, required=True, help="where fine-tuning started, or another base")
     add("--tuned", type=Path, required=True, help="checkpoint or adapter folder")
     add("--truncate", type=SIZE, nargs="+", default=[], metavar="RANK")
     add("--keep", nargs="+", default=[], metavar="PARTS")

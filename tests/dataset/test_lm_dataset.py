@@ -75,6 +75,7 @@ GOOD = b'{"text": "fine"}\n'
         ("d.jsonl", None, "d.jsonl: cannot be read after line 0"),
         ("d.jsonl", b"\n \n", "d.jsonl: holds no record"),
         ("d.jsonl", GOOD * 2 + b'\n{"text": "fi', "d.jsonl:4: no JSON object (Unterminated string"),
+        ("d.jsonl", GOOD + b'{"a": "\\ud83d"}', "d.jsonl:2: no JSON object ('utf-8' codec"),
         ("d.jsonl", GOOD + b"[1]", "d.jsonl:2: no JSON object (found: list)"),
         ("d.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "d.jsonl.gz: cannot be read after line 9"),
     ],
@@ -117,6 +118,7 @@ def roles(*names: object) -> dict:
         (roles("user", "assistant", "system", "assistant"), "the roles are"),
         ({"system": "Be kind.", "messages": DIALOG}, '"system" is not read; convert or remove it'),
         ({"messages": [DIALOG[1], DIALOG[2] | {"tool_calls": [1]}]}, '"tool_calls" is not read'),
+        ({"messages": [DIALOG[1], DIALOG[2] | {"weight": 0}]}, 'a "weight" other than 1'),
     ],
 )
 def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: str) -> None:

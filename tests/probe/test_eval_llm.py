@@ -59,7 +59,7 @@ def run_script(home: Path, output_dir: Path, *flags: str, models: tuple[str, ...
     words += ["--max_new_tokens", "8", "--device", DEVICE, "--output_dir", str(output_dir)]
     prompts = [] if "--no_generation" in flags else ["--prompts", str(home / "prompts.md")]
     main([*words, *prompts, *flags])
-    return output_dir / models[0]
+    return output_dir / f"{models[0]}{'-prompts' * len(prompts[:1])}"
 
 
 @pytest.mark.gpu
@@ -90,7 +90,7 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     row = {"decoding": "t0.85p0.85", "section": "all", "measure": "endless", "value": 1.0, "n": 6}
     assert any(row.items() <= found.items() for found in results["summary"])
     page = (first / "samples.md").read_text().splitlines()
-    assert page[:4] == ["# Outputs of one", "", "- title: full fine-tuning", "- parts: all weights"]
+    assert page[:3] == ["# Outputs of one-prompts", "", "- title: full fine-tuning"]
     heads = [line for line in page if line.startswith("#")]
     assert heads[1:] == ["## Facts", "### facts-01", "### facts-02", "## Chat", "### chat-01"]
     *said, decodings, head, _, row = capsys.readouterr().out.splitlines()
@@ -119,7 +119,8 @@ def test_nll_and_differences(home, tmp_path, capsys):
     counts = json.loads((wrapped / "nll.json").read_text())["text_nll"]["tokens"]
     assert counts == saved["text_nll"]["tokens"] + 2  # a start and an end around one text
 
-    run_script(home, tmp_path, *data, "--decoding", "greedy", models=("one", "two"))
+    two = run_script(home, tmp_path, *data, "--decoding", "greedy", models=("one", "two"))
+    two = two.with_name("two-prompts")
     results = json.loads((two / "results.json").read_text())
     assert json.loads((two / "nll.json").read_text()) == saved
     assert results["nll"]["nll"]["nats_per_token"] == saved["nll"]["nats_per_token"]
@@ -127,7 +128,7 @@ def test_nll_and_differences(home, tmp_path, capsys):
     assert {"nll", "text_nll", "correct", "endless", "tokens"} <= set(table.index)
     # No answer loops, so no pair of 3 differs: 1 - .025^(1/3).
     assert table.loc["loop", ["a", "b", "low", "high"]].tolist() == [0, 0, -0.707598, 0.707598]
-    assert "two minus one, 95% intervals: correct +0.000 [" in capsys.readouterr().out
+    assert "two-prompts minus one, 95% intervals: correct +0.000 [" in capsys.readouterr().out
 
 
 def test_a_judge_and_a_translator_fill_their_fields(home, tmp_path):
@@ -135,7 +136,7 @@ def test_a_judge_and_a_translator_fill_their_fields(home, tmp_path):
     (home / "judged.md").write_text(prompts)
     flags = ["--prompts", str(home / "judged.md"), "--decoding", "greedy"]
     flags += ["--judge", str(home / "two"), "--translator", "world"]
-    folder = run_script(home, tmp_path, *flags)
+    folder = run_script(home, tmp_path, *flags).with_name("one-judged")
     samples = [record for _, record in read_jsonl(folder / "samples.jsonl")]
     assert all(type(sample["off_topic"]) is bool for sample in samples)
     assert samples[3]["prompt_translation"] == "[lion 3?]"
@@ -185,7 +186,7 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
         (["--model", "x", "--model", "y/x"], "--model: outputs have the folder's name"),
         (["--model", "x", "--model", "y", "--interactive"], "chats with one --model"),
         (["--model", "model", "--judge", "model"], "--judge: is a probed --model"),
-        (["--model", "x", "--interactive", "--limit", "3"], "--prompts: of probing"),
+        (["--model", "x", "--interactive", "--limit", "3"], "drop the flags of probing"),
         (["--model", "model", "--prompts", "gone.md"], "gone.md: not there; make it"),
         (["--model", "no/such/folder"], "no/such/folder: not there; make it"),
     ],
@@ -196,8 +197,7 @@ def test_what_cannot_work_is_refused(flags, message, monkeypatch):
         main(flags)
 
 
-def test_answers_to_other_prompts_have_folders_of_their_own(home, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.probe.outputs.OUTPUT_DIR", tmp_path)
+def test_answers_to_other_prompts_have_folders_of_their_own(home, tmp_path):
     run_script(home, tmp_path, "--decoding", "greedy", models=("one", "two"))
     assert {path.name for path in tmp_path.iterdir()} == {"one-prompts", "two-prompts"}
     assert (tmp_path / "two-prompts" / "minus_one.csv").is_file()

@@ -227,7 +227,11 @@ def test_answers_stand_beside_their_references(
     turns = [("user", "Hi"), ("assistant", "0 1"), ("user", "And?"), ("assistant", "2")]
     messages = [{"role": role, "content": content} for role, content in turns]
     write_jsonl(path, [{"messages": messages}, {"messages": messages[2:]}] * 2)
+    start = load_model(home / "pretrain")
+    start.config.eos_token_id = 5  # not the tokenizer's
+    save_model(start, home / "pretrain", tmp_path / "start")
     flags = f"{sft_flags(home, tmp_path)} --eval_data_path {path} --max_steps 1 --show_answers 2"
+    flags += f" --from_weight {tmp_path}/start"
     assert call("full_sft", flags, home) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     answers = [line[1] for line in lines if line[0] == "answer"]
@@ -236,6 +240,7 @@ def test_answers_stand_beside_their_references(
     assert [row["reference"] for row in record_of(tmp_path / "full_sft")["answers"]] == ["0 1", "2"]
     opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     model = load_model(tmp_path / "full_sft")
+    assert model.config.eos_token_id == 2
     answer = generate(model, [opening], Decoding("greedy"), 0, 96, 1, (2,))[0]
     assert answers[0] == " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
 
@@ -452,13 +457,12 @@ REFUSED = {  # flags beside those of a good run -> the error's words
     "pretrain": {
         "--batch_size 0": "argument --batch_size: 0: must lie between 1 and",
         "--max_steps 3 --epochs 2": "--epochs and --max_steps: both say when to stop; give one",
-        "--lr_schedule constant --min_lr_ratio 0.2": "--lr_schedule constant has no last rate",
         "--eval_interval 5": "--eval_interval: needs --eval_data_path",
         "--from_resume --overwrite": "contradict each other; give one",
         "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
-        "--from_resume": "resume.pt is missing; drop the flag",
+        "--from_resume": "resume.pt is missing; use --overwrite",
         "--data_path {home}/none.jsonl": "{home}/none.jsonl: no such file",
         "--save_dir {home}/text.jsonl/out": "Not a directory: ",
     },
@@ -466,12 +470,11 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--hidden_size 64": "--hidden_size 64: the weights have 32; drop the flag",
         "--max_train_samples 99": "--max_train_samples 99: the data have 45",
         "--run_name pretrain --save_dir {home}": "pretrain exists: give another name, --from",
+        "--run_name pretrain --save_dir {home} --overwrite": "starts from {home}/pretrain; give",
     },
     "lora": {
         "--from_weight none": "--from_weight none: random weights; name a pretrained folder",
         "--lora_rank 0 --lora_alpha 8 --modules_to_save norms": "--lora_rank 0 adapts no matrix",
-        "--lora_rank 0 --modules_to_save norms --weight_decay 0.3": "no matrix that it acts on",
-        "--modules_to_save_lr_ratio 2": "--modules_to_save_lr_ratio: no part has this rate",
         "--train_tokens <|nose|>": "--train_tokens <|nose|>: no single token of the vocabulary",
     },
 }
