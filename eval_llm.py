@@ -48,7 +48,7 @@ def make_probe_parser() -> argparse.ArgumentParser:
     add("--nll_data", type=Path, nargs="+", help="conversations to measure response NLL on")
     add("--text_nll_data", type=Path, nargs="+", help="pretraining text to measure NLL on")
     add("--wrap_documents", action="store_true", help="that text as train_pretrain.py wraps it")
-    add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="of an NLL sequence (340)")
+    add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="NLL: tokens a text (340)")
     add("--judge", type=Path, help="checkpoint, trained apart, that finds off-topic answers")
     add("--translator", help="'world', or a transformers model that translates into English")
     add = parser.add_argument_group("generation").add_argument

@@ -28,7 +28,7 @@ def reachable_probability(model: MiniMindForCausalLM, token: int) -> float:
     """
     matrix = model.lm_head.weight.double() * model.model.norm.weight.double()
     if not matrix.isfinite().all():
-        raise UserError("the embedding or the final norm is not finite: that run diverged")
+        raise UserError("embedding or norm is not finite (diverged): name another model")
     matrix = matrix - matrix.mean(dim=0)  # probabilities depend on differences of logits alone
     radius = matrix.shape[1] ** 0.5
     x = ahead = torch.zeros_like(matrix[0])

@@ -36,7 +36,7 @@ from model.model_minimind import DEFAULT_SHAPE, MiniMindForCausalLM, minimind_co
 from trainer.arguments import DTYPES
 from trainer.run_folder import EXIT_CODES, RunFolder
 
-# FLOPs, 6 a parameter and token, from which compiling pays for itself: 15 to 25 s at xs on a CPU.
+# Run FLOPs (6 a parameter and token) that repay compiling, which takes 15 to 25 s at xs on a CPU.
 COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e16}
 
 

@@ -53,7 +53,7 @@ class Prompt:
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.messages)
 
     def judge(self, answer: str, ended: bool) -> str:
-        """Return "correct" or the kind of mistake; its things are those of the reference."""
+        """Return "correct" or the kind of mistake; the reference names the things."""
         reference = {"role": "assistant", "content": self.reference}
         record = {"conversations": [*self.messages, reference], "check": self.check}
         return judge_answer(answer, ended, record)

@@ -73,7 +73,7 @@ def measure_checkpoint(
 ) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
-    `base` is a base or its kind in study.toml: held-out text is read as its pretraining read it.
+    `base`, a base or a kind of bases in study.toml, decides how held-out text is read.
     `names` are the sets to ask; facts are ranked if all sets are asked.
     `only_tune` asks the tuning half of the combinations alone, greedily.
     """
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--study_dir", type=Path, default=RESULTS_DIR, help="of study.toml")
     parser.add_argument("--world", type=Path, default=FILES_DIR, help="folder of its files")
-    parser.add_argument("--base", default="wrapped", help="its base, such as plain42")
+    parser.add_argument("--base", default="wrapped", help="base or kind (wrapped)")
     parser.add_argument("--sets", nargs="+", choices=PROBES, default=[*PROBES], help="(all)")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
     parser.add_argument("--facts", type=Path, help="ask for these random facts alone")
