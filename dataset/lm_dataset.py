@@ -89,7 +89,7 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     for name in UNREAD_FIELDS:
         if any(turn.get(name) for turn in (record, *messages)):
             raise UserError(f'{where}: "{name}" is not read; convert or remove it')
-    if any(message.get("weight") not in (None, 1) for message in messages):  # 0: without a loss
+    if any(turn.get("weight") not in (None, 1) for turn in (record, *messages)):  # 0: no loss
         raise UserError(f'{where}: a "weight" other than 1 is not read; remove the record')
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str) or not message["content"].strip():

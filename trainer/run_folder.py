@@ -49,7 +49,7 @@ class RunFolder:
         self.losses: list[float] = []  # of the steps since the last log line
         self.logged = (0, 0.0)  # tokens and seconds at the last log line
         if args.from_resume and not self.state_path.is_file():
-            raise UserError(f"--from_resume: {self.state_path} is missing; use --overwrite instead")
+            raise UserError(f"--from_resume: no {self.state_path}; drop it or use --overwrite")
         if args.show_sample:
             return
         if self.path.exists() and not (args.from_resume or args.overwrite):

@@ -112,7 +112,6 @@ class Runner:
             words = ["evaluation/study/measure.py", folder, "--output", output]
             words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
             words += ["--base", run.base]
-            # A path of checkpoints is drawn over 2 sets.
             second = "medical" if run.data == "medical" else "unseen"
             words += ["--sets", "combinations", second] if step else []
             only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
@@ -208,8 +207,9 @@ def main() -> None:
     runner = Runner(study, world, *folders, args.only)
     runner.save_dir.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
-        print(f"# bases that ship: cp -rL '{args.study_dir / 'bases'}'/* '{args.save_dir}'")
-        for run in runner.list_missing()[0]:
+        missing, place = runner.list_missing()[0], args.study_dir / "bases"
+        print(f"# {len(missing)} runs; bases that ship: cp -rL '{place}'/* '{args.save_dir}'")
+        for run in missing:
             command = make_command(study, run, runner.find, args.save_dir)
             print(f"# {run.id}\n{shlex.join(['python', *command])}")
         return

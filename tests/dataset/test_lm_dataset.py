@@ -119,6 +119,7 @@ def roles(*names: object) -> dict:
         ({"system": "Be kind.", "messages": DIALOG}, '"system" is not read; convert or remove it'),
         ({"messages": [DIALOG[1], DIALOG[2] | {"tool_calls": [1]}]}, '"tool_calls" is not read'),
         ({"messages": [DIALOG[1], DIALOG[2] | {"weight": 0}]}, 'a "weight" other than 1'),
+        ({"instruction": "x", "output": "y", "weight": 0.5}, 'a "weight" other than 1'),
     ],
 )
 def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: str) -> None:

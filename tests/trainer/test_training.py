@@ -462,7 +462,7 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
         "--dtype float16": "--dtype float16: needs CUDA, not cpu; use bfloat16 or float32",
         "--from_weight x.pth": "convert it to a folder by trainer/convert_minimind.py",
-        "--from_resume": "resume.pt is missing; use --overwrite",
+        "--from_resume": "resume.pt; drop it or use --overwrite",
         "--data_path {home}/none.jsonl": "{home}/none.jsonl: no such file",
         "--save_dir {home}/text.jsonl/out": "Not a directory: ",
     },
