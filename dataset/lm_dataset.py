@@ -125,13 +125,11 @@ def encode_conversations(
     """
     contents = [turn["content"].strip() for messages in conversations for turn in messages]
     encoded = iter(encode_batch(tokenizer, contents, special=False))
-    templates: dict[tuple[str, ...], list[list[int]]] = {}
+    find_template = lru_cache(partial(encode_template, tokenizer, generation_prompt))
     samples = []
     for messages in conversations:
         roles = tuple(message["role"] for message in messages)
-        if roles not in templates:
-            templates[roles] = encode_template(tokenizer, roles, generation_prompt)
-        opening, *closings = templates[roles]
+        opening, *closings = find_template(roles)
         ids, labeled = list(opening), [False] * len(opening)
         for role, closing in zip(roles, closings, strict=True):
             content, is_answer = next(encoded), role == "assistant"
@@ -142,7 +140,7 @@ def encode_conversations(
 
 
 def encode_template(
-    tokenizer: Tokenizer, roles: tuple[str, ...], generation_prompt: bool
+    tokenizer: Tokenizer, generation_prompt: bool, roles: tuple[str, ...]
 ) -> list[list[int]]:
     """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
     slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]

@@ -33,10 +33,15 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
     write_json(folder / "config.json", dict(sorted(config.items())))
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_text(folder / "generation_config.json", GenerationConfig(**ids).to_json_string())
-    if is_hub_id(tokenizer_dir):
-        Tokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    save_tokenizer(tokenizer_dir, folder)
+
+
+def save_tokenizer(source: str | Path, folder: Path) -> None:
+    """Copy the tokenizer of a folder or hub id as it is."""
+    if is_hub_id(source):
+        Tokenizer.from_pretrained(source).save_pretrained(folder)
     for name in TOKENIZER_FILES:
-        if (path := Path(tokenizer_dir) / name).is_file():
+        if (path := Path(source) / name).is_file():
             write_text(folder / name, path.read_text(encoding="utf-8"))
 
 
@@ -90,8 +95,9 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
     return model
 
 
-def load_tokenizer(source: str | Path = TOKENIZER_DIR, vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(source: str | Path | None = None, vocab_size: int | None = None) -> Tokenizer:
     """Load a tokenizer that cuts and pads nothing; refuse one that lacks a part or is too large."""
+    source = source or TOKENIZER_DIR
     for name in TOKENIZER_FILES[:2]:
         find_file(source, name)
     tokenizer = Tokenizer.from_pretrained(source, padding_side="right")
@@ -118,10 +124,11 @@ def find_base(folder: str | Path) -> str | Path:
 
 
 def load_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None) -> Checkpoint:
-    """Load a model, or an adapter on its base, and the tokenizer of either or the one named."""
+    """Load a model, or an adapter on its base, and the tokenizer named, its own or its base's."""
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
     base = find_base(path) if is_adapter else path
+    own = path if (Path(path) / TOKENIZER_FILES[0]).is_file() else base
     model = load_model(base)
     if is_adapter:
         load_lora(model, path)
-    return model.eval(), load_tokenizer(tokenizer_path or base, model.config.vocab_size)
+    return model.eval(), load_tokenizer(tokenizer_path or own, model.config.vocab_size)

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from model.files import UserError, read_json, write_bytes, write_json
+from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json
 from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -237,8 +237,7 @@ PEFT_VALUES = {
 
 def collect_tensors(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """Collect the trained tensors under PEFT's names, float32; PEFT keeps both tied ends."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    tensors = {name.replace(ROWS, PEFT_ROWS): tensor for name, tensor in trained.items()}
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
     head, embedding = model.lm_head, model.model.embed_tokens
     if isinstance(head, LoRALinear) and isinstance(embedding, TiedEmbedding):
         tensors[f"{EMBEDDING}.lora_embedding_A"] = head.lora_B.weight.T
@@ -246,8 +245,8 @@ def collect_tensors(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     elif embedding.weight.requires_grad:
         tensors[f"{HEAD}.weight"] = head.weight.clone()
     return {
-        PEFT_PREFIX + name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in tensors.items()
+        PEFT_PREFIX + n.replace(ROWS, PEFT_ROWS): t.detach().to("cpu", torch.float32).contiguous()
+        for n, t in tensors.items()
     }
 
 
@@ -262,19 +261,19 @@ def find_modules(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
 
 
 def save_lora(
-    model: MiniMindForCausalLM, settings: LoraSettings, folder: Path, base: str, fingerprint: str
+    model: MiniMindForCausalLM, settings: LoraSettings, base: str, fingerprint: str, folder: Path
 ) -> None:
     """Write an adapter's 2 files as PEFT does.
 
-    `base` is the base's folder or hub id; `fingerprint` is its `weights_fingerprint`.
+    `base` is the base's folder, named so that `find_base` finds it from any folder, or hub id;
+    `fingerprint` is its `weights_fingerprint`.
     """
+    if (path := Path(base).resolve()).is_dir():
+        base = str(path.relative_to(REPO_DIR) if path.is_relative_to(REPO_DIR) else path)
     tensors, tokens = collect_tensors(model), settings.train_tokens
     targets, whole = find_modules(tensors)
     config = {
         "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
         # Of trained factors it changes nothing; PEFT's gaussian has another spread, 1 / r.
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
         "lora_alpha": settings.alpha,

@@ -1,6 +1,6 @@
 """Flags that the three training scripts share; a value that cannot work is refused here."""
 
-import argparse
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def limit(kind: type, least: float, most: float = 1e12) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must lie between {least:g} and {most:g}")
+            raise ArgumentTypeError(f"{text}: must lie between {least:g} and {most:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -36,7 +36,7 @@ NOT_NEGATIVE, POSITIVE, SHARE = limit(float, 0), limit(float, 1e-12), limit(floa
 
 def make_stage_parser(
     doc: str, run_name: str, from_weight: str, name_flag: str = "--run_name"
-) -> argparse.ArgumentParser:
+) -> ArgumentParser:
     """Make a parser with the flags of all stages; a stage sets other defaults and adds its own."""
     parser = make_parser(doc, usage="%(prog)s [flags]; --help explains them")
     add = parser.add_argument_group("run").add_argument
@@ -60,8 +60,8 @@ def make_stage_parser(
     add("--qk_norm", action="store_true", default=None, help="normalize queries and keys (Qwen3)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", type=Path, nargs="+", help="JSONL or JSONL.gz (the small world)")
-    add("--eval_data_path", type=Path, nargs="+", help="held-out JSONL for the validation loss")
+    add("--data_path", type=Path, nargs="+", default=[], help="JSONL or JSONL.gz (the small world)")
+    add("--eval_data_path", type=Path, nargs="+", default=[], help="held-out JSONL for validation")
     add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     if from_weight != "none":  # by default pretraining starts from none and reads no conversations
         add("--show_answers", type=COUNT, default=3, help="held-out answers to print at last (3)")
@@ -90,24 +90,23 @@ def make_stage_parser(
     return parser
 
 
-def parse_args(
-    parser: argparse.ArgumentParser, argv: list[str] | None, kind: str
-) -> argparse.Namespace:
+def parse_args(parser: ArgumentParser, argv: list[str] | None, kind: str) -> Namespace:
     """Parse and check the flags, and fill in defaults; the default data are of this `kind`."""
     args, refuse = parser.parse_args(argv), parser.error
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     name, weights = args.run_name, args.from_weight
     if Path(name).name != name or name in ("", "..") or not name.isprintable():
         refuse(f"--run_name or --lora_name {name!r}: must be a plain folder name")
-    if {"epochs", "max_steps"} <= changed:
-        refuse("--epochs and --max_steps: both say when to stop; give one")
+    for one, other in (("epochs", "max_steps"), ("from_resume", "overwrite")):
+        if {one, other} <= changed:
+            refuse(f"--{one} and --{other}: contradict each other; give one")
+    if args.lr_schedule == "constant" and "min_lr_ratio" in changed:
+        refuse("--min_lr_ratio: --lr_schedule constant has no last rate; drop one of both")
     if args.eval_interval and args.data_path and not args.eval_data_path:
         refuse("--eval_interval: needs --eval_data_path beside --data_path")
-    if args.from_resume and args.overwrite:
-        refuse("--from_resume and --overwrite contradict each other; give one")
     if weights.endswith(".pth"):
         refuse(f"--from_weight {weights}: convert it to a folder by trainer/convert_minimind.py")
-    for path in [*(args.data_path or ()), *(args.eval_data_path or ())]:
+    for path in (*args.data_path, *args.eval_data_path):
         if not path.is_file():
             refuse(f"--data_path or --eval_data_path {path}: no such file")
     if weights == "none":
@@ -115,7 +114,7 @@ def parse_args(
             setattr(args, flag, DEFAULT_SHAPE[flag])
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
-    if args.data_path is None:
+    if not args.data_path:
         files = ensure_world()
         args.data_path = [files[kind]]
         args.eval_data_path = args.eval_data_path or [files[f"{kind}_valid"]]

@@ -70,8 +70,7 @@ def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, fol
     settings = LoraSettings(rank=rank, alpha=rank, targets=targets, init="gaussian")
     adapted = apply_lora(model, settings)
     fill_model(model, frozen | renamed, path)
-    place = str(Path(base).absolute()) if Path(base).exists() else base  # found from any folder
-    save_lora(model, settings, folder, place, fingerprint)
+    save_lora(model, settings, base, fingerprint, folder)
     print(escape_control(f"{path}: {len(adapted)} matrices, r={rank}: {folder}"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import find_base, load_model, save_model, weights_fingerprint
+from model.checkpoint import TOKENIZER_FILES, find_base, load_model, save_model, weights_fingerprint
 from model.files import UserError, escape_control, file_sha256, make_parser, run_script, write_json
 from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
 
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     fingerprint = weights_fingerprint(model)
     settings = load_lora(model, args.adapter)
     merged = merge_lora(model)
-    save_model(merged, args.tokenizer_path or base, args.output_dir)
+    own = args.adapter if (args.adapter / TOKENIZER_FILES[0]).is_file() else base
+    save_model(merged, args.tokenizer_path or own, args.output_dir)
     record = {"status": "completed", "stage": "merge_lora", "base_fingerprint": fingerprint}
     record["settings"] = {"from_weight": Path(base).name, "adapter": asdict(settings)}
     record["adapter"] = args.adapter.resolve().name

@@ -54,9 +54,12 @@ class RunFolder:
             return
         if self.path.exists() and not (args.from_resume or args.overwrite):
             raise UserError(f"{self.path} exists: give another name, --from_resume or --overwrite")
-        starts = [Path(one).resolve() for one in (args.from_weight, args.tokenizer_path) if one]
-        if args.overwrite and any(one.is_relative_to(self.path.resolve()) for one in starts):
-            raise UserError(f"--overwrite: this run starts from {self.path}; give another name")
+        reads = (args.from_weight, args.tokenizer_path, *args.data_path, *args.eval_data_path)
+        for one in filter(None, reads):
+            if args.overwrite and Path(one).resolve().is_relative_to(self.path.resolve()):
+                raise UserError(f"--overwrite: this run reads {one}; give another name")
+        if args.overwrite and self.path.exists() and not self.metrics_path.is_file():
+            raise UserError(f"--overwrite: {self.path} is no run's folder; give another name")
         self.lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # outlives --overwrite
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +125,10 @@ class RunFolder:
 
     def save_state(self, state: dict) -> None:
         """Write the resume file: a kill leaves one whole state."""
-        if not self.is_main:
-            return
         state |= {"losses": self.losses, "record": {name: self.record[name] for name in STARTS}}
-        state["metrics"] = self.metrics_path.read_text(encoding="utf-8")
-        write_aside(self.state_path, partial(torch.save, state))
+        if self.is_main:
+            state["metrics"] = self.metrics_path.read_text(encoding="utf-8")
+            write_aside(self.state_path, partial(torch.save, state))
 
     def read_state(self) -> dict:
         """Read the resume file, and forget what was logged after it."""

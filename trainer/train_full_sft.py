@@ -9,16 +9,14 @@ Only the assistant's and end tokens count in the loss; --show_sample prints labe
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import save_model
 from model.files import run_script
 from model.model_lora import TRAINABLE_PARTS, select_trainable
 from trainer.arguments import BASE_DIR, make_stage_parser, parse_args
-from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
+from trainer.trainer_utils import load_data, load_start, start_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,13 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     accelerator, run = start_run(args)
 
     model, tokenizer, fingerprint = load_start(args)
-    data = load_data(args, "sft", tokenizer, accelerator)
     select_trainable(model, args.trainable)
+    data = load_data(args, "sft", tokenizer, accelerator)
     facts = {"stage": "full_sft", "base_fingerprint": fingerprint}
-
-    save_weights = partial(save_model, model, tokenizer.name_or_path)
-    finish = partial(answer_held_out, run, model, tokenizer, data[1])
-    return train(args, accelerator, run, model, *data, save_weights, facts, finish=finish)
+    return train(args, accelerator, run, model, tokenizer, *data, facts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The folder loads in PEFT; `python eval_llm.py --model out/<lora_name>` probes it
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.files import REPO_DIR, UserError, run_script
+from model.checkpoint import save_tokenizer
+from model.files import UserError, run_script
 from model.model_lora import TARGET_NAMES, LoraSettings, apply_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
 from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_stage_parser, parse_args
-from trainer.trainer_utils import answer_held_out, load_data, load_start, start_run, train
+from trainer.trainer_utils import load_data, load_start, start_run, train
 
 
 def add_lora_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(parser, argv, kind="sft")
     if args.from_weight == "none":
         parser.error("--from_weight none: random weights; name a pretrained folder")
+    if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
+        parser.error("--modules_to_save_lr_ratio: is of --modules_to_save; drop it, or name parts")
     of_matrices = "lora_alpha lora_dropout lora_targets lora_init use_rslora loraplus_lr_ratio"
     for flag in of_matrices.split():
         if args.lora_rank == 0 and getattr(args, flag) != parser.get_default(flag):
@@ -77,10 +79,6 @@ def main(argv: list[str] | None = None) -> int:
     accelerator, run = start_run(args)
 
     model, tokenizer, fingerprint = load_start(args)
-    data = load_data(args, "sft", tokenizer, accelerator)
-    base = Path(args.from_weight)  # the adapter's config names it so that it is found from here
-    base = base.absolute() if base.exists() else base
-    base = base.relative_to(REPO_DIR) if base.is_relative_to(REPO_DIR) else base
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in args.train_tokens if token not in vocabulary]:
         raise UserError(f"--train_tokens {missing[0]}: no single token of the vocabulary")
@@ -95,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         modules_to_save=tuple(args.modules_to_save),
     )
     adapted = apply_lora(model, settings)
+    data = load_data(args, "sft", tokenizer, accelerator)
     # Frozen matrices take the type of the products once, not at every step. The embedding keeps its
     # own: the residual stream takes it, float32 as in full fine-tuning.
     for name, parameter in model.named_parameters():
@@ -112,9 +111,12 @@ def main(argv: list[str] | None = None) -> int:
         is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))
         return args.modules_to_save_lr_ratio if is_whole else 1.0
 
-    save_weights = partial(save_lora, model, settings, base=str(base), fingerprint=fingerprint)
-    finish = partial(answer_held_out, run, model, tokenizer, data[1])
-    return train(args, accelerator, run, model, *data, save_weights, facts, lr_ratio, finish=finish)
+    def save_weights(folder: Path) -> None:
+        """Write the adapter, and beside it the tokenizer that it was trained with."""
+        save_lora(model, settings, args.from_weight, fingerprint, folder)
+        save_tokenizer(tokenizer.name_or_path, folder)
+
+    return train(args, accelerator, run, model, tokenizer, *data, facts, save_weights, lr_ratio)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ pretraining data: the base has then seen the tokens that chats are made of.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import save_model
 from model.files import run_script
 from trainer.arguments import make_stage_parser, parse_args
 from trainer.trainer_utils import load_data, load_start, start_run, train
@@ -36,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
     data = load_data(args, kind, tokenizer, accelerator)
     facts = {"stage": "pretrain", "base_fingerprint": fingerprint}
-
-    save_weights = partial(save_model, model, tokenizer.name_or_path)
-    return train(args, accelerator, run, model, *data, save_weights, facts)
+    return train(args, accelerator, run, model, tokenizer, *data, facts)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dataset.lm_dataset import StepPlan, TokenDataset, chunks, collate, load_dataset, plan_shapes
-from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, weights_fingerprint
+from model.checkpoint import load_model, load_tokenizer, save_model, weights_fingerprint
 from model.files import UserError, escape_control
 from model.generation import MAX_NEW_TOKENS, Decoding, generate
 from model.model_minimind import DEFAULT_SHAPE, MiniMindForCausalLM, minimind_config
@@ -62,7 +62,7 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
     special = ("pad_token_id", "bos_token_id", "eos_token_id")  # saved weights name them
     if args.from_weight == "none":
-        tokenizer = load_tokenizer(args.tokenizer_path or TOKENIZER_DIR)
+        tokenizer = load_tokenizer(args.tokenizer_path)
         ids = {name: getattr(tokenizer, name) for name in special}
         config = minimind_config(vocab_size=len(tokenizer), **shape, **ids)
         return MiniMindForCausalLM(config), tokenizer, None
@@ -122,6 +122,8 @@ def parameter_groups(
             is_plain = parameter.ndim != 2 or name.startswith(("model.embed_tokens", "lm_head"))
             groups[0.0 if is_plain else weight_decay, lr_ratio(name)].append(parameter)
     keys = sorted(groups, reverse=True)
+    if keys[0][0] < weight_decay:
+        raise UserError(f"--weight_decay {weight_decay}: acts on no weight that trains; drop it")
     return [{"params": groups[key], "weight_decay": key[0], "lr_ratio": key[1]} for key in keys]
 
 
@@ -188,12 +190,12 @@ def train(
     accelerator: Accelerator,
     run: RunFolder,
     model: MiniMindForCausalLM,
+    tokenizer: Tokenizer,
     train_set: TokenDataset,
     eval_set: TokenDataset | None,
-    save_weights: Callable[[Path], None],
     facts: dict,
+    save_weights: Callable[[Path], None] | None = None,
     lr_ratio: Callable[[str], float] = lambda name: 1.0,
-    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, evaluate and save; return the exit code.
 
@@ -201,11 +203,11 @@ def train(
     process: neither accumulation nor the number of processes changes what a batch means.
 
     Args:
-        save_weights: writes weights or an adapter to a folder.
         facts: what makes the run what it is besides flags: stage, fingerprint of the base.
+        save_weights: writes an adapter to a folder; by default the whole model is saved.
         lr_ratio: a parameter's rate over --learning_rate, by its name.
-        finish: is called when the weights are saved, before the run counts as completed.
     """
+    save_weights = save_weights or partial(save_model, model, tokenizer.name_or_path)
     device, processes, rank = args.device, accelerator.num_processes, accelerator.process_index
     sizes = (args.batch_size, args.accumulation_steps)
     plan = StepPlan(train_set.lengths, *sizes, args.seed, processes)
@@ -336,7 +338,7 @@ def train(
         else:
             if accelerator.is_main_process:
                 save_weights(run.path)
-                finish()
+                answer_held_out(run, model, tokenizer, eval_set)
             run.write(flops=flops_per_token(model, train_set.lengths) * record["tokens"])
             run.end("completed")
     # The gradients' reducer must not be the last owner of the processes' group: it would wait for
@@ -397,7 +399,7 @@ def answer_held_out(
 ) -> None:
     """Print greedy answers to held-out conversations; run.json keeps them."""
     print(f"to ask it: python eval_llm.py --model {escape_control(str(run.path))}")
-    count = min(run.args.show_answers, len(eval_set or ()))
+    count = min(vars(run.args).get("show_answers", 0), len(eval_set or ()))
     if not count:
         return
     prompts, references, ends = [], [], (tokenizer.eos_token_id,)

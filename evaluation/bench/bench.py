@@ -1,7 +1,7 @@
 """Measure speed and memory beside transformers' Trainer, PEFT and `generate`, on any device.
 
     python evaluation/bench/bench.py                     # or: make bench
-    python evaluation/bench/bench.py --sizes xs --quick  # does it run? too few turns to report
+    python evaluation/bench/bench.py --sizes xs --quick --output quick.json   # does it run?
 
 An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", the same with
 MiniMind's loading; "trainer", Trainer with PEFT, not compiled. Arms take turns. Numbers are medians
@@ -87,9 +87,9 @@ def train_ours(job: dict, data: TokenDataset) -> dict:
     if job["engine"] == "minimind":
         args = arguments.parse_args(arguments.make_stage_parser("", "", ""), words.split(), "sft")
         accelerator, run = trainer_utils.start_run(args)
-        model, *_ = trainer_utils.load_start(args)
-        data, save = MiniMindData(*args.data_path, data), partial(save_model, model, TOKENIZER_DIR)
-        trainer_utils.train(args, accelerator, run, model, data, None, save, facts={})
+        model, tokenizer, _ = trainer_utils.load_start(args)
+        data = MiniMindData(*args.data_path, data)
+        trainer_utils.train(args, accelerator, run, model, tokenizer, data, None, facts={})
     else:
         (train_lora if is_lora else train_full_sft).main(words.split())
     record = read_json(folder / name / "run.json")

@@ -33,12 +33,12 @@ def sum_nats(
     nats = np.zeros((len(samples), 2))
     for rows in tqdm([*chunks(by_length, batch_size)], desc="NLL", leave=False, disable=None):
         batch = collate([samples[i] for i in rows])
-        logits = model(batch["input_ids"].to(model.device)).logits[:, :-1]
+        hidden = model.model(batch["input_ids"].to(model.device))[:, :-1]
         targets = batch["labels"][:, 1:].to(model.device)
-        for i, row, ids in zip(rows, logits, targets, strict=True):
-            losses = F.cross_entropy(row.float(), ids, ignore_index=IGNORE_INDEX, reduction="none")
-            nats[i, 0] = losses.sum().item()
-            nats[i, 1] = losses[ids == end_id].sum().item()
+        for i, states, ids in zip(rows, hidden, targets, strict=True):
+            states, ids = states[ids != IGNORE_INDEX], ids[ids != IGNORE_INDEX]
+            losses = F.cross_entropy(model.lm_head(states).float(), ids, reduction="none")
+            nats[i] = losses.sum().item(), losses[ids == end_id].sum().item()
     return nats
 
 

@@ -24,6 +24,7 @@ from dataset.lm_dataset import (
     record_messages,
     record_text,
 )
+from dataset.world.skills import turns
 from model.checkpoint import load_tokenizer
 from model.files import UserError
 from model.model_minimind import IGNORE_INDEX
@@ -49,10 +50,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The token cache of a test."""
     monkeypatch.setattr(lm_dataset, "CACHE_DIR", tmp_path / "cache")
     return tmp_path / "cache"
-
-
-def turns(user: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])

@@ -11,6 +11,7 @@ import pytest
 
 from dataset.lm_dataset import record_messages
 from dataset.prepare import hold_out, main
+from dataset.world.skills import turns
 from tests.trainer.runs import exit_code, write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.
@@ -35,9 +36,7 @@ def prepare(out: Path, name: str, source: Path, *flags: str) -> tuple[list, list
 
 
 def chat(*contents: str) -> dict:
-    roles = ("user", "assistant") * (len(contents) // 2)
-    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-    return {"conversations": turns}
+    return {"conversations": turns(*contents)}
 
 
 def article(title: str, text: str) -> dict:

@@ -61,5 +61,5 @@ def save_adapter(
     fingerprint = weights_fingerprint(model)
     apply_lora(model, settings)
     move_parameters(model)
-    save_lora(model, settings, folder, named or str(base), fingerprint)
+    save_lora(model, settings, named or str(base), fingerprint, folder)
     return model

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dataset.lm_dataset import encode_conversations
+from dataset.world.skills import turns
 from evaluation.probe import likelihood
 from evaluation.probe.likelihood import compare_nll, draw_candidates, measure_nll
 from evaluation.probe.prompts import Prompt
@@ -13,14 +14,9 @@ from tests.model.small import make_model
 from tests.trainer.runs import write_jsonl
 
 
-def make_talk(question: str, answer: str) -> list[dict]:
-    """Make a conversation of one turn."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def make_prompts(count: int, text: str = "Question {}?", first: str = "p") -> list[Prompt]:
     """Make numbered prompts."""
-    talks = [make_talk(text.format(i), "")[:1] for i in range(count)]
+    talks = [turns(text.format(i)) for i in range(count)]
     return [Prompt(f"{first}{i}", "A", talk) for i, talk in enumerate(talks)]
 
 
@@ -32,7 +28,7 @@ def log_p(model, ids: list[int]) -> torch.Tensor:
 
 def test_response_nll_is_the_mean_over_response_tokens(tmp_path):
     pairs = [("Hi", "Hello, you."), ("A longer question?", "No"), ("x", "Some more words")]
-    talks = [make_talk(*pair) for pair in pairs]
+    talks = [turns(*pair) for pair in pairs]
     path = write_jsonl(tmp_path / "nll.jsonl", [{"conversations": talk} for talk in talks])
     model, tokenizer = make_model(), load_tokenizer()
     losses = [
@@ -91,9 +87,9 @@ def test_candidates_are_the_prompt_and_nine_others_of_its_script():
 def test_off_topic_is_by_the_judges_logits():
     model, tokenizer = make_model(), load_tokenizer()
     prompts = make_prompts(11, "Tell me about {}!!!")
-    opening = make_talk("Hi", "Hello")  # an earlier answer is not judged
+    opening = turns("Hi", "Hello")  # an earlier answer is not judged
     prompts[1] = Prompt("p1", "A", opening + prompts[1].messages)
-    outputs = ["It is a dog.", "No<|endoftext|>", "  ", "Something that goes on"]
+    outputs = ["It is a dog.", "No<|endoftext|>", "  ", "I do not know"]
     samples = [{"id": p.id, "output": o} for p, o in zip(prompts[:4], outputs, strict=True)]
     likelihood.add_topic_measures((model, tokenizer), prompts, samples, batch_size=7)
     for sample, candidates in zip(samples, draw_candidates(prompts)[:4], strict=True):
@@ -106,3 +102,4 @@ def test_off_topic_is_by_the_judges_logits():
             scores.append(log_p(model, ids[:end])[end - 1 - size :].sum().item())
         assert sample["off_topic"] == (scores[0] <= max(scores[1:]))
     assert samples[2]["off_topic"] is True  # blank
+    assert samples[3]["off_topic"] is False

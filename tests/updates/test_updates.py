@@ -134,7 +134,7 @@ def test_update_of_an_adapter_has_its_rank(base: Path) -> None:
         if "lora_B" in name:
             weight.data.normal_()
     adapter = base.with_name("adapter")
-    save_lora(model, settings, adapter, str(base), fingerprint)
+    save_lora(model, settings, str(base), fingerprint, adapter)
     matrices = analyze(base, adapter)["matrices"]
     assert {row["name"].rpartition(".")[2] for row in matrices} == {"q_proj", "o_proj"}
     assert all(max(row["singular_values"][4:]) < 1e-4 for row in matrices)
