@@ -74,7 +74,7 @@ def describe_arm(folder: Path) -> dict:
     path = folder / "results.json"
     results = read_json(path) if path.is_file() else {}
     training = results.get("training") or {"title": folder.name}
-    rate, base, stage = map(training.get, ("learning_rate", "base", "stage"))
+    rate, base, stage, parts = map(training.get, ("learning_rate", "base", "stage", "parts"))
     rows = reversed(results.get("summary", []))  # of several decodings the first counts
     shares = {row["measure"]: row["value"] for row in rows if row["section"] == "all"}
     notes = [f"learning rate {rate:g}" if rate else "", f"from {base}" if base else ""]
@@ -85,7 +85,7 @@ def describe_arm(folder: Path) -> dict:
         "title": escape_control(training["title"]),
         "note": escape_control(", ".join(filter(None, notes))),
         "family": folder.name if stage == "pretrain" else base or folder.name,
-        "order": {"pretrain": 0, "lora": 1, "full_sft": 2}.get(stage, 3),
+        "order": {"pretrain": 0, "lora": 1, "full_sft": 2 + (parts != "all weights")}.get(stage, 3),
         "rate": rate or 0,
         "correct": shares.get("correct", 0),
     }

@@ -16,7 +16,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-const linkedId = () => decodeURIComponent(location.hash.slice(1));
+const address = (prompt) => `#${encodeURIComponent(prompt.id)}`;
 const isBad = (kind) => kind !== "correct";
 
 /* What two models can differ in: the kinds of answer, or the text where nothing was checked. */
@@ -57,7 +57,7 @@ function drawAnswer(answer, isAlone) {
 }
 
 function drawPrompt(prompt, columns) {
-  const link = make("a", { href: `#${encodeURIComponent(prompt.id)}` }, prompt.id);
+  const link = make("a", { href: address(prompt) }, prompt.id);
   const boxes = columns.map(({ arm, said }) =>
     make(
       "div",
@@ -69,7 +69,7 @@ function drawPrompt(prompt, columns) {
   );
   return make(
     "article",
-    { class: prompt.id === linkedId() ? "current" : "" },
+    { class: address(prompt) === location.hash ? "current" : "" },
     link,
     make("span", { class: "soft" }, ` ${prompt.section}`),
     make("h2", {}, prompt.prompt),
@@ -94,11 +94,13 @@ function render() {
   byId("count").textContent = `${cards.length} of ${data.prompts.length} prompts`;
 }
 
-/* Draws, and goes to the prompt that the address names; filters that hide it are cleared. */
+/* Draws, and goes to the prompt that the address names; if it is hidden, filters are cleared and all
+   models are shown. */
 function follow() {
   render();
-  if (linkedId() && !document.querySelector(".current")) {
+  if (location.hash && !document.querySelector(".current")) {
     byId("controls").reset();
+    for (const box of byId("arms").querySelectorAll("input")) box.checked = true;
     render();
   }
   document.querySelector(".current")?.scrollIntoView();

@@ -41,7 +41,7 @@ def summarize(samples: list[dict]) -> pd.DataFrame:
     counts the answers that have the measure.
     """
     long = tabulate_measures(samples)
-    long = pd.concat([long.assign(section="all"), long])
+    long = pd.concat([long.assign(section="all"), long[long["section"] != "all"]])
     groups = long.groupby(["decoding", "section", "measure"], sort=False)["value"]
     table = groups.agg(value="mean", total="sum", n="count").reset_index()
     intervals = [

@@ -26,6 +26,7 @@ from trainer.run_folder import describe_machine
 
 OUTPUT_DIR = Path(__file__).resolve().parents[1] / "model_outputs"
 PLAIN_NAMES = {"square": "q and o", "all-linear": "all layers", "mlp": "the MLP"}
+TUNED = {"all": "full fine-tuning", "frozen-embeddings": "full fine-tuning, embedding frozen"}
 FLAGS = ("blank", "endless", "loop", "off_topic")
 
 
@@ -52,14 +53,14 @@ def describe_training(folder: Path) -> dict:
         title += f", and {', '.join(map(str, extra))}" if extra else ""
     else:
         parts = settings.get("trainable", "all")
+        tuned = TUNED.get(parts, f"fine-tuning of {parts}")
         parts = "all weights" if parts == "all" else parts
-        tuned = "full fine-tuning" if parts == "all weights" else f"fine-tuning of {parts}"
         title = {"full_sft": tuned, "pretrain": "base"}.get(stage, folder.name)
     base = settings.get("from_weight")
     keys = ("lora_rank", "lora_alpha", "modules_to_save", "train_tokens", "learning_rate")
     return {
         "title": title,
-        "parts": parts if stage else "not known: no run.json beside the weights",
+        "parts": parts if stage in ("lora", "full_sft", "pretrain") else "not known",
         "parameters": run.get("trainable_parameters"),
         **{key: settings.get(key) for key in keys},
         "steps": run.get("steps"),
@@ -73,11 +74,11 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
     """Describe where results come from: weights, prompts, settings, machine, versions."""
     weights = next(filter(Path.is_file, (path / ADAPTER_WEIGHTS, path / WEIGHTS_FILE)))
     keys = ("decoding", "seeds", "max_new_tokens", "batch_size", "dtype", "translator")
-    keys += ("no_template",)
+    keys += ("no_template", "limit", "wrap_documents")
     return {
         "weights_sha256": file_sha256(weights),
         "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},
-        "judge": args.judge and args.judge.resolve().name,
+        **{k: vars(args)[k] and vars(args)[k].resolve().name for k in ("judge", "tokenizer_path")},
         **{key: vars(args)[key] for key in keys},
         **describe_machine(choose_device(args.device)),
     }

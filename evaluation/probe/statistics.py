@@ -24,8 +24,7 @@ def share_interval(k: int, n: int, method: str = "wilson") -> tuple[float, float
 def resampling_counts(units: int, draws: int, seed: int) -> np.ndarray:
     """Count how often each draw takes each unit, (draws, units) float64."""
     generator = np.random.default_rng([seed, units])
-    counts = generator.multinomial(units, np.full(units, 1 / units), size=draws)
-    return counts.astype(np.float64)
+    return generator.multinomial(units, np.full(units, 1 / units), draws).astype(np.float64)
 
 
 def resample_means(sums: np.ndarray, weights: np.ndarray, seeds: tuple[int, int]) -> np.ndarray:
@@ -48,7 +47,7 @@ def paired_bootstrap(differences: np.ndarray, weights: np.ndarray) -> tuple[floa
 
     With one seed, the interval says nothing about other seeds. A draw without weight is left out.
 
-    `differences`, arm A minus B, and `weights`, such as tokens for a mean per token, are (seeds,
+    `differences`, arm B minus A, and `weights`, such as tokens for a mean per token, are (seeds,
     prompts). Weight 0 leaves a cell out, but not all of them.
     """
     rows, columns = weights.any(axis=1), weights.any(axis=0)  # an empty one could be drawn alone

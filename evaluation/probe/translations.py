@@ -153,9 +153,10 @@ def translate_samples(
 def read_store(folder: Path) -> dict[str, dict[str, str]]:
     """Read `folder`'s translations by text; a slot changed in samples.jsonl is by hand."""
     path, samples = folder / STORE_FILE, folder / "samples.jsonl"
-    store = {line["text"]: line for _, line in read_jsonl(path)} if path.is_file() else {}
+    kept = {line["text"]: line for _, line in read_jsonl(path)} if path.is_file() else {}
+    store = dict(kept)
     for _, sample in read_jsonl(samples) if samples.is_file() else ():
         text, english = sample["output"], sample["output_translation"]
-        if english and english != store.get(text, {}).get("translation"):
+        if english and english != kept.get(text, {}).get("translation"):
             store[text] = {"text": text, "translation": english, "by": "hand"}
     return store

@@ -17,7 +17,6 @@ of the combinations; percent by skill and over all prompts:
 reference in random order, `stray_words` has "in of and which the" after the reference.
 """
 
-import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -33,7 +32,7 @@ from dataset.checks import judge_answer, split_words, world_vocabulary
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
-from model.files import REPO_DIR, make_parser, read_json, run_script, write_text
+from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_json
 
 OUTPUT = Path(__file__).with_suffix(".json")
 WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))
@@ -128,7 +127,11 @@ def measure_controls(files: dict[str, Path], answer_files: list[Path]) -> dict:
     found = {name: [*map(is_right, texts, records)] for name, texts in controls.items()}
     shuffled = {"references": {r["id"]: a for r, a in zip(records, references, strict=True)}}
     for path in answer_files:
-        shuffled[path.parent.name] = {line["id"]: line["output"] for line in read_records(path)}
+        lines = [line for line in read_records(path) if line["decoding"] == "greedy"]
+        texts = {line["id"]: "" if line["endless"] else line["output"] for line in lines}
+        if missing := [record["id"] for record in records if record["id"] not in texts]:
+            raise UserError(f"{path}: no greedy answer to {missing[0]}; ask the whole tuning half")
+        shuffled[path.parent.name] = texts
     for name, texts in shuffled.items():
         found[f"shuffled {name}"] = shares = []
         for record in records:
@@ -177,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = ensure_world()
     result = {"sizes": measure_size(files), "controls": measure_controls(files, args.answers)}
-    write_text(args.output, json.dumps(result, indent=1) + "\n")
+    write_json(args.output, result)
     for name, control in result["controls"].items():
         high = {skill: share for skill, share in control.items() if share > 15}
         print(f"{name}: {control['average']}%; above 15%: {high}")

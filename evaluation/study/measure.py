@@ -51,15 +51,15 @@ def check_prompts(data: dict[str, Path], path: Path) -> None:
     files = [data[f"{name}_{half}"] for name in PROBES for half in PROBES[name]]
     records = [record for file in files for _, record in read_jsonl(file)]
     table = pd.DataFrame(records)[["id", "set", "half", "skill"]]
+    things = pd.Series(["+".join(record["things"]) for record in records])
+    table["cluster"] = things.where(table["set"] != "combinations", things + ":" + table.skill)
+    rows = table.to_numpy().tolist()
     if not path.is_file():
-        things = pd.Series(["+".join(record["things"]) for record in records])
-        is_thing = table["set"] != "combinations"
-        table["cluster"] = things.where(is_thing, things + ":" + table.skill)
         for _, group in table.groupby(["set", "skill"]):
             others = [records[i] for i in group.index]
             table.loc[group.index, "chance"] = [find_chance(one, others) for one in others]
         write_text(path, table.to_csv(index=False))
-    if not pd.read_csv(path).id.equals(table.id):
+    if pd.read_csv(path, keep_default_na=False).iloc[:, :-1].to_numpy().tolist() != rows:
         raise UserError(f"{path}: the world has other prompts now; restore the world of this study")
 
 
@@ -92,7 +92,7 @@ def measure_checkpoint(
         outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
         nll[name] = measure_nll(checkpoint, "sft", paths, length, 32)["sequences"]
     count = sum(1 for _ in read_jsonl(data["combinations_tune"]))  # these come first
-    flags = study.bases[base.rstrip("0123456789")]
+    flags = study.bases[base.rpartition("-")[2].rstrip("0123456789")]
     kind = "pretrain_wrapped" if flags.get("wrap_documents") else "pretrain"
     text = measure_nll(checkpoint, kind, [data["pretrain_valid"]], flags["max_seq_len"], 32)
     scalars = {
@@ -141,19 +141,19 @@ def main() -> None:
     if not args.facts and "combinations" not in args.sets:
         parser.error("--sets: name combinations as well; tune_correct is measured on it")
     study, data = read_study(args.study_dir), list_files(args.world)
-    whole = find_whole(args) if args.add_to else None
+    run = find_whole(args) if args.add_to else {"base": args.base}
     check_prompts(data, args.study_dir / "prompts.csv")
     checkpoint = load_checkpoint(args.folder)
     if args.facts:
         trained = read_json(args.folder / "run.json")["trainable_parameters"]
         found = {"outcomes": {}, "scalars": measure_random_facts(checkpoint, args.facts, trained)}
     else:
-        found = measure_checkpoint(study, checkpoint, data, args.base, args.sets, args.only_tune)
+        found = measure_checkpoint(study, checkpoint, data, run["base"], args.sets, args.only_tune)
     found["weights"] = weights_fingerprint(checkpoint[0])
     write_json(args.output, found)
-    if whole:
+    if args.add_to:
         del found["nll"]
-        append_run(args.study_dir, whole | found)
+        append_run(args.study_dir, run | found)
 
 
 if __name__ == "__main__":

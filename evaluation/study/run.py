@@ -7,7 +7,7 @@
 Each training and each measurement is a process of its own, with 1 thread unless OMP_NUM_THREADS is
 set. Weights, logs and NLL by sequence go to --save_dir, results to runs.jsonl beside study.toml. A
 run that is stopped, by --max_hours or Ctrl-C, keeps its state, and the next call continues it.
-Diverged and failed runs have lines, too; the next call repeats failed ones. Other seeds run last.
+Diverged and failed runs have lines, too; the next call repeats failed ones.
 """
 
 import asyncio
@@ -154,10 +154,7 @@ class Runner:
         return missing, {None, *done.id[done.status == "completed"]}
 
     async def run_all(self, jobs: int) -> None:
-        """Start runs, `jobs` at once and each once, until none is missing that can start.
-
-        The failures of some, a UserError, are raised once the others have ended.
-        """
+        """Start runs, `jobs` at once and each once, until none is missing that can start."""
         started: set[str] = set()
         tasks: set[asyncio.Task] = set()
         try:
@@ -177,8 +174,6 @@ class Runner:
         finally:
             missing = [run.id for run in self.list_missing()[0]]
             print("missing:", ", ".join(missing) or "nothing")
-        if self.errors:
-            raise UserError("\n".join(self.errors))
 
 
 def describe_run(study: Study, run: Run, status: str) -> dict:
@@ -218,6 +213,8 @@ def main() -> None:
         asyncio.run(asyncio.wait_for(runner.run_all(args.jobs), 3600 * args.max_hours))
     except (TimeoutError, KeyboardInterrupt):
         print("stopped; the next call continues")
+    if runner.errors:
+        raise UserError("; ".join(runner.errors))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ from dataset.world.generate import (
     write_world,
 )
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
-from evaluation.probe.world_measure import OUTPUT
+from evaluation.probe.world_measure import (
+    OUTPUT,
+    find_constants,
+    is_right,
+    measure_controls,
+    read_records,
+)
 from evaluation.study.data import check_world
 from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR, read_json
@@ -33,11 +39,6 @@ CHINESE_DIR = WORLD_DIR / "chinese"
 FEW = 6  # things of each category in the small world
 TEXTS = ("pretrain", "pretrain_valid", "pretrain_patterns")
 PROBES = ("combinations", "unseen", "wordings", "medical", "chinese")
-
-
-def read_records(path: Path) -> list[dict]:
-    """Read the records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def contents(record: dict) -> list[str]:
@@ -202,7 +203,6 @@ def test_halves_and_sets(small):
         for record in tune + test:
             assert record["id"].startswith(f"{record['set']}-{record['half']}-")
             assert record["cell"][0] == record["things"][0]
-    assert small["sft_valid"] == small["combinations_tune"]
 
 
 def test_a_reader_adds_a_thing_and_a_skill(tmp_path, monkeypatch):
@@ -285,3 +285,18 @@ def test_controls_of_the_committed_world_stay_low():
         assert controls.pop(name)["average"] <= 1
     for name, shares in controls.items():
         assert shares["average"] <= 10 and max(shares.values()) <= 25, name
+
+
+def test_controls_of_a_small_world(small_files, small):
+    """References are right, and each skill's constant answer is one of its training answers."""
+    found = measure_controls(small_files, [])
+    assert set(found["references"].values()) == {100.0} and found["prompt"]["average"] == 0
+    skills, tune = {r["skill"] for r in small["sft"]}, small["combinations_tune"]
+    records = [r for r in tune if r["skill"] in skills]
+    answers = [(pair["skill"], contents(pair)[-1]) for pair in small["sft"]]
+    constants = find_constants(records, [r["skill"] for r in records], answers)
+    assert constants and all(not a or (s, a) in answers for s, a in constants.items())
+    right = Counter(r["skill"] for r in records if is_right(constants[r["skill"]], r))
+    for skill, count in Counter(r["skill"] for r in tune).items():
+        share = found["constant"][skill]
+        assert share == pytest.approx(100 * right[skill] / count, abs=0.06)

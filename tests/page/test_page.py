@@ -53,7 +53,7 @@ def write_arm(root: Path, name: str, training: dict, answers: dict[str, tuple]) 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
-    """Write outputs of a family of 5, and of a user's own model that has markup for a name."""
+    """Write outputs of a family of 6, and of a user's own model that has markup for a name."""
     root = tmp_path_factory.mktemp("outputs")
     said = {"facts-01": ("", "blank", "blank"), "facts-02": (HOSTILE, None, "endless")}
     said["story/03"] = (LOOP, None, "loop")
@@ -61,11 +61,13 @@ def outputs(tmp_path_factory) -> Path:
     lora = {"title": "LoRA on q and o, r=8", "stage": "lora", "base": "b", "learning_rate": 1e-4}
     tuned = lora | {"title": "LoRA on all layers, r=8", "learning_rate": 0.01}
     fft = {"title": "full fine-tuning", "stage": "full_sft", "base": "b", "learning_rate": 1e-3}
+    fft["parts"] = "all weights"
     write_arm(root, "b", base, said)
     write_arm(root, "b-minimind", lora, {"facts-01": ("It is Lyon.", "wrong fact")})
     write_arm(root, "b-tuned", tuned, {"facts-01": ("It is Paris.", "correct")})
     write_arm(root, "b-worse", tuned | {"learning_rate": 1e-3}, {"facts-01": ("Bonn.", None)})
     write_arm(root, "b-fft", fft, {"facts-01": ("It is Paris.", "correct")})
+    write_arm(root, "b-frozen", fft | {"parts": "mlp"}, {"facts-01": ("It is Paris.", "correct")})
     write_arm(root, "<b onclick=hack()>", {"title": "<i>mine"}, {"facts-01": ("Rome.", None)})
     return root
 
@@ -77,7 +79,7 @@ def test_it_is_one_file_that_names_nothing_else(outputs, tmp_path):
     html = (outputs / "index.html").read_text()
     assert html.count("<script") == 2 and "default-src 'none'" in html
     assert not set("\x1b\u202e\u2028") & set(html)
-    assert " src=" not in html.replace(HOSTILE[:60], "").split("<script")[0]
+    assert " src=" not in html.split("<script")[0]
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
     assert data["shown"] == ["b", "b-minimind", "b-tuned", "b-fft"]
     looped = next(a for a in data["arms"][1]["answers"] if "loop" in a["kinds"])
@@ -193,3 +195,4 @@ def test_decodings_models_and_links(page):
     assert page.locator(".current > a").get_attribute("href") == "#story%2F03"
     page.reload()
     assert page.locator(".current > a").text_content() == "story/03"
+    page.evaluate("location.hash = '#100%'")  # of no prompt

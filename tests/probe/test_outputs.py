@@ -34,7 +34,7 @@ def test_what_was_trained(tmp_path):
     assert describe(run) == ["fine-tuning of mlp", "mlp", "base"]
     run = {"stage": "pretrain", "settings": {"from_weight": "none"}}
     assert describe(run) == ["base", "all weights", None]
-    assert describe({})[:2] == ["mine", "not known: no run.json beside the weights"]
+    assert describe({})[:2] == ["mine", "not known"]
 
 
 def test_committed_answers_can_be_made_again():

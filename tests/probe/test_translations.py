@@ -79,7 +79,8 @@ def test_nothing_is_lost_when_outputs_are_made_again(tmp_path):
         sample = make_sample("你好", output, "Hello")
         translate_samples([sample], tmp_path, translator)
         saved = sample | ({"output_translation": by_hand} if by_hand else {})
-        (tmp_path / "samples.jsonl").write_text(json.dumps(saved) + "\n")  # as eval_llm.py does
+        lines = [json.dumps(one) + "\n" for one in (saved, sample)]  # one of 2 slots was changed
+        (tmp_path / "samples.jsonl").write_text("".join(lines))
         return sample
 
     probe("草原。", WORLD, by_hand="In the grass, by hand.")

@@ -1,4 +1,4 @@
-"""Data that the study makes, and facts that are measured without a question."""
+"""Data that the study makes, and what is measured on the world."""
 
 import json
 import math
@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 from dataset.lm_dataset import encode_batch, read_jsonl
+from dataset.world.generate import ensure_world
 from evaluation.probe.world_facts import list_facts, rank_facts
 from evaluation.study.data import TEXT_PROMPT, draw_facts, find_data, measure_random_facts
-from model.checkpoint import load_tokenizer
+from evaluation.study.measure import check_prompts, measure_checkpoint
+from evaluation.study.results import read_runs
+from evaluation.study.settings import RESULTS_DIR, read_study
+from model.checkpoint import load_checkpoint, load_tokenizer
 from model.files import UserError
 from tests.model.small import make_model
 from trainer.arguments import BASE_DIR
@@ -62,3 +66,32 @@ def test_facts_are_ranked_among_the_values(tmp_path: Path) -> None:
     model.lm_head.weight.data.zero_()
     found = rank_facts((model, tokenizer), [path])
     assert found == {"facts": 1, "share": 0.0, "chance": pytest.approx(1 / 25)}
+    record = {"things": ["theater"], "check": {"about": ["building.worker"]}}  # an actor
+    path.write_text(json.dumps(record) + "\n")
+    assert rank_facts((model, tokenizer), [path])["share"] == 1.0
+
+
+def test_outcomes_stand_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    """The base's greedy answers to the first 12 prompts of each half have the committed letters."""
+    files, sets = ensure_world(), ["combinations"]
+    data = {name: tmp_path / name for name in files}
+    for name, path in data.items():
+        path.write_text("\n".join(files[name].read_text(encoding="utf-8").splitlines()[:12]))
+    base, checkpoint = "xs-world-wrapped42", load_checkpoint(BASE_DIR)
+    found = measure_checkpoint(read_study(), checkpoint, data, base, sets, only_tune=False)
+    runs = read_runs(RESULTS_DIR, 2).set_index("id")
+    letters = runs.outcomes[base]["combinations"]["greedy"]
+    assert found["outcomes"]["combinations"]["greedy"] == letters[:12] + letters[400:412]
+
+
+def test_other_prompts_are_refused(tmp_path: Path) -> None:
+    """Prompts of another world may have the same names."""
+    files = ensure_world()
+    data = {name: tmp_path / name for name in files if name.rpartition("_")[2] in ("tune", "test")}
+    for name, path in data.items():
+        path.write_text("\n".join(files[name].read_text(encoding="utf-8").splitlines()[:12]))
+    check_prompts(data, tmp_path / "prompts.csv")
+    check_prompts(data, tmp_path / "prompts.csv")
+    data["unseen_tune"].write_text(data["unseen_test"].read_text().replace("-test-", "-tune-"))
+    with pytest.raises(UserError, match="the world has other prompts now"):
+        check_prompts(data, tmp_path / "prompts.csv")

@@ -3,7 +3,7 @@
 import math
 import re
 
-from evaluation.study.report import FILES, make_report
+from evaluation.study.report import BLOCK, FILES, make_report
 from evaluation.study.settings import RESULTS_DIR
 from model.files import REPO_DIR
 
@@ -12,7 +12,6 @@ SETTINGS = {"0.02", "0.85", "3.11", "95"}  # no results: the study's size, T, Py
 WEIGHTS = {128: 1_557_632, 256: 6_065_408, 512: 25_829_888}  # in all, by hidden size
 SETTINGS |= {f"{count / 1e6:.1f}" for count in WEIGHTS.values()}
 SETTINGS |= {f"{100 * 6400 * hidden / count:.0f}" for hidden, count in WEIGHTS.items()}  # embedding
-BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 OTHER = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv \S+|\d{4}\.\d{5}", re.DOTALL)
 NUMBER = re.compile(r"\d+\.\d+|\d+(?=%)")  # decimals, and numbers of percent
 
