@@ -73,13 +73,13 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
     if cells.empty or (rows := select_headline(cells)).empty:
         return None
-    last = rows[(rows["size"] == rows["size"].iloc[-1]) & (rows.decoding == "greedy")]
-    last = last[last.arm.isin(TITLE_ARMS) & (last["set"] == "combinations")]
-    words = [f"{evidence.study.arms[row.arm].title} {row.share:.0%}" for row in last.itertuples()]
-    title = f"Correct combinations at {rows['size'].iloc[-1]}, greedy: {', '.join(words)}"
-    rates = rows.learning_rate.map(", {:g}".format).where(rows.arm != "base", "")
-    table = rows.rename(columns={"share": "x", "set": "series"}).assign(y=rows.title + rates)
-    table["panel"] = table["size"] + ", " + table.decoding.map(DECODING_TITLES)
+    sizes, greedy = list(rows["size"].unique()), rows[rows.decoding == "greedy"]
+    greedy = greedy[greedy.arm.isin(TITLE_ARMS) & (greedy["set"] == "combinations")]
+    shares = greedy.share.map("{:.0%}".format).groupby(greedy.title, sort=False)
+    words = [f"{name} {' / '.join(one)}" for name, one in shares if len(one) == len(sizes)]
+    title = f"Correct combinations, greedy, {' / '.join(sizes)}: {', '.join(words)}"
+    table = rows.rename(columns={"share": "x", "title": "y", "size": "panel"})
+    table["series"] = table["set"] + ", " + table.decoding.map(DECODING_TITLES)
     return title, draw_panels(title, table, "correct answers")
 
 

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -120,16 +121,16 @@ def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") 
 
 
 def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return estimates at xs, greedy: intervals over the usual clusters, and over skills."""
+    """Return estimates by size, greedy: intervals over the usual clusters, and over skills."""
     prompts, rows, condition = evidence.choose_prompts("combinations"), [], Condition(estimates=[])
-    names = runs[runs["size"] == "xs"].set_index("usual").cell.to_dict()
-    for arms in (words.split("-") for words in CONTRASTS.split()):
+    for (size, group), words in product(runs.groupby("size", sort=False), CONTRASTS.split()):
+        names, arms = group.set_index("usual").cell.to_dict(), words.split("-")
         if set(arms) <= set(names):
-            place = " - ".join(names[arm] for arm in arms), "xs", "greedy"
+            place = " - ".join(names[arm] for arm in arms), size, "greedy"
             clusters = prompts, prompts.assign(cluster=prompts.skill)
             found = [analysis.estimate_sum(evidence, condition, place, one) for one in clusters]
-            rows.append((place[0], *(str(one) for one, _ in found)))
-    return pd.DataFrame(rows, columns=["estimate", "clusters of things", "clusters of skills"])
+            rows.append((size, place[0], *(str(one) for one, _ in found)))
+    return pd.DataFrame(rows, columns=["size", "estimate", "over things", "over skills"])
 
 
 def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:

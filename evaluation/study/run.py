@@ -198,8 +198,7 @@ def main() -> None:
     world = list_files(args.world.resolve()) if args.world else ensure_world()
     if not args.world:
         check_world(args.study_dir / "world.sha256")
-    folders = args.save_dir.resolve(), args.study_dir.resolve()
-    runner = Runner(study, world, *folders, args.only)
+    runner = Runner(study, world, args.save_dir.resolve(), args.study_dir.resolve(), args.only)
     runner.save_dir.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
         missing, place = runner.list_missing()[0], args.study_dir / "bases"
