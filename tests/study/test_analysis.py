@@ -77,7 +77,8 @@ def test_skills(folder: Path) -> None:
     shares = [marks[(places % 10 > 0) & (places % 2 == i)].mean() for i in (0, 1)]
     table = tabulate_skills(evidence, runs).set_index("skill").filter(like="xs, LoRA on all")
     assert table.loc[["skill 0", "skill 1"]].squeeze().tolist() == [f"{x:.0%}" for x in shares]
-    text = tabulate_contrasts(evidence, runs).set_index("estimate").loc["all_r8"].iloc[1]
+    contrasts = tabulate_contrasts(evidence, runs).set_index(["size", "estimate"])
+    text = contrasts.loc[("xs", "all_r8"), "over skills"]
     assert text.endswith("[{:.2f}, {:.2f}]".format(*sorted(shares))) and shares[0] != shares[1]
 
 
