@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder")
     add("--base", help="its base: a folder or hub id (default: what its config names)")
-    add("--tokenizer_path", help="tokenizer's folder (default: the base's)")
+    add("--tokenizer_path", help="tokenizer's folder (default: the adapter's, or the base's)")
     add("--output_dir", type=Path, required=True, help="folder to make")
     args = parser.parse_args(argv)
     if args.output_dir.exists():
