@@ -23,7 +23,7 @@ STYLE = {
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 MAIN_SETS = ["combinations", "unseen"]
 TITLE_ARMS = ["study", "study_tuned", "all_r8", "fft"]  # of the headline's title
-HEADLINE = ["base", *TITLE_ARMS[:-1], "all_r64", "all_r8_vocabulary", "fft_frozen"]
+HEADLINE = ["base", *TITLE_ARMS[:-1], "all_r32", "all_r64", "all_r8_vocabulary", "fft_frozen"]
 HEADLINE += ["fft_script", "fft"]
 
 
@@ -61,11 +61,11 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-def select_headline(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the headline's cells in its order, of sizes at which LoRA on all layers was scored."""
+def select_headline(cells: pd.DataFrame, arms: list[str] = HEADLINE) -> pd.DataFrame:
+    """Return the cells of arms in their order, of sizes at which LoRA on all layers was scored."""
     sizes, is_main = cells["size"][cells.arm == "all_r8"], cells["set"].isin(MAIN_SETS)
-    rows = cells[cells.usual.isin(HEADLINE) & is_main & cells["size"].isin(sizes)]
-    places = pd.factorize(rows["size"])[0] * len(HEADLINE) + rows.arm.map(HEADLINE.index)
+    rows = cells[cells.usual.isin(arms) & is_main & cells["size"].isin(sizes)]
+    places = pd.factorize(rows["size"])[0] * len(arms) + rows.arm.map(arms.index)
     return rows.iloc[places.argsort(kind="stable")]
 
 
@@ -88,8 +88,7 @@ def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     title = "Where the bound of the end token is low, many sampled answers do not end"
     table = list_endings(evidence).rename(columns={"bound": "x", "endless": "y", "base": "note"})
     table = table.assign(panel="", series="edition " + table.edition.map(str))
-    texts = "bound of the end token's probability", "endless answers"
-    return title, draw_panels(title, table, *texts)
+    return title, draw_panels(title, table, "bound of the end token", "endless answers")
 
 
 def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:

@@ -39,6 +39,7 @@ GROUPS = dict.fromkeys(["reading_who", "remember", "repeat", "swap"], "prompt na
 PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
 GROUPS |= dict.fromkeys(PLAIN, "plain questions")
 HEADS = ["all prompts", "prompt names", "plain questions", "other skills", "mean of skills"]
+README_ARMS = ["study", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]  # of its table
 SIZE_ARMS = ["fft", "study", "all_r8"]  # whose runs of the first seed the block of sizes shows
 CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
 CONTRASTS += " all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
@@ -234,9 +235,9 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = evidence.final[evidence.final.data.str.startswith("facts")]
     facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
-    tables |= {"answers": [answers[:2]], "ten_answers": [answers[:10]]}
+    tables |= {"headline": [], "answers": [answers[:2]], "ten_answers": [answers[:10]]}
     tables["capacity"] = [facts.round(3).reset_index()]
-    of_cells = "headline shares other_sets kinds costs parts skills sizes worst contrasts"
+    of_cells = "arms shares other_sets kinds costs parts skills sizes worst contrasts"
     tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
     if cells.empty:
         return tables
@@ -257,7 +258,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     compared = evidence.final[is_main].query(chosen)
     sizes = tabulate_skills(evidence, compared, "tune").set_index("skill").loc[HEADS[:4]]
     return tables | {
-        "headline": [tabulate_shares(select_headline(cells))],
+        "arms": [tabulate_shares(select_headline(cells, README_ARMS))],
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],

@@ -13,9 +13,9 @@ from evaluation.study.results import append_run
 from model.files import UserError
 from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
-NAMES = ["headline", "shares", "kinds", "keeping", "harm", "capacity", "rates", "costs", "claims"]
-NAMES += ["gates", "endings", "edition1", "answers", "parts", "other_sets", "estimates", "sizes"]
-PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES)
+NAMES = "headline arms shares kinds keeping harm capacity rates costs claims gates endings edition1"
+NAMES += " answers parts other_sets estimates sizes"
+PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES.split())
 
 
 @pytest.fixture(scope="module")
