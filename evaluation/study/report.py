@@ -40,7 +40,7 @@ PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "wh
 GROUPS |= dict.fromkeys(PLAIN, "plain questions")
 HEADS = ["all prompts", "prompt names", "plain questions", "other skills", "mean of skills"]
 README_ARMS = ["study", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]  # of its table
-SIZE_ARMS = ["fft", "study", "all_r8"]  # whose runs of the first seed the block of sizes shows
+SIZE_ARMS = ["fft", "study", "all_r8", "all_r32"]  # whose runs of seed 1 the block of sizes shows
 CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
 CONTRASTS += " all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
 CELL = ["size", "trained", "rate"]
@@ -255,7 +255,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     is_main &= evidence.final.outcomes.astype(bool)
     chosen = "data == 'sft' and start == 'base' and seed == 1"
     chosen += " and (size != 'xs' or epochs == 1 or usual == cell)"  # xs has many rates
-    compared = evidence.final[is_main].query(chosen)
+    compared = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
     sizes = tabulate_skills(evidence, compared, "tune").set_index("skill").loc[HEADS[:4]]
     return tables | {
         "arms": [tabulate_shares(select_headline(cells, README_ARMS))],
