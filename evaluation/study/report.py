@@ -90,7 +90,7 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def tabulate_frontiers(evidence: Evidence, *options: str | tuple | np.ndarray) -> pd.DataFrame:
-    """Return a row a level: the best share of the second set by arm and decoding, in percent.
+    """Return the best shares of the second set, in percent, by the highest level that has them.
 
     `options`, if any, are all those of `trace_frontiers` from the size on.
     """
@@ -102,7 +102,7 @@ def tabulate_frontiers(evidence: Evidence, *options: str | tuple | np.ndarray) -
     levels = pd.Index(options[-1] if options else LEVELS, name="level")
     table = pd.DataFrame(columns, levels.map("{:.0%}".format))
     is_kept = table.ne("-").any(axis=1) | (np.arange(len(table)) == 0)
-    return table if table.empty else table[is_kept].reset_index()
+    return table if table.empty else table[is_kept].drop_duplicates(keep="last").reset_index()
 
 
 def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") -> pd.DataFrame:
