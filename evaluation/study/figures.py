@@ -36,8 +36,8 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     panels = table.groupby("panel", sort=False)
     names = list(dict.fromkeys(table.y)) if "low" in table else []
     with mpl.rc_context(STYLE):
-        size, how = (1 + 4.5 * len(panels), 3), {"sharex": True, "sharey": True, "squeeze": False}
-        figure, axes = plt.subplots(1, len(panels), figsize=size, **how)
+        how = {"figsize": (1 + 4.5 * len(panels), max(3, 0.4 * len(names))), "squeeze": False}
+        fig, axes = plt.subplots(1, len(panels), sharex=True, sharey=True, **how)
         for ax, (panel, points) in zip(axes[0], panels, strict=True):
             for i, (label, rows) in enumerate(points.groupby("series", sort=False)):
                 if names:
@@ -53,11 +53,11 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
         if names:
             axes[0][0].set(xlim=(0, 1), ylim=(len(names), -1))
             axes[0][0].set_yticks(range(len(names)), names)
-        axes[0][0].legend()
-        figure.suptitle(title, x=0, y=1.02, ha="left")
+        axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        fig.suptitle(title, x=0, y=1.02, ha="left")
         file = io.StringIO()
-        figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+        fig.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(fig)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
@@ -78,7 +78,8 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     shares = greedy.share.map("{:.0%}".format).groupby(greedy.title, sort=False)
     words = [f"{name} {' / '.join(one)}" for name, one in shares if len(one) == len(sizes)]
     title = f"Correct combinations, greedy, {' / '.join(sizes)}: {', '.join(words)}"
-    table = rows.rename(columns={"share": "x", "title": "y", "size": "panel"})
+    rates = rows.learning_rate.map(", {:g}".format).where(rows.cell != rows.usual, "")  # of several
+    table = rows.assign(y=rows.title + rates).rename(columns={"share": "x", "size": "panel"})
     table["series"] = table["set"] + ", " + table.decoding.map(DECODING_TITLES)
     return title, draw_panels(title, table, "correct answers")
 

@@ -175,8 +175,7 @@ def write_recovery(cell: pd.Series) -> str:
     """Write R without end tokens with its interval, and R in parentheses; 1 is FFT."""
     if pd.isna(cell.R):
         return "-"
-    text = "{:.2f} [{:.2f}, {:.2f}] ({:.2f})"
-    text = text.format(cell.R_no_end, cell.R_no_end_low, cell.R_no_end_high, cell.R)
+    text = "{R_no_end:.2f} [{R_no_end_low:.2f}, {R_no_end_high:.2f}] ({R:.2f})".format_map(cell)
     return "1" if cell.R == 1 else text
 
 
