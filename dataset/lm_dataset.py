@@ -34,7 +34,7 @@ from model.files import UserError, file_sha256, write_aside
 from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
-CACHE_VERSION = 4  # raise it when the stored layout or the tokenization changes
+CACHE_VERSION = 5  # raise it when the stored layout or the tokenization changes
 ENCODE_CHUNK = 2_000  # records that are encoded at once, in parallel
 SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
@@ -134,7 +134,7 @@ def encode_conversations(
         for role, closing in zip(roles, closings, strict=True):
             content, is_answer = next(encoded), role == "assistant"
             ids += content + closing
-            labeled += [is_answer] * (len(content) + 1) + [False] * (len(closing) - 1)
+            labeled += [is_answer and i <= len(content) for i in range(len(content + closing))]
         samples.append((ids, labeled))
     return samples
 
@@ -144,8 +144,8 @@ def encode_template(
 ) -> list[list[int]]:
     """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
     slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
-    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
-    text = tokenizer.apply_chat_template(slots, **options)
+    options = {"tokenize": False, "enable_thinking": False}  # Qwen3's prompt as its training text
+    text = tokenizer.apply_chat_template(slots, add_generation_prompt=generation_prompt, **options)
     pieces = encode_batch(tokenizer, text.split(CONTENT_SLOT), special=True)
     ends = (pieces[i][:1] for i, role in enumerate(roles, start=1) if role == "assistant")
     if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):

@@ -26,12 +26,14 @@ COMPUTED = {"hidden_act": "silu", "rope_type": "default", "use_sliding_window": 
 
 def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Path) -> None:
     """Write weights, config and the tokenizer of a folder or hub id, in transformers' layout."""
+    tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu() for name, tensor in list_weights(model).items()}
     write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
-    config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's, if it has them
+    ids = {n: found for n in names if (found := getattr(tokenizer, n)) is not None}
+    config = model.config.to_dict() | ids | {"dtype": str(model.dtype).removeprefix("torch.")}
     write_json(folder / "config.json", dict(sorted(config.items())))
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_text(folder / "generation_config.json", GenerationConfig(**ids).to_json_string())
     save_tokenizer(tokenizer_dir, folder)
 

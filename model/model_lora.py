@@ -231,6 +231,7 @@ PEFT_VALUES = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
     "alpha_pattern": ({},),
+    "alora_invocation_tokens": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 
@@ -303,7 +304,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
     if trained_on not in (None, weights_fingerprint(model)):
-        raise UserError(f"{folder}: was trained on another base; {ADAPTER_CONFIG} names its own")
+        raise UserError(f"{folder}: was trained on another base, or its base has changed")
     settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
     weights = list_weights(model)
     try:

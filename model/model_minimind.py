@@ -48,14 +48,13 @@ def minimind_config(**values: float) -> Config:
         rule = f"2 * num_attention_heads ({heads}), and these of num_key_value_heads ({key_heads})"
         raise UserError(f"hidden_size {size}: must be a multiple of {rule}")
     defaults = {"vocab_size": 6400, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
-    special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config_class = Qwen3Config if qk_norm else LlamaConfig
     return config_class(
         head_dim=size // heads,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         architectures=["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
-        **(defaults | special_tokens | shape),
+        **(defaults | shape),
     )
 
 

@@ -2,9 +2,8 @@
 
     python trainer/merge_lora.py --adapter out/lora --output_dir out/lora_merged
 
-The adapter is a folder of ours or of PEFT's. The result loads in transformers, vLLM or llama.cpp's
-converter without any adapter. An adapter on a tied head alone is refused: the merge would change
-the embedding as well. The folder's run.json names adapter and base.
+The adapter is a folder of ours or of PEFT's. Transformers, vLLM and llama.cpp's converter load the
+result. An adapter on a tied head alone is refused: the merge would change the embedding as well.
 """
 
 import sys
@@ -13,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import TOKENIZER_FILES, find_base, load_model, save_model, weights_fingerprint
+from model.checkpoint import TOKENIZER_FILES, find_base, find_file, load_model, save_model
 from model.files import UserError, escape_control, file_sha256, make_parser, run_script, write_json
 from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
+from model.model_minimind import weights_fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,12 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = load_lora(model, args.adapter)
     merged = merge_lora(model)
     own = args.adapter if (args.adapter / TOKENIZER_FILES[0]).is_file() else base
+    find_file(args.tokenizer_path or own, TOKENIZER_FILES[0])  # refused before a file is written
     save_model(merged, args.tokenizer_path or own, args.output_dir)
     record = {"status": "completed", "stage": "merge_lora", "base_fingerprint": fingerprint}
     record["settings"] = {"from_weight": Path(base).name, "adapter": asdict(settings)}
-    record["adapter"] = args.adapter.resolve().name
     record["adapter_sha256"] = file_sha256(args.adapter / ADAPTER_WEIGHTS)
-    record["parameters"] = merged.num_parameters()
+    record |= {"adapter": args.adapter.resolve().name, "parameters": merged.num_parameters()}
     write_json(args.output_dir / "run.json", record)
     print(escape_control(f"{args.adapter} merged into {base}: {args.output_dir}"))
 

@@ -179,7 +179,8 @@ class RunFolder:
             tokens_per_second=round(record["tokens"] / seconds, 1),
             peak_memory_bytes=max(record.get("peak_memory_bytes", 0), memory),
         )
-        advice = "--from_resume continues" if self.state_path.is_file() else "--overwrite restarts"
+        can_resume = self.state_path.is_file() and status not in ("diverged", "oom")  # same flags
+        advice = "--from_resume continues" if can_resume else "--overwrite restarts"
         if status == "completed":
             loss = record["eval_loss"]
             advice = f"saved to {self.path}" + (f", validation loss {loss:.4f}" if loss else "")

@@ -52,7 +52,7 @@ def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
     run = RunFolder(args, accelerator.is_main_process)
     accelerator.wait_for_everyone()  # each has looked for the folder before the first makes it
     if run.record.get("status") == "completed":
-        accelerator.print(f"{args.run_name}: complete, nothing to do")
+        accelerator.print(f"{args.run_name}: complete; --overwrite starts it again")
         raise SystemExit(0)
     return accelerator, run
 
@@ -60,11 +60,9 @@ def start_run(args: argparse.Namespace) -> tuple[Accelerator, RunFolder]:
 def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer, str | None]:
     """Load the model to train, in float32, its tokenizer, and the fingerprint of given weights."""
     shape = {flag: getattr(args, flag) for flag in DEFAULT_SHAPE}
-    special = ("pad_token_id", "bos_token_id", "eos_token_id")  # saved weights name them
     if args.from_weight == "none":
         tokenizer = load_tokenizer(args.tokenizer_path)
-        ids = {name: getattr(tokenizer, name) for name in special}
-        config = minimind_config(vocab_size=len(tokenizer), **shape, **ids)
+        config = minimind_config(vocab_size=len(tokenizer), **shape)
         return MiniMindForCausalLM(config), tokenizer, None
     model = load_model(args.from_weight)
     PartialState().print(f"base: {args.from_weight}, {model.num_parameters():,} parameters")
@@ -73,7 +71,6 @@ def load_start(args: argparse.Namespace) -> tuple[MiniMindForCausalLM, Tokenizer
         if value not in (None, found[flag]):
             raise UserError(f"--{flag} {value}: the weights have {found[flag]}; drop the flag")
     tokenizer = load_tokenizer(args.tokenizer_path or args.from_weight, model.config.vocab_size)
-    model.config.update({name: getattr(tokenizer, name) for name in special})
     return model, tokenizer, weights_fingerprint(model)
 
 

@@ -249,6 +249,7 @@ def ensure_world(output_dir: Path = FILES_DIR, seed: int = 42) -> dict[str, Path
         is_whole = stamp.is_file() and all(map(Path.is_file, files.values()))
         if not is_whole or stamp.read_text() != version:
             print("writing the world's text and instructions, about a minute")
+            stamp.unlink(missing_ok=True)  # a world half rewritten is not whole
             write_world(output_dir, seed)
             write_text(stamp, version)
     return files

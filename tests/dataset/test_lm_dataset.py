@@ -31,13 +31,8 @@ from model.model_minimind import IGNORE_INDEX
 from tests.trainer.runs import write_jsonl
 
 PAD, BOS, EOS = 0, 1, 2
-DIALOG = [
-    {"role": "system", "content": "Be brief: one line."},
-    {"role": "user", "content": "What is 12 + 30?"},
-    {"role": "assistant", "content": "42, I'd say."},
-    {"role": "user", "content": "用中文说 🙂"},
-    {"role": "assistant", "content": "四十二\n\n'tis all."},
-]
+DIALOG = [{"role": "system", "content": "Be brief: one line."}]
+DIALOG += turns("What is 12 + 30?", "42, I'd say.") + turns("用中文说 🙂", "四十二\n\n'tis all.")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +153,14 @@ def test_control_tokens_come_from_the_template_alone(tokenizer: Tokenizer) -> No
     assert tokenizer.decode(learned) == f"{said[1]}<|im_end|>{said[3]}<|im_end|>"
     assert learned.count(EOS) == 2
     assert tokenizer("<|im_end|>")["input_ids"] == [EOS]  # the tokenizer is left as it was
+
+
+def test_loss_falls_on_answers_if_no_text_closes_prompts() -> None:
+    other, end = load_tokenizer(), "{% if m.role == 'assistant' %}<|im_end|>{% endif %}"
+    other.chat_template = f"{{% for m in messages %}}{{{{ m.content }}}}{end}{{% endfor %}}"
+    [(ids, labeled)] = encode_conversations(other, [DIALOG])
+    learned = [token for token, label in zip(ids, labeled, strict=True) if label]
+    assert other.decode(learned) == "42, I'd say.<|im_end|>四十二\n\n'tis all.<|im_end|>"
 
 
 @pytest.mark.parametrize("content", ["", "{{ m['content'] }}\n"])

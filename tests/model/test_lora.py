@@ -299,6 +299,7 @@ def test_adapters_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> Non
     for change, name, value, message in [
         ({"peft_type": "IA3"}, "", None, "peft_type 'IA3' is not computed here"),
         ({"alpha_pattern": {"q_proj": 4}}, "", None, "alpha_pattern {'q_proj': 4}"),
+        ({"alora_invocation_tokens": [1]}, "", None, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "", None, "init_lora_weights 'pissa'"),
         ({"r": 3}, "", None, r"size mismatch for .*lora_A.weight.*\[4, 64\]"),
         ({}, lora_b, None, "Missing key.*q_proj.lora_B.weight"),
