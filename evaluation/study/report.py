@@ -252,7 +252,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.arm.isin(SIZE_ARMS)
     is_main &= evidence.final.outcomes.astype(bool)
-    chosen = "data == 'sft' and start == 'base' and seed == 1"
+    chosen = "data == 'sft' and start == 'base' and seed == 1 and epochs <= 4"
     chosen += " and (size != 'xs' or epochs == 1 or usual == cell)"  # xs has many rates
     compared = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
     sizes = tabulate_skills(evidence, compared, "tune").set_index("skill").loc[HEADS[:4]]
