@@ -41,6 +41,7 @@ GROUPS |= dict.fromkeys(PLAIN, "plain questions")
 HEADS = ["all prompts", "prompt names", "plain questions", "other skills", "mean of skills"]
 README_ARMS = ["study", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]  # of its table
 SIZE_ARMS = ["fft", "study", "all_r8", "all_r32"]  # whose runs of seed 1 the block of sizes shows
+SHORT = {"LoRA on all linear layers, ": "LoRA ", "full fine-tuning": "FFT"}  # titles there
 CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
 CONTRASTS += " all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
 CELL = ["size", "trained", "rate"]
@@ -250,9 +251,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds.replace("-0%", "0%", regex=True)
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
-    is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.arm.isin(SIZE_ARMS)
-    is_main &= evidence.final.outcomes.astype(bool)
-    chosen = "data == 'sft' and start == 'base' and seed == 1 and epochs <= 4"
+    is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.outcomes.astype(bool)
+    chosen = "data == 'sft' and start == 'base' and seed == 1 and epochs <= 4 and arm in @SIZE_ARMS"
     chosen += " and (size != 'xs' or epochs == 1 or usual == cell)"  # xs has many rates
     compared = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
     sizes = tabulate_skills(evidence, compared, "tune").set_index("skill").loc[HEADS[:4]]
@@ -263,7 +263,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "kinds": [kinds.reset_index()],
         "skills": [tabulate_skills(evidence, reported)],
         "contrasts": [tabulate_contrasts(evidence, reported)],
-        "sizes": [sizes.T.rename_axis("trained, rate").reset_index()],
+        "sizes": [sizes.T.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)],
         "worst": [tabulate_skills(evidence, reported[reported.usual == "fft"], "tune")[:10]],
         "costs": [costs.reset_index()],
     }
