@@ -86,7 +86,7 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
 
 def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     """Draw the share of endless answers against the bound of the end token, a point a base."""
-    title = "Where the bound of the end token is low, many sampled answers do not end"
+    title = "Where the bound of the end token is low, sampled answers often do not end"
     table = list_endings(evidence).rename(columns={"bound": "x", "endless": "y", "base": "note"})
     table = table.assign(panel="", series="edition " + table.edition.map(str))
     return title, draw_panels(title, table, "bound of the end token", "endless answers")

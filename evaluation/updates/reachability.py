@@ -3,7 +3,7 @@
     python evaluation/updates/reachability.py out/pretrain out/other
 
 No adapter below the final norm exceeds this bound (model/reachability.py). If it is low, sampled
-answers rarely end.
+answers end late or never.
 """
 
 import sys
