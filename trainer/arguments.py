@@ -46,7 +46,7 @@ def make_stage_parser(
     add("--overwrite", action="store_true", help="delete the run folder first if it exists")
     add("--seed", type=limit(int, 0, 2**32 - 1), default=42, help="data, weights, dropout (42)")
     add("--device", choices=DEVICES, default="auto", help="(auto)")
-    dtype = "of matrix products, not of weights (auto: bfloat16 where the processor computes it)"
+    dtype = "of matrix products, not of weights (auto: bfloat16 where it is fast)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
     compile_flag = {"nargs": "?", "choices": ("auto", "on", "off"), "const": "on"}
     add("--use_compile", **compile_flag, default="auto", help="compile the loss (auto: long runs)")
@@ -135,12 +135,12 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str) -> str:
-    """Choose the type of matrix products; `auto` takes bfloat16 where the processor computes it."""
+    """Choose the type of matrix products; `auto` takes bfloat16 if fast: on Intel only by AMX."""
     if name == "float16" and device != "cuda":
         raise UserError(f"--dtype float16: needs CUDA, not {device}; use bfloat16 or float32")
     if name != "auto":
         return name
-    has_bfloat16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    if device == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if has_bfloat16 else "float32"
+    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+    is_fast = cpu.get("avx512_bf16", False) and (cpu["amx_bf16"] or "Intel" not in cpu["cpu_name"])
+    is_fast |= device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if is_fast else "float32"
