@@ -41,7 +41,7 @@ GROUPS |= dict.fromkeys(PLAIN, "plain questions")
 HEADS = ["all prompts", "prompt names", "plain questions", "other skills", "mean of skills"]
 README_ARMS = ["study", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]  # of its table
 SIZE_ARMS = ["fft", "study", "all_r8", "all_r32"]  # whose runs of seed 1 the block of sizes shows
-SHORT = {"LoRA on all linear layers, ": "LoRA ", "full fine-tuning": "FFT"}  # titles there
+SHORT = {"LoRA on all linear layers, ": "LoRA ", "full fine-tuning": "FFT"}  # titles by groups
 CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
 CONTRASTS += " all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
 CELL = ["size", "trained", "rate"]
@@ -172,14 +172,6 @@ def read_edition1() -> pd.DataFrame:
     return table.rename_axis([None, None])
 
 
-def write_recovery(cell: pd.Series) -> str:
-    """Write R without end tokens with its interval, and R in parentheses; 1 is FFT."""
-    if pd.isna(cell.R):
-        return "-"
-    text = "{R_no_end:.2f} [{R_no_end_low:.2f}, {R_no_end_high:.2f}] ({R:.2f})".format_map(cell)
-    return "1" if cell.R == 1 else text
-
-
 def tabulate_edition1() -> pd.DataFrame:
     """Return a row an arm of the first edition, both sizes side by side."""
     cells, rows, sizes = read_edition1(), [], pd.DataFrame(EDITION1["sizes"]).T
@@ -192,7 +184,10 @@ def tabulate_edition1() -> pd.DataFrame:
         texts = percent.map(lambda x: "-" if pd.isna(x) else f"{x:.0%}").agg(" / ".join)
         row["weights"], *others = texts.replace("- / -", "-")
         for base, size in sizes["name"].items():
-            row[f"{size}: R without ends (R)"] = write_recovery(pair.loc[base])
+            one = pair.loc[base]
+            text = "{R_no_end:.2f} [{R_no_end_low:.2f}, {R_no_end_high:.2f}] ({R:.2f})"
+            text = "-" if pd.isna(one.R) else "1" if one.R == 1 else text.format_map(one)
+            row[f"{size}: R without ends (R)"] = text  # 1 is FFT
         rows.append(row | dict(zip(("never end", "correct"), others, strict=True)))
     return pd.DataFrame(rows)
 
@@ -255,16 +250,20 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     chosen = "data == 'sft' and start == 'base' and seed == 1 and epochs <= 4 and arm in @SIZE_ARMS"
     chosen += " and (size != 'xs' or epochs == 1 or usual == cell)"  # xs has many rates
     compared = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
-    sizes = tabulate_skills(evidence, compared, "tune").set_index("skill").loc[HEADS[:4]]
+    by_group = {}  # rows are cells
+    for name, half, runs in ("sizes", "tune", compared), ("skills", "test", reported):
+        table = tabulate_skills(evidence, runs, half).set_index("skill").loc[HEADS[:4]].T
+        by_group[name] = table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)
+    main = reported.query("usual in @README_ARMS")
     return tables | {
         "arms": [tabulate_shares(select_headline(cells, README_ARMS))],
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
-        "skills": [tabulate_skills(evidence, reported)],
+        "skills": [by_group["skills"], tabulate_skills(evidence, main)],
         "contrasts": [tabulate_contrasts(evidence, reported)],
-        "sizes": [sizes.T.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)],
-        "worst": [tabulate_skills(evidence, reported[reported.usual == "fft"], "tune")[:10]],
+        "sizes": [by_group["sizes"]],
+        "worst": [tabulate_skills(evidence, main[main.usual == "fft"], "tune")[:10]],
         "costs": [costs.reset_index()],
     }
 
