@@ -128,6 +128,10 @@ def test_tokenizers_load_as_transformers_loads_them_or_are_refused(folder: Path)
     assert tokenizer("<|im_start|>a<|im_end|>")["input_ids"][::2] == [1, 2]
     with pytest.raises(UserError, match="has 6400 tokens, the model 6399; give the model's own"):
         checkpoint.load_tokenizer(folder, 6399)
+    edit_json(folder / "tokenizer_config.json", eos_token=None)  # older ones have another file
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    checkpoint.save_tokenizer(folder, copy := folder.parent)
+    assert checkpoint.load_tokenizer(copy).eos_token_id == 2
     edit_json(folder / "tokenizer_config.json", chat_template=None)
     with pytest.raises(UserError, match="a chat template, end or padding token is missing"):
         checkpoint.load_tokenizer(folder)
