@@ -118,7 +118,7 @@ def make_variants(args: argparse.Namespace, delta: Update) -> dict[str, Update]:
         trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
         variants[f"_only_{spec.replace(',', '_')}"] = {n: t * trained[n] for n, t in delta.items()}
     if args.restore_rows:
-        tokenizer, longest = load_tokenizer(args.base), 2**20  # no conversation is cut
+        tokenizer, longest = load_tokenizer(args.tokenizer), 2**20  # no conversation is cut
         data = load_dataset("sft", args.restore_rows, tokenizer, longest)
         rows = delta[EMBEDDING_WEIGHT]
         read = torch.isin(torch.arange(len(rows)), torch.from_numpy(np.unique(data.tokens)).long())
@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--restore_rows", type=Path, nargs="+", metavar="FILE")
     add("--output_dir", type=Path, help="of checkpoints (default: beside --tuned)")
     args = parser.parse_args(argv)
+    args.tokenizer = args.tuned if (args.tuned / "tokenizer.json").is_file() else args.base
     base = load_model(args.base)
     delta = read_update(base, args.tuned)
     record = {"base": args.base.name, "base_fingerprint": weights_fingerprint(base)}
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         model = load_model(args.base)
         for name, weight in model.named_parameters():
             weight.data += changed[name]
-        save_model(model, args.base, folder)
+        save_model(model, args.tokenizer, folder)
         write_json(folder / "run.json", record | {"part_of_update": ending[1:]})
         print(folder)
     if variants:

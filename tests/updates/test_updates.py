@@ -52,9 +52,10 @@ def test_description_of_half_the_base() -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small base with its tokenizer; beside it `tuned`, which differs in every weight."""
+    """A small base; beside it `tuned`, which differs in every weight and in the tokenizer."""
     folder, model = tmp_path_factory.mktemp("updates"), make_model()
     save_model(model, TOKENIZER_DIR, folder / "base")
+    (folder / "base" / "chat_template.jinja").write_text("another")
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
     save_model(model, TOKENIZER_DIR, folder / "tuned")
@@ -95,8 +96,7 @@ def test_restored_rows(base: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "chats.jsonl", [{"conversations": chat}])
     analyze(base, base.with_name("tuned"), "--restore_rows", tmp_path / "chats.jsonl")
     tokenizer = load_tokenizer()
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    read = sorted(set(tokenizer(text).input_ids))
+    read = sorted(set(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids))
     whole = read_delta(base, base.with_name("tuned"))
     kept = read_delta(base, base.with_name("tuned_read_rows"))
     rows = kept.pop("model.embed_tokens.weight")
