@@ -107,7 +107,7 @@ def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Itera
     """Yield an experiment's runs as far as their rates are known, those that tune first."""
     places = list(product(experiment.sizes, experiment.arms))
     for size, arm in places:
-        for rate in sweeps[size, arm].missing or study.arms[arm].rates.get(size, []):
+        for rate in (*sweeps[size, arm].missing, *sweeps[size, arm].shares):
             run = make_tuning_run(study, size, arm, rate)
             yield replace(run, checkpoints=experiment.checkpoints)
     for (size, arm), base, start in product(places, experiment.bases, experiment.starts):
