@@ -73,13 +73,15 @@ def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | 
     """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
     if cells.empty or (rows := select_headline(cells)).empty:
         return None
+    rows = rows.iloc[rows.arm.map(HEADLINE.index).argsort(kind="stable")]
+    rows = rows.assign(name=rows.title.str.removesuffix(", preliminary"))
     sizes, greedy = list(rows["size"].unique()), rows[rows.decoding == "greedy"]
     greedy = greedy[greedy.arm.isin(TITLE_ARMS) & (greedy["set"] == "combinations")]
-    shares = greedy.share.map("{:.0%}".format).groupby(greedy.title, sort=False)
+    shares = greedy.share.map("{:.0%}".format).groupby(greedy["name"], sort=False)
     words = [f"{name} {' / '.join(one)}" for name, one in shares if len(one) == len(sizes)]
     title = f"Correct combinations, greedy, {' / '.join(sizes)}: {', '.join(words)}"
-    rates = rows.learning_rate.map(", {:g}".format).where(rows.cell != rows.usual, "")  # of several
-    table = rows.assign(y=rows.title + rates).rename(columns={"share": "x", "size": "panel"})
+    rates = rows.learning_rate.map(", {:g}".format).where(rows.arm == "fft_script", "")  # of 3
+    table = rows.assign(y=rows["name"] + rates).rename(columns={"share": "x", "size": "panel"})
     table["series"] = table["set"] + ", " + table.decoding.map(DECODING_TITLES)
     return title, draw_panels(title, table, "correct answers")
 

@@ -40,11 +40,12 @@ PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "wh
 GROUPS |= dict.fromkeys(PLAIN, "plain questions")
 HEADS = ["all prompts", "prompt names", "plain questions", "other skills", "mean of skills"]
 README_ARMS = ["study", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]  # of its table
-SIZE_ARMS = ["fft", "study", "all_r8", "all_r32"]  # whose runs of seed 1 the block of sizes shows
+SIZE_ARMS = ["fft", "all_r8", "all_r32"]  # whose runs of seed 1 the block of sizes shows
 SHORT = {"LoRA on all linear layers, ": "LoRA ", "full fine-tuning": "FFT"}  # titles by groups
 CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
-CONTRASTS += " all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
+CONTRASTS += " fft-all_r32 all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
 CELL = ["size", "trained", "rate"]
+CAPACITY = ["trainable_parameters", "bits_per_parameter", "stored"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
     "facts_combinations": ("facts known, combinations", "{:.0%}".format),
     "facts_unseen": ("facts known, unseen", "{:.0%}".format),
@@ -87,7 +88,8 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
     cells = cells.assign(text=["{:.0f}% [{:.0f}, {:.0f}]".format(*row) for row in percent])
     cells["column"] = cells["set"] + ", " + cells.decoding.map(DECODING_TITLES)
     index = [*CELL, "weights", "seeds"]
-    return cells.pivot_table("text", index, "column", aggfunc="first", sort=False).reset_index()
+    table = cells.pivot_table("text", index, "column", aggfunc="first", sort=False)
+    return table.loc[[*map(tuple, cells[index].drop_duplicates().to_numpy())]].reset_index()
 
 
 def tabulate_frontiers(evidence: Evidence, *options: str | tuple | np.ndarray) -> pd.DataFrame:
@@ -226,12 +228,11 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables = {"claims": [verdicts], "estimates": [estimates], "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [tabulate_frontiers(evidence)]}
-    tables["harm"] = [tabulate_frontiers(evidence, *HARM)]
-    facts = evidence.final[evidence.final.data.str.startswith("facts")]
-    facts = facts.groupby(["data", "arm"], sort=False)[["bits_per_parameter", "stored"]].mean()
+    facts = label_rows(evidence.final[evidence.final.data.str.startswith("facts")])
+    facts = facts.groupby("trained", sort=False)[CAPACITY].mean().round(2).convert_dtypes()
+    tables |= {"harm": [tabulate_frontiers(evidence, *HARM)], "capacity": [facts.reset_index()]}
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
     tables |= {"headline": [], "answers": [answers[:2]], "ten_answers": [answers[:10]]}
-    tables["capacity"] = [facts.round(3).reset_index()]
     of_cells = "arms shares other_sets kinds costs parts skills sizes worst contrasts"
     tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
     if cells.empty:
@@ -250,20 +251,17 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     chosen = "data == 'sft' and start == 'base' and seed == 1 and epochs <= 4 and arm in @SIZE_ARMS"
     chosen += " and (size != 'xs' or epochs == 1 or usual == cell)"  # xs has many rates
     compared = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
-    by_group = {}  # rows are cells
     for name, half, runs in ("sizes", "tune", compared), ("skills", "test", reported):
         table = tabulate_skills(evidence, runs, half).set_index("skill").loc[HEADS[:4]].T
-        by_group[name] = table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)
-    main = reported.query("usual in @README_ARMS")
+        tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
+    tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @README_ARMS")))
     return tables | {
         "arms": [tabulate_shares(select_headline(cells, README_ARMS))],
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
-        "skills": [by_group["skills"], tabulate_skills(evidence, main)],
         "contrasts": [tabulate_contrasts(evidence, reported)],
-        "sizes": [by_group["sizes"]],
-        "worst": [tabulate_skills(evidence, main[main.usual == "fft"], "tune")[:10]],
+        "worst": [tabulate_skills(evidence, reported.query("usual == 'fft'"), "tune")[:10]],
         "costs": [costs.reset_index()],
     }
 
