@@ -42,7 +42,7 @@ def save_tokenizer(source: str | Path, folder: Path) -> None:
     """Copy the tokenizer of a folder or hub id as it is."""
     if is_hub_id(source):
         Tokenizer.from_pretrained(source).save_pretrained(folder)
-    for name in (*TOKENIZER_FILES, "special_tokens_map.json"):  # the last: of older ones
+    for name in (*TOKENIZER_FILES, "special_tokens_map.json"):  # older ones have the last
         if (path := Path(source) / name).is_file():
             write_text(folder / name, path.read_text(encoding="utf-8"))
 

@@ -23,7 +23,7 @@ class Size(Table):
     """Shape of a model, and how long its runs are."""
 
     shape: dict[str, int]
-    dtype: Literal["auto", "float32", "bfloat16"]  # of matrix products in all runs
+    dtype: Literal["auto", "float32", "bfloat16"]  # of matrix products
     learning_rate: float  # of pretraining
     epochs: float
     tuning_epochs: float

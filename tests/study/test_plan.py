@@ -40,7 +40,7 @@ def test_rates_are_tuned(results: dict, best: float | None, missing: list[float]
 
 
 def test_runs_wait_for_their_rate_and_start() -> None:
-    """Other seeds wait for the best rate, unless it is fixed; rates that ran stay planned."""
+    """Other seeds wait for the best rate; rates that ran stay; a start has the same seed."""
     before, runs = (plan_runs(STUDY, make_done(one)) for one in ({2e-3: (0.7, 0.9)}, MIDDLE))
     ids, later = ({run.id.removeprefix(f"{BASE}-") for run in one} for one in (before, runs))
     assert {"fft-e4-lr0.001-s1", "fft-e4-lr0.002-s1", "study-e4-lr0.0001-s3"} <= ids
