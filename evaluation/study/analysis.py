@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special
 
 from dataset.checks import KINDS
-from evaluation.probe.statistics import DRAWS, resample_means
+from evaluation.probe.statistics import CONFIDENCE, DRAWS, resample_means
 from evaluation.study.plan import Sweep, tune_rates
 from evaluation.study.results import LETTERS, read_runs
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Condition, Study, read_study
@@ -61,11 +61,11 @@ class Estimate:
     @classmethod
     def of(cls, draws: np.ndarray) -> "Estimate":
         """Summarize draws: the estimate, that of each seed alone, then the bootstrap's."""
-        low, high = np.nanquantile(draws[-DRAWS:], [0.025, 0.975])
+        low, high = np.nanquantile(draws[-DRAWS:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return cls(float(draws[0]), float(low), float(high), tuple(draws[1:-DRAWS].tolist()))
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}" + f" [{self.low:.2f}, {self.high:.2f}]" * (self.low < self.high)
 
 
 def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
@@ -79,7 +79,7 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     names = [name_cell(study, run, sweeps) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
     runs["usual"] = runs.cell.str.replace(r"\*[^/~@^#+]*", "", regex=True)  # without the rate
-    runs["fraction"] = runs.trainable_parameters / runs.groupby("size").parameters.transform("min")
+    runs["fraction"] = runs.trainable_parameters / runs.groupby("base").parameters.transform("min")
     prompts = pd.DataFrame(columns=["set", "half"])
     if path.is_file():
         prompts = pd.read_csv(path, keep_default_na=False)
@@ -112,16 +112,18 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
 
 
 def check_controlled(runs: pd.DataFrame) -> None:
-    """Refuse runs that differ in their data, or did not start from their base's weights (G3)."""
-    weights, arms = runs.set_index("id").weights, runs[runs.arm != "base"]
+    """Refuse runs that differ in their data, or did not start from their start's weights (G3)."""
+    arms = runs[runs.arm != "base"]
     # Bases with unused rows have tokenizers of their own.
     texts = arms.train_data.map(lambda data: str(data | {"tokenizer_sha256": None}))
     for (data, _), group in texts.groupby([arms.data, arms.samples], dropna=False):
         if group.nunique() > 1:
             raise UserError(f"runs on {data!r} differ in their training data; run them again")
-    own = arms.base.map(weights)
-    for run in arms[(arms.start == "base") & own.notna() & (arms.base_fingerprint != own)].id:
-        raise UserError(f"{run}: started from other weights than those of its base; run it again")
+    for run in arms.itertuples():
+        is_start = (runs.arm == run.start) & (runs.base == run.base)
+        is_start &= (runs.seed == run.seed) | (run.start == "base")
+        if is_start.any() and run.base_fingerprint not in set(runs.weights[is_start]):
+            raise UserError(f"{run.id}: started from other weights than its {run.start}; run again")
 
 
 def mark_answers(

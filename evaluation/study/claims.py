@@ -55,12 +55,12 @@ def trace_frontiers(
     """Return arms' frontiers, (draws, levels): that of all seeds, of each seed, and of each draw.
 
     A frontier is the best share of the second set, over checkpoints and rates whose share of the
-    first set reaches the level; -inf where none does. Points that a seed lacks are left out.
+    first set reaches the level; -inf where none does. Seeds that a rate lacks are left out.
     """
     chosen, frontiers = [evidence.choose_prompts(name) for name in sets], {}
     paths = {arm: find_paths(evidence, arm, size, start, data) for arm in arms}
-    paths = {arm: runs for arm, runs in paths.items() if not runs.empty}
-    seeds = set.intersection(*(set(runs.seed) for runs in paths.values())) if paths else set()
+    rates = [one for runs in paths.values() for _, one in runs.groupby("learning_rate")]
+    seeds = set.intersection(*(set(one.seed) for one in rates)) if rates else set()
     for arm, runs in paths.items():
         groups = runs[runs.seed.isin(seeds)].groupby(["learning_rate", "step"])
         points = [
@@ -88,10 +88,7 @@ def compare_frontiers(evidence: Evidence, size: str, decoding: str) -> dict[str,
 
 
 def list_endings(evidence: Evidence) -> pd.DataFrame:
-    """Return, by base, the bound of the end token and the share of endless answers of all_r8.
-
-    The first edition's bases are included where bases.csv names their bound.
-    """
+    """Return, by base, the bound of the end token and the share of endless answers of all_r8."""
     rows = []
     for base in evidence.final[evidence.final.arm == "base"].itertuples():
         runs = evidence.find_cell(base.cell.replace("base", "all_r8"), base.size)
@@ -158,9 +155,10 @@ def judge_claim(evidence: Evidence, claim: Claim) -> tuple[str, set[str], list[t
         about.update(sizes, re.findall(r":(\w+)", " ".join(condition.estimates)))
         for place in product(condition.estimates, sizes, claim.decodings):
             found, bases = estimate_claim(evidence, claim, condition, place)
+            own = ", ".join(dict.fromkeys(re.findall(r":(\w+)", place[0]))) or place[1]
             met[side].append(None if found is None else bool(found))
             for name, one in (found or {}).items():
-                estimates.append((claim.name, name, *place[1:], bases, one))
+                estimates.append((claim.name, name, own, place[2], bases, one))
                 met[side][-1] &= lies_within(one, low, high, condition.whole)
                 below, above = np.nextafter(low, -np.inf), np.nextafter(high, np.inf)
                 missed.append(lies_within(one, -np.inf, below) or lies_within(one, above, np.inf))

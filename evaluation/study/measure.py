@@ -6,7 +6,7 @@ r"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL
 
 run.py calls it in a process of its own for each run. --add_to is for a run's checkpoint that
 update_analysis.py changed: runs.jsonl gets the line RUN@read_rows. prompts.csv lists the prompts in
-the order of the outcome strings and of NLL by sequence.
+the order of the outcome strings; NLL by sequence is of the combinations.
 """
 
 import argparse
@@ -83,14 +83,14 @@ def measure_checkpoint(
     if only_tune:
         sets = {"combinations": [data["combinations_tune"]]}
         options = options | {"decodings": ["greedy"]}
-    outcomes, nll = {}, {}
+    outcomes = {}
     for name, paths in sets.items():
         prompts = [prompt for path in paths for prompt in read_prompts(path)]
         samples = pd.DataFrame(probe(checkpoint, prompts, **options)).fillna({"seed": 0})
         letters = samples.assign(letter=samples.outcome.map(LETTERS))
         draws = letters.groupby(["decoding", "seed"]).letter.agg("".join)
         outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
-        nll[name] = measure_nll(checkpoint, "sft", paths, length, 32)["sequences"]
+    nll = measure_nll(checkpoint, "sft", sets["combinations"], length, 32)["sequences"]
     count = sum(1 for _ in read_jsonl(data["combinations_tune"]))  # these come first
     flags = study.bases[base.rpartition("-")[2].rstrip("0123456789")]
     kind = "pretrain_wrapped" if flags.get("wrap_documents") else "pretrain"
@@ -100,7 +100,7 @@ def measure_checkpoint(
         "nll_text": text["nats_per_token"],
         "reachable_end": reachable_probability(model, tokenizer.eos_token_id),
     }
-    table = pd.DataFrame(nll["combinations"])
+    table = pd.DataFrame(nll)
     for half, rows in {"tune": table[:count], "test": table[count:]}.items():
         one = rows.sum()
         if one.tokens:

@@ -58,12 +58,7 @@ class Sweep:
     reported: list[float]  # the best rate, or fixed ones; none while the best is unknown
     missing: list[float]  # must run to know the best
     shares: dict[float, float] = field(default_factory=dict)  # correct, by rate; nan: diverged
-
-    @property
-    def leading(self) -> float | None:
-        """Return the rate with the largest share so far; None if the best is known, or none ran."""
-        ended = {rate: share for rate, share in self.shares.items() if share == share}
-        return max(ended, key=ended.get) if ended and not self.reported else None
+    leading: float | None = None  # the best of those that ran, while the best is unknown
 
 
 def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
@@ -88,13 +83,14 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     ended = done[done.id.isin(ids) & (done.status != "failed")]
     table = ended.set_index(ended.id.map(ids))[["tune_correct", "tune_nll"]].sort_index()
     shares = table.tune_correct.astype(float)
-    if missing := [rate for rate in grid if rate not in table.index]:
-        return Sweep([], missing, shares.to_dict())
     ties = table[shares.fillna(-1) >= shares.fillna(-1).max() - study.tie - 1e-9]
-    best = float(ties.tune_nll.astype(float).fillna(float("inf")).idxmin())
-    beyond = {shares.index[0]: below, shares.index[-1]: above}.get(best, [])
-    missing = [rate for rate in beyond if rate not in table.index][:1]
-    return Sweep([] if missing else [best], missing, shares.to_dict())
+    best = float(ties.tune_nll.astype(float).fillna(float("inf")).idxmin()) if len(ties) else None
+    missing = [rate for rate in grid if rate not in table.index]
+    if not missing:
+        beyond = {shares.index[0]: below, shares.index[-1]: above}.get(best, [])
+        missing = [rate for rate in beyond if rate not in table.index][:1]
+    known = {"reported": [], "leading": best} if missing else {"reported": [best]}
+    return Sweep(**known, missing=missing, shares=shares.to_dict())
 
 
 def tune_rates(study: Study, done: pd.DataFrame) -> dict[tuple[str, str], Sweep]:

@@ -34,7 +34,8 @@ from model.files import REPO_DIR, UserError, make_parser, read_json, run_script,
 FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
-HARM = "xs", ("medical", "combinations"), "fft", "medical", np.arange(4, 20) / 20  # options
+HARM = {"size": "xs", "sets": ("medical", "combinations"), "start": "fft", "data": "medical"}
+HARM |= {"levels": np.arange(4, 20) / 20}  # options of `trace_frontiers`
 GROUPS = dict.fromkeys(["reading_who", "remember", "repeat", "swap"], "prompt names")  # of skills
 PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
 GROUPS |= dict.fromkeys(PLAIN, "plain questions")
@@ -92,17 +93,14 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
     return table.loc[[*map(tuple, cells[index].drop_duplicates().to_numpy())]].reset_index()
 
 
-def tabulate_frontiers(evidence: Evidence, *options: str | tuple | np.ndarray) -> pd.DataFrame:
-    """Return the best shares of the second set, in percent, by the highest level that has them.
-
-    `options`, if any, are all those of `trace_frontiers` from the size on.
-    """
+def tabulate_frontiers(evidence: Evidence, **options: str | tuple | np.ndarray) -> pd.DataFrame:
+    """Return the best shares of the second set, in percent, by the highest level that has them."""
     columns = {}
     for decoding, title in DECODING_TITLES.items():
-        for arm, shares in trace_frontiers(evidence, decoding, PATH_ARMS, *options).items():
+        for arm, shares in trace_frontiers(evidence, decoding, PATH_ARMS, **options).items():
             texts = ["-" if np.isinf(one) else f"{one:.0%}" for one in shares[0]]
             columns[f"{evidence.study.arms[arm].title}, {title}"] = texts
-    levels = pd.Index(options[-1] if options else LEVELS, name="level")
+    levels = pd.Index(options.get("levels", LEVELS), name="level")
     table = pd.DataFrame(columns, levels.map("{:.0%}".format))
     is_kept = table.ne("-").any(axis=1) | (np.arange(len(table)) == 0)
     return table if table.empty else table[is_kept].drop_duplicates(keep="last").reset_index()
@@ -230,10 +228,10 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"gates": [claims.judge_gates(evidence)], "keeping": [tabulate_frontiers(evidence)]}
     facts = label_rows(evidence.final[evidence.final.data.str.startswith("facts")])
     facts = facts.groupby("trained", sort=False)[CAPACITY].mean().round(2).convert_dtypes()
-    tables |= {"harm": [tabulate_frontiers(evidence, *HARM)], "capacity": [facts.reset_index()]}
+    tables |= {"harm": [tabulate_frontiers(evidence, **HARM)], "capacity": [facts.reset_index()]}
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
     tables |= {"headline": [], "answers": [answers[:2]], "ten_answers": [answers[:10]]}
-    of_cells = "arms shares other_sets kinds costs parts skills sizes worst contrasts"
+    of_cells = "arms shares other_sets kinds costs parts skills sizes groups worst contrasts"
     tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
     if cells.empty:
         return tables
@@ -247,11 +245,12 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds.replace("-0%", "0%", regex=True)
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
+    chosen = "data == 'sft' and start == 'base' and seed == 1 and arm in @SIZE_ARMS"
     is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.outcomes.astype(bool)
-    chosen = "data == 'sft' and start == 'base' and seed == 1 and epochs <= 4 and arm in @SIZE_ARMS"
-    chosen += " and (size != 'xs' or epochs == 1 or usual == cell)"  # xs has many rates
-    compared = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
-    for name, half, runs in ("sizes", "tune", compared), ("skills", "test", reported):
+    tried = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
+    best = tried[(tried.usual == tried.cell) | tried.title.str.contains("preliminary")]
+    halves = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (reported, "test")}
+    for name, (runs, half) in halves.items():
         table = tabulate_skills(evidence, runs, half).set_index("skill").loc[HEADS[:4]].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
     tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @README_ARMS")))

@@ -103,7 +103,7 @@ class Runner:
         line = describe_run(self.study, run, record["status"])
         line |= {"id": name, "step": step or record.get("step")}
         line |= {key: settings[key] for key in ("learning_rate", "seed", "dtype", "device")}
-        line["settings"] = {k: v for k, v in settings.items() if v not in (None, False, "")}
+        line["settings"] = {k: v for k, v in settings.items() if v is not None and v is not False}
         line["cost"] = {k: v for k, v in record.items() if isinstance(v, int | float)}
         line |= {key: record.get(key) for key in ORIGIN}
         if record["status"] == "completed":
@@ -143,7 +143,7 @@ class Runner:
     def list_missing(self) -> tuple[list[Run], set[str | None]]:
         """Return the runs that --only names and that have not ended, and what they can start from.
 
-        A run can start from nothing (None) or from the weights of a completed run.
+        A run can start from nothing (None) or from a completed run's weights, if they are there.
         """
         done = read_runs(self.results_dir, self.study.edition)
         ended = set(done.id[done.status != "failed"])
@@ -151,7 +151,9 @@ class Runner:
         if not plan:
             raise UserError(f"--only {' '.join(self.only)}: no run has such a name; see --dry_run")
         missing = [run for run in plan if run.id not in ended]
-        return missing, {None, *done.id[done.status == "completed"]}
+        places = self.save_dir, self.results_dir / "bases"
+        found = {run_id for run_id in ended if any((one / run_id).is_dir() for one in places)}
+        return missing, {None, *found & {*done.id[done.status == "completed"]}}
 
     async def run_all(self, jobs: int) -> None:
         """Start runs, `jobs` at once and each once, until none is missing that can start."""
@@ -172,8 +174,10 @@ class Runner:
                 for task in ended:
                     task.result()  # raises what is no failure of a run
         finally:
-            missing = [run.id for run in self.list_missing()[0]]
-            print("missing:", ", ".join(missing) or "nothing")
+            missing, starts = self.list_missing()
+            print("missing:", ", ".join(run.id for run in missing) or "nothing")
+            if lost := {run.start_id for run in missing} - starts:
+                print(f"needed first, in {self.save_dir}: {', '.join(sorted(lost))}")
 
 
 def describe_run(study: Study, run: Run, status: str) -> dict:

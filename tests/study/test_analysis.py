@@ -83,7 +83,7 @@ def test_skills(folder: Path) -> None:
 
 
 def test_the_best_rate_so_far_stands_for_an_arm(folder: Path, tmp_path: Path) -> None:
-    """Until the whole grid has run, the rate with the largest share on the tuning half is shown."""
+    """Until the whole grid has run, the best rate of those that ran is shown."""
     write_prompts(tmp_path)
     lines = (folder / "runs.jsonl").read_text().splitlines(keepends=True)  # but the last rate's
     (tmp_path / "runs.jsonl").write_text("".join(x for x in lines if "fft-e4-lr0.002-" not in x))

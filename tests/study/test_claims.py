@@ -108,15 +108,16 @@ def test_nothing_is_concluded_where_a_gate_fails(tmp_path: Path) -> None:
     assert judge(tmp_path, "C3") == "no conclusion: G2 xs fails"
 
 
-def test_a_claim_names_its_fewest_seeds(tmp_path: Path) -> None:
-    """All runs have 3 seeds, but one arm lost its third."""
-    write_runs(tmp_path, GATES | CASES["C3"][0])
+def test_verdicts_use_the_seeds_that_all_runs_have(tmp_path: Path) -> None:
+    """All runs have 3 seeds, but one arm, then a rate of C9, which still counts, lose the third."""
+    lower = {"fft*5e-4": [(0.1, 0.9), (0.5, 0.45), (0.7, 0.45)]}  # 5 points below all_r8: open
+    write_runs(tmp_path, GATES | CASES["C3"][0] | CASES["C9"][0] | lower)
     path = tmp_path / "runs.jsonl"
-    for expected, lost in ((3, "nothing"), (2, "study_tuned-e4-lr0.01-s3")):
+    for expected, lost in ((3, "nothing"), (2, "-lr0.01-s3"), (2, "-lr0.0005-s3")):
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if lost not in line))
         table = claims.judge_claims(analysis.load_evidence(tmp_path))[0].set_index("claim")
-        assert table.seeds["C3"] == expected and table.seeds["C6"] == "-"
+        assert (*table.seeds[["C3", "C6"]], table.verdict["C9"]) == (expected, "-", "open")
 
 
 def test_a_condition_needs_interval_and_seeds() -> None:

@@ -37,6 +37,8 @@ def test_rates_are_tuned(results: dict, best: float | None, missing: list[float]
     """A grid runs first, is extended until its best rate lies inside, and breaks ties by NLL."""
     sweep = tune_rate(STUDY, "xs", "fft", make_done(results))
     assert (sweep.reported, sweep.missing) == ([best] if best else [], missing)
+    two = make_done({1e-3: (0.8, 0.9), 2e-3: (0.81, 0.95)})  # a tie before the grid has ended
+    assert tune_rate(STUDY, "xs", "fft", two).leading == 1e-3
 
 
 def test_runs_wait_for_their_rate_and_start() -> None:

@@ -69,10 +69,14 @@ def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:
     assert fake.calls == 2 * len(ids)  # nothing is missing, so nothing ran
 
 
-def test_arms_find_a_base_that_ships(fake: FakeRunner) -> None:
+def test_arms_find_a_base_that_ships(fake: FakeRunner, capsys: pytest.CaptureFixture) -> None:
+    asyncio.run(fake.perform(Run("xs", "wrapped42")))
+    (fake.save_dir / BASE).rename(fake.save_dir / "lost")
+    asyncio.run(fake.run_all(1))
+    assert f"needed first, in {fake.save_dir}: {BASE}" in capsys.readouterr().out
     (fake.results_dir / "bases" / BASE).mkdir(parents=True)
-    asyncio.run(fake.perform(Run("xs", "wrapped42", "fft", 1e-3, 1, 4.0, start_id=BASE)))
-    assert (fake.save_dir / BASE).is_dir()
+    asyncio.run(fake.run_all(1))
+    assert (fake.save_dir / BASE).is_dir() and fake.calls == 2 + 9 * 2
 
 
 def test_runs_that_diverge_or_fail_have_a_line(fake: FakeRunner) -> None:

@@ -177,17 +177,10 @@ def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
     flags += " --train_tokens <|im_start|> <|im_end|>"
     assert call("lora", flags, home) == 0
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
-    wanted = {
-        "r": 8,
-        "lora_alpha": 8,
-        "init_lora_weights": "gaussian",
-        "use_rslora": True,
-        "lora_dropout": 0.2,
-        "trainable_token_indices": {"embed_tokens": [1, 2]},
-        "target_modules": [
-            f"model.layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in "qo"
-        ],
-    }
+    wanted = {"r": 8, "lora_alpha": 8, "init_lora_weights": "gaussian", "use_rslora": True}
+    wanted |= {"lora_dropout": 0.2, "trainable_token_indices": {"embed_tokens": [1, 2]}}
+    names = [f"self_attn.{part}_proj" for part in "qo"]
+    wanted["target_modules"] = [f"model.layers.{i}.{name}" for i in (0, 1) for name in names]
     assert {name: config[name] for name in wanted} == wanted
     model = load_model(home / "pretrain")
     load_lora(model, tmp_path / "lora")
