@@ -39,7 +39,8 @@ HARM |= {"levels": np.arange(4, 20) / 20}  # options of `trace_frontiers`
 GROUPS = dict.fromkeys(["reading_who", "remember", "repeat", "swap"], "prompt names")  # of skills
 PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
 GROUPS |= dict.fromkeys(PLAIN, "plain questions")
-HEADS = ["all prompts", "prompt names", "plain questions", "other skills", "mean of skills"]
+GROUPS |= dict.fromkeys(["add_item", "reverse_list"], "list edits")
+HEADS = ["all prompts", *dict.fromkeys(GROUPS.values()), "other skills", "mean of skills"]
 README_ARMS = ["study", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]  # of its table
 SIZE_ARMS = ["fft", "all_r8", "all_r32"]  # whose runs of seed 1 the block of sizes shows
 SHORT = {"LoRA on all linear layers, ": "LoRA ", "full fine-tuning": "FFT"}  # titles by groups
@@ -251,7 +252,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     best = tried[(tried.usual == tried.cell) | tried.title.str.contains("preliminary")]
     halves = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (reported, "test")}
     for name, (runs, half) in halves.items():
-        table = tabulate_skills(evidence, runs, half).set_index("skill").loc[HEADS[:4]].T
+        table = tabulate_skills(evidence, runs, half).set_index("skill").loc[HEADS[:-1]].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
     tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @README_ARMS")))
     return tables | {
