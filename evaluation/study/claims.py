@@ -33,13 +33,13 @@ def select_skills(evidence: Evidence, decoding: str, prompts: pd.DataFrame) -> p
 def find_paths(
     evidence: Evidence, arm: str, size: str = "xs", start: str = "base", data: str | None = None
 ) -> pd.DataFrame:
-    """Return the kept checkpoints and ends of an arm's runs; `data` instead of the arm's own."""
+    """Return kept checkpoints and ends of an arm's runs by rate; `data` instead of its own."""
     data, base = data or evidence.study.arms[arm].data, Run(size, MAIN_BASE).base_id
     wanted = {"arm": arm, "base": base, "start": start, "data": data, "status": "completed"}
     is_wanted = (evidence.runs[list(wanted)] == wanted).all(axis=1) & evidence.runs.part.isna()
     runs = evidence.runs[is_wanted]
     stems = runs.id.str.split("@").str[0]
-    return runs[stems.isin(stems[runs.id.str.contains("@")])]
+    return runs[stems.isin(stems[runs.id.str.contains("@")])].sort_values(["learning_rate", "step"])
 
 
 def trace_frontiers(

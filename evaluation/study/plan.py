@@ -95,8 +95,7 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
 
 def tune_rates(study: Study, done: pd.DataFrame) -> dict[tuple[str, str], Sweep]:
     """Return what is known of the learning rates of all arms by (size, arm)."""
-    places = [(size, arm) for arm in study.arms for size in study.sizes]
-    return {place: tune_rate(study, *place, done) for place in places}
+    return {(s, a): tune_rate(study, s, a, done) for a, s in product(study.arms, study.sizes)}
 
 
 def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Iterator[Run]:

@@ -193,10 +193,10 @@ def tabulate_edition1() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def tabulate_speed(folder: Path) -> list[pd.DataFrame]:
+def tabulate_speed(root: Path) -> list[pd.DataFrame]:
     """Return the tables of `bench.py`, each with its processor."""
     tables = []
-    for result in map(read_json, sorted(folder.glob("*.json"))):
+    for result in map(read_json, sorted(root.glob("evaluation/bench/*.json"))):
         machine = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
         for rows in result["tables"].values():
             table = pd.DataFrame(rows)
@@ -232,7 +232,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"harm": [tabulate_frontiers(evidence, **HARM)], "capacity": [facts.reset_index()]}
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
     tables |= {"headline": [], "answers": [answers[:2]], "ten_answers": [answers[:10]]}
-    of_cells = "arms shares other_sets kinds costs parts skills sizes groups worst contrasts"
+    of_cells = "arms shares other_sets kinds costs parts skills sizes groups steps contrasts"
     tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
     if cells.empty:
         return tables
@@ -250,7 +250,10 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.outcomes.astype(bool)
     tried = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
     best = tried[(tried.usual == tried.cell) | tried.title.str.contains("preliminary")]
+    paths = pd.concat(claims.find_paths(evidence, arm) for arm in PATH_ARMS).query("seed == 1")
+    paths = paths.assign(title=paths.title + paths.step.map(", step {:,.0f}".format))
     halves = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (reported, "test")}
+    halves |= {"steps": (paths, "test")}
     for name, (runs, half) in halves.items():
         table = tabulate_skills(evidence, runs, half).set_index("skill").loc[HEADS[:-1]].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
@@ -261,7 +264,6 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
         "contrasts": [tabulate_contrasts(evidence, reported)],
-        "worst": [tabulate_skills(evidence, reported.query("usual == 'fft'"), "tune")[:10]],
         "costs": [costs.reset_index()],
     }
 
@@ -279,9 +281,8 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
     """Return the text of every file of the report by its path."""
     evidence = load_evidence(folder)
     cells = tabulate_cells(evidence, select_reported(evidence))
-    tables = make_tables(evidence, cells) | {"edition1": [tabulate_edition1()]}
-    tables["controls"] = [tabulate_controls()]
-    tables["speed"] = tabulate_speed(root / "evaluation/bench")
+    tables = make_tables(evidence, cells) | {"controls": [tabulate_controls()]}
+    tables |= {"edition1": [tabulate_edition1()], "speed": tabulate_speed(root)}
     files, titles = {}, {}
     for name, draw in FIGURES.items():
         if found := draw(evidence, cells):

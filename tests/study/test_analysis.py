@@ -14,7 +14,7 @@ from model.files import UserError
 from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
 NAMES = "headline arms shares kinds keeping harm capacity rates costs claims gates endings edition1"
-NAMES += " answers parts other_sets estimates sizes"
+NAMES += " answers parts other_sets estimates sizes groups steps"
 PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES.split())
 
 
