@@ -222,7 +222,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     estimates = estimates.agg("; ".join).reset_index()
     lost = evidence.runs.query("status != 'completed'")[["id", "status"]]
     endings = list_endings(evidence)
-    endings["bound"] = endings.bound.map("{:.2f}".format)
+    endings["bound"] = endings.bound.map("{:.3f}".format)
     endings["endless"] = endings.endless.map("{:.0%}".format)
     tables = {"claims": [verdicts], "estimates": [estimates], "endings": [endings]}
     tables |= {"rates": [tabulate_rates(evidence)] + [lost] * (not lost.empty)}
@@ -231,7 +231,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = facts.groupby("trained", sort=False)[CAPACITY].mean().round(2).convert_dtypes()
     tables |= {"harm": [tabulate_frontiers(evidence, **HARM)], "capacity": [facts.reset_index()]}
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
-    tables |= {"headline": [], "answers": [answers[:2]], "ten_answers": [answers[:10]]}
+    tables |= {"headline": [], "answers": [answers[:1]], "ten_answers": [answers[:10]]}
     of_cells = "arms shares other_sets kinds costs parts skills sizes groups steps contrasts"
     tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
     if cells.empty:
