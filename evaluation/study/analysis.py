@@ -112,7 +112,7 @@ def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
 
 
 def check_controlled(runs: pd.DataFrame) -> None:
-    """Refuse runs that differ in their data, or did not start from their start's weights (G3)."""
+    """Refuse runs that differ in their data, or started from other weights than planned (G3)."""
     arms = runs[runs.arm != "base"]
     # Bases with unused rows have tokenizers of their own.
     texts = arms.train_data.map(lambda data: str(data | {"tokenizer_sha256": None}))

@@ -152,8 +152,8 @@ class Runner:
             raise UserError(f"--only {' '.join(self.only)}: no run has such a name; see --dry_run")
         missing = [run for run in plan if run.id not in ended]
         places = self.save_dir, self.results_dir / "bases"
-        found = {run_id for run_id in ended if any((one / run_id).is_dir() for one in places)}
-        return missing, {None, *found & {*done.id[done.status == "completed"]}}
+        completed = done.id[done.status == "completed"]
+        return missing, {None, *(i for i in completed if any((p / i).is_dir() for p in places))}
 
     async def run_all(self, jobs: int) -> None:
         """Start runs, `jobs` at once and each once, until none is missing that can start."""
