@@ -106,7 +106,7 @@ def run_probes(args: argparse.Namespace) -> None:
     measured = {key: (kind, files) for key, (kind, files) in data.items() if files}
     choices = (args.decoding, args.seeds, args.max_new_tokens, args.batch_size)
     nll, answers, summaries = {}, {}, {}
-    suffix = f"-{args.prompts.stem}" if args.prompts.resolve() != PROMPTS_FILE else ""
+    suffix = f"-{args.prompts.name.split('.')[0]}" if args.prompts.resolve() != PROMPTS_FILE else ""
     for path in args.model:
         checkpoint, name = load(path, args), path.resolve().name
         folder = args.output_dir / (name + suffix)
@@ -125,13 +125,13 @@ def run_probes(args: argparse.Namespace) -> None:
             results["provenance"] = outputs.describe_probe(path, args)
             outputs.write_outputs(folder, samples, summaries[name], results)
         print(escape_control(f"wrote {folder}"))
+    outputs.print_answers(answers, args.show_answers)
+    outputs.print_models(summaries, nll)
     first, *others = nll
     for name in others:
         tables = [compare(answers[first], answers[name])] if prompts else []
         tables += [compare_nll(nll[first], nll[name])] if nll[first] else []
         outputs.write_differences(args.output_dir / (name + suffix), first, tables)
-    outputs.print_answers(answers, args.show_answers)
-    outputs.print_models(summaries, nll)
 
 
 def main(argv: list[str] | None = None) -> None:

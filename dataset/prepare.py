@@ -93,7 +93,7 @@ def convert_minimind(record: dict, rules: dict) -> dict:
         text = record["text"] or ""
         return {"group": text, "data": {"text": text}} if text.strip() else {"drop": "empty_text"}
     # An empty system turn says nothing, and training refuses empty turns.
-    turns = record["conversations"] or []
+    turns = [turn | {"content": turn["content"] or ""} for turn in record["conversations"] or []]
     turns = [t for t in turns if t["role"] != "system" or t["content"].strip() or t.get("tools")]
     try:
         record_messages({"conversations": turns}, "")

@@ -131,7 +131,7 @@ def select_modules(
     linears = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n != HEAD]
     norms = [n for n, m in modules.items() if isinstance(m, nn.RMSNorm)]
     groups = {
-        "all": [*modules],
+        "all": [*modules] if flag == "--trainable" else [],
         "square": [n for n in linears if modules[n].in_features == modules[n].out_features],
         "attention": [n for n in linears if ".self_attn." in n],
         "mlp": [n for n in linears if ".mlp." in n],
@@ -139,7 +139,7 @@ def select_modules(
         "embedding": [EMBEDDING],
         "embeddings": [EMBEDDING],
         "norms": norms,
-        "frozen-embeddings": linears + norms,
+        "frozen-embeddings": linears + norms if flag == "--trainable" else [],
     }
     selected: set[str] = set()
     for part in map(str.strip, spec.split(",")):

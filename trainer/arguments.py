@@ -84,7 +84,7 @@ def make_stage_parser(
     add("--log_interval", type=SIZE, default=10, help="a line of metrics.jsonl (10)")
     add("--eval_interval", type=COUNT, default=0, help="validation; 0: at the end only (0)")
     add("--save_interval", type=COUNT, default=500, help="resume.pt; 0: at the end only (500)")
-    add("--keep_checkpoints", type=COUNT, default=0, help="so many sets of weights on the way (0)")
+    add("--keep_checkpoints", type=COUNT, default=0, help="sets of weights at equal steps (0)")
     trackers = ("none", *map(str, get_available_trackers()))
     add("--report_to", choices=trackers, default="none", help="a tracker of accelerate (none)")
     return parser

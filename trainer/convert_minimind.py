@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         raise UserError(f"--output_dir {args.output_dir}: exists; name another folder")
-    if not args.base and not args.tokenizer_path:
-        raise UserError("--tokenizer_path: a .pth holds no tokenizer; name the model's own")
+    if bool(args.base) == bool(args.tokenizer_path):
+        raise UserError("--tokenizer_path of a model, or --base of an adapter: give one of both")
 
     tensors = read_pth(args.pth)
     if args.base:

@@ -31,7 +31,7 @@ EXIT_CODES = {"completed": 0, "diverged": 3, "interrupted": 130}
 WITHOUT_EFFECT = {"from_resume", "overwrite", "show_sample", "show_answers", "save_dir"}
 WITHOUT_EFFECT |= {"report_to", "num_workers", "log_interval", "save_interval", "eval_interval"}
 WITHOUT_EFFECT |= {"data_path", "eval_data_path", "from_weight", "tokenizer_path"}
-# Values of run.json that resume.pt holds, too; train_seconds are of training and loading alone.
+# Values of run.json that resume.pt holds, too; train_seconds: steps, loading, compilation.
 STARTS = {"step": 0, "tokens": 0, "labeled_tokens": 0, "train_seconds": 0.0}
 STARTS |= {"train_loss": None, "eval_loss": None}
 LOCK_SECONDS = 6  # the data processes of a killed run may hold its lock for 5 s

@@ -47,7 +47,7 @@ def measure_nll(
 ) -> dict:
     """Measure the NLL of held-out data in nats per token.
 
-    `kind` is "sft" for the response tokens of conversations, "pretrain" for text in packed blocks.
+    `kind`: "sft" (response tokens), "pretrain" or "pretrain_wrapped" (text in packed blocks).
     `sequences` holds nats and tokens of each, and the part of end tokens in both ("sft" alone).
     """
     model, tokenizer = checkpoint

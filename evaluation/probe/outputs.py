@@ -47,10 +47,11 @@ def describe_training(folder: Path) -> dict:
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stage, settings = run.get("stage"), run.get("settings", {})
     if stage == "lora":
-        targets, whole = settings["lora_targets"], settings.get("modules_to_save")
-        parts, extra = f"LoRA on {targets}", [*(whole or ()), *(settings.get("train_tokens") or ())]
-        title = f"LoRA on {PLAIN_NAMES.get(targets, targets)}, r={settings['lora_rank']}"
-        title += f", and {', '.join(map(str, extra))}" if extra else ""
+        rank, whole, tokens = map(settings.get, ("lora_rank", "modules_to_save", "train_tokens"))
+        extra, targets = ", ".join([*(whole or ()), *(tokens or ())]), settings["lora_targets"]
+        parts = f"LoRA on {targets}" if rank else extra
+        names = [f"LoRA on {PLAIN_NAMES.get(targets, targets)}, r={rank}"] * bool(rank)
+        title = ", and ".join([*names, *filter(None, [extra])])
     else:
         parts = settings.get("trainable", "all")
         tuned = TUNED.get(parts, f"fine-tuning of {parts}")
@@ -119,7 +120,7 @@ def list_answers(samples: list[dict]) -> list[str]:
         for answer in answers:
             seed = "" if answer["seed"] is None else f", seed {answer['seed']}"
             flags = [flag.replace("_", "-") for flag in FLAGS if answer[flag]]
-            kinds = [answer["outcome"]] if answer["outcome"] else flags
+            kinds = dict.fromkeys(filter(None, [answer["outcome"], *flags]))
             kinds = ", ".join([*kinds, f"{answer['tokens']} tokens"])
             lines += ["", f"**{answer['decoding']}{seed}**: {kinds}", "", fence(answer["output"])]
             if answer["output_translation"]:

@@ -80,9 +80,8 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
     runs["usual"] = runs.cell.str.replace(r"\*[^/~@^#+]*", "", regex=True)  # without the rate
     runs["fraction"] = runs.trainable_parameters / runs.groupby("base").parameters.transform("min")
-    prompts = pd.DataFrame(columns=["set", "half"])
-    if path.is_file():
-        prompts = pd.read_csv(path, keep_default_na=False)
+    none = pd.DataFrame(columns=["set", "half"])
+    prompts = pd.read_csv(path, keep_default_na=False) if path.is_file() else none
     final = runs[~runs.id.str.contains("@") & (runs.status == "completed")]
     check_controlled(final)
     return Evidence(study, runs, final, prompts, sweeps)

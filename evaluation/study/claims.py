@@ -52,7 +52,7 @@ def trace_frontiers(
     data: str | None = None,
     levels: np.ndarray = LEVELS,
 ) -> dict[str, np.ndarray]:
-    """Return arms' frontiers, (draws, levels): that of all seeds, of each seed, and of each draw.
+    """Return arms' frontiers, (1 + seeds + draws, levels): of all seeds, each seed, each draw.
 
     A frontier is the best share of the second set, over checkpoints and rates whose share of the
     first set reaches the level; -inf where none does. Seeds that a rate lacks are left out.

@@ -43,14 +43,13 @@ def test_minimind_way_gives_the_tokens_and_labels_of_ours(job: dict) -> None:
         assert (padded_labels[len(ids) :] == -100).all()
 
 
-def test_ours_and_trainer_train_alike_and_are_timed(job: dict) -> None:
+def test_ours_and_trainer_train_alike(job: dict) -> None:
     for method in ("FFT", "LoRA all-linear"):
         reports = [
             bench.run_turn(job | {"method": method, "engine": engine})
             for engine in ("ours", "trainer")
         ]
         assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=0.02)
-        assert all(min(report["seconds"], report["MiB"]) > 0 for report in reports)
     shares = bench.run_turn(job | {"engine": "minimind", "workers": 1}, profiles=True)
     assert 0 < shares["% outside products"] < 100 and 0 < shares["% waiting for data"] < 100
 
@@ -68,11 +67,3 @@ def test_medians_by_hand() -> None:
     assert ours["% of the peak"] == 25 and ours["MiB"] == 2
     assert ours["% outside products"] == 75 and ours["% GPU busy"] == 25
     assert (ours["time / ours"], trainer["time / ours"]) == (1, 2)
-
-
-def test_generation_is_compared(job: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PROMPTS", 2)
-    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
-    rows = bench.measure_generation(job | {"base": job["folder"] / "tiny"})
-    assert rows["engine"].tolist() == ["ours", "transformers"]
-    assert rows["time / ours"][0] == 1 and (rows["tokens/s"] > 0).all()

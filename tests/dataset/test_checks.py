@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset.checks import KINDS, judge_answer, split_words, world_vocabulary
+from dataset.checks import judge_answer, split_words, world_vocabulary
 
 FOOD = {"about": ["animal.food"]}
 HOME = {"about": ["animal.home"]}
@@ -42,6 +42,10 @@ def judge_lion(answer, **settings):
         ("A lion doesn't eat meat.", "wrong fact"),
         ("A lion won’t eat meat.", "wrong fact"),
         ("A lion never eats meat.", "wrong fact"),
+        ("A lion cannot eat meat.", "wrong fact"),
+        ("A lion eats meat. Meat, meat.", "correct"),  # no unit stands there 3 times
+        ("A lion eats meat, ha ha ha!", "correct"),  # a unit of 3 characters is too short
+        ("A lion eats meat. " + ("so " * 33 + "x ") * 3, "loop"),  # a unit of 101 characters
         ("A lion lives in the sea and eats meat.", "wrong fact"),  # more than asked, and false
         ("Tell me. A lion likes to eat meat.", "wrong form"),  # the prompt stands in it
     ],
@@ -196,6 +200,5 @@ def test_chinese(answer, kind):
     assert judge(answer, reference, check, ["狮子"], prompt="说说狮子。") == kind
 
 
-def test_words_and_kinds():
+def test_words_are_split():
     assert split_words("It's 2 o’clock, 狮子!") == ["it's", "2", "o'clock", "狮", "子"]
-    assert KINDS[0] == "correct" and len(set(KINDS)) == 7

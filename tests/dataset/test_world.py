@@ -109,7 +109,7 @@ def test_text_asks_nothing(small):
     [(WORLD_DIR, TextWriter, 900_000), (CHINESE_DIR, ChineseWriter, 150_000)],
 )
 def test_each_fact_in_8_patterns_and_none_that_is_held_out(folder, writer, size):
-    """A few things with as much text for each as in the whole world, or less."""
+    """Each thing gets at most as much text as in the whole world."""
     world = read_world(folder, FEW)
     documents = [text.lower() for text in write_documents(writer(world, random.Random(1)), size)]
     if folder == WORLD_DIR:
@@ -229,7 +229,7 @@ def test_a_reader_adds_a_thing_and_a_skill(tmp_path, monkeypatch):
     assert "unicorn" in files["pretrain"].read_text(encoding="utf-8")
 
 
-def test_data_files():
+def test_every_skill_has_7_prompts():
     for path in WORLD_DIR.rglob("*.*"):
         assert path.stat().st_size <= 300_000, path
     skills = read_toml(WORLD_DIR / "skills.toml")["skill"]

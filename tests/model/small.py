@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.checkpoint import load_model, weights_fingerprint
+from model.checkpoint import load_model
 from model.model_lora import LoRALinear, LoraSettings, apply_lora, save_lora
-from model.model_minimind import MiniMindForCausalLM, minimind_config
+from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
 from tests import DEVICE
 
 SMALL = {

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from model.checkpoint import TOKENIZER_DIR, load_checkpoint, load_model, save_model
+from model import model_lora
+from model.checkpoint import TOKENIZER_DIR, load_checkpoint, load_model, save_model, save_tokenizer
 from model.files import UserError, file_sha256
 from model.model_lora import LoraSettings
 from model.model_minimind import weights_fingerprint
-from tests.model.small import compute_logits, make_model, save_adapter
+from tests.model.small import SMALL, compute_logits, make_model, save_adapter
 from trainer import convert_minimind, merge_lora
 
 
@@ -38,6 +39,9 @@ def test_minimind_models_convert(tmp_path: Path, qk_norm: bool) -> None:
     words = ("--num_attention_heads", 4, "--tokenizer_path", TOKENIZER_DIR)
     converted, tokenizer = load_checkpoint(convert(tmp_path / "sft_64.pth", *words))
     assert len(tokenizer) == 6400
+    # MiniMind's code fixes both; a .pth does not hold them.
+    assert converted.config.rms_norm_eps == (1e-6 if qk_norm else 1e-5)
+    assert converted.config.rope_parameters["rope_theta"] == 1e6
     assert torch.equal(compute_logits(converted), compute_logits(model.half().float()))
 
 
@@ -73,6 +77,16 @@ def test_files_that_are_not_minimind_s_are_refused(base: Path) -> None:
     assert {file.name for file in base.parent.iterdir()} == {"base", "x.pth"}
 
 
+def test_an_untied_head_is_adapted_saved_and_merged(tmp_path: Path) -> None:
+    config = LlamaConfig(**SMALL, vocab_size=6400, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    settings = LoraSettings(rank=2, targets="lm_head,q_proj")
+    model = save_adapter(tmp_path / "base", settings, tmp_path / "adapter")
+    save_model(model_lora.merge_lora(model), TOKENIZER_DIR, tmp_path / "merged")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(compute_logits(reference), compute_logits(model), rtol=0, atol=1e-5)
+
+
 def test_adapter_is_merged_into_a_plain_checkpoint(base: Path) -> None:
     adapter, out = base.parent / "adapter", base.parent / "merged"
     model = save_adapter(base, LoraSettings(rank=8, alpha=8, targets="q_proj"), adapter)
@@ -91,3 +105,7 @@ def test_adapter_is_merged_into_a_plain_checkpoint(base: Path) -> None:
     assert record["settings"]["adapter"]["alpha"] == 8
     with pytest.raises(UserError, match="merged: exists; name another folder"):
         merge_lora.main(words)
+    save_tokenizer(TOKENIZER_DIR, adapter)  # as train_lora.py does; it goes before the base's
+    own = base.parent / "own"
+    merge_lora.main(["--adapter", str(adapter), "--output_dir", str(own)])
+    assert (own / name).read_bytes() == (adapter / name).read_bytes() != (base / name).read_bytes()

@@ -22,7 +22,7 @@ def test_scripts_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr() == ("", line)
 
 
-def test_control_characters_are_escaped_by_hand() -> None:
+def test_control_characters_are_escaped() -> None:
     assert escape_control("a\x1bb\tc\nd\u202e") == "a\\u001bb\tc\nd\\u202e"
     assert escape_control("\ud83d\U000e0041 你好") == "\\ud83d\\udb40\\udc41 你好"
 

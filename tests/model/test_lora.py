@@ -83,7 +83,7 @@ def test_dropout_falls_on_the_adapters_input_alone() -> None:
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
-def test_inits(init: str) -> None:
+def test_factors_start_as_in_peft_or_minimind(init: str) -> None:
     model = make_model()
     apply_lora(model, LoraSettings(rank=32, targets="q_proj,embedding", init=init))
     spread, largest = {"kaiming": (1 / math.sqrt(3 * 64), 1 / 8), "gaussian": (0.02, 0.2)}[init]

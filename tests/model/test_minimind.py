@@ -40,6 +40,13 @@ def test_default_shape_has_minimind2_smalls_parameters() -> None:
     matrices = 2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1408
     total = 6400 * 512 + 8 * (matrices + 2 * 512) + 512
     assert model.num_parameters() == total == 25_829_888
+    assert model.config.rope_parameters["rope_theta"] == 1e6
+
+
+def test_weights_start_with_the_spread_of_minimind() -> None:
+    model = MiniMindForCausalLM(minimind_config(**SMALL))
+    for weight in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_impossible_shapes_are_refused() -> None:

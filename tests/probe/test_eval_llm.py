@@ -195,9 +195,3 @@ def test_what_cannot_work_is_refused(flags, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])  # which has a folder called model
     with pytest.raises(UserError, match=message):
         main(flags)
-
-
-def test_answers_to_other_prompts_have_folders_of_their_own(home, tmp_path):
-    run_script(home, tmp_path, "--decoding", "greedy", models=("one", "two"))
-    assert {path.name for path in tmp_path.iterdir()} == {"one-prompts", "two-prompts"}
-    assert (tmp_path / "two-prompts" / "minus_one.csv").is_file()

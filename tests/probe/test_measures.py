@@ -66,22 +66,24 @@ def test_other_prompts_are_not_compared(change):
 
 
 def test_two_level_bootstrap_agrees_with_enumeration(monkeypatch):
-    monkeypatch.setattr(statistics, "CONFIDENCE", 0.8)
-    differences = np.array([[0.0, 1.0, 5.0], [2.0, -3.0, 4.0]])
+    monkeypatch.setattr(statistics, "CONFIDENCE", 0.9)
+    differences = np.array([[0.0, 4.0, 9.0], [10.0, 14.0, 19.0]])
     means = [  # every draw of two seeds and three prompts, the same for both; equally likely
         np.mean([differences[s, p] for s in seeds for p in prompts])
         for seeds in product(range(2), repeat=2)
         for prompts in product(range(3), repeat=3)
     ]
-    low, high = np.quantile(means, [0.1, 0.9])
+    low, high = np.quantile(means, [0.05, 0.95])
     found = paired_bootstrap(differences, np.ones((2, 3)))
-    assert found == pytest.approx((1.5, low, high), abs=0.2)
+    assert found == pytest.approx((28 / 3, low, high), abs=0.2)
 
 
-def test_weights_leave_cells_out():
-    values = np.array([[1.0, 9.0, 3.0]])
-    mean, low, high = paired_bootstrap(values, np.array([[1.0, 0.0, 3.0]]))
-    assert mean == pytest.approx((1 + 9) / 4)  # (1 * 1 + 3 * 3) / 4
-    assert 1 <= low <= high <= 3  # the prompt without weight is never drawn alone
+def test_weights_leave_cells_out(monkeypatch):
+    values, weights = np.array([[1.0, 9.0, 3.0]]), np.array([[1.0, 0.0, 3.0]])
+    assert paired_bootstrap(values, weights) == (2.5, 1, 3)  # (1 * 1 + 3 * 3) / 4
+    # Half of the draws of 2 prompts take both. Draws of 3 would have 2.2 and 2.71 as well.
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "CONFIDENCE", 0.4)
+        assert paired_bootstrap(values, weights) == (2.5, 2.5, 2.5)
     # Both cells have weight, but seed 0 with prompt 1 alone has none: such a draw is left out.
     assert paired_bootstrap(np.array([[1.0, 9.0], [9.0, 3.0]]), np.eye(2)) == (2, 1, 3)

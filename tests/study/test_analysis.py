@@ -1,6 +1,7 @@
 """Shares, intervals and reports of made-up runs whose shares are known."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_shares_and_intervals(folder: Path) -> None:
     assert ("xs", "fft*0.0005", "unseen", "greedy") not in table.index  # chose the rate
 
 
-def test_skills(folder: Path) -> None:
+def test_shares_and_intervals_over_skills(folder: Path) -> None:
     """Of 2 skills, intervals over skills reach from the lower share to the higher."""
     evidence, places = load_evidence(folder), np.arange(PROMPTS)
     runs, marks = select_reported(evidence), np.array(list(spell_outcomes(0.5))) == "c"
@@ -103,7 +104,8 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     path.write_text("<!-- study:nothing -->\n<!-- /study:nothing -->")
     with pytest.raises(UserError, match="no block 'nothing'"):
         make_report(tmp_path, folder)
-    assert first[path].count("Not run yet") == 4  # medical, random facts, other sets, answers
+    blocks = re.findall(r"<!-- study:(\w+) -->\nNot run yet", first[path])
+    assert blocks == ["harm", "capacity", "answers", "other_sets"]
     assert "| s-lost | diverged |" in first[path]
     assert first[path].count("full fine-tuning, base rows |") == 1
     assert "full fine-tuning, from plain42" in first[path]

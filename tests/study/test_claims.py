@@ -1,13 +1,16 @@
 """Each claim of PROTOCOL.md can be supported, refuted and open by its rule."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evaluation.probe import statistics
 from evaluation.study import analysis, claims
-from tests.study.synthetic import STUDY, write_prompts, write_runs
+from evaluation.study.settings import Condition
+from tests.study.synthetic import PROMPTS, STUDY, spell_outcomes, write_prompts, write_runs
 
 FACTS = "/100#facts16000"
 SMALL = ["square_r1", "square_r2", "square_r4", "square_r8", "all_r1", "all_r2"]
@@ -23,7 +26,7 @@ def make_gaps(xs: float, m26: float, second_base: float | None = None) -> dict[s
     }  # fmt: skip
 
 
-GATES = {"base": 0.0, "fft": 0.8, "all_r64_vocabulary": 0.8}  # of xs; shares as such count little
+GATES = {"base": 0.0, "fft": 0.8, "all_r64_vocabulary": 0.8}  # of xs; they read tune_correct
 FALLING = [0.5, 0.3, 0.2, 0.1]
 CASES = {  # shares that make a claim supported, refuted, open
     "C1": [
@@ -95,6 +98,9 @@ def test_a_side_needs_all_its_cells(tmp_path: Path) -> None:
     assert judge(tmp_path, "C2") == "not all run"
     write_runs(tmp_path, CASES["C1"][0] | {"fft:s": 0.8})
     assert judge(tmp_path, "C1") == "not all run"
+    # Nothing learns anything: both sides hold.
+    write_runs(tmp_path, GATES | {"fft": 0.05, "study": 0.04, "study/1": 0.04, "study/10": 0.04})
+    assert judge(tmp_path, "C1") == "open"
 
 
 def test_nothing_is_concluded_where_a_gate_fails(tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_nothing_is_concluded_where_a_gate_fails(tmp_path: Path) -> None:
 
 
 def test_verdicts_use_the_seeds_that_all_runs_have(tmp_path: Path) -> None:
-    """All runs have 3 seeds, but one arm, then a rate of C9, which still counts, lose the third."""
+    """First an arm, then one rate of C9 loses its third seed; that rate still counts."""
     lower = {"fft*5e-4": [(0.1, 0.9), (0.5, 0.45), (0.7, 0.45)]}  # 5 points below all_r8: open
     write_runs(tmp_path, GATES | CASES["C3"][0] | CASES["C9"][0] | lower)
     path = tmp_path / "runs.jsonl"
@@ -118,6 +124,24 @@ def test_verdicts_use_the_seeds_that_all_runs_have(tmp_path: Path) -> None:
         path.write_text("".join(line for line in lines if lost not in line))
         table = claims.judge_claims(analysis.load_evidence(tmp_path))[0].set_index("claim")
         assert (*table.seeds[["C3", "C6"]], table.verdict["C9"]) == (expected, "-", "open")
+
+
+def test_skills_and_log_odds_of_c8_by_hand(tmp_path: Path) -> None:
+    """Of 2 skills the one with full fine-tuning above 95% does not count; odds are p / (1 - p)."""
+    write_runs(tmp_path, {"fft": 0.8, "all_r8": 0.5})
+    evidence = analysis.load_evidence(tmp_path)
+    prompts, runs = evidence.choose_prompts("combinations"), evidence.find_cell("fft", "xs")
+    marks = analysis.mark_answers(runs, prompts, "greedy").mean(axis=0)
+    assert set(claims.select_skills(evidence, "greedy", prompts).skill) == {"skill 0", "skill 1"}
+    learned = prompts.assign(skill=np.where(marks == 1, "all right", "half right"))
+    learned.loc[learned.index[marks == 1][:60], "skill"] = "half right"
+    assert set(claims.select_skills(evidence, "greedy", learned).skill) == {"half right"}
+    is_test = np.arange(PROMPTS) % 10 > 0
+    a, b = (np.mean(np.array([*spell_outcomes(s)])[is_test] == "c") for s in (0.8, 0.5))
+    condition, place = Condition(estimates=[], log_odds=True), ("fft - all_r8", "xs", "greedy")
+    found, bases = analysis.estimate_sum(evidence, condition, place, prompts)
+    assert found.value == pytest.approx(math.log(a / (1 - a)) - math.log(b / (1 - b)))
+    assert bases == 1
 
 
 def test_a_condition_needs_interval_and_seeds() -> None:

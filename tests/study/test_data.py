@@ -4,13 +4,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dataset.lm_dataset import encode_batch, read_jsonl
 from dataset.world.generate import ensure_world
+from dataset.world.skills import turns
+from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.world_facts import list_facts, rank_facts
 from evaluation.study.data import TEXT_PROMPT, draw_facts, find_data, measure_random_facts
-from evaluation.study.measure import check_prompts, measure_checkpoint
+from evaluation.study.measure import check_prompts, find_chance, measure_checkpoint
 from evaluation.study.results import read_runs
 from evaluation.study.settings import RESULTS_DIR, read_study
 from model.checkpoint import load_checkpoint, load_tokenizer
@@ -46,6 +49,8 @@ def test_random_facts_have_8_bits(tmp_path: Path) -> None:
     facts = [[turn["content"] for turn in one["conversations"]] for one in draw_facts(4000)]
     assert len({question for question, _ in facts}) == 4000
     assert len({value for _, value in facts}) == 256
+    longest = max(map(len, encode_batch(load_tokenizer(BASE_DIR), [v for _, v in facts], False)))
+    assert longest < 16  # an answer has room for its end token
     tokenizer, model = load_tokenizer(), make_model()
     model.lm_head.weight.data.zero_()  # equal logits
     path = find_data("facts20", {}, tmp_path)
@@ -57,7 +62,7 @@ def test_random_facts_have_8_bits(tmp_path: Path) -> None:
 
 
 def test_facts_are_ranked_among_the_values(tmp_path: Path) -> None:
-    """A prompt's facts are those of its first thing; equal logits know the shortest statement."""
+    """A prompt's facts are those of its first thing; with equal logits the shortest ranks first."""
     path, tokenizer, model = tmp_path / "probe.jsonl", load_tokenizer(), make_model()
     record = {"things": ["lion", "shark"], "check": {"about": ["animal.home", "category"]}}
     path.write_text((json.dumps(record) + "\n") * 2)
@@ -81,7 +86,28 @@ def test_outcomes_stand_in_the_order_of_the_prompts(tmp_path: Path) -> None:
     found = measure_checkpoint(read_study(), checkpoint, data, base, sets, only_tune=False)
     runs = read_runs(RESULTS_DIR, 2).set_index("id")
     letters = runs.outcomes[base]["combinations"]["greedy"]
-    assert found["outcomes"]["combinations"]["greedy"] == letters[:12] + letters[400:412]
+    asked = letters[:12] + letters[400:412]
+    assert found["outcomes"]["combinations"]["greedy"] == asked
+    assert found["scalars"]["tune_correct"] == asked[:12].count("c") / 12
+    for half in ("tune", "test"):
+        one = measure_nll(checkpoint, "sft", [data[f"combinations_{half}"]], 340, 32)["sequences"]
+        sums = {key: np.sum(values) for key, values in one.items()}
+        nll = (sums["nats"] - sums["end_nats"]) / (sums["tokens"] - sums["ends"])
+        assert found["scalars"][f"{half}_nll"] == pytest.approx(nll, rel=1e-4)
+    quick = measure_checkpoint(read_study(), checkpoint, data, base, sets, only_tune=True)
+    assert quick["outcomes"] == {"combinations": {"greedy": letters[:12]}}
+    assert "test_nll" not in quick["scalars"]
+
+
+def test_chance_is_the_share_of_other_answers_that_fit() -> None:
+    """A tiger's answer is right once it names the lion; an owl's is not."""
+    lion, tiger, owl = (
+        {"conversations": turns(f"What does a {name} eat?", f"A {name} eats {food}.")}
+        | {"things": [name], "check": {"about": ["animal.food"]}}
+        for name, food in (("lion", "meat"), ("tiger", "meat"), ("owl", "mice"))
+    )
+    assert find_chance(lion, [lion, tiger, owl]) == 0.5
+    assert find_chance(lion, [lion]) == 0
 
 
 def test_other_prompts_are_refused(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_runs_wait_for_their_rate_and_start() -> None:
     assert not [run for run in before if run.start == "fft"]
 
 
-def test_commands() -> None:
+def test_commands_join_flags_start_and_data() -> None:
     """The adapter's flags, the start, and the data come together."""
     run = Run("m26", "wrapped42", "all_r8_rows", 1e-3, 2, 2.0, start_id="m26-world-wrapped42")
     words = " ".join(make_command(STUDY, run, {"sft": Path("sft.jsonl")}.get, Path("out")))

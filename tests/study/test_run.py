@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -21,19 +22,21 @@ BASE = "xs-world-wrapped42"
 RATES = (5e-4, 1e-3, 2e-3)  # the second is the best
 
 
+@dataclass
 class FakeRunner(runner.Runner):
     """A runner whose scripts write what the real ones would write."""
 
     broken: str = ""  # a run whose training fails
     calls: int = 0
+    measured: list = field(default_factory=list)  # the words of each measurement
 
     async def call(self, words: list, run_id: str) -> bool:
         """Write the run.json of a training or the record of a measurement."""
         words = list(map(str, words))
         self.calls += 1
         if words[0].endswith("measure.py"):
-            rate = json.loads((Path(words[1]) / "run.json").read_text())["settings"]
-            scalars = {"tune_correct": rate["learning_rate"] == RATES[1], "tune_nll": 1.0}
+            self.measured.append(words)
+            scalars = {"tune_correct": f"lr{RATES[1]:g}" in run_id, "tune_nll": 1.0}
             record = {"weights": "w", "outcomes": {}, "scalars": scalars}
             Path(words[words.index("--output") + 1]).write_text(json.dumps(record))
         elif run_id != self.broken:
@@ -42,7 +45,7 @@ class FakeRunner(runner.Runner):
             rate = float(words[words.index("--learning_rate") + 1])
             settings = {"learning_rate": rate, "seed": 1, "dtype": "bfloat16", "device": "cpu"}
             status = "diverged" if rate == 4e-3 else "completed"
-            record = {"status": status, "settings": settings, "step": 10, "tokens": 1}
+            record = {"status": status, "settings": settings, "step": 10, "steps": 10, "tokens": 1}
             (folder / "run.json").write_text(json.dumps(record))
         return run_id != self.broken
 
@@ -77,6 +80,17 @@ def test_arms_find_a_base_that_ships(fake: FakeRunner, capsys: pytest.CaptureFix
     (fake.results_dir / "bases" / BASE).mkdir(parents=True)
     asyncio.run(fake.run_all(1))
     assert (fake.save_dir / BASE).is_dir() and fake.calls == 2 + 9 * 2
+
+
+def test_kept_checkpoints_are_measured_on_2_sets_and_the_end_once(fake: FakeRunner) -> None:
+    run = Run("xs", "wrapped42", "fft", 1e-3, 1, 4.0, start_id=BASE)
+    for step in (5, 10):
+        (fake.save_dir / run.id / f"checkpoints/step_{step}").mkdir(parents=True)
+    asyncio.run(fake.perform(run))
+    assert read_runs(fake.results_dir, 2).id.tolist() == [f"{run.id}@5", run.id]
+    checkpoint, end = fake.measured
+    assert checkpoint[1].endswith("step_5") and checkpoint[-2:] == ["combinations", "unseen"]
+    assert not {"--sets", "--only_tune"} & {*end} and end[end.index("--base") + 1] == "wrapped42"
 
 
 def test_runs_that_diverge_or_fail_have_a_line(fake: FakeRunner) -> None:

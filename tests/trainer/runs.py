@@ -36,10 +36,9 @@ SHAPE = {
     "intermediate_size": 48,
 }
 SHAPE_FLAGS = " ".join(f"--{name} {value}" for name, value in SHAPE.items())
-# Answers take longer than the training of so small a model.
 ON_DEVICE = f"--device {DEVICE} --dtype float32 --log_interval 1"
 Action = Callable[[int], None]  # after a step
-# A server imports the libraries once; each run is a fork of it, and has no thread of another.
+# A server imports the libraries once; each run is a fork of it and inherits no threads.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.trainer.runs"])
 
@@ -83,6 +82,7 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lm_dataset, "CACHE_DIR", home / "cache")
+            # Answers take longer than the training of so small a model.
             quiet = " --show_answers 0" * (stage != "pretrain" and "show_answers" not in flags)
             return STAGES[stage].main((flags + quiet).split())
     finally:

@@ -6,6 +6,7 @@
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -22,6 +23,7 @@ from tests import DEVICE
 from tests.trainer import stress_resume
 from tests.trainer.runs import (
     ON_DEVICE,
+    SHAPE_FLAGS,
     WEIGHTS,
     Action,
     Killed,
@@ -90,6 +92,12 @@ def test_comparison_finds_another_run(home: Path, whole: Path, tmp_path: Path) -
 
 
 RESUMED = [
+    (
+        "pretrain",
+        f"{SHAPE_FLAGS} --from_weight none --data_path {{home}}/text.jsonl --max_seq_len 64 "
+        "--eval_data_path {home}/text.jsonl --batch_size 4 --accumulation_steps 2",
+        "float32",
+    ),
     ("full_sft", "--accumulation_steps 2 --batch_size 4 --keep_checkpoints 3", "bfloat16"),
     (
         "lora",
@@ -107,8 +115,8 @@ if DEVICE == "cuda":  # float16 trains there alone
 def test_resumed_run_equals_an_uninterrupted_one(
     home: Path, tmp_path: Path, stage: str, extra: str, dtype: str
 ) -> None:
-    flags = f"{flags_in(home, tmp_path / 'whole')} {extra} --dtype {dtype} --warmup_ratio 0.2"
-    flags += " --log_interval 3 --save_interval 4"
+    flags = f"{flags_in(home, tmp_path / 'whole')} {extra.format(home=home)} --dtype {dtype}"
+    flags += " --warmup_ratio 0.2 --log_interval 3 --save_interval 4"
     assert call(stage, flags, home) == 0
     whole = tmp_path / "whole" / stage
     for way in ("stopped", "killed"):
@@ -279,6 +287,8 @@ def test_out_of_memory(home: Path, whole: Path, tmp_path: Path, capfd: CaptureFi
 ANOTHER_RUN = {  # flags of the continuation -> the error's words
     "--batch_size 4 --accumulation_steps 2": "--accumulation_steps was 1 and is 2 now",
     "--keep_checkpoints 2": "--keep_checkpoints was 0 and is 2 now",
+    "--learning_rate 1e-4": "--learning_rate was 0.0005 and is 0.0001 now",
+    "--seed 43": "--seed was 42 and is 43 now",
     "--data_path {own}/sft.jsonl": "train_data was {{",
     "--from_weight {own}/pretrain": "base_fingerprint was ",
 }
@@ -302,6 +312,8 @@ def test_continuing_as_another_run_is_refused(
         error = error_of(capfd, home, given)
         assert f"--from_resume: {reason.format()}" in error and "start another run" in error
     assert hashes(out) == before
+    copy = shutil.copytree(home, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
+    assert call("full_sft", flags_in(copy, out) + " --from_resume", home) == 0
 
 
 def test_code_is_dirty_when_it_was_changed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_documents_and_conversations_are_read(small_tokenizer: PreTrainedTokeniz
 
 
 def test_words_are_tokens_without_merges() -> None:
-    """A word of the 40 needed is one token; "th", on the way to "the", is none."""
+    """A word seen at least 40 times is one token; "th", on the way to "the", is none."""
     texts = ["the the the quick 语 语 fox"] * 20
     vocab = train_tokenizer.train_tokenizer(iter(texts), 262, 1000, 40).get_vocab()
     alphabet = set(train_tokenizer.pre_tokenizers.ByteLevel.alphabet())

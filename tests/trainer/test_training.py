@@ -96,8 +96,6 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     assert record["train_data"]["files"] == [{"name": data.name, "sha256": file_sha256(data)}]
     assert record["settings"]["learning_rate"] == (1e-2 if stage == "pretrain" else 3e-3)
     assert record["machine"]["versions"]["torch"] == torch.__version__
-    for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "flops"):
-        assert record[name] > 0, name
     linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     base_size = 6400 * 32 + linears + 5 * 32
     # r = 8 for each linear of the two layers: 8 * (in + out).
@@ -341,7 +339,7 @@ def test_two_processes_stop_together_and_go_on(home: Path, tmp_path: Path) -> No
     assert run_two("lora", flags, home, at_step(3, terminate)) == [130, 130]
     run, whole = tmp_path / "out/lora", tmp_path / "whole/lora"
     assert (record_of(run)["status"], record_of(run)["step"]) == ("interrupted", 4)
-    # One process would share the batches otherwise.
+    # One process would split the batches in another way.
     with pytest.raises(UserError, match="--from_resume: processes was 2 and is 1 now"):
         call("lora", flags + " --from_resume", home)
     for given in (flags + " --from_resume", flags.replace("/out ", "/whole ")):
@@ -400,9 +398,9 @@ def make_model() -> MiniMindForCausalLM:
 
 
 def test_flops_by_hand() -> None:
-    model, lengths = make_model(), torch.tensor([100, 100]).numpy()
+    model, lengths = make_model(), torch.tensor([100, 300]).numpy()
     size = 6400 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 5 * 32
-    attention = 6 * 2 * 32 * 100
+    attention = 6 * 2 * 32 * 250  # the mean token's text has (100² + 300²) / 400
     assert flops_per_token(model, lengths) == 6 * size + attention
     apply_lora(model, LoraSettings(rank=2, targets="square"))
     adapter = 2 * 2 * 2 * (32 + 32)
