@@ -53,5 +53,6 @@ def reachable_probability(model: MiniMindForCausalLM, token: int) -> float:
             continue
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = new + (momentum - 1) / following * (new - x)
+        ahead = ahead * (radius / ahead.norm()).clamp(max=1)  # else f(ahead) might be out of reach
         momentum, x = following, new
     raise ArithmeticError(f"token {token}: no bound within {MAX_STEPS} steps; raise MAX_STEPS")
