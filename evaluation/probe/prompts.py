@@ -31,6 +31,7 @@ from model.files import UserError
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "qualitative_prompts.md"
 HEADING = re.compile(r"^(##|###) +(.+?) *$", re.MULTILINE)
 FIELD = re.compile(r"- (translation|reference|check): +(\S.*)")
+CHECK_KEYS = "about any begins contains ends exact lines quoted upper words"  # see checks.py
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # Chinese or Japanese
 
 
@@ -66,15 +67,16 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     prompts = list(islice(found, limit))
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write '### id', and below it '> the question'")
-    ids = set()
+    ids = [prompt.id for prompt in prompts]
+    if len({*ids}) < len(ids):
+        raise UserError(f"{path}: two prompts have the id {max(ids, key=ids.count)!r}; rename one")
     for prompt in prompts:
-        if prompt.id in ids:
-            raise UserError(f"{path}: two prompts have the id {prompt.id!r}; rename one")
-        ids.add(prompt.id)
+        unknown = {*(prompt.check or ())} - {*CHECK_KEYS.split()}
         try:
             outcome = "correct" if prompt.check is None else prompt.judge(prompt.reference, True)
         except KeyError as error:
             outcome = f"the world has no list {error}"
+        outcome = f"it has no key {min(unknown)!r}" if unknown else outcome
         if outcome != "correct":
             raise UserError(f"{path}: {prompt.id}: the reference fails its check: {outcome}")
     return prompts

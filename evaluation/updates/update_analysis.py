@@ -6,12 +6,10 @@ prints ranks and intruder dimensions, and shares of squared norm and of paramete
 kind of module. <tuned>/update_analysis.json has these, and the shares by layer. With one of these
 flags it writes checkpoints with a part of the update instead, for eval_llm.py and transformers:
 
-    --truncate 1 2 4 8 16     <tuned>_rank<r>: dW of each linear layer cut to rank r
+    --truncate 1 2 4 8 16     <tuned>_rank<r>: dW of each linear layer cut to rank r, not of others
     --keep square mlp,norms   <tuned>_only_<parts>: the base, and the update of these parts alone
     --restore_rows FILE...    <tuned>_read_rows: the tuned model, with the base's embedding rows of
                               tokens that are in none of these conversations
-
---truncate keeps the update of embedding and norms.
 """
 
 import argparse

@@ -67,6 +67,7 @@ Prose, which is not read.
         ("> Hi\n- check: upper = true", "a check compares with a reference"),
         ("> Hi\n- reference: x\n- check: upper = true", "a: the reference fails its check: wrong"),
         ("> Hi\n- reference: x\n- check: about = ['no.such']", "the world has no list 'no.such'"),
+        ("> Hi\n- reference: x\n- check: uper = true", "it has no key 'uper'"),
         ("> Hi\n### a\n> Ho", "two prompts have the id 'a'"),
         ("> Hi\n> ***\n> Ho", "the last turn is the assistant's"),
         (None, "holds no prompt"),

@@ -139,9 +139,8 @@ def test_skills_and_log_odds_of_c8_by_hand(tmp_path: Path) -> None:
     is_test = np.arange(PROMPTS) % 10 > 0
     a, b = (np.mean(np.array([*spell_outcomes(s)])[is_test] == "c") for s in (0.8, 0.5))
     condition, place = Condition(estimates=[], log_odds=True), ("fft - all_r8", "xs", "greedy")
-    found, bases = analysis.estimate_sum(evidence, condition, place, prompts)
+    found, _ = analysis.estimate_sum(evidence, condition, place, prompts)
     assert found.value == pytest.approx(math.log(a / (1 - a)) - math.log(b / (1 - b)))
-    assert bases == 1
 
 
 def test_a_condition_needs_interval_and_seeds() -> None:
