@@ -77,7 +77,7 @@ def make_stage_parser(
     add("--lr_schedule", choices=("cosine", "linear", "constant"), default="cosine", help="cosine")
     add("--warmup_ratio", type=SHARE, default=0.0, help="share of steps warming up (%(default)s)")
     add("--min_lr_ratio", type=SHARE, default=0.1, help="last rate / peak (0.1)")
-    add("--weight_decay", type=NOT_NEGATIVE, default=0.0, help="on matrices but the embedding (0)")
+    add("--weight_decay", type=NOT_NEGATIVE, default=0.0, help="of linear layers (%(default)s)")
     add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="largest gradient norm; 0: none (1.0)")
 
     add = parser.add_argument_group("logging and saving, in optimizer steps").add_argument

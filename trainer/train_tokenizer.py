@@ -1,8 +1,8 @@
 r"""Train the tokenizer: a byte-level BPE with the special tokens and chat template of model/.
 
-    python trainer/train_tokenizer.py --data_path pretrain.jsonl.gz sft.jsonl.gz --output_dir model
+    python trainer/train_tokenizer.py --data_path text.jsonl sft.jsonl --output_dir out/tokenizer
     python trainer/train_tokenizer.py --data_path dataset/data/world/pretrain_world.jsonl \
-        --output_dir model/base_xs --vocab_size 4096 --min_frequency 20 --word_frequency 20
+        --output_dir out/tokenizer_world --vocab_size 4096 --min_frequency 20 --word_frequency 20
 
 Reads `{"text"}` and conversation records alike, so that words that occur only in fine-tuning
 data (medical terms, say) get tokens of their own.

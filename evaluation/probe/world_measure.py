@@ -1,6 +1,6 @@
 """Measure the world: its size, and how often answers that follow no instruction are correct.
 
-    python evaluation/probe/world_measure.py --answers out/probes/full_sft/samples.jsonl
+    python evaluation/probe/world_measure.py --answers full_sft/samples.jsonl
 
 world_measure.json is what it found for the committed world. Each control answers the tuning half
 of the combinations; percent by skill and over all prompts:

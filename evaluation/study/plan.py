@@ -3,7 +3,7 @@
 A run is one training: a base, or an arm from a base with a learning rate and a seed. The first seed
 takes an arm's grid of rates, which is extended until the best rate lies inside. The rate with the
 largest share of correct answers on the tuning half of the combinations wins. Among shares within
-`tie` of it, the lower NLL without end tokens wins. The other seeds take only the best rate.
+`tie` of it, the lower NLL without end tokens wins. Other seeds take the best rate, for C9 all.
 """
 
 from collections.abc import Callable, Iterator
