@@ -115,9 +115,9 @@ def choose_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
 
 
 def cut_to_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the most likely tokens that together reach `top_p`; 0 elsewhere, not renormalized.
+    """Keep the most likely tokens that together reach `top_p` (ties with the last, too); else 0.
 
-    Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, eq. 3).
+    Not renormalized. Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, eq. 3).
     """
     vocab_size = probabilities.shape[-1]
     for count in (min(LIKELY_TOKENS, vocab_size), vocab_size):

@@ -26,7 +26,7 @@ def select_skills(evidence: Evidence, decoding: str, prompts: pd.DataFrame) -> p
         if not runs.empty and not prompts.empty:
             marks = pd.Series(mark_answers(runs, prompts, decoding).mean(axis=0), prompts.index)
             shares = marks.groupby(prompts.skill).transform("mean")
-            prompts = prompts[shares.between(*SKILL_RANGE)]
+            prompts = prompts[shares.round(9).between(*SKILL_RANGE)]
     return prompts
 
 
@@ -70,7 +70,7 @@ def trace_frontiers(
         ]
         if points:
             taught, kept = np.moveaxis(np.array(points), 1, 0)
-            reached = np.where(taught[:, :, None] >= levels, kept[:, :, None], -np.inf)
+            reached = np.where(taught[:, :, None] >= levels - 1e-9, kept[:, :, None], -np.inf)
             frontiers[arm] = reached.max(axis=0)
     return frontiers
 
@@ -116,9 +116,9 @@ def correlate_endings(evidence: Evidence, bases: list[str]) -> dict[str, Estimat
 
 
 def lies_within(found: Estimate, low: float, high: float, whole: bool = True) -> bool:
-    """Say whether an estimate lies in bounds; if `whole`, its interval and seeds as well."""
+    """Say if an estimate lies in bounds, 1e-9 aside; if `whole`, its interval and seeds as well."""
     values = [found.value] + [found.low, found.high, *found.by_seed] * whole
-    return low <= min(values) and max(values) <= high
+    return low - 1e-9 <= min(values) and max(values) <= high + 1e-9
 
 
 def estimate_claim(
@@ -160,7 +160,7 @@ def judge_claim(evidence: Evidence, claim: Claim) -> tuple[str, set[str], list[t
             for name, one in (found or {}).items():
                 estimates.append((claim.name, name, own, place[2], bases, one))
                 met[side][-1] &= lies_within(one, low, high, condition.whole)
-                below, above = np.nextafter(low, -np.inf), np.nextafter(high, np.inf)
+                below, above = low - 3e-9, high + 3e-9
                 missed.append(lies_within(one, -np.inf, below) or lies_within(one, above, np.inf))
     is_refuted = all(met["refuted"]) if claim.refuted else any(missed)
     conditions = met["supported"] + met["refuted"]
