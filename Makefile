@@ -5,7 +5,7 @@
 # make gpu         the tests that compute on a GPU; DEVICE=cpu make gpu: the same without one
 # make stress      kill training runs at random moments, continue and compare them
 # make study       all runs of evaluation/study/study.toml without a result, then the report
-# make report      tables and figures of README.md, REPORT.md and TABLES.md, from committed results
+# make report      tables and figures of README, REPORT and TABLES, from committed results
 # make page        all saved answers side by side: evaluation/model_outputs/index.html
 # make bench       speed and memory beside transformers and PEFT
 # BENCH="--sizes xs --quick --output quick.json" make bench   flags of evaluation/bench/bench.py
