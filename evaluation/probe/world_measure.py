@@ -1,4 +1,4 @@
-"""Measure the world: its size, and how often answers that follow no instruction are correct.
+"""Measure how often answers that follow no instruction are correct.
 
     python evaluation/probe/world_measure.py --answers full_sft/samples.jsonl
 
@@ -26,13 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd
-from tokenizers import Tokenizer
 
 from dataset.checks import judge_answer, split_words, world_vocabulary
 from dataset.lm_dataset import read_jsonl
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
-from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_json
+from model.files import UserError, make_parser, read_json, run_script, write_json
 
 OUTPUT = Path(__file__).with_suffix(".json")
 WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))
@@ -158,30 +157,15 @@ def tabulate_controls(path: Path = OUTPUT) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["control", "all prompts", "highest skill"])
 
 
-def measure_size(files: dict[str, Path]) -> dict:
-    """Count records, skills, bytes and tokens of each file."""
-    tokenizer = Tokenizer.from_file(str(REPO_DIR / "model" / "base_xs" / "tokenizer.json"))
-    sizes = {}
-    for name, path in files.items():
-        records = read_records(path)
-        texts = [r["text"] if "text" in r else "\n".join(split_answer(r)) for r in records]
-        tokens = [len(encoding) for encoding in tokenizer.encode_batch(texts)]
-        size, skills = sum(len(t.encode()) for t in texts), {r.get("skill") for r in records}
-        sizes[name] = {"records": len(records), "skills": len(skills), "bytes": size}
-        sizes[name]["tokens"] = sum(tokens)
-    return sizes
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Measure the world, write the JSON file and print what is above 15%."""
+    """Measure the controls, write the JSON file and print what is above 15%."""
     parser = make_parser(__doc__)
     parser.add_argument("--answers", type=Path, nargs="+", default=[], help="samples.jsonl files")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="a JSON file (beside this one)")
     args = parser.parse_args(argv)
-    files = ensure_world()
-    result = {"sizes": measure_size(files), "controls": measure_controls(files, args.answers)}
-    write_json(args.output, result)
-    for name, control in result["controls"].items():
+    controls = measure_controls(ensure_world(), args.answers)
+    write_json(args.output, {"controls": controls})
+    for name, control in controls.items():
         high = {skill: share for skill, share in control.items() if share > 15}
         print(f"{name}: {control['average']}%; above 15%: {high}")
 

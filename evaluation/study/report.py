@@ -33,7 +33,6 @@ from model.files import REPO_DIR, UserError, make_parser, read_json, run_script,
 
 FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
-EDITION1 = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))  # its rows
 HARM = {"size": "xs", "sets": ("medical", "combinations"), "start": "fft", "data": "medical"}
 HARM |= {"levels": np.arange(4, 20) / 20}  # options of `trace_frontiers`
 GROUPS = dict.fromkeys(["reading_who", "remember", "repeat", "swap"], "prompt names")  # of skills
@@ -107,12 +106,14 @@ def tabulate_frontiers(evidence: Evidence, **options: str | tuple | np.ndarray) 
     return table if table.empty else table[is_kept].drop_duplicates(keep="last").reset_index()
 
 
-def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") -> pd.DataFrame:
-    """Return correct greedy answers to combinations: groups, then skills, the hardest first."""
+def tabulate_skills(
+    evidence: Evidence, runs: pd.DataFrame, half: str = "test", decoding: str = "greedy"
+) -> pd.DataFrame:
+    """Return correct answers to combinations: groups of skills, then skills, the hardest first."""
     prompts, columns = evidence.choose_prompts("combinations", half), {}
     groups = prompts.skill.map(GROUPS).fillna("other skills")
     for row, seeds in label_rows(runs).groupby(CELL, sort=False):
-        marks = pd.Series(analysis.mark_answers(seeds, prompts, "greedy").mean(0), prompts.index)
+        marks = pd.Series(analysis.mark_answers(seeds, prompts, decoding).mean(0), prompts.index)
         skills, shares = (marks.groupby(by).mean() for by in (prompts.skill, groups))
         means = pd.Series({HEADS[0]: marks.mean(), HEADS[-1]: skills.mean()})
         columns[", ".join(row)] = pd.concat([shares, means, skills])
@@ -124,16 +125,19 @@ def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") 
 
 
 def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return estimates by size, greedy: intervals over the usual clusters, and over skills."""
+    """Return estimates by size, greedy: of all prompts, and 3 other ways to draw or choose them."""
     prompts, rows, condition = evidence.choose_prompts("combinations"), [], Condition(estimates=[])
+    views = {"over things": prompts, "over skills": prompts.assign(cluster=prompts.skill)}
+    is_late = prompts.skill.map(GROUPS).isin([HEADS[1], HEADS[3]])  # LoRA r=8 learns these late
+    views["without names, list edits"] = prompts[~is_late]
+    views["tuning half"] = evidence.choose_prompts("combinations", "tune")
     for (size, group), words in product(runs.groupby("size", sort=False), CONTRASTS.split()):
         names, arms = group.set_index("usual").cell.to_dict(), words.split("-")
         if set(arms) <= set(names):
             place = " - ".join(names[arm] for arm in arms), size, "greedy"
-            clusters = prompts, prompts.assign(cluster=prompts.skill)
-            found = [analysis.estimate_sum(evidence, condition, place, one) for one in clusters]
+            found = (analysis.estimate_sum(evidence, condition, place, v) for v in views.values())
             rows.append((size, place[0], *(str(one) for one, _ in found)))
-    return pd.DataFrame(rows, columns=["size", "estimate", "over things", "over skills"])
+    return pd.DataFrame(rows, columns=["size", "estimate", *views])
 
 
 def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:
@@ -166,17 +170,13 @@ def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def read_edition1() -> pd.DataFrame:
-    """Read the cells of edition1.csv by base and cell."""
-    table = pd.read_csv(RESULTS_DIR / "edition1.csv", dtype={"learning_rate": str})
-    table = table.query("kind == 'cell'").set_index(["base", "cell"], drop=False)
-    return table.rename_axis([None, None])
-
-
 def tabulate_edition1() -> pd.DataFrame:
     """Return a row an arm of the first edition, both sizes side by side."""
-    cells, rows, sizes = read_edition1(), [], pd.DataFrame(EDITION1["sizes"]).T
-    for title, names in EDITION1["rows"].items():
+    table = pd.read_csv(RESULTS_DIR / "edition1.csv", dtype={"learning_rate": str})
+    cells = table.query("kind == 'cell'").set_index(["base", "cell"], drop=False)
+    layout = tomllib.loads((RESULTS_DIR / "edition1.toml").read_text(encoding="utf-8"))
+    rows, sizes = [], pd.DataFrame(layout["sizes"]).T
+    for title, names in layout["rows"].items():
         chosen = [(base, name) for base, name in zip(sizes.index, names, strict=True) if name]
         pair = cells.loc[chosen].set_index("base").reindex(sizes.index)
         row = {"trained": title, "lr": " / ".join(pair.learning_rate.dropna().unique())}
@@ -232,8 +232,8 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"harm": [tabulate_frontiers(evidence, **HARM)], "capacity": [facts.reset_index()]}
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
     tables |= {"headline": [], "answers": [answers[:1]], "ten_answers": [answers[:10]]}
-    of_cells = "arms shares other_sets kinds costs parts skills sizes groups steps contrasts"
-    tables |= dict.fromkeys(of_cells.split(), [pd.DataFrame()])
+    empty = "arms shares other_sets kinds costs parts skills sampled sizes groups steps contrasts"
+    tables |= dict.fromkeys(empty.split(), [pd.DataFrame()])
     if cells.empty:
         return tables
     cells, reported = label_rows(cells), select_reported(evidence)
@@ -252,10 +252,10 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     best = tried[(tried.usual == tried.cell) | tried.title.str.contains("preliminary")]
     paths = pd.concat(claims.find_paths(evidence, arm) for arm in PATH_ARMS).query("seed == 1")
     paths = paths.assign(title=paths.title + paths.step.map(", step {:,.0f}".format))
-    halves = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (reported, "test")}
-    halves |= {"steps": (paths, "test")}
-    for name, (runs, half) in halves.items():
-        table = tabulate_skills(evidence, runs, half).set_index("skill").loc[HEADS[:-1]].T
+    groups = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (reported,)}
+    groups |= {"steps": (paths,), "sampled": (reported, "test", "t0.85p0.85")}
+    for name, options in groups.items():
+        table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS[:-1]].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
     tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @README_ARMS")))
     return tables | {

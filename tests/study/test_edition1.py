@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation.study.report import read_edition1
 from evaluation.study.settings import RESULTS_DIR
 
-CELLS = read_edition1()
+CELLS = pd.read_csv(RESULTS_DIR / "edition1.csv", dtype={"learning_rate": str})
+CELLS = CELLS.query("kind == 'cell'").set_index(["base", "cell"])
 NLL = pd.read_parquet(RESULTS_DIR / "nll.parquet", filters=[("edition", "==", 1)])
 NATS = NLL.query("part == '' and set == 'general'").set_index("id").nats
 FULL = {"xs": "fft-lr2e-3", "s": "fft-lr5e-4"}  # full fine-tuning at its tuned rate, by size
