@@ -22,7 +22,7 @@ STYLE = {
 }
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 MAIN_SETS = ["combinations", "unseen"]
-TITLE_ARMS = ["study", "study_tuned", "all_r8", "fft"]  # of the headline's title
+TITLE_ARMS = ["study", "study_tuned", "study_all_tuned", "all_r8", "fft"]  # in the first title
 HEADLINE = ["base", *TITLE_ARMS[:-1], "all_r32", "all_r64", "all_r8_vocabulary", "fft_frozen"]
 HEADLINE += ["fft_script", "fft"]
 
