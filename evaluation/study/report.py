@@ -35,13 +35,12 @@ FILES = ("README.md", "evaluation/REPORT.md", "evaluation/study/TABLES.md")
 BLOCK = re.compile(r"<!-- study:(\w+) -->\n.*?<!-- /study:\1 -->", re.DOTALL)
 HARM = {"size": "xs", "sets": ("medical", "combinations"), "start": "fft", "data": "medical"}
 HARM |= {"levels": np.arange(4, 20) / 20}  # options of `trace_frontiers`
-GROUPS = dict.fromkeys(["reading_who", "remember", "repeat", "swap"], "prompt names")  # of skills
+NAMING, EDITING = ["reading_who", "remember", "repeat", "swap"], ["add_item", "reverse_list"]
 PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
-GROUPS |= dict.fromkeys(PLAIN, "plain questions")
-GROUPS |= dict.fromkeys(["add_item", "reverse_list"], "list edits")
+GROUPS = dict.fromkeys(NAMING, "prompt names") | dict.fromkeys(PLAIN, "plain questions")
+GROUPS |= dict.fromkeys(EDITING, "list edits")
 HEADS = ["all prompts", *dict.fromkeys(GROUPS.values()), "other skills", "mean of skills"]
 README_ARMS = ["study", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]  # of its table
-SIZE_ARMS = ["fft", "all_r8", "all_r32"]  # whose runs of seed 1 the block of sizes shows
 SHORT = {"LoRA on all linear layers, ": "LoRA ", "full fine-tuning": "FFT"}  # titles by groups
 CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
 CONTRASTS += " fft-all_r32 all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
@@ -128,8 +127,7 @@ def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
     """Return estimates by size, greedy: of all prompts, and 3 other ways to draw or choose them."""
     prompts, rows, condition = evidence.choose_prompts("combinations"), [], Condition(estimates=[])
     views = {"over things": prompts, "over skills": prompts.assign(cluster=prompts.skill)}
-    is_late = prompts.skill.map(GROUPS).isin([HEADS[1], HEADS[3]])  # LoRA r=8 learns these late
-    views["without names, list edits"] = prompts[~is_late]
+    views["without names, list edits"] = prompts[~prompts.skill.isin([*NAMING, *EDITING])]
     views["tuning half"] = evidence.choose_prompts("combinations", "tune")
     for (size, group), words in product(runs.groupby("size", sort=False), CONTRASTS.split()):
         names, arms = group.set_index("usual").cell.to_dict(), words.split("-")
@@ -143,8 +141,7 @@ def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
 def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:
     """Read the saved answers of every completed run that has a folder of this name."""
     for run in evidence.final.itertuples():
-        path = OUTPUT_DIR / (run.id + suffix) / "samples.jsonl"
-        if path.is_file():
+        if (path := OUTPUT_DIR / (run.id + suffix) / "samples.jsonl").is_file():
             table = pd.read_json(path, lines=True, dtype=False)
             yield table.assign(trained=f"{run.size}, {run.title}")
 
@@ -246,14 +243,17 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds.replace("-0%", "0%", regex=True)
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
-    chosen = "data == 'sft' and start == 'base' and seed == 1 and arm in @SIZE_ARMS"
+    rule = "data == 'sft' and start == 'base' and seed == 1 and arm in ['fft', 'all_r8', 'all_r32']"
     is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.outcomes.astype(bool)
-    tried = evidence.final[is_main].query(chosen).sort_values("epochs", kind="stable")
+    tried = evidence.final[is_main].query(rule).sort_values("epochs", kind="stable")
     best = tried[(tried.usual == tried.cell) | tried.title.str.contains("preliminary")]
     paths = pd.concat(claims.find_paths(evidence, arm) for arm in PATH_ARMS).query("seed == 1")
     paths = paths.assign(title=paths.title + paths.step.map(", step {:,.0f}".format))
-    groups = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (reported,)}
-    groups |= {"steps": (paths,), "sampled": (reported, "test", "t0.85p0.85")}
+    several = reported[reported.groupby(["size", "cell"]).seed.transform("nunique") > 1]
+    several = several.assign(title=several.title + several.seed.map(", seed {}".format))
+    seeds = pd.concat([reported, several])
+    groups = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (seeds,)}
+    groups |= {"steps": (paths,), "sampled": (seeds, "test", "t0.85p0.85")}
     for name, options in groups.items():
         table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS[:-1]].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
