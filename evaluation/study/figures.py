@@ -65,15 +65,13 @@ def select_headline(cells: pd.DataFrame, arms: list[str] = HEADLINE) -> pd.DataF
     """Return the cells of arms in their order, of sizes at which LoRA on all layers was scored."""
     sizes, is_main = cells["size"][cells.arm == "all_r8"], cells["set"].isin(MAIN_SETS)
     rows = cells[cells.usual.isin(arms) & is_main & cells["size"].isin(sizes)]
-    places = pd.factorize(rows["size"])[0] * len(arms) + rows.arm.map(arms.index)
-    return rows.iloc[places.argsort(kind="stable")]
+    return rows.iloc[rows.arm.map(arms.index).argsort(kind="stable")]
 
 
 def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
     """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
     if cells.empty or (rows := select_headline(cells)).empty:
         return None
-    rows = rows.iloc[rows.arm.map(HEADLINE.index).argsort(kind="stable")]
     rows = rows.assign(name=rows.title.str.removesuffix(", preliminary"))
     sizes, greedy = list(rows["size"].unique()), rows[rows.decoding == "greedy"]
     greedy = greedy[greedy.arm.isin(TITLE_ARMS) & (greedy["set"] == "combinations")]

@@ -50,12 +50,9 @@ COSTS = {  # column of the runs -> title and form; known facts are asked for wit
     "facts_combinations": ("facts known, combinations", "{:.0%}".format),
     "facts_unseen": ("facts known, unseen", "{:.0%}".format),
     "test_nll": ("NLL", "{:.2f}".format),
-    "test_end_nll": ("NLL of ends", "{:.2f}".format),
     "nll_text": ("text NLL", "{:.2f}".format),
     "steps": ("steps", "{:,.0f}".format),
-    "trainable_parameters": ("weights", "{:,.0f}".format),
     "tokens": ("tokens", EngFormatter(places=1)),
-    "flops": ("FLOPs", EngFormatter(places=0)),
     "train_seconds": ("seconds", "{:,.0f}".format),
     "peak_memory_bytes": ("memory", EngFormatter("B", places=0)),
 }
@@ -88,8 +85,17 @@ def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
     cells = cells.assign(text=["{:.0f}% [{:.0f}, {:.0f}]".format(*row) for row in percent])
     cells["column"] = cells["set"] + ", " + cells.decoding.map(DECODING_TITLES)
     index = [*CELL, "weights", "seeds"]
-    table = cells.pivot_table("text", index, "column", aggfunc="first", sort=False)
-    return table.loc[[*map(tuple, cells[index].drop_duplicates().to_numpy())]].reset_index()
+    return cells.pivot_table("text", index, "column", aggfunc="first", sort=False).reset_index()
+
+
+def tabulate_sizes(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return a row an arm, a column for each set and size: greedy with its interval / sampled."""
+    table = tabulate_shares(cells)
+    for name in MAIN_SETS:
+        table[name] = table[f"{name}, greedy"] + " / " + table[f"{name}, T=0.85"].str.split().str[0]
+    table = table.pivot_table(MAIN_SETS, "trained", "size", aggfunc="first", sort=False)
+    table = table.loc[cells.trained.unique()]
+    return table.set_axis(table.columns.map(", ".join), axis=1).reset_index()
 
 
 def tabulate_frontiers(evidence: Evidence, **options: str | tuple | np.ndarray) -> pd.DataFrame:
@@ -105,14 +111,12 @@ def tabulate_frontiers(evidence: Evidence, **options: str | tuple | np.ndarray) 
     return table if table.empty else table[is_kept].drop_duplicates(keep="last").reset_index()
 
 
-def tabulate_skills(
-    evidence: Evidence, runs: pd.DataFrame, half: str = "test", decoding: str = "greedy"
-) -> pd.DataFrame:
+def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") -> pd.DataFrame:
     """Return correct answers to combinations: groups of skills, then skills, the hardest first."""
     prompts, columns = evidence.choose_prompts("combinations", half), {}
     groups = prompts.skill.map(GROUPS).fillna("other skills")
     for row, seeds in label_rows(runs).groupby(CELL, sort=False):
-        marks = pd.Series(analysis.mark_answers(seeds, prompts, decoding).mean(0), prompts.index)
+        marks = pd.Series(analysis.mark_answers(seeds, prompts, "greedy").mean(0), prompts.index)
         skills, shares = (marks.groupby(by).mean() for by in (prompts.skill, groups))
         means = pd.Series({HEADS[0]: marks.mean(), HEADS[-1]: skills.mean()})
         columns[", ".join(row)] = pd.concat([shares, means, skills])
@@ -195,8 +199,7 @@ def tabulate_speed(root: Path) -> list[pd.DataFrame]:
     tables = []
     for result in map(read_json, sorted(root.glob("evaluation/bench/*.json"))):
         machine = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
-        for rows in result["tables"].values():
-            table = pd.DataFrame(rows)
+        for table in map(pd.DataFrame, result["tables"].values()):
             numbers = table.select_dtypes(float).map("{:,.2f}".format, na_action="ignore")
             texts = table.assign(processor=f"{machine}, {result['dtype']}", **numbers)
             tables.append(texts[["processor", *table]])
@@ -229,7 +232,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     tables |= {"harm": [tabulate_frontiers(evidence, **HARM)], "capacity": [facts.reset_index()]}
     answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
     tables |= {"headline": [], "answers": [answers[:1]], "ten_answers": [answers[:10]]}
-    empty = "arms shares other_sets kinds costs parts skills sampled sizes groups steps contrasts"
+    empty = "arms shares other_sets kinds costs parts skills sizes groups steps contrasts"
     tables |= dict.fromkeys(empty.split(), [pd.DataFrame()])
     if cells.empty:
         return tables
@@ -239,8 +242,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     if not parts.empty:
         tables["parts"] = [tabulate_shares(label_rows(tabulate_cells(evidence, parts)))]
     kinds = select_headline(cells).groupby([*CELL, "set"], sort=False)
-    kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:.0%}".format, v)))
-    kinds = kinds.replace("-0%", "0%", regex=True)
+    kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:z.0%}".format, v)))
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
     rule = "data == 'sft' and start == 'base' and seed == 1 and arm in ['fft', 'all_r8', 'all_r32']"
@@ -252,14 +254,14 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     several = reported[reported.groupby(["size", "cell"]).seed.transform("nunique") > 1]
     several = several.assign(title=several.title + several.seed.map(", seed {}".format))
     seeds = pd.concat([reported, several])
-    groups = {"sizes": (best, "tune"), "groups": (tried, "tune"), "skills": (seeds,)}
-    groups |= {"steps": (paths,), "sampled": (seeds, "test", "t0.85p0.85")}
+    groups = {"sizes": (best, "tune"), "groups": (tried, "tune")}
+    groups |= {"skills": (seeds,), "steps": (paths,)}
     for name, options in groups.items():
         table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS[:-1]].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
     tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @README_ARMS")))
     return tables | {
-        "arms": [tabulate_shares(select_headline(cells, README_ARMS))],
+        "arms": [tabulate_sizes(select_headline(cells, README_ARMS))],
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],
