@@ -197,7 +197,7 @@ def tabulate_cells(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per cell of `runs`, set and decoding, in the order of study.toml.
 
     Columns: those of the runs, seeds, set, decoding, share (correct) with its interval (low, high),
-    above_chance, and the share of each kind of `KINDS`.
+    their text, above_chance, and the share of each kind of `KINDS`.
     """
     rows = []
     for (size, _), seeds in runs.groupby(["size", "cell"], sort=False):
@@ -211,6 +211,7 @@ def tabulate_cells(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
             chance = prompts.chance.mean()
             row = {"seeds": len(seeds), "set": name, "decoding": decoding, "share": found.value}
             row |= {"low": found.low, "high": found.high}
+            row["text"] = f"{found.value:.0%} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
             row["above_chance"] = (found.value - chance) / (1 - chance)
             rows.append(place | row | {kind: marks.mean() for kind, marks in kinds.items()})
     return pd.DataFrame(rows)

@@ -81,20 +81,19 @@ def tabulate_rates(evidence: Evidence) -> pd.DataFrame:
 
 def tabulate_shares(cells: pd.DataFrame) -> pd.DataFrame:
     """Return a row a cell, and a column for each set and decoding: percent correct."""
-    percent = 100 * cells[["share", "low", "high"]].to_numpy()
-    cells = cells.assign(text=["{:.0f}% [{:.0f}, {:.0f}]".format(*row) for row in percent])
-    cells["column"] = cells["set"] + ", " + cells.decoding.map(DECODING_TITLES)
-    index = [*CELL, "weights", "seeds"]
-    return cells.pivot_table("text", index, "column", aggfunc="first", sort=False).reset_index()
+    column, index = cells["set"] + ", " + cells.decoding.map(DECODING_TITLES), [*CELL, "weights"]
+    cells, how = cells.assign(column=column), {"aggfunc": "first", "sort": False}
+    return cells.pivot_table("text", [*index, "seeds"], "column", **how).reset_index()
 
 
 def tabulate_sizes(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an arm, a column for each set and size: greedy with its interval / sampled."""
-    table = tabulate_shares(cells)
-    for name in MAIN_SETS:
-        table[name] = table[f"{name}, greedy"] + " / " + table[f"{name}, T=0.85"].str.split().str[0]
-    table = table.pivot_table(MAIN_SETS, "trained", "size", aggfunc="first", sort=False)
-    table = table.loc[cells.trained.unique()]
+    """Return a row an arm, a column a set and size: greedy (a star at 1 seed) / sampled."""
+    text = (cells.text + np.where(cells.seeds == 1, "*", "")).astype(object)
+    text = text.where(cells.decoding == "greedy", cells.share.map("{:.0%}".format))
+    trained = cells.trained.replace(SHORT | {", preliminary": ""}, regex=True)
+    cells, how = cells.assign(text=text, trained=trained), {"aggfunc": " / ".join, "sort": False}
+    table = cells.pivot_table("text", "trained", ["set", "size"], **how)
+    table = table if table.empty else table.reindex(MAIN_SETS, axis=1, level="set")
     return table.set_axis(table.columns.map(", ".join), axis=1).reset_index()
 
 

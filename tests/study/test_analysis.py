@@ -47,8 +47,6 @@ def test_cells_have_names_without_what_is_usual(folder: Path) -> None:
     titles = dict(zip(evidence.runs.cell, evidence.runs.title, strict=True))
     assert titles["study/50~16000"] == "the study's LoRA, 50 epochs, 16,000 pairs"
     assert titles["fft@plain42"] == "full fine-tuning, from plain42"
-    assert titles["base"] == "the base alone"
-    assert evidence.find_cell("fft@wrapped43", "xs").empty
     assert evidence.runs.part.tolist().count("read_rows") == 1
     assert evidence.final.part.isna().all()
 
@@ -99,8 +97,11 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     first = make_report(tmp_path, folder)
     path.write_text(first[path])
     assert make_report(tmp_path, folder) == first
-    write_prompts(tmp_path)  # a study without a run
+    write_prompts(tmp_path)  # a study without a run, then one without LoRA on all layers
     assert "Not run yet" in make_report(tmp_path, tmp_path)[path]
+    lines = (folder / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(x for x in lines if "-all_r8-" not in x))
+    assert "study:arms -->\nNot run yet" in make_report(tmp_path, tmp_path)[path]
     path.write_text("<!-- study:nothing -->\n<!-- /study:nothing -->")
     with pytest.raises(UserError, match="no block 'nothing'"):
         make_report(tmp_path, folder)
@@ -108,7 +109,6 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     assert blocks == ["harm", "capacity", "answers", "other_sets"]
     assert "| s-lost | diverged |" in first[path]
     assert first[path].count("full fine-tuning, base rows |") == 1
-    assert "full fine-tuning, from plain42" in first[path]
     assert {file.stem for file in first} == {"README", "headline", "endings", "keeping"}
 
 
