@@ -119,7 +119,7 @@ def check_controlled(runs: pd.DataFrame) -> None:
         if group.nunique() > 1:
             raise UserError(f"runs on {data!r} differ in their training data; run them again")
     for run in arms.itertuples():
-        is_start = (runs.arm == run.start) & (runs.base == run.base)
+        is_start = (runs.cell.str.partition("@")[0] == run.start) & (runs.base == run.base)
         is_start &= (runs.seed == run.seed) | (run.start == "base")
         if is_start.any() and run.base_fingerprint not in set(runs.weights[is_start]):
             raise UserError(f"{run.id}: started from other weights than its {run.start}; run again")

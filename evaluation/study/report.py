@@ -129,14 +129,14 @@ def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") 
 def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
     """Return estimates by size, greedy: of all prompts, and 3 other ways to draw or choose them."""
     prompts, rows, condition = evidence.choose_prompts("combinations"), [], Condition(estimates=[])
-    views = {"over things": prompts, "over skills": prompts.assign(cluster=prompts.skill)}
+    views = {"over prompts": prompts, "over skills": prompts.assign(cluster=prompts.skill)}
     views["without names, list edits"] = prompts[~prompts.skill.isin([*NAMING, *EDITING])]
     views["tuning half"] = evidence.choose_prompts("combinations", "tune")
     for (size, group), words in product(runs.groupby("size", sort=False), CONTRASTS.split()):
         names, arms = group.set_index("usual").cell.to_dict(), words.split("-")
-        if set(arms) <= set(names):
-            place = " - ".join(names[arm] for arm in arms), size, "greedy"
-            found = (analysis.estimate_sum(evidence, condition, place, v) for v in views.values())
+        place = " - ".join(names.get(arm, "none") for arm in arms), size, "greedy"
+        found = [analysis.estimate_sum(evidence, condition, place, v) for v in views.values()]
+        if None not in found:  # else a cell was not run, or they share no seed
             rows.append((size, place[0], *(str(one) for one, _ in found)))
     return pd.DataFrame(rows, columns=["size", "estimate", *views])
 

@@ -187,8 +187,7 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
     counts |= {"tokens": 4 * limit, "labeled_tokens": sum(targets)}
     assert {name: dataset.info[name] for name in counts} == counts
     # One token more than the opening keeps one label; the opening alone keeps nothing.
-    dataset = load_dataset("sft", [path], tokenizer, opening + 1)
-    assert dataset.targets.tolist() == [1] * 4
+    assert load_dataset("sft", [path], tokenizer, opening + 1).targets.tolist() == [1] * 4
     with pytest.raises(UserError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
         load_dataset("sft", [path], tokenizer, opening)
 
@@ -254,8 +253,7 @@ def test_packing_cuts_one_stream_of_documents(tmp_path: Path, tokenizer: Tokeniz
     assert blocks.info["labeled_tokens"] == len(stream) - 2
     # Between the tokens of a turn, as MiniMind's own data are.
     stream = [token for ids in encoded for token in [BOS, *ids, EOS, PAD]]
-    blocks = load_dataset("pretrain_wrapped", paths, tokenizer, 999)
-    assert blocks[0][0].tolist() == stream
+    assert load_dataset("pretrain_wrapped", paths, tokenizer, 999)[0][0].tolist() == stream
     other = load_tokenizer()
     other.bos_token = None
     with pytest.raises(UserError, match="--wrap_documents: .* has no bos_token"):

@@ -298,5 +298,4 @@ def test_controls_of_a_small_world(small_files, small):
     assert constants and all(not a or (s, a) in answers for s, a in constants.items())
     right = Counter(r["skill"] for r in records if is_right(constants[r["skill"]], r))
     for skill, count in Counter(r["skill"] for r in tune).items():
-        share = found["constant"][skill]
-        assert share == pytest.approx(100 * right[skill] / count, abs=0.06)
+        assert found["constant"][skill] == pytest.approx(100 * right[skill] / count, abs=0.06)

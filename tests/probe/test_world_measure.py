@@ -15,5 +15,4 @@ def test_the_thing_of_an_answer_is_replaced_in_all_its_forms():
 
 
 def test_averages():
-    shares = average_by_skill([1, 0, 0.5], ["b", "b", "a"])
-    assert shares == {"average": 50.0, "a": 50.0, "b": 50.0}
+    assert average_by_skill([1, 0, 0.5], ["b", "b", "a"]) == {"average": 50.0, "a": 50.0, "b": 50.0}

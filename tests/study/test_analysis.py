@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,9 @@ def test_shares_and_intervals_over_skills(folder: Path) -> None:
     contrasts = tabulate_contrasts(evidence, runs).set_index(["size", "estimate"])
     text = contrasts.loc[("xs", "all_r8"), "over skills"]
     assert text.endswith("[{:.2f}, {:.2f}]".format(*sorted(shares))) and shares[0] != shares[1]
+    apart = runs[(runs.arm == "fft") == (runs.seed == 2)]  # no seed has both
+    table = tabulate_contrasts(replace(evidence, final=apart), apart)
+    assert "fft" in (estimates := table.estimate.tolist()) and "fft - all_r8" not in estimates
 
 
 def test_the_best_rate_so_far_stands_for_an_arm(folder: Path, tmp_path: Path) -> None:
