@@ -244,16 +244,16 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:z.0%}".format, v)))
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
-    rule = "data == 'sft' and start == 'base' and seed == 1 and arm in ['fft', 'all_r8', 'all_r32']"
-    is_main = evidence.final.base.str.endswith(MAIN_BASE) & evidence.final.outcomes.astype(bool)
-    tried = evidence.final[is_main].query(rule).sort_values("epochs", kind="stable")
-    best = tried[(tried.usual == tried.cell) | tried.title.str.contains("preliminary")]
+    rule = "data == 'sft' and start == 'base' and arm in ['fft', 'all_r8', 'all_r32']"
+    main = evidence.final[evidence.final.base.str.endswith(MAIN_BASE)].query(rule)
+    main = main[main.outcomes.astype(bool)].sort_values(["size", "epochs"], ascending=[False, True])
     paths = pd.concat(claims.find_paths(evidence, arm) for arm in PATH_ARMS).query("seed == 1")
     paths = paths.assign(title=paths.title + paths.step.map(", step {:,.0f}".format))
     several = reported[reported.groupby(["size", "cell"]).seed.transform("nunique") > 1]
     several = several.assign(title=several.title + several.seed.map(", seed {}".format))
     seeds = pd.concat([reported, several])
-    groups = {"sizes": (best, "tune"), "groups": (tried, "tune")}
+    groups = {"groups": (main.query("seed == 1"), "tune")}
+    groups |= {"sizes": (main[main.id.isin(reported.id)],)}
     groups |= {"skills": (seeds,), "steps": (paths,)}
     for name, options in groups.items():
         table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS[:-1]].T
