@@ -187,8 +187,8 @@ def select_reported(evidence: Evidence) -> pd.DataFrame:
     """
     rows, sets = [], set(evidence.prompts["set"])
     for run in evidence.final.itertuples():
-        is_trial = "*" in run.cell and not evidence.study.arms[run.arm].fixed
-        is_trial = is_trial and run.learning_rate != evidence.sweeps[run.size, run.arm].leading
+        sweep = evidence.sweeps.get((run.size, run.arm))  # a base has none
+        is_trial = "*" in run.cell and run.learning_rate not in [*sweep.reported, sweep.leading]
         rows.append(not is_trial and set(run.outcomes) == sets)
     return evidence.final[np.array(rows, dtype=bool)]
 

@@ -244,7 +244,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:z.0%}".format, v)))
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
-    rule = "data == 'sft' & start == 'base' & arm in ['fft', 'all_r8', 'all_r32', 'study_tuned']"
+    rule = "data == 'sft' & arm in ['fft', 'fft_frozen', 'study_tuned', 'all_r8', 'all_r32']"
     main = evidence.final[evidence.final.base.str.endswith(MAIN_BASE)].query(rule)
     main = main[main.outcomes.astype(bool)].sort_values(["size", "epochs"], ascending=[False, True])
     paths = pd.concat(claims.find_paths(evidence, arm) for arm in PATH_ARMS).query("seed == 1")
