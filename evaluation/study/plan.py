@@ -63,8 +63,9 @@ class Sweep:
 
 def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
     """Return the run by which a rate of an arm is judged."""
-    shape = study.sizes[size]
-    run = Run(size, MAIN_BASE, arm, rate, shape.seeds[0], shape.tuning_epochs, study.arms[arm].data)
+    shape, spec = study.sizes[size], study.arms[arm]
+    epochs = spec.tuning_epochs.get(size, shape.tuning_epochs)
+    run = Run(size, MAIN_BASE, arm, rate, shape.seeds[0], epochs, spec.data)
     return replace(run, start_id=run.base_id)
 
 

@@ -74,8 +74,7 @@ def tabulate_rates(evidence: Evidence) -> pd.DataFrame:
         for rate, share in sweep.shares.items():
             text = f"{rate:g}: " + ("diverged" if np.isnan(share) else f"{share:.0%}")
             texts.append(f"**{text}**" if [rate] == sweep.reported else text)
-        if texts:
-            rows.append((size, evidence.study.arms[arm].title, ", ".join(texts)))
+        rows += [(size, evidence.study.arms[arm].title, ", ".join(texts))] if texts else []
     return pd.DataFrame(rows, columns=["size", "trained", "rate: correct"])
 
 
@@ -253,8 +252,7 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     several = several.assign(title=several.title + several.seed.map(", seed {}".format))
     seeds = pd.concat([reported, several])
     groups = {"groups": (main.query("seed == 1"), "tune")}
-    groups |= {"sizes": (main[main.id.isin(reported.id)],)}
-    groups |= {"skills": (seeds,), "steps": (paths,)}
+    groups |= {"sizes": (main[main.id.isin(reported.id)],), "skills": (seeds,), "steps": (paths,)}
     for name, options in groups.items():
         table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS[:-1]].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]

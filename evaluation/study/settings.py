@@ -38,6 +38,7 @@ class Arm(Table):
     flags: dict = {}
     data: str = "sft"
     rates: dict[str, Annotated[list[float], Field(min_length=2)]] = {}  # each twice the one before
+    tuning_epochs: dict[str, float] = {}  # instead of the size's
     fixed: list[float] = []
 
 
