@@ -49,9 +49,9 @@ def test_runs_wait_for_their_rate_and_start() -> None:
     assert "fft-e4-lr0.001-s2" not in ids
     assert {"fft-e4-lr0.001-s2", "fft-e4-lr0.001-s3"} <= later
     starts = {(run.start, run.seed): run.start_id for run in runs if run.data == "medical"}
-    assert starts["fft", 2] == f"{BASE}-fft-e4-lr0.001-s2"
-    assert starts["base", 2] == BASE
+    assert (starts["fft", 2], starts["base", 2]) == (f"{BASE}-fft-e4-lr0.001-s2", BASE)
     assert not [run for run in before if run.start == "fft"]
+    assert [make_tuning_run(STUDY, "m26", arm, 1).epochs for arm in ("fft", "fft_frozen")] == [1, 2]
 
 
 def test_commands_join_flags_start_and_data() -> None:
