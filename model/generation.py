@@ -1,8 +1,7 @@
 """Batched greedy and nucleus decoding with the model's own forward pass and a cache.
 
-Prompts are padded on the left. Greedy answers are those of transformers' `generate`. Each sampled
-answer has random numbers of its own. So no answer depends on its batch, except where the last bits
-of a probability decide.
+Prompts are padded on the left. Greedy answers equal those of transformers' `generate`. Each sampled
+answer has its own random numbers. An answer depends on its batch only by floating-point rounding.
 """
 
 import re

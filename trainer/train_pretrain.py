@@ -9,7 +9,7 @@ r"""Pretrain the language model from random weights on plain text.
 
 Documents are packed into blocks of --max_seq_len tokens, each document closed by <|endoftext|>.
 With --wrap_documents each also stands between <|im_start|> and <|im_end|>, as in MiniMind's own
-pretraining data: the base has then seen the tokens that chats are made of.
+pretraining data, so the base reads the tokens that mark the turns of a chat.
 """
 
 import sys

@@ -184,7 +184,7 @@ def judge_gates(evidence: Evidence) -> pd.DataFrame:
 
 
 def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return one row per claim (verdict, fewest seeds), and one row per estimate.
+    """Return one row per claim (verdict, fewest seeds, most bases), and one row per estimate.
 
     A claim gets no conclusion if a gate of one of its sizes does not hold.
     """
@@ -195,8 +195,9 @@ def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
         if verdict in ("supported", "refuted", "open") and not shut.empty:
             verdict = f"no conclusion: {', '.join(shut.gate + ' ' + shut.state)}"
         row = {"claim": claim.name, "text": claim.text, "prediction": claim.prediction}
-        seeds = min((len(one.by_seed) for *_, one in found), default=0)
-        claims.append(row | {"verdict": verdict, "seeds": seeds or "-"})
+        seeds = min((len(one.by_seed) for *_, one in found), default=0) or "-"
+        bases = max((count for *_, count, _ in found), default="-")
+        claims.append(row | {"verdict": verdict, "seeds": seeds, "bases": bases})
         estimates += found
     columns = ["claim", "estimate", "size", "decoding", "bases", "value"]
     table = pd.DataFrame(estimates, columns=columns).drop_duplicates(columns[:4])

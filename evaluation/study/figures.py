@@ -1,6 +1,7 @@
 """The study's figures, as SVG text. Each title states what the figure shows."""
 
 import io
+from functools import partial
 from itertools import product
 
 import matplotlib as mpl
@@ -20,11 +21,12 @@ STYLE = {
     "axes.prop_cycle": mpl.cycler(color=["#1f5a99", "#d1712a", "#444444", "#8a8a3a"]),
     "legend.frameon": False,
 }
+Figure = tuple[str, str] | None  # a title, and SVG
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 MAIN_SETS = ["combinations", "unseen"]
-TITLE_ARMS = ["study", "study_tuned", "study_all_tuned", "all_r8", "fft"]  # in the first title
-HEADLINE = ["base", *TITLE_ARMS[:-1], "all_r32", "all_r64", "all_r8_vocabulary", "fft_frozen"]
-HEADLINE += ["fft_script", "fft"]
+HEADLINE = ["study", "study_tuned", "all_r8", "all_r16", "all_r32", "all_r64", "fft_frozen", "fft"]
+LADDER = ["base", "fft_script", *HEADLINE[:2], "study_all", "square_r36", "study_all_tuned"]
+LADDER += [*HEADLINE[2:6], "all_r8_vocabulary", "all_r64_vocabulary", *HEADLINE[6:]]
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -61,30 +63,25 @@ def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-def select_headline(cells: pd.DataFrame, arms: list[str] = HEADLINE) -> pd.DataFrame:
+def select_arms(cells: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
     """Return the cells of arms in their order, of sizes at which LoRA on all layers was scored."""
     sizes, is_main = cells["size"][cells.arm == "all_r8"], cells["set"].isin(MAIN_SETS)
     rows = cells[cells.usual.isin(arms) & is_main & cells["size"].isin(sizes)]
     return rows.iloc[rows.arm.map(arms.index).argsort(kind="stable")]
 
 
-def draw_headline(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
+def draw_arms(title: str, arms: list[str], evidence: Evidence, cells: pd.DataFrame) -> Figure:
     """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
-    if cells.empty or (rows := select_headline(cells)).empty:
+    if cells.empty or (rows := select_arms(cells, arms)).empty:
         return None
-    rows = rows.assign(name=rows.title.str.removesuffix(", preliminary"))
-    sizes, greedy = list(rows["size"].unique()), rows[rows.decoding == "greedy"]
-    greedy = greedy[greedy.arm.isin(TITLE_ARMS) & (greedy["set"] == "combinations")]
-    shares = greedy.share.map("{:.0%}".format).groupby(greedy["name"], sort=False)
-    words = [f"{name} {' / '.join(one)}" for name, one in shares if len(one) == len(sizes)]
-    title = f"Correct combinations, greedy, {' / '.join(sizes)}: {', '.join(words)}"
     rates = rows.learning_rate.map(", {:g}".format).where(rows.arm == "fft_script", "")  # of 3
-    table = rows.assign(y=rows["name"] + rates).rename(columns={"share": "x", "size": "panel"})
+    table = rows.assign(y=rows.title.str.removesuffix(", preliminary") + rates)
     table["series"] = table["set"] + ", " + table.decoding.map(DECODING_TITLES)
+    table = table.rename(columns={"share": "x", "size": "panel"})
     return title, draw_panels(title, table, "correct answers")
 
 
-def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
+def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> Figure:
     """Draw the share of endless answers against the bound of the end token, a point a base."""
     title = "Where the bound of the end token is low, sampled answers often do not end"
     table = list_endings(evidence).rename(columns={"bound": "x", "endless": "y", "base": "note"})
@@ -92,7 +89,7 @@ def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str]:
     return title, draw_panels(title, table, "bound of the end token", "endless answers")
 
 
-def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | None:
+def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> Figure:
     """Draw unseen things against combinations, a point a checkpoint, both decodings."""
     sets, rows = ("combinations", "unseen"), []
     for arm, decoding in product(PATH_ARMS, DECODING_TITLES):
@@ -106,8 +103,11 @@ def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> tuple[str, str] | N
         return None
     table, texts = pd.concat(rows), ("correct combinations", "correct unseen things")
     best = table.groupby("series", sort=False).y.max().map("{:.0%}".format)
-    title = f"Unseen things, best checkpoint: {', '.join(best.index + ' ' + best)}"
+    title = f"LoRA keeps unseen things. Best checkpoint: {', '.join(best.index + ' ' + best)}"
     return title, draw_panels(title, table, *texts)
 
 
-FIGURES = {"headline": draw_headline, "endings": draw_endings, "keeping": draw_keeping}
+WORKS = "Size alone does not make every LoRA fail: r=8 on all linear layers works at each size"
+STEPS = "At xs rate and layers count, then rank"
+FIGURES = {"headline": partial(draw_arms, WORKS, HEADLINE), "endings": draw_endings}
+FIGURES |= {"ladder": partial(draw_arms, STEPS, LADDER), "keeping": draw_keeping}

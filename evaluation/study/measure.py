@@ -4,9 +4,9 @@ r"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL
     python evaluation/study/measure.py out/study/RUN_read_rows --sets combinations unseen \
         --add_to RUN --output record.json
 
-run.py calls it in a process of its own for each run. --add_to is for a run's checkpoint that
-update_analysis.py changed: runs.jsonl gets the line RUN@read_rows. prompts.csv lists the prompts in
-the order of the outcome strings; NLL by sequence is of the combinations.
+run.py calls it in a process of its own for each run. --add_to RUN measures a checkpoint that
+update_analysis.py made from RUN, as line RUN@read_rows of runs.jsonl. prompts.csv has the prompts
+in the order of the outcome strings. NLL by sequence covers combinations.
 """
 
 import argparse

@@ -24,10 +24,10 @@ from matplotlib.ticker import EngFormatter
 from dataset.checks import KINDS
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.probe.world_measure import tabulate_controls
-from evaluation.study import analysis, claims
+from evaluation.study import analysis, claims, figures
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
 from evaluation.study.claims import LEVELS, PATH_ARMS, list_endings, trace_frontiers
-from evaluation.study.figures import DECODING_TITLES, FIGURES, MAIN_SETS, select_headline
+from evaluation.study.figures import DECODING_TITLES, FIGURES, MAIN_SETS, select_arms
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Condition
 from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_text
 
@@ -39,11 +39,10 @@ NAMING, EDITING = ["reading_who", "remember", "repeat", "swap"], ["add_item", "r
 PLAIN = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
 GROUPS = dict.fromkeys(NAMING, "prompt names") | dict.fromkeys(PLAIN, "plain questions")
 GROUPS |= dict.fromkeys(EDITING, "list edits")
-HEADS = ["all prompts", *dict.fromkeys(GROUPS.values()), "other skills", "mean of skills"]
-README_ARMS = ["study", "study_tuned", "all_r8", "all_r32", "all_r64", "fft_frozen", "fft"]
+HEADS = ["all prompts", *dict.fromkeys(GROUPS.values()), "other skills"]
 SHORT = {"LoRA on all linear layers, ": "LoRA ", "full fine-tuning": "FFT"}  # titles by groups
 CONTRASTS = "all_r8 all_r64 fft fft-all_r8 fft-all_r64 all_r64-all_r8 all_r8_vocabulary-all_r8"
-CONTRASTS += " fft-all_r32 all_r8-square_r36 study_tuned-study"  # cells, and differences of cells
+CONTRASTS += " fft-all_r16 fft-all_r32 all_r8-square_r36 study_tuned-study"  # cells, differences
 CELL = ["size", "trained", "rate"]
 CAPACITY = ["trainable_parameters", "bits_per_parameter", "stored"]
 COSTS = {  # column of the runs -> title and form; known facts are asked for without a question
@@ -52,8 +51,6 @@ COSTS = {  # column of the runs -> title and form; known facts are asked for wit
     "test_nll": ("NLL", "{:.2f}".format),
     "nll_text": ("text NLL", "{:.2f}".format),
     "steps": ("steps", "{:,.0f}".format),
-    "tokens": ("tokens", EngFormatter(places=1)),
-    "train_seconds": ("seconds", "{:,.0f}".format),
     "peak_memory_bytes": ("memory", EngFormatter("B", places=0)),
 }
 
@@ -110,34 +107,36 @@ def tabulate_frontiers(evidence: Evidence, **options: str | tuple | np.ndarray) 
 
 
 def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") -> pd.DataFrame:
-    """Return correct answers to combinations: groups of skills, then skills, the hardest first."""
-    prompts, columns = evidence.choose_prompts("combinations", half), {}
+    """Return correct combinations (test half: greedy / sampled): groups, then skills by mean."""
+    prompts, shares = evidence.choose_prompts("combinations", half), {}
     groups = prompts.skill.map(GROUPS).fillna("other skills")
-    for row, seeds in label_rows(runs).groupby(CELL, sort=False):
-        marks = pd.Series(analysis.mark_answers(seeds, prompts, "greedy").mean(0), prompts.index)
-        skills, shares = (marks.groupby(by).mean() for by in (prompts.skill, groups))
-        means = pd.Series({HEADS[0]: marks.mean(), HEADS[-1]: skills.mean()})
-        columns[", ".join(row)] = pd.concat([shares, means, skills])
-    table = pd.DataFrame(columns)
+    decodings = [*DECODING_TITLES][: 2 if half == "test" else 1]
+    for (row, seeds), decoding in product(label_rows(runs).groupby(CELL, sort=False), decodings):
+        marks = pd.Series(analysis.mark_answers(seeds, prompts, decoding).mean(0), prompts.index)
+        parts = [marks.groupby(by).mean() for by in (groups, prompts.skill)]
+        shares[", ".join(row), decoding] = pd.concat([pd.Series({HEADS[0]: marks.mean()}), *parts])
+    table = pd.DataFrame(shares)
     order = table.drop(HEADS, errors="ignore").mean(axis=1).sort_values(kind="stable").index
     table = table.reindex([*HEADS, *order]).map("{:.0%}".format)
+    table = table.T.groupby(level=0, sort=False).agg(" / ".join).T
     table.insert(0, "prompts", pd.concat([prompts.skill, groups]).value_counts().astype("Int64"))
     return table.rename_axis("skill").reset_index()
 
 
 def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return estimates by size, greedy: of all prompts, and 3 other ways to draw or choose them."""
+    """Return estimates by size and decoding: of all prompts, and 3 other draws or choices."""
     prompts, rows, condition = evidence.choose_prompts("combinations"), [], Condition(estimates=[])
     views = {"over prompts": prompts, "over skills": prompts.assign(cluster=prompts.skill)}
     views["without names, list edits"] = prompts[~prompts.skill.isin([*NAMING, *EDITING])]
     views["tuning half"] = evidence.choose_prompts("combinations", "tune")
-    for (size, group), words in product(runs.groupby("size", sort=False), CONTRASTS.split()):
+    sizes, decodings = runs.groupby("size", sort=False), DECODING_TITLES
+    for (size, group), words, decoding in product(sizes, CONTRASTS.split(), decodings):
         names, arms = group.set_index("usual").cell.to_dict(), words.split("-")
-        place = " - ".join(names.get(arm, "none") for arm in arms), size, "greedy"
+        place = " - ".join(names.get(arm, "none") for arm in arms), size, decoding
         found = [analysis.estimate_sum(evidence, condition, place, v) for v in views.values()]
         if None not in found:  # else a cell was not run, or they share no seed
-            rows.append((size, place[0], *(str(one) for one, _ in found)))
-    return pd.DataFrame(rows, columns=["size", "estimate", *views])
+            rows.append((size, place[0], decodings[decoding], *(str(one) for one, _ in found)))
+    return pd.DataFrame(rows, columns=["size", "estimate", "decoding", *views])
 
 
 def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:
@@ -228,8 +227,9 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     facts = label_rows(evidence.final[evidence.final.data.str.startswith("facts")])
     facts = facts.groupby("trained", sort=False)[CAPACITY].mean().round(2).convert_dtypes()
     tables |= {"harm": [tabulate_frontiers(evidence, **HARM)], "capacity": [facts.reset_index()]}
-    answers, tables["free"] = tabulate_answers(evidence), [tabulate_free_wording(evidence)]
-    tables |= {"headline": [], "answers": [answers[:1]], "ten_answers": [answers[:10]]}
+    tables |= {"free": [tabulate_free_wording(evidence)], "headline": [], "ladder": []}
+    answers = tabulate_answers(evidence)
+    tables |= {"answers": [answers[:1]], "ten_answers": [answers[:10]]}
     empty = "arms shares other_sets kinds costs parts skills sizes groups steps contrasts"
     tables |= dict.fromkeys(empty.split(), [pd.DataFrame()])
     if cells.empty:
@@ -239,11 +239,11 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     parts = evidence.runs[evidence.runs.part.notna() & is_reported]
     if not parts.empty:
         tables["parts"] = [tabulate_shares(label_rows(tabulate_cells(evidence, parts)))]
-    kinds = select_headline(cells).groupby([*CELL, "set"], sort=False)
+    kinds = select_arms(cells, figures.LADDER).groupby([*CELL, "set"], sort=False)
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:z.0%}".format, v)))
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
-    rule = "data == 'sft' & arm in ['fft', 'fft_frozen', 'study_tuned', 'all_r8', 'all_r32']"
+    rule = f"data == 'sft' & arm in {figures.HEADLINE[1:]}"
     main = evidence.final[evidence.final.base.str.endswith(MAIN_BASE)].query(rule)
     main = main[main.outcomes.astype(bool)].sort_values(["size", "epochs"], ascending=[False, True])
     paths = pd.concat(claims.find_paths(evidence, arm) for arm in PATH_ARMS).query("seed == 1")
@@ -251,14 +251,14 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     several = reported[reported.groupby(["size", "cell"]).seed.transform("nunique") > 1]
     several = several.assign(title=several.title + several.seed.map(", seed {}".format))
     seeds = pd.concat([reported, several])
-    groups = {"groups": (main.query("seed == 1"), "tune")}
-    groups |= {"sizes": (main[main.id.isin(reported.id)],), "skills": (seeds,), "steps": (paths,)}
+    groups = {"groups": (main.query("seed == 1"), "tune"), "skills": (seeds,), "steps": (paths,)}
+    groups |= {"sizes": (reported.query("usual in @figures.HEADLINE"),)}
     for name, options in groups.items():
-        table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS[:-1]].T
+        table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
-    tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @README_ARMS")))
+    tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @figures.HEADLINE")))
     return tables | {
-        "arms": [tabulate_sizes(select_headline(cells, README_ARMS))],
+        "arms": [tabulate_sizes(select_arms(cells, figures.HEADLINE))],
         "shares": [tabulate_shares(cells[cells["set"].isin(MAIN_SETS)])],
         "other_sets": [tabulate_shares(cells[~cells["set"].isin(MAIN_SETS)])],
         "kinds": [kinds.reset_index()],

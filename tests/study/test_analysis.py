@@ -16,7 +16,7 @@ from model.files import UserError
 from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
 
 NAMES = "headline arms shares kinds keeping harm capacity rates costs claims gates endings edition1"
-NAMES += " answers parts other_sets estimates sizes groups steps"
+NAMES += " answers parts other_sets estimates sizes groups steps ladder"
 PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES.split())
 
 
@@ -62,8 +62,7 @@ def test_shares_and_intervals(folder: Path) -> None:
     assert row.share == row.correct == pytest.approx(share)
     assert row["wrong fact"] == 0 and row.endless == pytest.approx(1 - share)
     assert row.above_chance == pytest.approx((share - 0.1) / 0.9)
-    clusters = np.arange(PROMPTS)[is_test] // 2
-    errors = np.bincount(clusters, marks[is_test] - share)
+    errors = np.bincount(np.arange(PROMPTS)[is_test] // 2, marks[is_test] - share)  # by cluster
     half = 1.96 * np.sqrt((errors**2).sum()) / is_test.sum()
     assert row.low == pytest.approx(share - half, abs=0.01)
     assert row.high == pytest.approx(share + half, abs=0.01)
@@ -76,9 +75,10 @@ def test_shares_and_intervals_over_skills(folder: Path) -> None:
     runs, marks = select_reported(evidence), np.array(list(spell_outcomes(0.5))) == "c"
     shares = [marks[(places % 10 > 0) & (places % 2 == i)].mean() for i in (0, 1)]
     table = tabulate_skills(evidence, runs).set_index("skill").filter(like="xs, LoRA on all")
-    assert table.loc[["skill 0", "skill 1"]].squeeze().tolist() == [f"{x:.0%}" for x in shares]
-    contrasts = tabulate_contrasts(evidence, runs).set_index(["size", "estimate"])
-    text = contrasts.loc[("xs", "all_r8"), "over skills"]
+    texts = table.loc[["skill 0", "skill 1"]].squeeze().str.split(" / ").tolist()  # sampled alike
+    assert texts == [[f"{x:.0%}"] * 2 for x in shares]
+    contrasts = tabulate_contrasts(evidence, runs).set_index(["size", "estimate", "decoding"])
+    text = contrasts.loc[("xs", "all_r8", "greedy"), "over skills"]
     assert text.endswith("[{:.2f}, {:.2f}]".format(*sorted(shares))) and shares[0] != shares[1]
     apart = runs[(runs.arm == "fft") == (runs.seed == 2)]  # no seed has both
     table = tabulate_contrasts(replace(evidence, final=apart), apart)
@@ -113,7 +113,7 @@ def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
     assert blocks == ["harm", "capacity", "answers", "other_sets"]
     assert "| s-lost | diverged |" in first[path]
     assert first[path].count("full fine-tuning, base rows |") == 1
-    assert {file.stem for file in first} == {"README", "headline", "endings", "keeping"}
+    assert {file.stem for file in first} == {"README", "headline", "ladder", "endings", "keeping"}
 
 
 def test_arms_must_start_alike(folder: Path, tmp_path: Path) -> None:
