@@ -184,7 +184,7 @@ def judge_gates(evidence: Evidence) -> pd.DataFrame:
 
 
 def judge_claims(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return one row per claim (verdict, fewest seeds, most bases), and one row per estimate.
+    """Return one row per claim (verdict, fewest seeds, most bases), and one per estimate.
 
     A claim gets no conclusion if a gate of one of its sizes does not hold.
     """

@@ -25,8 +25,8 @@ Figure = tuple[str, str] | None  # a title, and SVG
 DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
 MAIN_SETS = ["combinations", "unseen"]
 HEADLINE = ["study", "study_tuned", "all_r8", "all_r16", "all_r32", "all_r64", "fft_frozen", "fft"]
-LADDER = ["base", "fft_script", *HEADLINE[:2], "study_all", "square_r36", "study_all_tuned"]
-LADDER += [*HEADLINE[2:6], "all_r8_vocabulary", "all_r64_vocabulary", *HEADLINE[6:]]
+LADDER = "base fft_script study study_tuned study_all square_r36 study_all_tuned all_r8 all_r16"
+LADDER += " all_r32 all_r64 all_r8_vocabulary all_r64_vocabulary fft_frozen fft"
 
 
 def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
@@ -74,7 +74,7 @@ def draw_arms(title: str, arms: list[str], evidence: Evidence, cells: pd.DataFra
     """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
     if cells.empty or (rows := select_arms(cells, arms)).empty:
         return None
-    rates = rows.learning_rate.map(", {:g}".format).where(rows.arm == "fft_script", "")  # of 3
+    rates = rows.learning_rate.map(", {:g}".format).where(rows.arm == "fft_script", "")  # it has 3
     table = rows.assign(y=rows.title.str.removesuffix(", preliminary") + rates)
     table["series"] = table["set"] + ", " + table.decoding.map(DECODING_TITLES)
     table = table.rename(columns={"share": "x", "size": "panel"})
@@ -103,11 +103,11 @@ def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> Figure:
         return None
     table, texts = pd.concat(rows), ("correct combinations", "correct unseen things")
     best = table.groupby("series", sort=False).y.max().map("{:.0%}".format)
-    title = f"LoRA keeps unseen things. Best checkpoint: {', '.join(best.index + ' ' + best)}"
+    title = f"LoRA answers more unseen things. At best: {', '.join(best.index + ' ' + best)}"
     return title, draw_panels(title, table, *texts)
 
 
-WORKS = "Size alone does not make every LoRA fail: r=8 on all linear layers works at each size"
-STEPS = "At xs rate and layers count, then rank"
-FIGURES = {"headline": partial(draw_arms, WORKS, HEADLINE), "endings": draw_endings}
-FIGURES |= {"ladder": partial(draw_arms, STEPS, LADDER), "keeping": draw_keeping}
+MESSAGE = "Size alone does not make every LoRA fail: r=8 on all layers answers most prompts"
+STEPS = "At xs rate, layers and rank matter"
+FIGURES = {"headline": partial(draw_arms, MESSAGE, HEADLINE), "endings": draw_endings}
+FIGURES |= {"ladder": partial(draw_arms, STEPS, LADDER.split()), "keeping": draw_keeping}

@@ -110,7 +110,7 @@ def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") 
     """Return correct combinations (test half: greedy / sampled): groups, then skills by mean."""
     prompts, shares = evidence.choose_prompts("combinations", half), {}
     groups = prompts.skill.map(GROUPS).fillna("other skills")
-    decodings = [*DECODING_TITLES][: 2 if half == "test" else 1]
+    decodings = [*DECODING_TITLES] if half == "test" else ["greedy"]
     for (row, seeds), decoding in product(label_rows(runs).groupby(CELL, sort=False), decodings):
         marks = pd.Series(analysis.mark_answers(seeds, prompts, decoding).mean(0), prompts.index)
         parts = [marks.groupby(by).mean() for by in (groups, prompts.skill)]
@@ -124,7 +124,7 @@ def tabulate_skills(evidence: Evidence, runs: pd.DataFrame, half: str = "test") 
 
 
 def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return estimates by size and decoding: of all prompts, and 3 other draws or choices."""
+    """Return estimates by size and decoding: all prompts, then as `views` says."""
     prompts, rows, condition = evidence.choose_prompts("combinations"), [], Condition(estimates=[])
     views = {"over prompts": prompts, "over skills": prompts.assign(cluster=prompts.skill)}
     views["without names, list edits"] = prompts[~prompts.skill.isin([*NAMING, *EDITING])]
@@ -239,11 +239,11 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     parts = evidence.runs[evidence.runs.part.notna() & is_reported]
     if not parts.empty:
         tables["parts"] = [tabulate_shares(label_rows(tabulate_cells(evidence, parts)))]
-    kinds = select_arms(cells, figures.LADDER).groupby([*CELL, "set"], sort=False)
+    kinds = select_arms(cells, figures.LADDER.split()).groupby([*CELL, "set"], sort=False)
     kinds = kinds[[*KINDS, "above chance"]].agg(lambda v: " / ".join(map("{:z.0%}".format, v)))
     means = label_rows(reported).groupby(CELL, sort=False)[[*COSTS]].mean()
     costs = pd.DataFrame({title: means[name].map(form) for name, (title, form) in COSTS.items()})
-    rule = f"data == 'sft' & arm in {figures.HEADLINE[1:]}"
+    rule = f"data == 'sft' & arm != 'study' & arm in {figures.HEADLINE}"
     main = evidence.final[evidence.final.base.str.endswith(MAIN_BASE)].query(rule)
     main = main[main.outcomes.astype(bool)].sort_values(["size", "epochs"], ascending=[False, True])
     paths = pd.concat(claims.find_paths(evidence, arm) for arm in PATH_ARMS).query("seed == 1")

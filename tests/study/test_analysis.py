@@ -75,7 +75,7 @@ def test_shares_and_intervals_over_skills(folder: Path) -> None:
     runs, marks = select_reported(evidence), np.array(list(spell_outcomes(0.5))) == "c"
     shares = [marks[(places % 10 > 0) & (places % 2 == i)].mean() for i in (0, 1)]
     table = tabulate_skills(evidence, runs).set_index("skill").filter(like="xs, LoRA on all")
-    texts = table.loc[["skill 0", "skill 1"]].squeeze().str.split(" / ").tolist()  # sampled alike
+    texts = table.loc[["skill 0", "skill 1"]].squeeze().str.split(" / ").tolist()
     assert texts == [[f"{x:.0%}"] * 2 for x in shares]
     contrasts = tabulate_contrasts(evidence, runs).set_index(["size", "estimate", "decoding"])
     text = contrasts.loc[("xs", "all_r8", "greedy"), "over skills"]
