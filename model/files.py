@@ -1,4 +1,4 @@
-"""The lowest layer: errors for users, and files written whole or not at all."""
+"""Write files whole or not at all; raise errors with a message for users."""
 
 import argparse
 import hashlib

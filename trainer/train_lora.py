@@ -1,4 +1,4 @@
-r"""LoRA on conversations: the base is frozen, low-rank updates of chosen linears train.
+r"""Train LoRA on conversations: low-rank updates of chosen linear layers, a frozen base.
 
     python trainer/train_lora.py                            # the small world, from model/base_xs
     python trainer/train_lora.py --lora_name lora_s --from_weight out/pretrain_s \

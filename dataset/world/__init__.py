@@ -1,1 +1,1 @@
-"""A small true world: facts, wordings, pretraining text and instructions that code can check."""
+"""A small world of true facts: pretraining text, and instructions that code can check."""

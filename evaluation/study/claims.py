@@ -1,4 +1,4 @@
-"""The claims' rules: estimates that need more than a sum of shares, and verdicts."""
+"""Judge claims and gates; compute C9's frontiers and C12's correlation."""
 
 import re
 from itertools import product

@@ -1,6 +1,6 @@
-"""Data that the study makes: pairs mixed with text, random facts, tokenizers with unused rows.
+"""Make the study's data: pairs mixed with text, random facts, tokenizers with unused rows.
 
-All of it is made anew at each call, from the world alone: the same world gives the same bytes.
+Each call makes all data anew. The same world gives the same bytes.
 Random facts fill a model: each has one of 256 values, 8 bits that nothing predicts.
 """
 

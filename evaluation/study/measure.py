@@ -6,7 +6,7 @@ r"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL
 
 run.py calls it in a process of its own for each run. --add_to RUN measures a checkpoint that
 update_analysis.py made from RUN, as line RUN@read_rows of runs.jsonl. prompts.csv has the prompts
-in the order of the outcome strings. NLL by sequence covers combinations.
+in the order of a line's answers. NLL by sequence covers combinations.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The study's results on disk: a line a run in runs.jsonl. nll.parquet is the first edition's."""
+"""Read and append results: runs.jsonl has a line for each run. nll.parquet is of edition 1."""
 
 import json
 from operator import itemgetter

@@ -1,4 +1,4 @@
-"""How probable the end token can become while the embedding and the final norm stay frozen.
+"""Print the end token's highest probability under a frozen embedding and final norm.
 
     python evaluation/updates/reachability.py out/pretrain out/other
 

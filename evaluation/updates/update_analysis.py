@@ -2,7 +2,7 @@ r"""What fine-tuning changed: dW = W - W0 of a checkpoint or an adapter, matrix 
 
     python evaluation/updates/update_analysis.py --base out/pretrain --tuned out/full_sft
 
-prints ranks and intruder dimensions, and shares of squared norm and of parameters by
+prints ranks, singular vectors far from all of W0's, and shares of squared norm and parameters by
 kind of module. <tuned>/update_analysis.json has these, and the shares by layer. With one of these
 flags it writes checkpoints with a part of the update instead, for eval_llm.py and transformers:
 

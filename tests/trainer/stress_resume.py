@@ -3,12 +3,10 @@
     make stress                                                        # every case
     python tests/trainer/stress_resume.py --case "lora, bfloat16, dropout" --kills 2
 
-For each case a run of a tiny model goes undisturbed to its end. Then the same run is started,
-killed with SIGKILL at a moment drawn uniformly from the time that the undisturbed one took,
-continued with --from_resume and killed again, until one comes to its end before its kill; then the
-next begins. Of two processes sometimes one alone is killed, and the other 1 s later, as torchrun
-does. Processes are forks of one that has imported the libraries, so that most kills fall into
-training.
+For each case a tiny model trains undisturbed. The same run then starts again, gets SIGKILL at a
+random moment, continues with --from_resume, and so on, until it ends before its kill. Of two
+processes sometimes one is killed, and the other 1 s later, as torchrun does. Processes are forks
+of one that has imported the libraries, so most kills fall into training.
 
 What must be equal, bit for bit: the final weights, all of the last resume file, every row of
 metrics.jsonl, and run.json, but for clocks, memory and the list of continuations.
