@@ -103,7 +103,7 @@ def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> Figure:
         return None
     table, texts = pd.concat(rows), ("correct combinations", "correct unseen things")
     best = table.groupby("series", sort=False).y.max().map("{:.0%}".format)
-    title = f"LoRA answers more unseen things. At best: {', '.join(best.index + ' ' + best)}"
+    title = f"LoRA answers more unseen things. Here at best {', '.join(best.index + ' ' + best)}"
     return title, draw_panels(title, table, *texts)
 
 

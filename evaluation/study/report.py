@@ -139,10 +139,10 @@ def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["size", "estimate", "decoding", *views])
 
 
-def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:
-    """Read the saved answers of every completed run that has a folder of this name."""
+def read_answers(evidence: Evidence, place: Path, suffix: str = "") -> Iterator[pd.DataFrame]:
+    """Read the saved answers of every completed run that has a folder of this name there."""
     for run in evidence.final.itertuples():
-        if (path := OUTPUT_DIR / (run.id + suffix) / "samples.jsonl").is_file():
+        if (path := place / (run.id + suffix) / "samples.jsonl").is_file():
             table = pd.read_json(path, lines=True, dtype=False)
             yield table.assign(trained=f"{run.size}, {run.title}")
 
@@ -150,7 +150,7 @@ def read_answers(evidence: Evidence, suffix: str) -> Iterator[pd.DataFrame]:
 def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
     """Return answers to prompts of the tuning half: a column an arm, wrong ones with their kind."""
     columns = {}
-    for table in read_answers(evidence, "-probe_combinations_tune"):
+    for table in read_answers(evidence, RESULTS_DIR / "answers", "-probe_combinations_tune"):
         kinds = (" *(" + table.outcome + ")*").where(table.outcome != "correct", "")
         columns |= {"prompt": table.prompt.map(escape_markdown)}
         columns |= {table.trained[0]: table.output.map(escape_markdown) + kinds}
@@ -160,7 +160,7 @@ def tabulate_answers(evidence: Evidence) -> pd.DataFrame:
 def tabulate_free_wording(evidence: Evidence) -> pd.DataFrame:
     """Return correct greedy answers to the prompts in free wording: a row an arm, by section."""
     rows = []
-    for table in read_answers(evidence, ""):
+    for table in read_answers(evidence, OUTPUT_DIR):
         greedy = table[table.decoding == "greedy"]
         groups = greedy.outcome.eq("correct").groupby(greedy.section, sort=False)
         texts = groups.agg(lambda v: f"{v.sum()} of {len(v)}")

@@ -25,18 +25,13 @@ s-whole42 all_r8_vocabulary@2e-3"""
 
 @pytest.mark.parametrize("place", PLACES.splitlines())
 def test_recovery(place: str) -> None:
-    """R = (L_base - L_arm) / (L_base - L_FFT), over the seeds that both arms have.
-
-    L: nats of the test conversations, those of odd index, in the mean over seeds.
-    """
+    """R = (L_base - L_arm) / (L_base - L_FFT). L: mean nats of conversations of odd index."""
     base, cell = place.split()
     row = CELLS.loc[(base, cell)]
     variant = "" if row.variant == "main" else f"-{row.variant}"
     seeds = range(1, int(row.seeds) + 1)
     arm = [f"{base}-{row.arm}{variant}-lr{row.learning_rate}-s{seed}" for seed in seeds]
     full = [f"{base}-{FULL[row['size']]}-s{seed}" for seed in seeds]
-    base, arm, full = (
-        np.mean([NATS[run][1::2].astype(float).sum() for run in runs])
-        for runs in ([base], arm, full)
-    )
+    sums = {run: NATS[run][1::2].astype(float).sum() for run in (base, *arm, *full)}
+    base, arm, full = (np.mean([sums[run] for run in runs]) for runs in ([base], arm, full))
     assert (base - arm) / (base - full) == pytest.approx(row.R, abs=2e-4), cell
