@@ -1,9 +1,8 @@
 """Compute the second edition's shares of answers, with intervals, by cell.
 
 A cell is an arm at 1 rate, with all its seeds. Its name, without parts that have their default, is
-`arm[*rate][/epochs][~pairs][@base][^start][#data][+part]`. The bootstrap draws
-training seeds and clusters of test prompts with replacement, the same for all arms that are
-compared. A cluster holds the prompts on a thing, or on a thing and a skill.
+`arm[*rate][/epochs][~pairs][@base][^start][#data][+part]`. The bootstrap draws training seeds and
+clusters of prompts (on a thing, or on a thing and a skill), the same for all arms compared.
 """
 
 import re

@@ -4,9 +4,8 @@ r"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL
     python evaluation/study/measure.py out/study/RUN_read_rows --sets combinations unseen \
         --add_to RUN --output record.json
 
-run.py calls it in a process of its own for each run. --add_to RUN measures a checkpoint that
-update_analysis.py made from RUN, as line RUN@read_rows of runs.jsonl. prompts.csv has the prompts
-in the order of a line's answers. NLL by sequence covers combinations.
+run.py calls it for each run. --add_to RUN measures a checkpoint that update_analysis.py made from
+RUN, as line RUN@read_rows of runs.jsonl. prompts.csv has the prompts in the order of the answers.
 """
 
 import argparse

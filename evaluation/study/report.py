@@ -256,6 +256,10 @@ def make_tables(evidence: Evidence, cells: pd.DataFrame) -> dict[str, list[pd.Da
     for name, options in groups.items():
         table = tabulate_skills(evidence, *options).set_index("skill").loc[HEADS].T
         tables[name] = [table.rename_axis("trained, rate").reset_index().replace(SHORT, regex=True)]
+    others = main[~main.id.isin(reported.id) & main.outcomes.map(lambda found: "unseen" in found)]
+    if not others.empty:
+        shares = label_rows(tabulate_cells(evidence, others)).query("set in @MAIN_SETS")
+        tables["groups"].append(tabulate_shares(shares))
     tables["skills"].append(tabulate_skills(evidence, reported.query("usual in @figures.HEADLINE")))
     return tables | {
         "arms": [tabulate_sizes(select_arms(cells, figures.HEADLINE))],

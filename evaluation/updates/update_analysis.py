@@ -3,13 +3,11 @@ r"""What fine-tuning changed: dW = W - W0 of a checkpoint or an adapter, matrix 
     python evaluation/updates/update_analysis.py --base out/pretrain --tuned out/full_sft
 
 prints ranks, singular vectors far from all of W0's, and shares of squared norm and parameters by
-kind of module. <tuned>/update_analysis.json has these, and the shares by layer. With one of these
-flags it writes checkpoints with a part of the update instead, for eval_llm.py and transformers:
+kind of module (by layer: <tuned>/update_analysis.json). These flags write a part of the update:
 
     --truncate 1 2 4 8 16     <tuned>_rank<r>: dW of each linear layer cut to rank r, not of others
     --keep square mlp,norms   <tuned>_only_<parts>: the base, and the update of these parts alone
-    --restore_rows FILE...    <tuned>_read_rows: the tuned model, with the base's embedding rows of
-                              tokens that are in none of these conversations
+    --restore_rows FILE...    <tuned>_read_rows: the base's embedding rows for tokens in no FILE
 """
 
 import argparse
