@@ -3,11 +3,11 @@ r"""What fine-tuning changed: dW = W - W0 of a checkpoint or an adapter, matrix 
     python evaluation/updates/update_analysis.py --base out/pretrain --tuned out/full_sft
 
 prints ranks, singular vectors far from all of W0's, and shares of squared norm and parameters by
-kind of module (by layer: <tuned>/update_analysis.json). These flags write a part of the update:
+kind of module (by layer: <tuned>/update_analysis.json). These flags write checkpoints instead:
 
     --truncate 1 2 4 8 16     <tuned>_rank<r>: dW of each linear layer cut to rank r, not of others
     --keep square mlp,norms   <tuned>_only_<parts>: the base, and the update of these parts alone
-    --restore_rows FILE...    <tuned>_read_rows: the base's embedding rows for tokens in no FILE
+    --restore_rows FILE...    <tuned>_read_rows: tuned, but W0's embedding rows of tokens in no FILE
 """
 
 import argparse
