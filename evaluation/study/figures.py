@@ -187,7 +187,7 @@ def draw_rungs(ax: Axes, bars: pd.DataFrame) -> None:
 @figure("gap")
 def draw_gap(evidence: Evidence) -> tuple[str, str] | None:
     """Draw the gap of full fine-tuning to all-layer LoRA by size, with intervals."""
-    title = "All-layer LoRA is furthest behind full fine-tuning in the smallest model"
+    title = "Low-rank LoRA is furthest behind full fine-tuning in the smallest model"
     prompts = evidence.choose_prompts("composition")
     lines = {}
     for name in ("r8", "width16"):
@@ -479,10 +479,12 @@ def draw_forecasts(evidence: Evidence) -> tuple[str, str] | None:
     """Draw what was found against what was predicted, a mark a forecast."""
     table = pd.read_csv(RESULTS_DIR / "forecasts.csv")
     errors = (table.found - table.predicted).abs()
-    is_first = table.date == table.date.min()  # with the rules, before the first runs
+    is_first = table.stage == "with the rules"
+    first_error = errors[is_first].median()
+    later_error = errors[~is_first].median()
     title = (
-        f"Before the first runs our forecasts were off by {errors[is_first].median():.0f} points "
-        f"in the median, later by {errors[~is_first].median():.0f}"
+        f"Our first forecasts were off by {first_error:.0f} points in the median, "
+        f"later ones by {later_error:.0f}"
     )
     with mpl.rc_context(STYLE):
         fig, axes = start_figure(title, 4.6)
@@ -504,7 +506,7 @@ def draw_forecasts(evidence: Evidence) -> tuple[str, str] | None:
             "o",
             color=ORANGE,
             markersize=6,
-            label=f"{len(first)} before the first runs",
+            label=f"{len(first)} fixed with the rules",
         )
         ax.set_aspect("equal")
         ax.set_xlabel("predicted, percent or points")
@@ -551,7 +553,7 @@ def draw_asking(evidence: Evidence) -> tuple[str, str] | None:
     if len(bare) and (bare <= FAILS).all():
         title = "Asked without the template that it was trained with, every LoRA fails"
     with mpl.rc_context(STYLE):
-        fig, axes = start_figure(title, 4.3, ncols=len(panels), sharey=len(panels) == 1)
+        fig, axes = start_figure(title, 5.4, ncols=len(panels))
         for ax, (size, table) in zip(axes, panels.items(), strict=True):
             draw_asked(ax, table)
             ax.set_title(f"{SIZES[size]} parameters", loc="left", fontsize=10)
@@ -631,7 +633,7 @@ def draw_asked(ax: Axes, table: pd.DataFrame) -> None:
     ax.set_yticks(range(len(arms)), [ASKED_TITLES[arm] for arm in arms])
     ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.1)
+    ax.set_xlim(0, 1.25)
     ax.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
     show_percent(ax.xaxis)
-    ax.set_xlabel("correct answers, composition")
+    ax.set_xlabel("correct, composition")

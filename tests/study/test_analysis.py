@@ -18,7 +18,14 @@ from evaluation.study.analysis import (
 )
 from evaluation.study.frontiers import find_frontier, find_paths, list_points
 from model.files import UserError
-from tests.study.synthetic import list_outcomes, make_line, make_run, make_study, write_lines
+from tests.study.synthetic import (
+    list_outcomes,
+    make_line,
+    make_run,
+    make_study,
+    spell,
+    write_lines,
+)
 
 
 @pytest.fixture
@@ -30,33 +37,45 @@ def evidence(tmp_path: Path) -> Evidence:
 
 def test_combinations_are_two_outcomes(evidence: Evidence) -> None:
     """Plain questions stand apart from composition; the index is the place in outcome strings."""
-    assert evidence.choose_prompts("composition").index.tolist() == [*range(4, 16)]
-    assert evidence.choose_prompts("plain").index.tolist() == [*range(16, 20)]
-    assert evidence.choose_prompts("combinations").index.tolist() == [*range(4, 20)]
-    assert evidence.choose_prompts("composition", "tune").index.tolist() == [*range(4)]
-    assert evidence.choose_prompts("unseen").index.tolist() == [*range(2, 6)]
+    expected = {
+        "composition": range(4, 16),
+        "plain": range(16, 20),
+        "combinations": range(4, 20),
+        "unseen": range(2, 6),
+    }
+    for name, places in expected.items():
+        prompts = evidence.choose_prompts(name)
+        assert prompts.index.tolist() == list(places)
+    tuning = evidence.choose_prompts("composition", "tune")
+    assert tuning.index.tolist() == [0, 1, 2, 3]
 
 
 def test_shares_are_means_over_runs(evidence: Evidence) -> None:
     """Full fine-tuning has 9, 10, 11 of 12 compositions, 1 of 4 plain, 2 of 4 unseen things."""
     runs = evidence.find_cell("fft", "xs")
-    shares = {}
-    for name in ("composition", "plain", "unseen"):
-        shares[name] = estimate_share(runs, evidence.choose_prompts(name), "greedy")
-    assert shares["composition"].by_seed == pytest.approx((9 / 12, 10 / 12, 11 / 12))
-    assert shares["composition"].value == pytest.approx(10 / 12)
-    assert (shares["plain"].value, shares["unseen"].value) == (0.25, 0.5)
-    assert estimate_share(runs.iloc[:0], evidence.choose_prompts("plain"), "greedy") is None
-    wrong = mark_answers(runs, evidence.choose_prompts("plain"), "greedy", "wrong fact")
+    plain = evidence.choose_prompts("plain")
+    unseen = evidence.choose_prompts("unseen")
+    composition = evidence.choose_prompts("composition")
+    share = estimate_share(runs, composition, "greedy")
+    assert share.by_seed == pytest.approx((9 / 12, 10 / 12, 11 / 12))
+    assert share.value == pytest.approx(10 / 12)
+    assert estimate_share(runs, plain, "greedy").value == 0.25
+    assert estimate_share(runs, unseen, "greedy").value == 0.5
+    nothing = runs.iloc[:0]
+    assert estimate_share(nothing, plain, "greedy") is None
+    wrong = mark_answers(runs, plain, "greedy", "wrong fact")
     assert wrong.tolist() == [[0, 1, 1, 1]] * 3
 
 
 def test_t_interval_by_hand() -> None:
     """With 3 runs it is the mean and 4.303 times the deviation over the root of 3."""
-    gap = Estimate(0.2, 0.1, 0.3, (0.1, 0.2, 0.3))
+    gap = Estimate(value=0.2, low=0.1, high=0.3, by_seed=(0.1, 0.2, 0.3))
     half = 4.302653 * 0.1 / 3**0.5
-    assert gap.t_interval() == pytest.approx((0.2 - half, 0.2 + half))
-    assert Estimate(0.2, 0.1, 0.3, (0.1, 0.3)).t_interval() is None
+    low, high = gap.t_interval()
+    assert low == pytest.approx(0.2 - half)
+    assert high == pytest.approx(0.2 + half)
+    of_two = Estimate(value=0.2, low=0.1, high=0.3, by_seed=(0.1, 0.3))
+    assert of_two.t_interval() is None
 
 
 def test_bootstrap_of_few_clusters_by_hand(evidence: Evidence) -> None:
@@ -67,8 +86,10 @@ def test_bootstrap_of_few_clusters_by_hand(evidence: Evidence) -> None:
     letters = "f" * 16 + "cffc"
     runs = runs.assign(outcomes=[{"combinations": {"greedy": letters}}])
     share = estimate_share(runs, prompts, "greedy")
-    assert (share.value, share.low, share.high) == (0.5, 0, 1)
-    alike = estimate_share(runs, prompts.assign(cluster="one"), "greedy")
+    assert share.value == 0.5
+    assert (share.low, share.high) == (0, 1)
+    one_cluster = prompts.assign(cluster="one")
+    alike = estimate_share(runs, one_cluster, "greedy")
     assert (alike.low, alike.high) == (0.5, 0.5)
 
 
@@ -80,19 +101,26 @@ def test_gaps_are_over_the_runs_of_both(evidence: Evidence) -> None:
     gap = estimate_gap(above, below, prompts, "greedy")
     assert gap.by_seed == pytest.approx((3 / 12, 4 / 12, 2 / 12))
     assert gap.low < gap.value < gap.high
-    later = estimate_gap(above, below[below.seed > 1], prompts, "greedy")
-    assert later.by_seed == pytest.approx((4 / 12, 2 / 12))
-    assert estimate_gap(above[above.seed == 1], below[below.seed > 1], prompts, "greedy") is None
+    later = below[below.seed > 1]
+    gap_later = estimate_gap(above, later, prompts, "greedy")
+    assert gap_later.by_seed == pytest.approx((4 / 12, 2 / 12))
+    first = above[above.seed == 1]
+    assert estimate_gap(first, later, prompts, "greedy") is None
 
 
 def test_cells_have_names_without_what_is_usual(evidence: Evidence) -> None:
     """A tuned arm stands for its best rate with all seeds; other rates are named and not shown."""
-    assert evidence.find_cell("fft", "xs").learning_rate.tolist() == [1e-3] * 3
-    assert evidence.find_cell("fft*0.002", "xs").seed.tolist() == [1]
-    table = tabulate_cells(evidence, select_reported(evidence), ["composition", "unseen"])
+    tuned = evidence.find_cell("fft", "xs")
+    assert tuned.learning_rate.tolist() == [1e-3] * 3
+    higher = evidence.find_cell("fft*0.002", "xs")
+    assert higher.seed.tolist() == [1]
+    reported = select_reported(evidence)
+    table = tabulate_cells(evidence, reported, ["composition", "unseen"])
     assert set(table.cell) == {"base", "fft", "all_r8", "study"}
-    row = table[(table.cell == "all_r8") & (table["set"] == "composition")].iloc[0]
-    assert row.share == row.correct == pytest.approx(21 / 36)
+    rows = table.set_index(["cell", "set", "decoding"])
+    row = rows.loc["all_r8", "composition", "greedy"]
+    assert row.share == pytest.approx(21 / 36)
+    assert row.correct == pytest.approx(21 / 36)
     assert row["wrong fact"] == pytest.approx(15 / 36)
 
 
@@ -113,14 +141,19 @@ def test_a_rate_at_the_edge_stands_for_its_arm_and_is_marked(tmp_path: Path) -> 
         lines.append(make_line(run, list_outcomes(tune, 8)))
     for rate, tune in ((5e-4, 1), (1e-3, 4), (2e-3, 1)):
         run = make_run("m26", "all_r8", rate, 1, epochs=1)
-        lines.append(make_line(run, {"combinations": "c" * tune + "f" * (4 - tune)}))
-    lines.append(make_line(make_run("m26", "all_r8", 1e-3, 1), list_outcomes(4, 6)))
+        lines.append(make_line(run, {"combinations": spell(tune, 4)}))
+    reported = make_run("m26", "all_r8", 1e-3, 1)
+    lines.append(make_line(reported, list_outcomes(4, 6)))
     write_lines(tmp_path, lines)
     evidence = load_evidence(tmp_path)
     marks = evidence.runs.set_index("cell")["mark"]
-    assert (marks["fft"], marks["fft*0.0002"], marks["fft*0.0002/1"]) == ("‡", "", "")
-    assert (marks["all_r8"], marks["all_r8/1"]) == ("†", "")
-    assert evidence.find_cell("fft", "m26").learning_rate.tolist() == [1e-4]
+    assert marks["fft"] == "‡"
+    assert marks["fft*0.0002"] == ""
+    assert marks["fft*0.0002/1"] == ""
+    assert marks["all_r8"] == "†"
+    assert marks["all_r8/1"] == ""
+    full = evidence.find_cell("fft", "m26")
+    assert full.learning_rate.tolist() == [1e-4]
 
 
 def test_round_3_stands_apart(tmp_path: Path) -> None:
@@ -152,7 +185,8 @@ def test_frontiers_by_hand(tmp_path: Path) -> None:
     run = make_run("xs", "fft", 1e-3, 1)
     lines = make_study()[:1]
     for step, right, kept in ((100, 6, 2), (200, 9, 1), (0, 12, 0)):
-        outcomes = list_outcomes(4, right) | {"unseen": "ff" + "c" * kept + "f" * (4 - kept)}
+        outcomes = list_outcomes(4, right)
+        outcomes["unseen"] = "ff" + spell(kept, 4)
         name = f"{run.id}@{step}" if step else run.id
         lines.append(make_line(run, outcomes, id=name, step=step or 300))
     write_lines(tmp_path, lines)
@@ -162,4 +196,5 @@ def test_frontiers_by_hand(tmp_path: Path) -> None:
     points = list_points(evidence, paths, ("composition", "unseen"), "greedy")
     levels = np.array([0.4, 0.5, 0.6, 0.75, 0.8])
     assert find_frontier(points, levels) == [0.5, 0.5, 0.25, 0.25, 0]
-    assert np.isnan(find_frontier(points, np.array([1.01]))[0])
+    (unreached,) = find_frontier(points, np.array([1.01]))
+    assert np.isnan(unreached)
