@@ -125,12 +125,21 @@ def find_base(folder: str | Path) -> str | Path:
     raise UserError(f"{path}: the base {named!r} is not there; put it back")
 
 
-def load_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None) -> Checkpoint:
-    """Load a model, or an adapter on its base, and the tokenizer named, its own or its base's."""
+def load_checkpoint(
+    path: str | Path,
+    tokenizer_path: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Checkpoint:
+    """Load a model, or an adapter on its base, and the tokenizer named, its own or its base's.
+
+    `base` puts an adapter on other weights than those that it was trained on.
+    """
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
-    base = find_base(path) if is_adapter else path
-    own = path if (Path(path) / TOKENIZER_FILES[0]).is_file() else base
-    model = load_model(base)
+    if base and not is_adapter:
+        raise UserError(f"{path}: is no adapter, so it cannot be put on {base}")
+    weights = base or (find_base(path) if is_adapter else path)
+    own = path if (Path(path) / TOKENIZER_FILES[0]).is_file() else weights
+    model = load_model(weights)
     if is_adapter:
-        load_lora(model, path)
+        load_lora(model, path, any_base=base is not None)
     return model.eval(), load_tokenizer(tokenizer_path or own, model.config.vocab_size)

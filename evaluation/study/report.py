@@ -22,7 +22,9 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
-from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
+from evaluation.probe.markdown import escape_markdown
+from evaluation.probe.names import read_names
+from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.probe.world_measure import tabulate_controls
 from evaluation.study import analysis, claims, figures
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
@@ -140,9 +142,11 @@ def tabulate_contrasts(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_answers(evidence: Evidence, place: Path, suffix: str = "") -> Iterator[pd.DataFrame]:
-    """Read the saved answers of every completed run that has a folder of this name there."""
+    """Read the saved answers of every completed run that has a folder there."""
+    names = read_names(place)["name"]
     for run in evidence.final.itertuples():
-        if (path := place / (run.id + suffix) / "samples.jsonl").is_file():
+        path = place / (names.get(run.id, run.id) + suffix) / "samples.jsonl"
+        if path.is_file():
             table = pd.read_json(path, lines=True, dtype=False)
             yield table.assign(trained=f"{run.size}, {run.title}")
 
