@@ -91,15 +91,11 @@ def read_saved(root: Path, folder: Path, row: pd.Series, names: pd.DataFrame) ->
     samples = [sample for _, sample in read_jsonl(folder / "samples.jsonl")]
     provenance = read_json(folder / "results.json")["provenance"]
     ways = list_ways(provenance, names)
-    answers = {}
-    for sample in samples:
-        if sample["decoding"] == "greedy":
-            answers[sample["id"], sample["prompt"]] = sample
     return Saved(
         name=folder.name,
         description=f"The same model, {', '.join(ways)}." if ways else row["description"],
         is_earlier=is_earlier(samples, provenance),
-        answers=answers,
+        answers=select_greedy(samples),
         easy_answers={} if ways else read_easy_answers(root, run=row.name),
     )
 
@@ -110,11 +106,19 @@ def read_easy_answers(root: Path, run: str) -> dict[Prompt, dict]:
     if not folder.is_dir():
         return {}
     ours = {prompt.text: prompt for prompt in read_prompts(PROMPTS_FILE)}
-    answers = {}
+    samples = []
     for _, sample in read_jsonl(folder / "samples.jsonl"):
         if prompt := ours.get(sample["prompt"]):
-            ours_id = {"id": prompt.id, "section": prompt.section}
-            answers[prompt.id, prompt.text] = sample | ours_id
+            samples.append(sample | {"id": prompt.id, "section": prompt.section})
+    return select_greedy(samples)
+
+
+def select_greedy(samples: list[dict]) -> dict[Prompt, dict]:
+    """Select the greedy answers, by their prompts."""
+    answers = {}
+    for sample in samples:
+        if sample["decoding"] == "greedy":
+            answers[sample["id"], sample["prompt"]] = sample
     return answers
 
 
@@ -219,14 +223,14 @@ def make_answer_cell(model: Saved, asked: dict) -> str:
     sample = model.answers.get((asked["id"], asked["prompt"]))
     if sample is None:
         return "*not asked*"
-    text = escape_markdown(shorten(sample["output"])) or "*blank*"
+    text = escape_markdown(cut(sample["output"])) or "*blank*"
     if sample["outcome"] == "correct":
         text = f"✓ {text}"
     translation = sample["output_translation"]
-    return f"{text}<br>*{escape_markdown(shorten(translation))}*" if translation else text
+    return f"{text}<br>*{escape_markdown(cut(translation))}*" if translation else text
 
 
-def shorten(text: str) -> str:
+def cut(text: str) -> str:
     """Cut a long text; most of them repeat themselves without an end."""
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 

@@ -72,9 +72,9 @@ def print_models(summaries: dict[str, pd.DataFrame], nll: dict[str, dict[str, di
 def list_shares(summary: pd.DataFrame) -> dict[str, str]:
     """List a model's correct answers by section, and its answers that never end, in percent."""
     shares = {}
-    sections = dict.fromkeys(summary["section"])
-    del sections["all"]
-    for section in sections:
+    for section in summary["section"].unique():
+        if section == "all":
+            continue
         rows = summary.query("measure == 'correct' and section == @section")
         if not rows.empty:
             shares[escape_control(f"correct, {section}")] = join_percent(rows["value"])

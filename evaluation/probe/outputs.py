@@ -44,7 +44,8 @@ def describe_training(folder: Path) -> dict:
     elif stage in ("full_sft", "pretrain"):
         trainable = settings.get("trainable", "all")
         parts = "all weights" if trainable == "all" else trainable
-        title = "base" if stage == "pretrain" else TUNED.get(parts, f"fine-tuning of {parts}")
+        tuned = TUNED.get(trainable, f"fine-tuning of {trainable}")
+        title = "base" if stage == "pretrain" else tuned
     base = settings.get("from_weight")
     return {
         "title": title,
