@@ -38,7 +38,7 @@ from model.model_lora import ADAPTER_CONFIG
 from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device, limit
 
 # Flags that do not decide what a model answers, and are not told in a command.
-WITHOUT_EFFECT = {"model", "output_dir", "device", "show_answers"}
+NOT_IN_COMMAND = {"model", "output_dir", "device", "show_answers"}
 
 
 def make_probe_parser() -> argparse.ArgumentParser:
@@ -78,7 +78,8 @@ def check_args(args: argparse.Namespace) -> None:
     measured = [*(args.nll_data or []), *(args.text_nll_data or [])]
     if not (args.list or args.model):
         raise UserError("--model: name a checkpoint; --list shows what is there")
-    if len({name_folder(path) for path in args.model}) < len(args.model):
+    names = {name_run(name_folder(path), args.output_dir) for path in args.model}
+    if len(names) < len(args.model):
         raise UserError("--model: outputs have the folder's name; rename one of two")
     if args.judge in args.model:
         raise UserError("--judge: is a probed --model; give one that was trained apart")
@@ -108,14 +109,14 @@ def check_args(args: argparse.Namespace) -> None:
         Decoding.parse(name)
 
 
-def make_command(args: argparse.Namespace, path: Path) -> str:
+def make_probe_command(args: argparse.Namespace, path: Path) -> str:
     """Return the command that probes a model alone in the same way.
 
     Paths outside the repository are shortened to their names.
     """
     words = ["python", "eval_llm.py", "--model", shorten_path(path)]
     for name, value in vars(args).items():
-        if name in WITHOUT_EFFECT or value == make_probe_parser().get_default(name):
+        if name in NOT_IN_COMMAND or value == make_probe_parser().get_default(name):
             continue
         words.append(f"--{name}")
         if value is not True:
@@ -213,7 +214,7 @@ def run_probes(args: argparse.Namespace) -> None:
                     key: value | {"sequences": "in nll.json"} for key, value in nll[name].items()
                 },
                 "provenance": outputs.describe_probe(path, args)
-                | {"command": make_command(args, path)},
+                | {"command": make_probe_command(args, path)},
             }
             outputs.write_outputs(folder, answers[name], summaries[name], results)
         print(escape_control(f"wrote {folder}"))

@@ -19,7 +19,7 @@ SHOWN_PROMPTS = 5  # of a section
 SHOWN_OTHERWISE = 3  # prompts, where a model was asked in several ways
 LONGEST = 160  # characters of an answer
 # Models side by side, of each size: a table can't hold more columns.
-COLUMNS = [
+SHOWN_MODELS = [
     "base",
     "lora-original",
     "lora-original-tuned-rate",
@@ -45,7 +45,7 @@ folder shows.
 
 ## Folders
 """
-EARLIER = """\
+STARRED = """\
 Folders with a star were asked with an earlier prompt file, whose prompts were all in free \
 wording. They wait for their models to be trained again."""
 EASY_ANSWERS = """\
@@ -59,7 +59,7 @@ OTHERWISE = """\
 Training always uses the chat template. MiniMind's scripts leave it out when they ask a LoRA of \
 the pretrained model, and by default they put a LoRA on the fine-tuned weights."""
 
-Prompt = tuple[str, str]  # its id and its words
+PromptKey = tuple[str, str]  # its id and its words
 
 
 @dataclass
@@ -69,10 +69,8 @@ class Saved:
     name: str
     description: str
     is_earlier: bool  # asked with an earlier prompt file
-    answers: dict[Prompt, dict]  # the greedy sample of each prompt
-    easy_answers: dict[
-        Prompt, dict
-    ]  # the same, of prompts in trained forms that it was asked apart
+    answers: dict[PromptKey, dict]  # the greedy sample of each prompt
+    easy_answers: dict[PromptKey, dict]  # to our prompts that the study asked apart
 
     @property
     def link(self) -> str:
@@ -100,7 +98,7 @@ def read_saved(root: Path, folder: Path, row: pd.Series, names: pd.DataFrame) ->
     )
 
 
-def read_easy_answers(root: Path, run: str) -> dict[Prompt, dict]:
+def read_easy_answers(root: Path, run: str) -> dict[PromptKey, dict]:
     """Read a run's answers to those of our prompts that the study asked apart."""
     folder = root / "evaluation" / "study" / "answers" / f"{run}-probe_combinations_tune"
     if not folder.is_dir():
@@ -113,7 +111,7 @@ def read_easy_answers(root: Path, run: str) -> dict[Prompt, dict]:
     return select_greedy(samples)
 
 
-def select_greedy(samples: list[dict]) -> dict[Prompt, dict]:
+def select_greedy(samples: list[dict]) -> dict[PromptKey, dict]:
     """Select the greedy answers, by their prompts."""
     answers = {}
     for sample in samples:
@@ -131,7 +129,7 @@ def make_outputs_readme(root: Path) -> str:
     models = {model.name: model for model in saved}
     lines = [INTRODUCTION, list_folders(saved), ""]
     if any(model.is_earlier for model in saved):
-        lines += [EARLIER, ""]
+        lines += [STARRED, ""]
     sizes = dict.fromkeys(model.name.partition("-")[0] for model in saved)
     for size in sizes:
         lines += [f"## {size} parameters", "", SIDE_BY_SIDE, ""]
@@ -152,7 +150,7 @@ def list_folders(saved: list[Saved]) -> str:
 
 def compare_models(size: str, models: dict[str, Saved]) -> list[str]:
     """Return lines of Markdown: a table a section, with a row a prompt and a column a model."""
-    names = [f"{size}-{name}" for name in COLUMNS]
+    names = [f"{size}-{name}" for name in SHOWN_MODELS]
     shown = [models[name] for name in names if name in models]
     lines = []
     if any(model.is_earlier and model.easy_answers for model in shown):

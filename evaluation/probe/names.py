@@ -24,13 +24,15 @@ WITHOUT_TEMPLATE = "-without-template"
 
 
 def read_names(outputs: Path) -> pd.DataFrame:
-    """Read names.csv of a folder of outputs: a row a run, with the run as index.
+    """Read names.csv of a folder of outputs: two rows a run, found by its id and by its name.
 
-    A folder without the file has no names.
+    Weights that ship lie in folders that have these names already. A folder of outputs without the
+    file has no names.
     """
     path = outputs / NAMES_FILE
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS_OF_NAMES)
-    return table.set_index("run")
+    by_name = table.drop(columns="run").set_index("name", drop=False)
+    return pd.concat([table.set_index("run"), by_name])
 
 
 def name_run(run: str, outputs: Path) -> str:
@@ -60,7 +62,7 @@ def list_named_folders(outputs: Path) -> list[tuple[Path, pd.Series]]:
 
     The other ways in which a model was asked come behind it.
     """
-    table = read_names(outputs)
+    table = read_names(outputs).drop_duplicates("name")  # found by their runs' ids
     folders = []
     for _, row in table.iterrows():
         for weights, has_template in product([None, *table["name"]], (True, False)):

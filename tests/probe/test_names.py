@@ -35,7 +35,10 @@ def test_a_table_names_runs_and_lists_their_folders(tmp_path, monkeypatch):
     assert list_named_folders(tmp_path) == []
     (tmp_path / "names.csv").write_text(TABLE)
     assert name_run("xs-fft-s1", tmp_path) == "1.3M-full"
-    assert name_run("mine", tmp_path) == "mine"
+    assert name_run("1.3M-full", tmp_path) == "1.3M-full" and name_run("mine", tmp_path) == "mine"
+    assert list(read_names(tmp_path).loc["1.3M-full"]) == list(
+        read_names(tmp_path).loc["xs-fft-s1"]
+    )
     names = ["1.3M-full", "1.3M-lora-on-full", "1.3M-lora-without-template", "1.3M-lora"]
     for name in [*names, "mine", "1.3M-full-mine"]:  # the last two are a user's own
         (tmp_path / name).mkdir()
@@ -52,7 +55,7 @@ def test_a_table_names_runs_and_lists_their_folders(tmp_path, monkeypatch):
 
 def test_the_studys_folders_have_names_and_are_let_in():
     table = read_names(OUTPUT_DIR)
-    assert table.index.is_unique and table["name"].is_unique
+    assert table.index.is_unique  # no run and no name twice
     assert not table.isna().any(axis=None)
     named = {folder.name for folder, _ in list_named_folders(OUTPUT_DIR)}
     assert set(table["name"]) <= named
