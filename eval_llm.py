@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_probe_parser().parse_args(argv)
     check_args(args)
     if args.list:
-        console.print_table(console.list_runs(args.list))
+        outputs.print_table(console.list_runs(args.list))
     elif args.interactive:
         torch.manual_seed(args.seeds[0])
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C

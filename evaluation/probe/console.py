@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from evaluation.probe.outputs import describe_training
+from evaluation.probe.outputs import describe_training, print_table
 from model.files import UserError, escape_control, read_json
 
 ANSWER_WIDTH = 160  # characters of an answer that are printed
@@ -23,12 +23,6 @@ RUN_COLUMNS = [
     "eval_loss",
 ]
 PRINTED_MEASURES = ["correct", "endless", "nll", "text_nll"]  # of differences
-
-
-def print_table(table: pd.DataFrame) -> None:
-    """Print a data frame without its index; missing values are dashes."""
-    whole = table.convert_dtypes().astype(object).fillna("-")
-    print(whole.to_markdown(index=False, disable_numparse=True))
 
 
 def print_answers(answers: dict[str, list[dict]], count: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from dataset.world.generate import write_records
+from evaluation.probe.markdown import escape_markdown as escape_markdown  # for importers
 from evaluation.probe.markdown import render_samples
 from evaluation.probe.names import name_folder
 from model.checkpoint import WEIGHTS_FILE
@@ -125,3 +126,9 @@ def write_outputs(
     rows = json.loads(summary.to_json(orient="records", double_precision=6))
     write_json(folder / "results.json", results | {"summary": rows})
     write_text(folder / "samples.md", render_samples(folder))
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """Print a data frame without its index; missing values are dashes."""
+    whole = table.convert_dtypes().astype(object).fillna("-")
+    print(whole.to_markdown(index=False, disable_numparse=True))

@@ -22,9 +22,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
-from evaluation.probe.markdown import escape_markdown
 from evaluation.probe.names import read_names
-from evaluation.probe.outputs import OUTPUT_DIR
+from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.probe.world_measure import tabulate_controls
 from evaluation.study import analysis, claims, figures
 from evaluation.study.analysis import Evidence, load_evidence, select_reported, tabulate_cells
