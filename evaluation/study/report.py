@@ -22,6 +22,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
+from evaluation.probe.baselines import tabulate_baselines
+from evaluation.probe.judgements import tabulate_judgements
 from evaluation.probe.names import read_names
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.probe.world_measure import tabulate_controls
@@ -287,7 +289,8 @@ def make_report(root: Path, folder: Path) -> dict[Path, str]:
     """Return the text of every file of the report by its path."""
     evidence = load_evidence(folder)
     cells = tabulate_cells(evidence, select_reported(evidence))
-    tables = make_tables(evidence, cells) | {"controls": [tabulate_controls()]}
+    controls = [tabulate_controls(), tabulate_baselines(), tabulate_judgements()]
+    tables = make_tables(evidence, cells) | {"controls": controls}
     tables |= {"edition1": [tabulate_edition1()], "speed": tabulate_speed(root)}
     files, titles = {}, {}
     for name, draw in FIGURES.items():
