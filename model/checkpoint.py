@@ -5,14 +5,14 @@ No code in a checkpoint is run. A config that the model does not compute is refu
 
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformers import GenerationConfig, LlamaConfig, Qwen3Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import cached_file
 
 from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json, write_text
-from model.model_lora import ADAPTER_CONFIG, load_lora
+from model.model_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_lora
 from model.model_minimind import Config, MiniMindForCausalLM, fill_model, list_weights
 from model.model_minimind import weights_fingerprint as weights_fingerprint  # for importers
 
@@ -45,6 +45,24 @@ def save_tokenizer(source: str | Path, folder: Path) -> None:
     for name in (*TOKENIZER_FILES, "special_tokens_map.json"):  # older ones have the last
         if (path := Path(source) / name).is_file():
             write_text(folder / name, path.read_text(encoding="utf-8"))
+
+
+def save_rounded(source: Path, folder: Path) -> None:
+    """Copy a saved model or adapter with its weights rounded to bfloat16, without its run files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ADAPTER_WEIGHTS, WEIGHTS_FILE):
+        if (source / name).is_file():
+            with safe_open(source / name, framework="pt") as file:
+                tensors = {key: file.get_tensor(key).bfloat16() for key in list(file.keys())}
+                metadata = file.metadata()
+            write_bytes(folder / name, save(tensors, metadata))
+    for name in (*TOKENIZER_FILES, ADAPTER_CONFIG, "generation_config.json"):
+        if (source / name).is_file():
+            write_text(folder / name, (source / name).read_text(encoding="utf-8"))
+    if (source / "config.json").is_file():
+        write_json(
+            folder / "config.json", read_json(source / "config.json") | {"dtype": "bfloat16"}
+        )
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -125,12 +143,21 @@ def find_base(folder: str | Path) -> str | Path:
     raise UserError(f"{path}: the base {named!r} is not there; put it back")
 
 
-def load_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None) -> Checkpoint:
-    """Load a model, or an adapter on its base, and the tokenizer named, its own or its base's."""
+def load_checkpoint(
+    path: str | Path,
+    tokenizer_path: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Checkpoint:
+    """Load a model, or an adapter on its base, and the tokenizer named, its own or its base's.
+
+    `base` puts an adapter on other weights than those that it was trained on.
+    """
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
-    base = find_base(path) if is_adapter else path
-    own = path if (Path(path) / TOKENIZER_FILES[0]).is_file() else base
-    model = load_model(base)
+    if base and not is_adapter:
+        raise UserError(f"{path}: is no adapter, so it cannot be put on {base}")
+    weights = base or (find_base(path) if is_adapter else path)
+    own = path if (Path(path) / TOKENIZER_FILES[0]).is_file() else weights
+    model = load_model(weights)
     if is_adapter:
-        load_lora(model, path)
+        load_lora(model, path, any_base=base is not None)
     return model.eval(), load_tokenizer(tokenizer_path or own, model.config.vocab_size)

@@ -293,8 +293,14 @@ def save_lora(
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
-    """Put a saved adapter (ours or PEFT's) on its own base, strictly; return its settings."""
+def load_lora(
+    model: MiniMindForCausalLM, folder: str | Path, any_base: bool = False
+) -> LoraSettings:
+    """Put a saved adapter (ours or PEFT's) on its own base, strictly; return its settings.
+
+    With `any_base` other weights of the same shape are taken as well. An adapter was not trained
+    for them; this shows what a script does that does not look.
+    """
     path = Path(folder) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -303,7 +309,7 @@ def load_lora(model: MiniMindForCausalLM, folder: str | Path) -> LoraSettings:
             trained_on = (file.metadata() or {}).get("base_fingerprint")
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
-    if trained_on not in (None, weights_fingerprint(model)):
+    if not any_base and trained_on not in (None, weights_fingerprint(model)):
         raise UserError(f"{folder}: was trained on another base, or its base has changed")
     settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
     weights = list_weights(model)

@@ -2,8 +2,10 @@
 
     python trainer/merge_lora.py --adapter out/lora --output_dir out/lora_merged
 
-The adapter is a folder of ours or of PEFT's. Transformers, vLLM and llama.cpp's converter load the
-result. An adapter on a tied head alone is refused: the merge would change the embedding as well.
+The adapter is a folder of ours or of PEFT's. Transformers loads the result without our code.
+llama.cpp's converter refuses it, because the converter knows tokenizers by a fixed list of hashes
+and ours are not in it. An adapter on a tied head alone is refused here, because the merge would
+change the embedding as well.
 """
 
 import sys

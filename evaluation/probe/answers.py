@@ -31,13 +31,7 @@ def probe(
     Without the chat template a prompt is its text after the first token of a text.
     """
     model, tokenizer = checkpoint
-    if has_template:
-        opened = encode_conversations(tokenizer, [prompt.messages for prompt in prompts], True)
-        encoded = [ids for ids, _ in opened]
-    else:
-        texts = encode_batch(tokenizer, [prompt.text for prompt in prompts], special=False)
-        first = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None)
-        encoded = [first + ids for ids in texts]
+    encoded = encode_prompts(tokenizer, prompts, has_template)
     limit = model.config.max_position_embeddings - max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) > limit:
@@ -51,6 +45,18 @@ def probe(
         for prompt, prompt_ids, ids in zip(prompts, encoded, answers, strict=True):
             samples.append(make_sample(tokenizer, prompt, prompt_ids, ids, name, seed))
     return samples
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], has_template: bool = True
+) -> list[list[int]]:
+    """Return the tokens of each prompt, as training opened it or as its text after the first."""
+    if has_template:
+        opened = encode_conversations(tokenizer, [prompt.messages for prompt in prompts], True)
+        return [ids for ids, _ in opened]
+    texts = encode_batch(tokenizer, [prompt.text for prompt in prompts], special=False)
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [first + ids for ids in texts]
 
 
 def make_sample(

@@ -42,9 +42,14 @@ def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
         tokenizer.add_tokens([f"<|unused{i}|>" for i in range(count)], special_tokens=True)
         tokenizer.save_pretrained(folder / name)
         return folder / name
-    if stem not in ("sft_mixed", "facts"):
+    makers = {
+        "facts": lambda: draw_facts(count),
+        "sft_mixed": lambda: mix_text(world),
+        "pretrain_pairs": lambda: add_pairs(world),
+    }
+    if stem not in makers:
         raise UserError(f"the study has no data {name!r}; mend study.toml")
-    records = draw_facts(count) if stem == "facts" else mix_text(world)
+    records = makers[stem]()
     write_records(path, records)
     return path
 
@@ -69,6 +74,19 @@ def mix_text(world: dict[str, Path]) -> list[dict]:
         if budget < 0:
             break
         records.append({"instruction": TEXT_PROMPT, "output": document["text"]})
+    return records
+
+
+def add_pairs(world: dict[str, Path]) -> list[dict]:
+    """Return the pretraining text, and each pair's turns as the lines of one more document.
+
+    MiniMind's pretraining text is cut from its fine-tuning text in this way; no role is named.
+    """
+    records = [record for _, record in read_jsonl(world["pretrain"])]
+    for _, record in read_jsonl(world["sft"]):
+        turns_of_pair = [turn["content"] for turn in record["conversations"]]
+        records.append({"text": "\n".join(turns_of_pair)})
+    random.Random(0).shuffle(records)
     return records
 
 

@@ -553,7 +553,8 @@ def draw_asking(evidence: Evidence) -> tuple[str, str] | None:
     if len(bare) and (bare <= FAILS).all():
         title = "Asked without the template that it was trained with, every LoRA fails"
     with mpl.rc_context(STYLE):
-        fig, axes = start_figure(title, 5.4, ncols=len(panels))
+        most = max(table.arm.nunique() for table in panels.values())
+        fig, axes = start_figure(title, 1.5 + 0.65 * most, ncols=len(panels))
         for ax, (size, table) in zip(axes, panels.items(), strict=True):
             draw_asked(ax, table)
             ax.set_title(f"{SIZES[size]} parameters", loc="left", fontsize=10)

@@ -8,6 +8,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from dataset.checks import KINDS
+from evaluation.probe.baselines import tabulate_baselines
+from evaluation.probe.judgements import tabulate_judgements
 from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.probe.world_measure import tabulate_controls
 from evaluation.study.analysis import (
@@ -441,7 +443,7 @@ def tabulate_free_wording(evidence: Evidence) -> Tables:
 @block("controls")
 def tabulate_all_controls(evidence: Evidence) -> Tables:
     """Return how often answers that follow no instruction are correct. A row is a control."""
-    return [tabulate_controls()]
+    return [tabulate_controls(), tabulate_baselines(), tabulate_judgements()]
 
 
 @block("edition1")

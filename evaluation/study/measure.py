@@ -4,8 +4,10 @@ r"""Measure one checkpoint on the world's probe files: kinds of answers, and NLL
     python evaluation/study/measure.py out/study/RUN_read_rows --sets combinations unseen \
         --add_to RUN --output record.json
 
-run.py calls it for each run. --add_to RUN measures a checkpoint that update_analysis.py made from
-RUN, as line RUN@read_rows of runs.jsonl. prompts.csv has the prompts in the order of the answers.
+run.py calls it for each run. --round3 asks the old and the fresh prompts, --no_template asks them
+also without the chat template, --full_sft also with the adapter on these weights. --add_to RUN
+measures a checkpoint that update_analysis.py made from RUN, as line RUN@read_rows of runs.jsonl.
+prompts.csv and prompts_3.csv have the prompts in the order of the answers.
 """
 
 import argparse
@@ -16,21 +18,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd
+import torch
 
 from dataset.lm_dataset import read_jsonl
 from dataset.world.generate import FILES_DIR, PROBES, list_files
-from evaluation.probe.answers import probe
+from evaluation.probe.answers import encode_prompts, probe
 from evaluation.probe.likelihood import measure_nll
-from evaluation.probe.prompts import read_prompts
+from evaluation.probe.prompts import Prompt, read_prompts
 from evaluation.probe.world_facts import rank_facts
 from evaluation.probe.world_measure import is_right, replace_thing, split_answer
 from evaluation.study.data import measure_random_facts
+from evaluation.study.fresh_prompts import FRESH_FILE
 from evaluation.study.results import LETTERS, append_run
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from model.files import UserError, make_parser, read_json, run_script, write_json, write_text
 from model.reachability import reachable_probability
 
+NOT_ASKED = "-"  # in the place of an outcome's letter
+ROUND3_SETS = ["combinations", "unseen"]  # the old sets that round 3 asks
 MOST_DONORS = 20  # answers to other prompts of the skill, for the chance level
 
 
@@ -42,16 +48,16 @@ def find_chance(record: dict, others: list[dict]) -> float:
     return round(float(np.mean([is_right(answer, record) for answer in answers] or [0])), 4)
 
 
-def check_prompts(data: dict[str, Path], path: Path) -> None:
-    """Write prompts.csv at the first run, and refuse other prompts after that.
+def check_prompts(files: list[Path], path: Path) -> None:
+    """Write the table of the prompts of probe files at the first run, and refuse others after that.
 
     Columns: id, set, half, skill, cluster (thing, or thing and skill), chance.
     """
-    files = [data[f"{name}_{half}"] for name in PROBES for half in PROBES[name]]
     records = [record for file in files for _, record in read_jsonl(file)]
     table = pd.DataFrame(records)[["id", "set", "half", "skill"]]
     things = pd.Series(["+".join(record["things"]) for record in records])
-    table["cluster"] = things.where(table["set"] != "combinations", things + ":" + table.skill)
+    has_skill = table["set"].str.endswith("combinations")
+    table["cluster"] = things.where(~has_skill, things + ":" + table.skill)
     rows = table.to_numpy().tolist()
     if not path.is_file():
         for _, group in table.groupby(["set", "skill"]):
@@ -60,6 +66,78 @@ def check_prompts(data: dict[str, Path], path: Path) -> None:
         write_text(path, table.to_csv(index=False))
     if pd.read_csv(path, keep_default_na=False).iloc[:, :-1].to_numpy().tolist() != rows:
         raise UserError(f"{path}: the world has other prompts now; restore the world of this study")
+
+
+def ask(
+    checkpoint: Checkpoint, prompts: list[Prompt], options: dict, has_template: bool = True
+) -> dict[str, str]:
+    """Return the outcomes of prompts by decoding: a letter a prompt, a word a draw.
+
+    Without the chat template only prompts of one turn are asked; `NOT_ASKED` stands for the others.
+    """
+    asked = [prompt for prompt in prompts if has_template or len(prompt.messages) == 1]
+    samples = probe(checkpoint, asked, **options, has_template=has_template)
+    letters: dict[tuple, dict[str, str]] = {}  # by decoding and seed, then by prompt
+    for sample in samples:
+        draw = sample["decoding"], sample["seed"]
+        letters.setdefault(draw, {})[sample["id"]] = LETTERS[sample["outcome"]]
+    words: dict[str, list[str]] = {}
+    for (decoding, _), of_prompt in letters.items():
+        word = "".join(of_prompt.get(prompt.id, NOT_ASKED) for prompt in prompts)
+        words.setdefault(decoding, []).append(word)
+    return {decoding: " ".join(draws) for decoding, draws in words.items()}
+
+
+@torch.inference_mode()
+def find_first_end(checkpoint: Checkpoint, prompts: list[Prompt], has_template: bool) -> float:
+    """Return the mean probability, at temperature 1, that an answer begins with the end token."""
+    model, tokenizer = checkpoint
+    encoded = encode_prompts(tokenizer, prompts, has_template)
+    found = []
+    for ids in encoded:
+        logits = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
+        found.append(logits.float().softmax(dim=-1)[tokenizer.eos_token_id].item())
+    return float(np.mean(found))
+
+
+def measure_way(
+    study: Study, checkpoint: Checkpoint, sets: dict[str, list[Prompt]], way: str
+) -> dict[str, dict]:
+    """Return the outcomes and the scalar of one more way of asking: "no_template" or "on_fft".
+
+    Outcomes have names such as `combinations/no_template`. One draw is sampled, not three.
+    """
+    has_template = way != "no_template"
+    options = study.probe | {"seeds": study.probe["seeds"][:1]}
+    outcomes = {
+        f"{name}/{way}": ask(checkpoint, prompts, options, has_template)
+        for name, prompts in sets.items()
+    }
+    fresh = [prompt for prompt in sets["fresh_combinations"] if len(prompt.messages) == 1]
+    first_end = find_first_end(checkpoint, fresh, has_template)
+    return {"outcomes": outcomes, "scalars": {f"first_end/{way}": first_end}}
+
+
+def measure_nats(
+    study: Study, checkpoint: Checkpoint, data: dict[str, Path], base: str, paths: list[Path]
+) -> tuple[dict, dict[str, float]]:
+    """Return nats by reference conversation of the combinations, and scalars: NLL of both halves.
+
+    `base`, a base or a kind of bases in study.toml, decides how held-out text is read.
+    """
+    nll = measure_nll(checkpoint, "sft", paths, study.common["max_seq_len"], 32)["sequences"]
+    flags = study.bases[base.rpartition("-")[2].rstrip("0123456789")]
+    kind = "pretrain_wrapped" if flags.get("wrap_documents") else "pretrain"
+    text = measure_nll(checkpoint, kind, [data["pretrain_valid"]], flags["max_seq_len"], 32)
+    scalars = {"nll_text": text["nats_per_token"]}
+    count = sum(1 for _ in read_jsonl(data["combinations_tune"]))  # these come first
+    table = pd.DataFrame(nll)
+    for half, rows in {"tune": table[:count], "test": table[count:]}.items():
+        sums = rows.sum()
+        if sums.tokens:
+            scalars[f"{half}_nll"] = (sums.nats - sums.end_nats) / (sums.tokens - sums.ends)
+            scalars[f"{half}_end_nll"] = sums.end_nats / sums.ends
+    return nll, scalars
 
 
 def measure_checkpoint(
@@ -72,42 +150,68 @@ def measure_checkpoint(
 ) -> dict:
     """Return outcomes (letters of `LETTERS`, a word a draw), nats and scalars of a checkpoint.
 
-    `base`, a base or a kind of bases in study.toml, decides how held-out text is read.
-    `names` are the sets to ask; facts are ranked if all sets are asked.
+    `base`: see `measure_nats`. `names` are the sets to ask; facts are ranked if all sets are asked.
     `only_tune` asks the tuning half of the combinations alone, greedily.
     """
     model, tokenizer = checkpoint
     sets = {name: [data[f"{name}_{half}"] for half in PROBES[name]] for name in names}
-    options, length = study.probe, study.common["max_seq_len"]
+    options = study.probe
     if only_tune:
         sets = {"combinations": [data["combinations_tune"]]}
         options = options | {"decodings": ["greedy"]}
     outcomes = {}
     for name, paths in sets.items():
         prompts = [prompt for path in paths for prompt in read_prompts(path)]
-        samples = pd.DataFrame(probe(checkpoint, prompts, **options)).fillna({"seed": 0})
-        letters = samples.assign(letter=samples.outcome.map(LETTERS))
-        draws = letters.groupby(["decoding", "seed"]).letter.agg("".join)
-        outcomes[name] = draws.groupby("decoding").agg(" ".join).to_dict()
-    nll = measure_nll(checkpoint, "sft", sets["combinations"], length, 32)["sequences"]
-    count = sum(1 for _ in read_jsonl(data["combinations_tune"]))  # these come first
-    flags = study.bases[base.rpartition("-")[2].rstrip("0123456789")]
-    kind = "pretrain_wrapped" if flags.get("wrap_documents") else "pretrain"
-    text = measure_nll(checkpoint, kind, [data["pretrain_valid"]], flags["max_seq_len"], 32)
-    scalars = {
-        "tune_correct": outcomes["combinations"]["greedy"][:count].count("c") / count,
-        "nll_text": text["nats_per_token"],
-        "reachable_end": reachable_probability(model, tokenizer.eos_token_id),
-    }
-    table = pd.DataFrame(nll)
-    for half, rows in {"tune": table[:count], "test": table[count:]}.items():
-        one = rows.sum()
-        if one.tokens:
-            scalars[f"{half}_nll"] = (one.nats - one.end_nats) / (one.tokens - one.ends)
-            scalars[f"{half}_end_nll"] = one.end_nats / one.ends
-    for name in ("combinations", "unseen") if len(sets) == len(PROBES) else ():
-        scalars[f"facts_{name}"] = rank_facts(checkpoint, sets[name])["share"]
+        outcomes[name] = ask(checkpoint, prompts, options)
+    nll, scalars = measure_nats(study, checkpoint, data, base, sets["combinations"])
+    count = sum(1 for _ in read_jsonl(data["combinations_tune"]))
+    scalars["tune_correct"] = outcomes["combinations"]["greedy"][:count].count("c") / count
+    scalars["reachable_end"] = reachable_probability(model, tokenizer.eos_token_id)
+    if len(sets) == len(PROBES):
+        scalars |= measure_facts(checkpoint, data)
     return {"outcomes": outcomes, "scalars": scalars, "nll": nll}
+
+
+def measure_facts(checkpoint: Checkpoint, data: dict[str, Path]) -> dict[str, float]:
+    """Return the shares of facts known without a question, of the old sets that ask for facts."""
+    scalars = {}
+    for name in ROUND3_SETS:
+        paths = [data[f"{name}_{half}"] for half in PROBES[name]]
+        scalars[f"facts_{name}"] = rank_facts(checkpoint, paths)["share"]
+    return scalars
+
+
+def measure_round3(
+    study: Study,
+    folder: Path,
+    data: dict[str, Path],
+    base: str,
+    names: list[str],
+    ways: dict[str, Path],
+) -> dict:
+    """Measure a checkpoint as PROTOCOL_3.md says: the old prompts, the fresh ones, other ways.
+
+    `base`: see `measure_nats`. `names` are the old sets. `ways` has "no_template" to ask without
+    the chat template, too, and "on_fft" with the weights on which to put the adapter, too.
+    """
+    checkpoint = load_checkpoint(folder)
+    found = measure_checkpoint(study, checkpoint, data, base, names, only_tune=False)
+    found["scalars"] |= measure_facts(checkpoint, data)
+    sets: dict[str, list[Prompt]] = {}
+    for prompt in read_prompts(FRESH_FILE):
+        sets.setdefault(prompt.section, []).append(prompt)
+    for name, prompts in sets.items():
+        found["outcomes"][name] = ask(checkpoint, prompts, study.probe)
+    one_turn = [prompt for prompt in sets["fresh_combinations"] if len(prompt.messages) == 1]
+    found["scalars"]["first_end"] = find_first_end(checkpoint, one_turn, has_template=True)
+    old_tests = {name: read_prompts(data[f"{name}_test"]) for name in names if name != "unseen"}
+    for way, weights in ways.items():
+        other = load_checkpoint(folder, base=weights) if way == "on_fft" else checkpoint
+        measured = measure_way(study, other, old_tests | sets, way)
+        found["outcomes"] |= measured["outcomes"]
+        found["scalars"] |= measured["scalars"]
+    found["weights"] = weights_fingerprint(checkpoint[0])
+    return found
 
 
 def find_whole(args: argparse.Namespace) -> dict:
@@ -134,14 +238,28 @@ def main() -> None:
     parser.add_argument("--base", default="wrapped", help="base or kind (wrapped)")
     parser.add_argument("--sets", nargs="+", choices=PROBES, default=[*PROBES], help="(all)")
     parser.add_argument("--only_tune", action="store_true", help="ask the tuning half alone")
+    parser.add_argument("--round3", action="store_true", help="ask what PROTOCOL_3.md says")
+    parser.add_argument("--no_template", action="store_true", help="also without chat template")
+    parser.add_argument("--full_sft", type=Path, help="weights to put the adapter on, too")
     parser.add_argument("--facts", type=Path, help="ask for these random facts alone")
     parser.add_argument("--add_to", help="run of study_dir whose changed checkpoint this is")
     args = parser.parse_args()
     if not args.facts and "combinations" not in args.sets:
         parser.error("--sets: name combinations as well; tune_correct is measured on it")
+    if (args.no_template or args.full_sft) and not args.round3:
+        parser.error("--no_template, --full_sft: are of --round3")
     study, data = read_study(args.study_dir), list_files(args.world)
     run = find_whole(args) if args.add_to else {"base": args.base}
-    check_prompts(data, args.study_dir / "prompts.csv")
+    old_files = [data[f"{name}_{half}"] for name in PROBES for half in PROBES[name]]
+    check_prompts(old_files, args.study_dir / "prompts.csv")
+    if args.round3:
+        check_prompts([FRESH_FILE], args.study_dir / "prompts_3.csv")
+        names = [name for name in args.sets if name in (*ROUND3_SETS, "medical")]
+        ways = {"no_template": args.folder} if args.no_template else {}
+        ways |= {"on_fft": args.full_sft} if args.full_sft else {}
+        found = measure_round3(study, args.folder, data, run["base"], names, ways)
+        write_json(args.output, found)
+        return
     checkpoint = load_checkpoint(args.folder)
     if args.facts:
         trained = read_json(args.folder / "run.json")["trainable_parameters"]

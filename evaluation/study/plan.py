@@ -31,6 +31,8 @@ class Run:
     data: str = "sft"
     start: str = "base"
     samples: int | None = None
+    round: int = 2
+    ways: tuple[str, ...] = field(default=(), compare=False)
     checkpoints: int = field(default=0, compare=False)
     start_id: str | None = field(default=None, compare=False)  # whose weights it starts from
 
@@ -43,7 +45,7 @@ class Run:
     def id(self) -> str:
         """Name the run, as its folder and its line in runs.jsonl are named."""
         if self.arm == "base":
-            return self.base_id
+            return f"{self.base_id}-round3" if self.round == 3 else self.base_id
         words = [self.base_id, self.arm]
         words += [f"from_{self.start}"] if self.start != "base" else []
         words += [self.data] if self.data != "sft" else []
@@ -101,6 +103,9 @@ def tune_rates(study: Study, done: pd.DataFrame) -> dict[tuple[str, str], Sweep]
 
 def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Iterator[Run]:
     """Yield an experiment's runs as far as their rates are known, those that tune first."""
+    if experiment.rates:
+        yield from plan_given_rates(study, experiment)
+        return
     places = list(product(experiment.sizes, experiment.arms))
     for size, arm in places:
         for rate in (*sweeps[size, arm].missing, *sweeps[size, arm].shares):
@@ -118,6 +123,23 @@ def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Itera
                 yield run
             elif first := sweeps[size, start].reported:
                 yield replace(run, start_id=Run(size, base, start, *first, seed, shape.epochs).id)
+
+
+def plan_given_rates(study: Study, experiment: Experiment) -> Iterator[Run]:
+    """Yield the runs of an experiment that names its learning rates, one after the other.
+
+    In round 3 the base itself is a run, too: it is asked in the same ways as what trains from it.
+    """
+    for size, base, arm in product(experiment.sizes, experiment.bases, experiment.arms):
+        shape = study.sizes[size]
+        epochs = experiment.epochs or shape.epochs
+        data = experiment.data or study.arms[arm].data
+        if experiment.round == 3:
+            run = Run(size, base, round=3, ways=("no_template",))
+            yield replace(run, start_id=run.base_id)
+        for seed, rate in product(experiment.seeds or shape.seeds, experiment.rates):
+            run = Run(size, base, arm, rate, seed, epochs, data, round=experiment.round)
+            yield replace(run, ways=tuple(experiment.ways), start_id=run.base_id)
 
 
 def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
@@ -145,7 +167,8 @@ def make_command(study: Study, run: Run, find: Callable[[str], Path], save_dir: 
         flags.pop("show_answers")  # a base has none
         stage, seed = "pretrain", int(run.base[len(name) :])
         flags |= {**size.shape, **study.bases[name], "learning_rate": size.learning_rate}
-        flags |= {"run_name": f"{run.id}-float32", "seed": seed, "data_path": find("pretrain")}
+        data = flags.pop("data", "pretrain")
+        flags |= {"run_name": f"{run.id}-float32", "seed": seed, "data_path": find(data)}
         flags["tokenizer_path"] = find(flags["tokenizer_path"])
     else:
         arm = study.arms[run.arm]

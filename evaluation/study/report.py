@@ -18,7 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pandas as pd
 
-from evaluation.study import long_tables, short_tables  # noqa: F401  they register their blocks
+from evaluation.study import (  # noqa: F401  they register their blocks
+    long_tables,
+    round3_tables,
+    short_tables,
+)
 from evaluation.study.analysis import Evidence, load_evidence
 from evaluation.study.blocks import BLOCKS
 from evaluation.study.figures import FIGURES

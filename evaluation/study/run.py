@@ -28,7 +28,7 @@ from evaluation.study.data import check_world, find_data
 from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
-from model.checkpoint import load_model, save_model
+from model.checkpoint import load_model, save_model, save_rounded
 from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_json
 from trainer.arguments import SIZE
 
@@ -79,8 +79,8 @@ class Runner:
         shipped, base = self.results_dir / "bases" / run.base_id, self.save_dir / run.base_id
         if shipped.is_dir() and not base.exists():
             shutil.copytree(shipped, base)
-        if run.arm == "base" and shipped.is_dir():
-            return read_json(folder / "run.json")
+        if run.arm == "base" and (shipped.is_dir() or run.round == 3):
+            return read_json(base / "run.json")
         trained = folder.with_name(f"{run.id}-float32") if run.arm == "base" else folder
         path = trained / "run.json"
         if not path.is_file() or read_json(path)["status"] not in ENDED:
@@ -91,10 +91,35 @@ class Runner:
         record = read_json(path) if path.is_file() else {"status": "failed"}
         if record["status"] not in ENDED:
             raise UserError(f"{run.id}: training failed; see {self.save_dir / run.id}.log")
+        if run.round == 3 and record["status"] == "completed":
+            save_rounded(folder, self.find_kept(run))
         if trained != folder and record["status"] == "completed":
             save_model(load_model(trained).bfloat16().float(), trained, folder)
             write_json(folder / path.name, record)
         return record
+
+    def find_kept(self, run: Run) -> Path:
+        """Return the folder of a round 3 run's weights in bfloat16, which are what is measured."""
+        return self.save_dir / "kept" / run.id
+
+    def find_full_sft(self, run: Run) -> Path:
+        """Return the kept weights of full fine-tuning with this run's seed, which ran before it."""
+        pattern = f"{run.base_id}-fft-e{run.epochs:g}-*-s{run.seed}"
+        folders = sorted((self.save_dir / "kept").glob(pattern))
+        if not folders:
+            raise UserError(f"{run.id}: is also asked on the weights of {pattern}; run that first")
+        return folders[0]
+
+    def list_questions(self, run: Run) -> list[str | Path]:
+        """Return the flags with which measure.py asks a run of round 3."""
+        words: list[str | Path] = ["--round3"]
+        if run.data == "medical":
+            words += ["--sets", "combinations", "unseen", "medical"]
+        if "no_template" in run.ways:
+            words.append("--no_template")
+        if "on_fft" in run.ways and self.study.arms[run.arm].stage == "lora":
+            words += ["--full_sft", self.find_full_sft(run)]
+        return words
 
     async def file(self, run: Run, folder: Path, record: dict, step: int | None = None) -> None:
         """Measure a checkpoint of a run, if it completed, and append its line."""
@@ -117,6 +142,11 @@ class Runner:
             only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
             words += ["--only_tune"] * only_tune
             words += ["--facts", self.find(run.data)] if run.data.startswith("facts") else []
+            if run.round == 3:
+                place = self.save_dir / run.base_id if run.arm == "base" else self.find_kept(run)
+                words = ["evaluation/study/measure.py", place, "--output", output]
+                words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
+                words += ["--base", run.base, *self.list_questions(run)]
             if not await self.call(words, run.id):
                 raise UserError(f"{name}: measuring failed; see {self.save_dir / run.id}.log")
             measured = read_json(output)
@@ -184,7 +214,9 @@ def describe_run(study: Study, run: Run, status: str) -> dict:
     """Return the part of a line of runs.jsonl that the plan knows."""
     line = {"id": run.id, "edition": study.edition, "status": status} | asdict(run)
     line |= {"base": run.base_id, "data": run.data if run.arm != "base" else "pretrain"}
-    return {key: line[key] for key in line if key not in ("checkpoints", "start_id")}
+    hidden = ["checkpoints", "start_id", "ways"]
+    hidden += ["round"] if run.round == 2 else []  # its lines were written without a round
+    return {key: line[key] for key in line if key not in hidden}
 
 
 def main() -> None:

@@ -56,6 +56,9 @@ class Experiment(Table):
     samples: int | None = None
     checkpoints: int = 0
     grid: bool = False  # every rate of the grid with every seed
+    round: int = 2  # 3: asked in more ways, with fresh prompts, see PROTOCOL_3.md
+    ways: list[Literal["no_template", "on_fft"]] = []  # in which round 3 asks besides the usual one
+    rates: list[float] | None = None  # instead of the arm's best rate
 
 
 class Study(Table):
@@ -81,6 +84,7 @@ def read_study(folder: Path = RESULTS_DIR) -> Study:
     for one in study.experiments:
         for size, name in product(one.sizes, one.arms):
             arm = study.arms.get(name)
-            if size not in study.sizes or not arm or not (arm.fixed or size in arm.rates):
+            has_rates = arm and (one.rates or arm.fixed or size in arm.rates)
+            if size not in study.sizes or not has_rates:
                 raise UserError(f"{path}: {one.id!r}: no rates of arm {name!r} at size {size!r}")
     return study

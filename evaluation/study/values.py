@@ -10,6 +10,9 @@ parts of a name are those of a function here, after its own name:
     known/OUTCOME/SIZE              percent of the facts that the base ranks first
     loss_correlation/WHICH          rank correlation of loss and composition: `all`, or `frozen`:
                                     settings whose embedding is frozen
+    asked/ARM/WAY/SIZE              round 3: percent correct of the composed prompts of one turn, by
+                                    the way of asking (template, no_template, on_fft); a last part,
+                                    such as `blank`, names another kind of answer
     forecasts/WHICH                 how many: `all`; points off in the median: `first`, `later`
 
 OUTCOME is `composition`, `plain`, `unseen`, or `all` for the 1,200 prompts of both kinds. METHOD is
@@ -26,6 +29,7 @@ from evaluation.study.analysis import Estimate, Evidence, estimate_gap, estimate
 from evaluation.study.blocks import points
 from evaluation.study.figures import list_losses
 from evaluation.study.names import BLACK, DECODINGS, GAP_LORAS, METHODS, ORANGE, SIZES
+from evaluation.study.round3_tables import get_round3, share_asked
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.short_tables import KNOWN
 from model.files import UserError
@@ -107,6 +111,17 @@ def t_interval(evidence: Evidence, *place: str) -> str:
     """Write the t interval of a gap over runs in points."""
     low, high = find_gap(evidence, *place).t_interval()
     return f"{points(low)} to {points(high)}"
+
+
+@value
+def asked(evidence: Evidence, arm: str, way: str, size: str, kind: str = "correct") -> str:
+    """Write the percent of answers of a kind, asked in one way, of an arm's usual runs."""
+    code = find_size(size)
+    runs = evidence.round3
+    is_wanted = (runs["size"] == code) & (runs.arm == arm) & (runs.data == "sft")
+    is_wanted &= runs.epochs == evidence.study.sizes[code].epochs
+    code_way = "" if way == "template" else way
+    return points(share_asked(get_round3(evidence), runs[is_wanted], code_way, kind))
 
 
 @value

@@ -10,7 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 from dataset.lm_dataset import read_jsonl
 from model import checkpoint
-from model.checkpoint import TOKENIZER_DIR, find_base, load_checkpoint, load_model, save_model
+from model.checkpoint import (
+    TOKENIZER_DIR,
+    find_base,
+    load_checkpoint,
+    load_model,
+    save_model,
+    save_rounded,
+)
 from model.files import REPO_DIR, UserError
 from model.model_lora import LoraSettings
 from model.model_minimind import weights_fingerprint
@@ -153,3 +160,31 @@ def test_bases_are_found_by_path_or_hub_id(folder: Path, monkeypatch: pytest.Mon
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="../gone/base")
     with pytest.raises(UserError, match="the base '../gone/base' is not there"):
         find_base(adapter)
+
+
+def test_rounded_folders_hold_the_nearest_bfloat16(folder: Path, tmp_path: Path) -> None:
+    """A model and an adapter, loaded again, have each weight rounded once."""
+    adapted = save_adapter(folder, LoraSettings(targets="square", rank=2), tmp_path / "adapter")
+    for source, loaded in ((folder, load_model(folder)), (tmp_path / "adapter", adapted)):
+        rounded = tmp_path / f"{source.name}_rounded"
+        save_rounded(source, rounded)
+        again, _ = load_checkpoint(rounded)
+        assert (rounded / "model.safetensors").exists() == (source == folder)
+        trained = again.state_dict()
+        for name, tensor in loaded.state_dict().items():
+            is_trained = source == folder or "lora_" in name
+            expected = tensor.bfloat16().float() if is_trained else tensor
+            assert torch.equal(trained[name], expected), name
+
+
+def test_an_adapter_goes_on_other_weights_only_if_they_are_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    save_adapter(folder, LoraSettings(targets="square", rank=2), tmp_path / "adapter")
+    save_model(make_model(seed=1), TOKENIZER_DIR, tmp_path / "other")
+    model, _ = load_checkpoint(tmp_path / "adapter", base=tmp_path / "other")
+    other = load_model(tmp_path / "other")
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(embedding, other.model.embed_tokens.weight)
+    with pytest.raises(UserError, match="is no adapter"):
+        load_checkpoint(folder, base=tmp_path / "other")

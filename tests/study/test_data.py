@@ -116,8 +116,8 @@ def test_other_prompts_are_refused(tmp_path: Path) -> None:
     data = {name: tmp_path / name for name in files if name.rpartition("_")[2] in ("tune", "test")}
     for name, path in data.items():
         path.write_text("\n".join(files[name].read_text(encoding="utf-8").splitlines()[:12]))
-    check_prompts(data, tmp_path / "prompts.csv")
-    check_prompts(data, tmp_path / "prompts.csv")
+    check_prompts([*data.values()], tmp_path / "prompts.csv")
+    check_prompts([*data.values()], tmp_path / "prompts.csv")
     data["unseen_tune"].write_text(data["unseen_test"].read_text().replace("-test-", "-tune-"))
     with pytest.raises(UserError, match="the world has other prompts now"):
-        check_prompts(data, tmp_path / "prompts.csv")
+        check_prompts([*data.values()], tmp_path / "prompts.csv")

@@ -57,7 +57,7 @@ def fake(tmp_path: Path, monkeypatch) -> FakeRunner:
     monkeypatch.setattr(runner, "save_model", lambda model, trained, folder: folder.mkdir())
     data = {name: tmp_path / f"{name}.jsonl" for name in ("pretrain", "sft", "medical")}
     (tmp_path / "out").mkdir()
-    return FakeRunner(STUDY, data, tmp_path / "out", tmp_path, [BASE, f"{BASE}-fft-e4-*"])
+    return FakeRunner(STUDY, data, tmp_path / "out", tmp_path, [BASE, f"{BASE}-fft-e4-*-s[123]"])
 
 
 def test_a_study_runs_to_its_end(fake: FakeRunner) -> None:

@@ -69,7 +69,8 @@ def test_rates_and_steps_by_hand(tmp_path: Path) -> None:
     evidence = load_evidence(tmp_path)
     rates = BLOCKS["rates"](evidence)[0].set_index(["trained", "epochs"])["rate: correct"]
     assert rates["full fine-tuning", "4"] == "5e-4: 50%, **1e-3: 100%**, 2e-3: 25%"
-    steps, pairs = BLOCKS["steps"](evidence)
+    (steps,) = BLOCKS["steps"](evidence)
+    (pairs,) = BLOCKS["equal_products"](evidence)
     row = steps[steps["peak rate"] == "1e-3"].iloc[0]
     assert (row["rate x steps"], row["composition"], row["tuning half"]) == ("4", "83%", "100%")
     assert row["all 1,200"] == "69%"  # 30 + 3 of 48
