@@ -14,8 +14,9 @@ from torch.distributed.run import get_args_parser as make_torchrun_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("evaluation/*.md"), *ROOT.glob("evaluation/study/*.md")]
+PAGES.remove(ROOT / "evaluation/study/minimind_issue.md")  # commands of another repository
 SCRIPTS = [p for f in ("dataset", "trainer", "evaluation") for p in ROOT.glob(f"{f}/**/*.py")]
-COMMAND = re.compile(r"(?<![\w/])(?:python|torchrun) [^`\n]*?\w\.py\b[^`\n]*")
+COMMAND = re.compile(r"(?<![\w/])(?:\.venv/bin/)?(?:python|torchrun) [^`\n]*?\w\.py\b[^`\n]*")
 ASSIGNMENT = re.compile(r"""(?:^|; )(\w+)=("[^"]*"|[^\s"';]+)(?=;|$)""")
 MAKE = re.compile(r'(?:^|`)(?:\w+=(?:"[^"]*"|\S+) )*make ([\w-]+)', re.MULTILINE)
 
@@ -41,6 +42,12 @@ def split_commands(line: str) -> list[list[str]]:
     return commands
 
 
+def calls_script(words: list[str]) -> bool:
+    """Whether a command's words call a script of ours, and not a module such as pytest."""
+    program = Path(words[0]).name if words else ""
+    return program == "torchrun" or (program == "python" and words[1].endswith(".py"))
+
+
 def find_commands(text: str) -> list[list[str]]:
     """Return the words of each command that calls a script, with the text's variables filled in."""
     variables, commands = {}, []
@@ -48,8 +55,8 @@ def find_commands(text: str) -> list[list[str]]:
         for name, value in ASSIGNMENT.findall(line):
             variables[name] = Template(value.strip('"')).safe_substitute(variables)
         for match in COMMAND.findall(line):
-            words = split_commands(Template(match).safe_substitute(variables))
-            commands += [command for command in words if command[:1] in (["python"], ["torchrun"])]
+            line_commands = split_commands(Template(match).safe_substitute(variables))
+            commands += filter(calls_script, line_commands)
     return commands
 
 
@@ -66,7 +73,7 @@ def test_command_parses(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     program, script, *flags = COMMANDS[command]
-    if program == "torchrun":
+    if Path(program).name == "torchrun":
         launch = make_torchrun_parser().parse_args([script, *flags])
         script, flags = launch.training_script, launch.training_script_args
     parse_args = ArgumentParser.parse_args
@@ -88,10 +95,17 @@ def test_command_parses(
 
 
 def test_commands_are_found() -> None:
-    text = "A=\"--epochs 2\"\nB=x; C=$B/y\nOMP_NUM_THREADS=1 python a.py $A '$' # why\n"
-    text += "python a.py --out $C & torchrun --nproc_per_node 2 a.py; wait"
+    lines = [
+        'A="--epochs 2"',
+        "B=x; C=$B/y",
+        "OMP_NUM_THREADS=1 python a.py $A '$' # why",
+        "python -m pytest a.py; python a.py --out $C & torchrun --nproc_per_node 2 a.py; wait",
+    ]
     words = [["python", "a.py", "--epochs", "2", "$"], ["python", "a.py", "--out", "x/y"]]
-    assert find_commands(text) == [*words, ["torchrun", "--nproc_per_node", "2", "a.py"]]
+    assert find_commands("\n".join(lines)) == [
+        *words,
+        ["torchrun", "--nproc_per_node", "2", "a.py"],
+    ]
     assert not [command for command in COMMANDS if "$" in command]  # each variable has a value
 
 
