@@ -11,6 +11,7 @@ d head dimension (D / attention heads, if the config names none), V vocabulary.
 import hashlib
 import json
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -259,8 +260,8 @@ def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Pat
             raise UserError(f"{path}: {HEAD_WEIGHT} differs from the embedding; {remedy}")
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:  # names them
-        problem = " ".join(str(error).split())
+    except RuntimeError as error:  # names all of them
+        problem = shorten(str(error), width=300, placeholder=" ...")
         raise UserError(f"{path}: weights do not fit: {problem}") from error
 
 

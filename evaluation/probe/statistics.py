@@ -20,7 +20,7 @@ def share_interval(k: int, n: int, method: str = "wilson") -> tuple[float, float
     return float(interval.low), float(interval.high)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # a report cycles through some 20, at most 90 MB each
 def resampling_counts(units: int, draws: int, seed: int) -> np.ndarray:
     """Count how often each draw takes each unit, (draws, units) float64."""
     generator = np.random.default_rng([seed, units])
