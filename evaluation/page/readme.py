@@ -4,6 +4,7 @@ It tells of the folders that names.csv knows, and of no other: what you ask your
 beside them and changes nothing. `python evaluation/page/build.py` writes it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,9 @@ that can be searched, `index.html` in this folder. `names.csv` tells which run o
 folder shows.
 
 ## Folders
+
+The last two columns count correct greedy answers: to the prompts in the forms of words that \
+training uses, which are the first section, and to all prompts that have a check.
 """
 STARRED = """\
 Folders with a star were asked with an earlier prompt file, whose prompts were all in free \
@@ -79,9 +83,20 @@ class Saved:
 
     def count_correct(self) -> str:
         """Count the correct answers among those that a check decides."""
-        outcomes = [sample["outcome"] for sample in self.answers.values()]
-        checked = [outcome for outcome in outcomes if outcome]
-        return f"{checked.count('correct')} of {len(checked)}"
+        return count_correct(self.answers.values())
+
+    def count_easy(self) -> str:
+        """Count the correct answers to prompts in trained forms, the first section."""
+        first = read_prompts(PROMPTS_FILE, limit=1)[0].section
+        samples = [sample for sample in self.answers.values() if sample["section"] == first]
+        return count_correct(samples or self.easy_answers.values())
+
+
+def count_correct(samples: Iterable[dict]) -> str:
+    """Count the correct answers among those that a check decides; a dash if there are none."""
+    outcomes = [sample["outcome"] for sample in samples]
+    checked = [outcome for outcome in outcomes if outcome]
+    return f"{checked.count('correct')} of {len(checked)}" if checked else "-"
 
 
 def read_saved(root: Path, folder: Path, row: pd.Series, names: pd.DataFrame) -> Saved:
@@ -116,8 +131,13 @@ def select_greedy(samples: list[dict]) -> dict[PromptKey, dict]:
     answers = {}
     for sample in samples:
         if sample["decoding"] == "greedy":
-            answers[sample["id"], sample["prompt"]] = sample
+            answers[read_key(sample)] = sample
     return answers
+
+
+def read_key(sample: dict) -> PromptKey:
+    """Return what tells a sample's prompt from others."""
+    return sample["id"], sample["prompt"]
 
 
 def make_outputs_readme(root: Path) -> str:
@@ -144,8 +164,9 @@ def list_folders(saved: list[Saved]) -> str:
     for model in saved:
         star = "\\*" if model.is_earlier else ""
         description = escape_markdown(model.description)
-        rows.append([model.link + star, description, model.count_correct()])
-    return join_table(["folder", "what it is", "correct"], rows)
+        counts = [model.count_easy(), model.count_correct()]
+        rows.append([model.link + star, description, *counts])
+    return join_table(["folder", "what it is", "trained forms", "all prompts"], rows)
 
 
 def compare_models(size: str, models: dict[str, Saved]) -> list[str]:
@@ -191,8 +212,9 @@ def compare_ways(size: str, models: dict[str, Saved]) -> list[str]:
     head = ["model", *map(make_prompt_cell, prompts), "correct"]
     rows = []
     for model in shown:
-        texts = [make_answer_cell(model, sample) for sample in prompts]
-        rows.append([model.link, *texts, model.count_correct()])
+        if all(read_key(sample) in model.answers for sample in prompts):
+            texts = [make_answer_cell(model, sample) for sample in prompts]
+            rows.append([model.link, *texts, model.count_correct()])
     return [OTHERWISE, "", join_table(head, rows), ""]
 
 
@@ -218,14 +240,16 @@ def make_prompt_cell(sample: dict) -> str:
 
 def make_answer_cell(model: Saved, asked: dict) -> str:
     """Return a model's answer to a sample's prompt, with its translation, as a cell of a table."""
-    sample = model.answers.get((asked["id"], asked["prompt"]))
+    sample = model.answers.get(read_key(asked))
     if sample is None:
         return "*not asked*"
     text = escape_markdown(cut(sample["output"])) or "*blank*"
     if sample["outcome"] == "correct":
         text = f"✓ {text}"
-    translation = sample["output_translation"]
-    return f"{text}<br>*{escape_markdown(cut(translation))}*" if translation else text
+    translation = sample["output_translation"] or ""
+    if translation.strip("[]") in ("", sample["output"].strip()):  # a gloss that glosses nothing
+        return text
+    return f"{text}<br>*{escape_markdown(cut(translation))}*"
 
 
 def cut(text: str) -> str:

@@ -56,9 +56,14 @@ def test_answers_stand_side_by_side(tmp_path):
 
     text = make_outputs_readme(tmp_path)
     assert read_rows(text, "## Folders")[2:] == [
-        ["[25M-base](25M-base/samples.md)", "It only read.", "0 of 3"],
-        ["[25M-lora-all-layers-r8](25M-lora-all-layers-r8/samples.md)", "It learned.", "1 of 2"],
-        ["[1.3M-base](1.3M-base/samples.md)\\*", "A small one.", "1 of 1"],
+        ["[25M-base](25M-base/samples.md)", "It only read.", "-", "0 of 3"],
+        [
+            "[25M-lora-all-layers-r8](25M-lora-all-layers-r8/samples.md)",
+            "It learned.",
+            "-",
+            "1 of 2",
+        ],
+        ["[1.3M-base](1.3M-base/samples.md)\\*", "A small one.", "-", "1 of 1"],
     ]
     assert "my-own" not in text and "Sampled" not in text and "other ways" not in text
     head, _, *rows = read_rows(text, "### Facts")
@@ -91,7 +96,9 @@ def test_earlier_models_show_what_the_study_asked_apart(tmp_path):
     easy = {("tune-1", prompt.text): (prompt.text.upper(), "correct") for prompt in FIRST}
     apart = tmp_path / "evaluation" / "study" / "answers"
     write_folder(apart, "base-probe_combinations_tune", easy | {("t", "Not ours?"): ("C.", None)})
-    _, _, *rows = read_rows(make_outputs_readme(tmp_path), f"### {FIRST[0].section}")
+    text = make_outputs_readme(tmp_path)
+    assert read_rows(text, "## Folders")[2][2:] == ["2 of 2", "1 of 1"]
+    _, _, *rows = read_rows(text, f"### {FIRST[0].section}")
     assert rows == [[prompt.text, f"✓ {prompt.text.upper()}"] for prompt in FIRST]
 
 
