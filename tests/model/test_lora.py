@@ -277,6 +277,7 @@ def test_merging_into_a_tied_head_alone_is_refused(base: Path) -> None:
         (LoraSettings(train_tokens=(1,), modules_to_save=("embeddings",)), "the same matrix"),
         (LoraSettings(targets="embedding,lm_head"), "the same matrix; keep one"),
         (LoraSettings(targets="embedding"), "needs a model that ties its head"),
+        (LoraSettings(modules_to_save=("lm_head",)), "--modules_to_save lm_head: .*ties its head"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: LoraSettings, message: str) -> None:
@@ -301,6 +302,9 @@ def test_adapters_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> Non
         ({"alpha_pattern": {"q_proj": 4}}, "", None, "alpha_pattern {'q_proj': 4}"),
         ({"alora_invocation_tokens": [1]}, "", None, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "", None, "init_lora_weights 'pissa'"),
+        ({"r": None}, "", None, "config.json: r None, lora_alpha 8: expected numbers"),
+        ({"r": "4"}, "", None, "config.json: r '4', lora_alpha 8: expected numbers"),
+        ({"lora_alpha": None}, "", None, "config.json: r 4, lora_alpha None: expected"),
         ({"r": 3}, "", None, r"size mismatch for .*lora_A.weight.*\[4, 64\]"),
         ({}, lora_b, None, "Missing key.*q_proj.lora_B.weight"),
         ({}, extra, torch.ones(1), "does not fit this model: .*'lm_tail' selects nothing"),
