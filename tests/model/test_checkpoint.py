@@ -119,6 +119,16 @@ def test_weights_and_configs_that_do_not_fit_are_refused(folder: Path) -> None:
             load_model(folder)
 
 
+def test_a_diverged_model_loads(folder: Path) -> None:
+    """No NaN equals another one: this must not pass for a head that differs."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][7, 3] = float("nan")
+    for stored in (tensors, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}):
+        save_file({name: tensor.clone() for name, tensor in stored.items()}, path)
+        assert load_model(folder).lm_head.weight[7, 3].isnan()
+
+
 def test_broken_and_missing_files_are_named(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(UserError, match="model.safetensors: corrupt"):
