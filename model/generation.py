@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,8 +49,13 @@ def generate(
     batch_size: int,
     end_ids: tuple[int, ...] = (),
 ) -> list[list[int]]:
-    """Answer each prompt with new token ids; an end token that was produced is last."""
-    draws = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    """Answer each prompt with new token ids; an end token that was produced is last.
+
+    A sampled answer depends on `seed` and on the place of its prompt, not on the other prompts nor
+    on `max_new_tokens`, which only cuts it. Results of the study up to its third round drew one
+    matrix for all prompts and tokens, so their sampled answers are others.
+    """
+    draws = draw_numbers(len(prompts), max_new_tokens, seed)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
@@ -59,6 +65,13 @@ def generate(
             for index, token in tokens:
                 answers[batch[index]].append(token)
     return answers
+
+
+def draw_numbers(prompts: int, steps: int, seed: int) -> Tensor:
+    """Draw numbers in [0, 1), (prompts, steps), from a generator for each prompt."""
+    generators = [np.random.default_rng([seed, place]) for place in range(prompts)]
+    rows = [generator.random(steps, dtype=np.float32) for generator in generators]
+    return torch.from_numpy(np.array(rows, np.float32).reshape(prompts, steps))
 
 
 @torch.inference_mode()

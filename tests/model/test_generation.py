@@ -50,6 +50,15 @@ def test_a_sampled_answer_depends_on_seed_and_place_not_on_its_batch() -> None:
     assert generate(model, PROMPTS, SAMPLED, 4, 12, 5) != together
 
 
+def test_a_sampled_answer_does_not_depend_on_the_most_tokens() -> None:
+    model = make_model()
+    most = generate(model, PROMPTS, SAMPLED, 3, 40, 5)
+    for fewer in (1, 9, 16):
+        assert generate(model, PROMPTS, SAMPLED, 3, fewer, 5) == [a[:fewer] for a in most]
+    alike = generate(model, PROMPTS[:1] * 2, SAMPLED, 3, 9, 5)
+    assert alike[0] != alike[1]  # each place has numbers of its own
+
+
 @pytest.mark.parametrize("likely", [4, 256])  # enough for some rows, or for all
 @pytest.mark.parametrize("top_p", [0.3, 0.85, 0.999])
 def test_nucleus(top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
