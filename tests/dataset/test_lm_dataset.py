@@ -21,6 +21,7 @@ from dataset.lm_dataset import (
     load_tokens,
     plan_shapes,
     read_jsonl,
+    read_prompt,
     record_messages,
     record_text,
 )
@@ -161,6 +162,19 @@ def test_loss_falls_on_answers_if_no_text_closes_prompts() -> None:
     [(ids, labeled)] = encode_conversations(other, [DIALOG])
     learned = [token for token, label in zip(ids, labeled, strict=True) if label]
     assert other.decode(learned) == "42, I'd say.<|im_end|>四十二\n\n'tis all.<|im_end|>"
+
+
+@pytest.mark.parametrize("messages", [DIALOG, DIALOG[1:3]])
+def test_prompts_are_read_without_their_template(
+    tokenizer: Tokenizer, messages: list[dict[str, str]]
+) -> None:
+    """Of another template the whole text is shown, for nobody knows what is content."""
+    contents = [turn["content"] for turn in messages if turn["role"] == "system"]
+    contents.append("assistant, are you a user?")  # words of the template
+    prompt = [*messages[: len(contents) - 1], {"role": "user", "content": contents[-1]}]
+    [(ids, _)] = encode_conversations(tokenizer, [prompt], generation_prompt=True)
+    assert read_prompt(tokenizer, ids) == "\n".join(contents)
+    assert read_prompt(tokenizer, ids[1:]) == tokenizer.decode(ids[1:])
 
 
 @pytest.mark.parametrize("content", ["", "{{ m['content'] }}\n"])
@@ -318,6 +332,25 @@ def test_every_sample_comes_once_an_epoch(
     assert np.array_equal(StepPlan(*settings_of_plan)[step], plan[step])
     alone = StepPlan(np.array(lengths), batch_size * accumulation * processes, seed=seed)
     assert np.array_equal(alone[step], plan[step])
+
+
+@pytest.mark.parametrize("spread", [0, 30], ids=["packed", "grouped by length"])
+def test_epochs_differ_and_batches_are_shuffled(spread: int) -> None:
+    """Each epoch has an order of its own, by seed; lengths do not rise from batch to batch."""
+    lengths = 10 + np.arange(400) % (spread + 1)
+    plan = StepPlan(lengths, 8)
+    steps = range(plan.steps_per_epoch)
+    first, second = ([plan[epoch * len(steps) + i].tolist() for i in steps] for epoch in (0, 1))
+    other = [StepPlan(lengths, 8, seed=43)[i].tolist() for i in steps]
+    assert first != second and first != other
+    assert {*map(tuple, first)}.isdisjoint(map(tuple, second))  # in other company, too
+    starts = [batch[0] for batch in first]
+    assert starts != sorted(starts)
+    if spread:
+        longest = [int(lengths[batch].max()) for batch in first]
+        rises = sum(a <= b for a, b in zip(longest, longest[1:], strict=False))
+        assert 10 < rises < 40  # of 49: about half
+        assert max(int(np.ptp(lengths[batch])) for batch in first) <= 2  # but alike in a batch
 
 
 def test_few_shapes_hold_every_batch() -> None:
