@@ -37,6 +37,7 @@ from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
 from model.files import make_parser, read_json, run_script, write_json
 from model.generation import Decoding, generate
+from model.model_lora import name_roles
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
 from trainer import arguments, run_folder, train_full_sft, train_lora, trainer_utils
 from trainer.arguments import MAX_SEQ_LEN
@@ -85,11 +86,12 @@ def train_ours(job: dict, data: TokenDataset) -> dict:
     is_lora, targets = job["method"] != "FFT", job["method"].removeprefix("LoRA ")
     words += f" --lora_name {name} --lora_targets {targets}" if is_lora else f" --run_name {name}"
     if job["engine"] == "minimind":
-        args = arguments.parse_args(arguments.make_stage_parser("", "", ""), words.split(), "sft")
-        accelerator, run = trainer_utils.start_run(args)
-        model, tokenizer, _ = trainer_utils.load_start(args)
-        data = MiniMindData(*args.data_path, data)
-        trainer_utils.train(args, accelerator, run, model, tokenizer, data, None, facts={})
+        stage = arguments.FULL_SFT
+        args = arguments.parse_args(arguments.make_stage_parser("", stage), words.split(), stage)
+        session = trainer_utils.start_session(args)
+        data = trainer_utils.Data(MiniMindData(*args.data_path, data), None)
+        method = trainer_utils.Method(stage.name, name_roles(session.model))
+        trainer_utils.train(args, session, data, method)
     else:
         (train_lora if is_lora else train_full_sft).main(words.split())
     record = read_json(folder / name / "run.json")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from pytest import CaptureFixture, MonkeyPatch
 from safetensors.torch import load_file
 from torch import nn
@@ -36,8 +37,16 @@ from tests.trainer.runs import (
     terminate,
     write_jsonl,
 )
-from trainer import train_lora, trainer_utils
-from trainer.trainer_utils import compile_loss, flops_per_token, learning_rate_at
+from trainer import train_full_sft, train_lora, trainer_utils
+from trainer.trainer_utils import (
+    Data,
+    Method,
+    Session,
+    flops_per_token,
+    learning_rate_at,
+    should_compile,
+    train,
+)
 
 
 def sft_flags(home: Path, out: Path) -> str:
@@ -80,13 +89,13 @@ def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torc
 def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     if stage != "pretrain":
         flags = sft_flags(home, tmp_path) + " --epochs 4 --eval_interval 10 --keep_checkpoints 2"
-        assert call(stage, flags, home) == 0
+        assert call(stage, flags, home, keeps_state=False) == 0
     run = home / "pretrain" if stage == "pretrain" else tmp_path / stage
     weights = {"config.json", "generation_config.json", "model.safetensors"}
     weights |= {"tokenizer.json", "tokenizer_config.json"}
     if stage == "lora":
         weights = {"adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES[:2]}
-    files = weights | {"run.json", "metrics.jsonl", "resume.pt"}
+    files = weights | {"run.json", "metrics.jsonl"}
     files |= set() if stage == "pretrain" else {"checkpoints"}
     assert {path.name for path in run.iterdir()} == files
 
@@ -166,6 +175,50 @@ def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: P
     with torch.no_grad():
         loss = mean_loss(model, *stack_chats(home / "valid.jsonl")).item()
     assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_a_method_may_have_its_own_loss(home: Path, tmp_path: Path) -> None:
+    """Distillation towards a fixed teacher, by the loop as it is and by hand."""
+    torch.manual_seed(1)
+    teacher = load_model(home / "pretrain")
+    with torch.no_grad():
+        teacher.lm_head.weight.add_(0.3 * torch.randn_like(teacher.lm_head.weight))
+
+    def distill(model: nn.Module, batch: dict[str, torch.Tensor], items: int) -> torch.Tensor:
+        """Sum KL(teacher || student) over the positions that predict a label, over `items`."""
+        places = batch["label_positions"]
+        student = model(batch["input_ids"]).logits.flatten(0, 1)[places]
+        with torch.no_grad():
+            target = teacher(batch["input_ids"]).logits.flatten(0, 1)[places]
+        log_ratio = target.log_softmax(-1) - student.log_softmax(-1)
+        has_label = (places + 1) % batch["labels"].shape[1] != 0  # a row's end fills up
+        return ((target.softmax(-1) * log_ratio).sum(-1) * has_label).sum() / items
+
+    def run(args: Namespace, session: Session, data: Data, method: Method) -> int:
+        method.stage = "distillation"
+        method.compute_loss = distill
+        return train(args, session, data, method)
+
+    flags = f"{sft_flags(home, tmp_path)} --batch_size 15 --accumulation_steps 3 --max_steps 2"
+    flags += " --lr_schedule constant --grad_clip 0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_full_sft, "train", run)
+        assert call("full_sft", flags, home) == 0
+    assert record_of(tmp_path / "full_sft")["stage"] == "distillation"
+
+    model = load_model(home / "pretrain")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    ids, labels = stack_chats(home / "sft.jsonl")
+    is_answer = labels[:, 1:] != -100
+    for row in rows_of(tmp_path / "full_sft")[:2]:
+        with torch.no_grad():
+            target = teacher(ids).logits[:, :-1][is_answer].log_softmax(-1)
+        student = model(ids).logits[:, :-1][is_answer].log_softmax(-1)
+        loss = nn.functional.kl_div(student, target, log_target=True, reduction="batchmean")
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
@@ -421,6 +474,14 @@ def test_first_step_moves_each_by_its_own_rate(home: Path, tmp_path: Path) -> No
         assert moved.abs().max().item() == pytest.approx(0.5 * 3e-3, rel=1e-2)
 
 
+def test_runs_of_two_precisions_in_one_process(home: Path, tmp_path: Path) -> None:
+    """accelerate keeps the first one's precision for the process, if nobody resets it."""
+    for dtype in ("bfloat16", "float32"):
+        flags = f"{sft_flags(home, tmp_path / dtype)} --max_steps 1 --dtype {dtype}"
+        assert call("full_sft", flags, home) == 0
+        assert AcceleratorState().mixed_precision == {"bfloat16": "bf16", "float32": "no"}[dtype]
+
+
 @pytest.mark.parametrize(
     ("mode", "flops", "compiler", "compiles"),
     [
@@ -436,12 +497,16 @@ def test_loss_is_compiled_where_it_pays(
 ) -> None:
     monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: compiler)
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
-    model = make_model()
-    tokens = flops / 6 / sum(parameter.numel() for parameter in model.parameters())
-    args = Namespace(use_compile=mode, device="cpu", accumulation_steps=1)
-    eager = model.sum_nats
-    assert compile_loss(model, args, tokens, 1) is compiles
-    assert (model.sum_nats != eager) is compiles
+    assert should_compile(mode, "cpu", flops) is compiles
+
+
+def test_compiling_without_a_compiler_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match=r"--use_compile on: needs \S+ and Python.h; install"):
+        call("full_sft", f"{sft_flags(home, tmp_path)} --use_compile on", home)
+    assert not (tmp_path / "full_sft").exists()
 
 
 REFUSED = {  # flags beside those of a good run -> the error's words
