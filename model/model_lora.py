@@ -48,6 +48,7 @@ class LoraSettings:
     targets: str = "all-linear"
     init: str = "kaiming"  # of A: U(+-1/sqrt(in)) as in PEFT; gaussian: MiniMind's N(0, .02)
     use_rslora: bool = False
+    use_dora: bool = False  # train the length of each output's weights apart: `DoRALinear`
     train_tokens: tuple[int, ...] = ()  # ids whose embedding rows train, at both ends if tied
     modules_to_save: tuple[str, ...] = ()  # trained whole: embeddings, norms, or module names
 
@@ -105,6 +106,40 @@ class LoRALinear(nn.Module):
     def compute_weight(self) -> Tensor:
         """Compute the weight that a merge puts in W's place, (out, in), cast once."""
         return self.add_update().to(self.weight.dtype)
+
+
+class DoRALinear(LoRALinear):
+    """m * (W + scaling * B A), each row over its norm: DoRA (Liu et al. 2024, arXiv 2402.09353).
+
+    The length m of each row and its direction train apart. At the start m is the norm of W's row.
+    """
+
+    def __init__(self, linear: nn.Module, settings: LoraSettings) -> None:
+        super().__init__(linear, settings)
+        self.lora_magnitude_vector = nn.Parameter(self.compute_norms())  # m, (out,); PEFT's name
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by role."""
+        return super().adapter_parameters() | {"magnitude": self.lora_magnitude_vector}
+
+    def compute_norms(self) -> Tensor:
+        """Compute the norm of each row before it is scaled, (out,), in float32.
+
+        A constant for the gradient (section 4.3 of the paper), as in PEFT.
+        """
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            return self.add_update().norm(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        scale = self.lora_magnitude_vector / self.compute_norms()
+        out = super().forward(x)
+        return out * scale.to(out.dtype)
+
+    def compute_weight(self) -> Tensor:
+        """Compute the weight that a merge puts in W's place, (out, in), cast once."""
+        scale = self.lora_magnitude_vector / self.compute_norms()
+        return (self.add_update() * scale[:, None]).to(self.weight.dtype)
 
 
 class TokenRows(nn.Module):
@@ -275,6 +310,8 @@ def check_settings(
         ways.append(f"--lora_targets {HEAD}")
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)}: train the same matrix; keep one")
+    if settings.use_dora and EMBEDDING in targets:
+        raise UserError(f"--use_dora: is for linear layers; drop {targets[EMBEDDING]}")
     if not (targets or whole or tokens):
         raise UserError("--lora_rank 0: nothing to train; add --train_tokens or --modules_to_save")
 
@@ -292,8 +329,9 @@ def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     replaced = [name for name in targets if name != EMBEDDING]
     if EMBEDDING in targets:
         replaced.append(HEAD)
+    adapter_class = DoRALinear if settings.use_dora else LoRALinear
     for name in replaced:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), settings))
+        model.set_submodule(name, adapter_class(model.get_submodule(name), settings))
     if settings.train_tokens:
         model.lm_head = TokenRows(model.lm_head, settings.train_tokens)
     if EMBEDDING in targets or settings.train_tokens:
@@ -336,7 +374,6 @@ BASE_COPY = ".base_layer.weight"  # PEFT saves the base's matrix beside an adapt
 # the tensors' names and shapes. PiSSA and other initializations change the base's weights.
 PEFT_VALUES = {
     "peft_type": ("LORA",),
-    "use_dora": (False,),
     "alpha_pattern": ({},),
     "alora_invocation_tokens": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
@@ -414,6 +451,7 @@ def save_lora(
         "target_modules": targets or "dummy-target-modules",  # PEFT's name for none
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": {"embed_tokens": tokens} if tokens else None,
+        "use_dora": settings.use_dora,
         "use_rslora": settings.use_rslora,
     }
     if EMBEDDING in targets:
@@ -487,6 +525,7 @@ def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
         targets=",".join(targets),
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
         train_tokens=tuple(tokens),
         modules_to_save=tuple(whole),
     )

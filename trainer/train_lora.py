@@ -45,6 +45,7 @@ OF_MATRICES = [
     "lora_init",
     "lora_targets",
     "loraplus_lr_ratio",
+    "use_dora",
     "use_rslora",
 ]
 
@@ -60,6 +61,7 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     init = "of A: kaiming, PEFT's U(+-1/sqrt(in)), or gaussian, MiniMind's N(0, .02) (kaiming)"
     add("--lora_init", choices=("kaiming", "gaussian"), default="kaiming", help=init)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    add("--use_dora", action="store_true", help="train each weight row's length apart (DoRA)")
     ratio, many = {"type": POSITIVE, "default": 1.0}, {"nargs": "+", "default": []}
     add("--loraplus_lr_ratio", **ratio, help="LoRA+: rate of B over that of A (1)")
     add("--train_tokens", **many, help="tokens whose embedding rows train too, e.g. '<|im_end|>'")
@@ -105,6 +107,7 @@ def read_settings(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) 
         targets=args.lora_targets,
         init=args.lora_init,
         use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
         train_tokens=tuple(vocabulary[token] for token in args.train_tokens),
         modules_to_save=tuple(args.modules_to_save),
     )

@@ -106,6 +106,7 @@ RESUMED = [
         "bfloat16",
     ),
 ]
+RESUMED.append(("lora", "--use_dora --lora_dropout 0.2 --weight_decay 0.1", "float32"))
 if DEVICE == "cuda":  # float16 trains there alone
     RESUMED.append(("full_sft", "", "float16"))
 
