@@ -32,10 +32,12 @@ from evaluation.probe.names import name_folder, name_run, name_way
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import ModelTranslator, WorldTranslator, translate_samples
 from model.checkpoint import Checkpoint, load_checkpoint
-from model.files import REPO_DIR, UserError, escape_control, make_parser, run_script, write_json
+from model.cli import COUNT, SIZE, UserError, escape_control, limit, make_parser, run_script
+from model.files import REPO_DIR, write_json
 from model.generation import MAX_NEW_TOKENS, Decoding
+from model.machine import DEVICES, choose_device
 from model.model_lora import ADAPTER_CONFIG
-from trainer.arguments import COUNT, DEVICES, MAX_SEQ_LEN, SIZE, choose_device, limit
+from trainer.arguments import MAX_SEQ_LEN
 
 # Flags that do not decide what a model answers, and are not told in a command.
 NOT_IN_COMMAND = {"model", "output_dir", "device", "show_answers"}

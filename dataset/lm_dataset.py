@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from model.files import UserError, file_sha256, write_aside
+from model.cli import UserError, escape_control
+from model.files import file_sha256, write_aside, write_text
 from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
@@ -70,6 +71,21 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}:{number}: no JSON object ({error}); mend the line") from error
     if record is None:
         raise UserError(f"{path}: holds no record; expected one JSON object a line")
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write JSON lines, whole or not at all; control characters are escaped."""
+    lines = [escape_control(json.dumps(record, ensure_ascii=False)) for record in records]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Make messages of user and assistant in turn."""
+    messages = []
+    for place, text in enumerate(texts):
+        role = "assistant" if place % 2 else "user"
+        messages.append({"role": role, "content": text})
+    return messages
 
 
 def record_text(record: dict, where: str) -> str:

@@ -28,7 +28,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import record_messages
-from model.files import UserError, file_sha256, make_parser, run_script, write_aside, write_json
+from model.cli import UserError, make_parser, run_script
+from model.files import file_sha256, write_aside, write_json
 
 CORPORA = tomllib.loads(Path(__file__).with_name("corpora.toml").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co/datasets/"

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, LlamaConfig, Qwen3Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import cached_file
 
-from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json, write_text
+from model.cli import UserError
+from model.files import REPO_DIR, read_json, write_bytes, write_json, write_text
 from model.model_lora import ADAPTER_CONFIG, load_lora, save_lora
 from model.model_minimind import (
     Config,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import MiniMindForCausalLM
 
 MAX_NEW_TOKENS = 96  # of an answer, where no flag says otherwise

@@ -23,7 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json
+from model.cli import UserError
+from model.files import REPO_DIR, read_json, write_bytes, write_json
 from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
 
 # The two ends of the vocabulary's matrix, which most models tie: one parameter, two names.

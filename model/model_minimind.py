@@ -20,7 +20,7 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Qwen3Con
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model.files import UserError
+from model.cli import UserError
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"

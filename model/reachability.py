@@ -12,7 +12,7 @@ bound matters for sampling, above all that of the token that ends an answer.
 import torch
 from torch import Tensor
 
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import MiniMindForCausalLM
 
 TOLERANCE = 1e-3  # nats between the value found and the bound

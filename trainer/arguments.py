@@ -1,20 +1,18 @@
 """Flags that the three training scripts share; a value that cannot work is refused here."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate.tracking import get_available_trackers
 
 from dataset.world.generate import FILES_DIR, list_files
-from model.files import REPO_DIR, UserError, make_parser
+from model.cli import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, SIZE, UserError, limit, make_parser
+from model.files import REPO_DIR
+from model.machine import DEVICES, DTYPES, choose_device, choose_dtype
 from model.model_minimind import DEFAULT_SHAPE
 
 BASE_DIR = REPO_DIR / "model" / "base_xs"  # the world's base, where the scripts start by default
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 MAX_SEQ_LEN = 340  # tokens a sample; of training, and of the NLL that is compared with it
 
 
@@ -32,26 +30,6 @@ class Stage:
 PRETRAIN = Stage("pretrain", "pretrain", "none", "pretrain")
 FULL_SFT = Stage("full_sft", "full_sft", str(BASE_DIR), "sft")
 LORA = Stage("lora", "lora", str(BASE_DIR), "sft", "--lora_name")
-
-
-def limit(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:
-    """Make an argparse type: a number from `least` to `most`."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not least <= value <= most:
-            raise ArgumentTypeError(f"{text}: must lie between {least:g} and {most:g}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-COUNT = limit(int, 0)
-SIZE = limit(int, 1)
-NOT_NEGATIVE = limit(float, 0)
-POSITIVE = limit(float, 1e-12)
-SHARE = limit(float, 0, 1)
 
 
 def make_stage_parser(doc: str, stage: Stage) -> ArgumentParser:
@@ -177,29 +155,3 @@ def check_flags(args: Namespace, changed: set[str]) -> None:
     for path in (*args.data_path, *args.eval_data_path):
         if not path.is_file():
             raise UserError(f"--data_path or --eval_data_path {path}: no such file")
-
-
-def choose_device(name: str) -> str:
-    """Choose where to compute; `auto` takes CUDA, then Apple's MPS, then the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    best = accelerator.type if accelerator else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise UserError(f"--device {name}: this machine has none; use --device cpu")
-    return best if name == "auto" else name
-
-
-def choose_dtype(name: str, device: str) -> str:
-    """Choose the type of matrix products; `auto` takes bfloat16 where that is fast."""
-    if name == "float16" and device != "cuda":
-        raise UserError(f"--dtype float16: needs CUDA, not {device}; use bfloat16 or float32")
-    if name != "auto":
-        return name
-    is_fast = False
-    if device == "cuda":
-        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu":
-        cpu = torch.cpu.get_capabilities()
-        # Intel's processors are fast by AMX alone; AMD's by AVX512.
-        is_enough = cpu.get("amx_bf16", False) or "Intel" not in cpu.get("cpu_name", "")
-        is_fast = cpu.get("avx512_bf16", False) and is_enough
-    return "bfloat16" if is_fast else "float32"

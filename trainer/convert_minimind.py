@@ -17,11 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.checkpoint import load_model, load_tokenizer, save_model, weights_fingerprint
-from model.files import UserError, escape_control, make_parser, run_script
+from model.checkpoint import load_model, load_tokenizer, save_model
+from model.cli import SIZE, UserError, escape_control, make_parser, run_script
 from model.model_lora import LoraSettings, apply_lora, save_lora
-from model.model_minimind import Config, MiniMindForCausalLM, fill_model, minimind_config
-from trainer.arguments import SIZE
+from model.model_minimind import (
+    Config,
+    MiniMindForCausalLM,
+    fill_model,
+    minimind_config,
+    weights_fingerprint,
+)
 
 MATRICES = ("embed_tokens", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj")
 

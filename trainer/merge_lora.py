@@ -22,7 +22,8 @@ from model.checkpoint import (
     load_model,
     save_model,
 )
-from model.files import UserError, escape_control, file_sha256, make_parser, run_script, write_json
+from model.cli import UserError, escape_control, make_parser, run_script
+from model.files import file_sha256, write_json
 from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
 from model.model_minimind import weights_fingerprint
 

@@ -9,23 +9,19 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
 
 import torch
 from filelock import FileLock, Timeout
 
-from model.files import REPO_DIR, UserError, read_json, write_aside, write_json, write_text
+from model.cli import UserError
+from model.files import REPO_DIR, read_json, write_aside, write_json, write_text
+from model.machine import describe_machine, git_state, peak_memory
 
-EXIT_CODES = {"completed": 0, "diverged": 3, "interrupted": 130}
 # Flags that do not change the result, and paths, whose content is compared by its hash.
 WITHOUT_EFFECT = {
     "data_path",
@@ -304,45 +300,3 @@ def printable_settings(args: argparse.Namespace) -> dict:
     start = args.from_weight  # a path, `none` or a hub id
     settings = vars(args) | {"from_weight": shorten(start) if Path(start).exists() else start}
     return json.loads(json.dumps(settings, default=shorten, sort_keys=True))
-
-
-def git_state() -> dict:
-    """Return the commit of this code and whether its files differ from it; empty without git."""
-    git = partial(subprocess.check_output, cwd=REPO_DIR, text=True, stderr=subprocess.DEVNULL)
-    try:
-        commit = git(["git", "rev-parse", "HEAD"]).strip()
-        changes = git(["git", "status", "--porcelain", "--", "*.py", "*.toml", "model"])
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return {}
-    return {"commit": commit, "dirty": bool(changes)}
-
-
-def peak_memory(device: str) -> int:
-    """Return the most bytes that this process has had on the device; 0 where nothing tells."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # Windows has none
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def describe_machine(device: str) -> dict:
-    """Return the processor, cores and versions that rounding depends on."""
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device == "cuda":
-        processor = torch.cuda.get_device_name()
-    elif cpuinfo.is_file() and (model := re.search("model name\t: (.*)", cpuinfo.read_text())):
-        processor = f"{model[1]}, {torch.backends.cpu.get_cpu_capability()}"  # such as AVX2
-    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "safetensors")
-    return {
-        "device": device,
-        "processor": processor,
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.files import run_script
+from model.cli import run_script
 from model.model_lora import TRAINABLE_PARTS, name_roles, select_trainable
 from trainer.arguments import FULL_SFT, make_stage_parser, parse_args
 from trainer.trainer_utils import Method, load_data, start_session, train

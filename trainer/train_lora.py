@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from model.checkpoint import save_tokenizer
-from model.files import UserError, run_script
+from model.cli import COUNT, POSITIVE, UserError, limit, run_script
 from model.model_lora import (
     EMBEDDING,
     TARGET_NAMES,
@@ -35,7 +35,7 @@ from model.model_lora import (
 )
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
-from trainer.arguments import COUNT, LORA, POSITIVE, limit, make_stage_parser, parse_args
+from trainer.arguments import LORA, make_stage_parser, parse_args
 from trainer.trainer_utils import Method, load_data, start_session, train
 
 # Flags about adapted matrices, which do nothing where --lora_rank 0 adapts none.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.files import run_script
+from model.cli import run_script
 from model.model_lora import name_roles
 from trainer.arguments import PRETRAIN, make_stage_parser, parse_args
 from trainer.trainer_utils import Method, load_data, start_session, train

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import read_jsonl, record_messages, record_text
 from model.checkpoint import load_tokenizer
-from model.files import make_parser, read_json, run_script, write_json
-from trainer.arguments import COUNT, limit
+from model.cli import COUNT, limit, make_parser, run_script
+from model.files import read_json, write_json
 
 LEAST_SIZE = 256 + 3  # bytes and special tokens
 WORDS = 0.8  # share of the vocabulary for whole words, where --word_frequency asks for them

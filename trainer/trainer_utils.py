@@ -46,26 +46,24 @@ from dataset.lm_dataset import (
     read_prompt,
 )
 from dataset.world.generate import FILES_DIR, ensure_world
-from model.checkpoint import load_model, load_tokenizer, save_model, weights_fingerprint
-from model.files import UserError, escape_control
+from model.checkpoint import load_model, load_tokenizer, save_model
+from model.cli import EXIT_CODES, Finished, UserError, escape_control
 from model.generation import MAX_NEW_TOKENS, Decoding, generate
+from model.machine import DTYPES
 from model.model_lora import EMBEDDING, HEAD, WHOLE
-from model.model_minimind import DEFAULT_SHAPE, MiniMindForCausalLM, minimind_config
-from trainer.arguments import DTYPES
-from trainer.run_folder import EXIT_CODES, Diverged, RunFolder
+from model.model_minimind import (
+    DEFAULT_SHAPE,
+    MiniMindForCausalLM,
+    minimind_config,
+    weights_fingerprint,
+)
+from trainer.run_folder import Diverged, RunFolder
 
 # Run FLOPs (6 a parameter and token) that repay compiling, which takes 15 to 25 s at xs on a CPU.
 COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e16}
 ADAMW = {"betas": [0.9, 0.999], "eps": 1e-8}
 Batch = dict[str, Tensor]  # see `collate`
 LossFunction = Callable[[nn.Module, Batch, int], Tensor]
-
-
-class Finished(SystemExit):
-    """Nothing is left to do: the script ends here, with exit code 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
 
 
 # ---------------------------------------------------------------- what a script gives to `train`

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 
+from dataset.lm_dataset import turns
 from dataset.world.facts import Attribute, Thing, World, capitalize, split_wordings, uncapitalize
 
 
@@ -206,12 +207,6 @@ def join_phrases(items: list[Thing]) -> str:
 def find_slots(pattern: str) -> set[str]:
     """Return the names of the slots of a pattern."""
     return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
-
-
-def turns(*texts: str) -> list[dict[str, str]]:
-    """Make messages of user and assistant in turn."""
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def ask_fact(skill: str, w: Writer, thing: Thing) -> Pair | None:

@@ -31,15 +31,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.benchmark import Timer
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset, read_jsonl
-from dataset.world.generate import ensure_world, write_records
+from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset, read_jsonl, write_records
+from dataset.world.generate import ensure_world
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
-from model.files import make_parser, read_json, run_script, write_json
+from model.cli import make_parser, run_script
+from model.files import read_json, write_json
 from model.generation import Decoding, generate
+from model.machine import DEVICES, choose_device, choose_dtype, describe_machine, git_state
 from model.model_lora import name_roles
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
-from trainer import arguments, run_folder, train_full_sft, train_lora, trainer_utils
+from trainer import arguments, train_full_sft, train_lora, trainer_utils
 from trainer.arguments import MAX_SEQ_LEN
 
 METHODS = {"FFT": None, "LoRA square": ["q_proj", "o_proj"], "LoRA all-linear": "all-linear"}
@@ -212,13 +214,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=TABLES, default=TABLES, help="tables (all)")
     parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
-    parser.add_argument("--device", choices=arguments.DEVICES, default="auto", help="(auto)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
     parser.add_argument("--base", type=Path, default=BASE, help="model of Generation (m26)")
     args = parser.parse_args(argv)
-    device, tables = arguments.choose_device(args.device), {}
-    is_gpu, machine = device == "cuda", run_folder.describe_machine(device)
-    dtype, width = arguments.choose_dtype("auto", device), 8192 if is_gpu else 4096
-    result = {"git": run_folder.git_state(), "machine": machine, "dtype": dtype, "tables": tables}
+    device, tables = choose_device(args.device), {}
+    is_gpu, machine = device == "cuda", describe_machine(device)
+    dtype, width = choose_dtype("auto", device), 8192 if is_gpu else 4096
+    result = {"git": git_state(), "machine": machine, "dtype": dtype, "tables": tables}
     lines = islice(read_jsonl(ensure_world()["sft"]), SAMPLES)
     pairs = [{"conversations": record["conversations"][-2:]} for _, record in lines]
     matrix = torch.ones(width, width, dtype=getattr(torch, dtype), device=device)

@@ -33,15 +33,8 @@ from evaluation.probe.markdown import (
 from evaluation.probe.names import list_named_folders, read_names
 from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.probe.prompts import PROMPTS_FILE
-from model.files import (
-    REPO_DIR,
-    UserError,
-    escape_control,
-    make_parser,
-    read_json,
-    run_script,
-    write_text,
-)
+from model.cli import UserError, escape_control, make_parser, run_script
+from model.files import REPO_DIR, read_json, write_text
 
 FOLDER = Path(__file__).resolve().parent
 ORDER = {"pretrain": 0, "lora": 1, "full_sft": 2}  # of arms, by their stage

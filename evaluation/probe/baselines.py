@@ -31,7 +31,8 @@ from dataset.world.facts import Thing, World, read_world
 from dataset.world.generate import ensure_world
 from dataset.world.skills import collect_fillers
 from evaluation.probe.world_measure import is_right, read_records, split_answer
-from model.files import make_parser, read_json, run_script, write_json
+from model.cli import make_parser, run_script
+from model.files import read_json, write_json
 
 RESULTS_FILE = Path(__file__).with_suffix(".json")
 BLOCK_SIZE = 100  # prompts that are compared with all training prompts at a time

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from evaluation.probe.outputs import describe_training, print_table
-from model.files import UserError, escape_control, read_json
+from model.cli import UserError, escape_control
+from model.files import read_json
 
 ANSWER_WIDTH = 160  # characters of an answer that are printed
 RUN_COLUMNS = [

@@ -22,7 +22,8 @@ import pandas as pd
 
 from dataset.world.generate import ensure_world
 from evaluation.probe.world_measure import is_right, read_records
-from model.files import make_parser, read_json, run_script, write_json
+from model.cli import make_parser, run_script
+from model.files import read_json, write_json
 
 JUDGEMENTS_FILE = Path(__file__).with_suffix(".json")
 CRAFTED_FILE = JUDGEMENTS_FILE.with_name("crafted_answers.jsonl")

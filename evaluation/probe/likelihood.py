@@ -18,7 +18,7 @@ from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
 from evaluation.probe.statistics import paired_bootstrap
 from model.checkpoint import Checkpoint
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others

@@ -13,7 +13,8 @@ import pandas as pd
 from dataset.lm_dataset import read_jsonl
 from evaluation.probe.names import read_names
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
-from model.files import escape_control, read_json
+from model.cli import escape_control
+from model.files import read_json
 
 FLAGS = ("blank", "endless", "loop", "off_topic")
 EASY_PROMPTS = "dataset/data/world/probe_combinations_tune.jsonl"

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.probe.statistics import paired_bootstrap, share_interval
-from model.files import UserError
+from model.cli import UserError
 
 CHECKED = ("correct", "other thing", "wrong fact", "wrong form")
 SHARES = (*CHECKED, "blank", "endless", "loop", "off_topic")

@@ -16,16 +16,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from dataset.world.generate import write_records
+from dataset.lm_dataset import write_records
 from evaluation.probe.markdown import escape_markdown as escape_markdown  # for importers
 from evaluation.probe.markdown import render_samples
 from evaluation.probe.names import name_folder
 from model.checkpoint import WEIGHTS_FILE
 from model.files import file_sha256, read_json, write_json, write_text
+from model.machine import choose_device, describe_machine
 from model.model_lora import ADAPTER_WEIGHTS
 from model.model_minimind import MiniMindForCausalLM, list_weights
-from trainer.arguments import choose_device
-from trainer.run_folder import describe_machine
 
 OUTPUT_DIR = Path(__file__).resolve().parents[1] / "model_outputs"
 PLACES = {"square": "q and o", "all-linear": "all layers", "mlp": "the MLP"}  # of --lora_targets

@@ -24,9 +24,8 @@ from itertools import islice
 from pathlib import Path
 
 from dataset.checks import judge_answer
-from dataset.lm_dataset import read_jsonl, record_messages
-from dataset.world.skills import turns
-from model.files import UserError
+from dataset.lm_dataset import read_jsonl, record_messages, turns
+from model.cli import UserError
 
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "qualitative_prompts.md"
 HEADING = re.compile(r"^(##|###) +(.+?) *$", re.MULTILINE)

@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from dataset.lm_dataset import read_jsonl
+from dataset.lm_dataset import read_jsonl, write_records
 from dataset.world.facts import WORLD_DIR, capitalize, read_toml, with_article
-from dataset.world.generate import write_records
 from evaluation.probe.prompts import CJK
-from model.files import UserError
+from model.cli import UserError
 
 CHINESE_DIR = WORLD_DIR / "chinese"
 STORE_FILE = "translations.jsonl"

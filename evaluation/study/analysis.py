@@ -25,7 +25,7 @@ from evaluation.study.names import AT_EDGE, TUNED_SHORTER
 from evaluation.study.plan import Sweep, tune_rates
 from evaluation.study.results import LETTERS, read_runs
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Study, read_study
-from model.files import UserError
+from model.cli import UserError
 
 PLAIN_SKILLS = [
     "how",

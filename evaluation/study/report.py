@@ -29,7 +29,8 @@ from evaluation.study.figures import FIGURES
 from evaluation.study.names import FOOTNOTES, ONE_RUN
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.values import find_value
-from model.files import REPO_DIR, UserError, make_parser, run_script, write_text
+from model.cli import UserError, make_parser, run_script
+from model.files import REPO_DIR, write_text
 
 FILES = (
     "README.md",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.files import UserError
+from model.cli import UserError
 
 RESULTS_DIR = Path(__file__).parent  # of study.toml, runs.jsonl and prompts.csv
 MAIN_BASE = "wrapped42"  # rates are tuned from it

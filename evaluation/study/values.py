@@ -32,7 +32,7 @@ from evaluation.study.names import BLACK, DECODINGS, GAP_LORAS, METHODS, ORANGE,
 from evaluation.study.round3_tables import get_round3, share_asked
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.short_tables import KNOWN
-from model.files import UserError
+from model.cli import UserError
 
 VALUES: dict[str, Callable[..., str]] = {}
 

@@ -24,10 +24,10 @@ from dataset.lm_dataset import (
     read_prompt,
     record_messages,
     record_text,
+    turns,
 )
-from dataset.world.skills import turns
 from model.checkpoint import load_tokenizer
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import IGNORE_INDEX
 from tests.trainer.runs import write_jsonl
 

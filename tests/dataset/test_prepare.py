@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataset.lm_dataset import record_messages
+from dataset.lm_dataset import record_messages, turns
 from dataset.prepare import hold_out, main
-from dataset.world.skills import turns
 from tests.trainer.runs import exit_code, write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.

@@ -18,7 +18,8 @@ from model.checkpoint import (
     save_model,
     save_rounded,
 )
-from model.files import REPO_DIR, UserError
+from model.cli import UserError
+from model.files import REPO_DIR
 from model.model_lora import LoraSettings
 from model.model_minimind import weights_fingerprint
 from tests.model.small import IDS, SMALL, compute_logits, make_model, save_adapter

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM, TopPLogitsWarper
 
 from model import generation
-from model.files import UserError
+from model.cli import UserError
 from model.generation import Decoding, choose_tokens, cut_to_nucleus, generate
 from tests import DEVICE
 from tests.model.small import make_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model
-from model.files import UserError
+from model.cli import UserError
 from model.model_lora import (
     DoRALinear,
     LoRALinear,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalL
 
 from dataset.lm_dataset import collate
 from model.checkpoint import TOKENIZER_DIR, save_model
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import MiniMindForCausalLM, make_mask, minimind_config
 from tests import DEVICE
 from tests.model.small import ROUNDING, SMALL, make_model

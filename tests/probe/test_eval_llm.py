@@ -15,7 +15,7 @@ from eval_llm import main
 from evaluation.probe.answers import make_sample
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
-from model.files import UserError
+from model.cli import UserError
 from model.model_lora import LoraSettings, apply_lora, merge_lora
 from tests import DEVICE
 from tests.model.small import make_model, save_adapter

@@ -11,7 +11,7 @@ import pytest
 from evaluation.probe import statistics
 from evaluation.probe.measures import compare, summarize
 from evaluation.probe.statistics import paired_bootstrap
-from model.files import UserError
+from model.cli import UserError
 
 
 def make_answer(number: int, outcome: str | None = None, **fields) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from dataset.lm_dataset import read_jsonl
 from dataset.world.generate import ensure_world
 from evaluation.probe.prompts import CJK, PROMPTS_FILE, read_prompts
-from model.files import UserError
+from model.cli import UserError
 
 PROMPTS = read_prompts(PROMPTS_FILE)  # refuses a reference that fails its own check
 SECTIONS = {

@@ -7,7 +7,7 @@ import pytest
 
 from evaluation.study.plan import Run, make_command, make_tuning_run, plan_runs, tune_rate
 from evaluation.study.settings import RESULTS_DIR, read_study
-from model.files import UserError
+from model.cli import UserError
 
 STUDY = read_study()
 BASE = "xs-world-wrapped42"

@@ -11,7 +11,7 @@ from evaluation.study.figures import FIGURES
 from evaluation.study.report import list_footnotes, make_report, write_table
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.values import find_value
-from model.files import UserError
+from model.cli import UserError
 from tests.study.synthetic import (
     list_outcomes,
     make_line,

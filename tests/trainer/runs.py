@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset import lm_dataset
-from model.files import run_script
+from model.cli import run_script
 from tests import DEVICE
 from trainer import train_full_sft, train_lora, train_pretrain
 from trainer.run_folder import RunFolder

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -334,20 +333,6 @@ def test_continuing_as_another_run_is_refused(
     given = f"{flags_in(copy, out)} --data_path {renamed} --from_resume"
     assert call("full_sft", given, home) == 0
     assert record_of(out / "full_sft")["train_data"]["files"][0]["name"] == "renamed.jsonl"
-
-
-def test_code_is_dirty_when_it_was_changed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    """Results beside the code do not make it another."""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    monkeypatch.setattr(run_folder, "REPO_DIR", tmp_path)
-    assert run_folder.git_state() == {}
-    (tmp_path / "loop.py").write_text("a = 1\n")
-    for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
-        subprocess.run([*git, *words], check=True, capture_output=True)
-    (tmp_path / "run.json").write_text("{}")
-    assert run_folder.git_state()["dirty"] is False
-    (tmp_path / "loop.py").write_text("a = 2\n")
-    assert run_folder.git_state()["dirty"] is True
 
 
 @pytest.mark.gpu

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from model.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
-from model.files import REPO_DIR, UserError, file_sha256
+from model.cli import UserError
+from model.files import REPO_DIR, file_sha256
 from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
