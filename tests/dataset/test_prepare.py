@@ -176,7 +176,14 @@ DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n
         ("dolly --min_chars 9", None, None, "--min_chars does nothing for dolly"),
     ],
 )
-def test_refusals_lose_nothing(tmp_path: Path, capsys, words, file, content, reason) -> None:
+def test_refusals_lose_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    file: str | None,
+    content: str | None,
+    reason: str,
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "dolly.jsonl.gz").write_text("dear")

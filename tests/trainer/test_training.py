@@ -38,7 +38,7 @@ from tests.trainer.runs import (
     terminate,
     write_jsonl,
 )
-from trainer import train_full_sft, train_lora, trainer_utils
+from trainer import arguments, train_full_sft, train_lora, trainer_utils
 from trainer.trainer_utils import (
     Data,
     Method,
@@ -85,26 +85,48 @@ def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torc
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.fixture(scope="module", params=list(STAGES))
+def completed(
+    home: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[str, Path]:
+    """A stage and the folder of its run; pretraining's is the base of the others."""
+    stage = request.param
+    if stage == "pretrain":
+        return stage, home / "pretrain"
+    out = tmp_path_factory.mktemp("completed")
+    flags = f"{sft_flags(home, out)} --epochs 4 --eval_interval 10 --keep_checkpoints 2"
+    assert call(stage, flags, home, keeps_state=False) == 0
+    return stage, out / stage
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", STAGES)
-def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
-    if stage != "pretrain":
-        flags = sft_flags(home, tmp_path) + " --epochs 4 --eval_interval 10 --keep_checkpoints 2"
-        assert call(stage, flags, home, keeps_state=False) == 0
-    run = home / "pretrain" if stage == "pretrain" else tmp_path / stage
+def test_run_folder_is_complete(completed: tuple[str, Path]) -> None:
+    """Weights with their tokenizer, at the end and half way; no resume file is left."""
+    stage, run = completed
     weights = {"config.json", "generation_config.json", "model.safetensors"}
     weights |= {"tokenizer.json", "tokenizer_config.json"}
     if stage == "lora":
         weights = {"adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES[:2]}
-    files = weights | {"run.json", "metrics.jsonl"}
-    files |= set() if stage == "pretrain" else {"checkpoints"}
-    assert {path.name for path in run.iterdir()} == files
+    names = weights | {"run.json", "metrics.jsonl"}
+    if stage != "pretrain":
+        names.add("checkpoints")
+        half, end = run / "checkpoints/step_12", run / "checkpoints/step_24"
+        assert {path.name for path in end.iterdir()} == weights
+        # Not their files: safetensors writes metadata in any order.
+        last, final = bytes_of(end / WEIGHTS[stage]), bytes_of(run / WEIGHTS[stage])
+        assert last == final != bytes_of(half / WEIGHTS[stage])
+    assert {path.name for path in run.iterdir()} == names
 
-    record, rows = record_of(run), rows_of(run)
+
+@pytest.mark.gpu
+def test_record_says_what_was_trained(home: Path, completed: tuple[str, Path]) -> None:
+    stage, run = completed
+    record = record_of(run)
     assert (record["status"], record["stage"]) == ("completed", stage)
     data = home / ("text.jsonl" if stage == "pretrain" else "sft.jsonl")
     assert record["train_data"]["files"] == [{"name": data.name, "sha256": file_sha256(data)}]
     assert record["settings"]["learning_rate"] == (1e-2 if stage == "pretrain" else 3e-3)
+    assert record["adamw"] == {"betas": [0.9, 0.999], "eps": 1e-8}
     assert record["machine"]["versions"]["torch"] == torch.__version__
     linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     base_size = 6400 * 32 + linears + 5 * 32
@@ -115,20 +137,25 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     start = None if stage == "pretrain" else weights_fingerprint(load_model(home / "pretrain"))
     assert record["base_fingerprint"] == start
 
-    train_rows = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
-    assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
+
+@pytest.mark.gpu
+def test_steps_tokens_and_losses_are_counted(home: Path, completed: tuple[str, Path]) -> None:
+    stage, run = completed
+    record, rows = record_of(run), rows_of(run)
     if stage == "pretrain":
-        texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
-        total = sum(len(load_tokenizer()(text)["input_ids"]) + 1 for text in texts)
+        lines = (home / "text.jsonl").read_text().splitlines()
+        total = sum(len(load_tokenizer()(json.loads(t)["text"])["input_ids"]) + 1 for t in lines)
         samples = [32] * (total // 32) + [total % 32] * (total % 32 > 1)
         tokens, labeled = sum(samples), sum(samples) - len(samples)
     else:
-        samples = encode_chats(data)
+        samples = encode_chats(home / "sft.jsonl")
         tokens = sum(len(ids) for ids, _ in samples)
         labeled = sum(int((labels != -100).sum()) for _, labels in samples)
     epochs = 3 if stage == "pretrain" else 4
     assert record["steps"] == epochs * record["steps_per_epoch"] == epochs * -(-len(samples) // 8)
+    train_rows = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
+    assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
     assert record["tokens"] == train_rows[-1]["tokens"] == epochs * tokens
     assert record["labeled_tokens"] == epochs * record["train_data"]["labeled_tokens"]
     assert record["labeled_tokens"] == epochs * labeled
@@ -136,12 +163,16 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     assert evaluated == ([record["steps"]] if stage == "pretrain" else [10, 20, 24])
     assert record["eval_loss"] == rows[-1]["eval_loss"]
     assert record["train_loss"] == train_rows[-1]["loss"]
-    if stage != "pretrain":
-        half, end = run / "checkpoints/step_12", run / "checkpoints/step_24"
-        assert {path.name for path in end.iterdir()} == weights
-        # Not their files: safetensors writes metadata in any order.
-        last, final = bytes_of(end / WEIGHTS[stage]), bytes_of(run / WEIGHTS[stage])
-        assert last == final != bytes_of(half / WEIGHTS[stage])
+
+
+def test_flags_are_parsed_without_writing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """The small world's files are named there, and made when they are loaded."""
+    monkeypatch.setattr(arguments, "FILES_DIR", tmp_path / "world")
+    parser = arguments.make_stage_parser("", arguments.FULL_SFT)
+    args = arguments.parse_args(parser, [], arguments.FULL_SFT)
+    assert args.data_path == [tmp_path / "world/sft_world.jsonl"]
+    assert args.eval_data_path == [tmp_path / "world/probe_combinations_tune.jsonl"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: Path) -> None:
