@@ -478,8 +478,8 @@ class StepPlan:
 
         The parts of two processes may differ in number: gradients are exchanged once, at the last.
         """
-        mine = self[step][process :: self.processes].tolist()
-        return list(chunks(mine, self.batch_size)) or [[]]
+        share = self[step][process :: self.processes].tolist()
+        return list(chunks(share, self.batch_size)) or [[]]
 
     def iterate(self, start: int, end: int, process: int) -> Iterator[list[int]]:
         """Yield a process's micro-batches of the steps from `start` to before `end`."""

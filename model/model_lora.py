@@ -237,12 +237,12 @@ def select_modules(
     selected = {}
     for word in words:
         named = [name for name in names if name == word or name.endswith(f".{word}")]
-        found = groups.get(word, named)
-        if not found:
+        chosen = groups.get(word, named)
+        if not chosen:
             known = {*groups, *(name.rpartition(".")[2] for name in names)}
             choices = ", ".join(sorted(known))
             raise UserError(f"{flag}: {word!r} selects nothing; use some of {choices}")
-        selected |= dict.fromkeys(found, word)
+        selected |= dict.fromkeys(chosen, word)
     return {name: selected[name] for name in names if name in selected}
 
 
@@ -389,7 +389,8 @@ def collect_tensors(
     for name, role in name_roles(model).items():
         peft_name = PEFT_ROWS if role == "rows" else name
         tensors[peft_name] = model.get_parameter(name)
-    head, embedding = model.lm_head, model.model.embed_tokens
+    head = model.lm_head
+    embedding = model.model.embed_tokens
     if isinstance(head, LoRALinear) and isinstance(embedding, TiedEmbedding):
         tensors[f"{EMBEDDING}.lora_embedding_A"] = head.lora_B.weight.T
         tensors[f"{EMBEDDING}.lora_embedding_B"] = head.lora_A.weight.T

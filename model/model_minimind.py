@@ -202,6 +202,7 @@ class MiniMindModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones(1, seen, dtype=torch.bool, device=device)
         if position_ids is None:
+            # Padding on the left does not count: a prompt's first token is at 0.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         mask = make_mask(attention_mask, new) if needs_mask else None
         theta = self.config.rope_parameters["rope_theta"]
@@ -218,6 +219,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LlamaConfig
     base_model_prefix = "model"
     _supports_sdpa = True
+    # transformers then makes both names one parameter, and saves it once.
     _tied_weights_keys = {HEAD_WEIGHT: EMBEDDING_WEIGHT}
 
     def __init__(self, config: Config) -> None:
@@ -259,35 +261,42 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden = self.model(input_ids, attention_mask, position_ids, cache)
-        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        logits = self.lm_head(hidden[:, -logits_to_keep:])  # -0 is 0: all of them
         return CausalLMOutputWithPast(logits=logits, cache=cache)
 
     def sum_nats(
-        self, input_ids: Tensor, labels: Tensor, label_positions: Tensor | None, *others: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        label_positions: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Sum the loss over labels, one graph without a wait for the device; see `forward`."""
-        states = self.model(input_ids, *others).flatten(0, 1)
+        states = self.model(input_ids, attention_mask, position_ids).flatten(0, 1)
+        # Each position predicts the next token; a row's last one predicts nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         if label_positions is not None:
             states = states.index_select(0, label_positions)
             targets = targets.index_select(0, label_positions)
-        logits = self.lm_head(states).float()  # float32 under autocast, too
+        # Exponentials of half precision would lose digits; autocast knows, other callers do not.
+        logits = self.lm_head(states).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def list_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """List the tensors of a weights file by name: the whole state, a tied head once."""
-    tensors = model.state_dict()
+    tensors = model.state_dict()  # has both names of a tied matrix
     if model.config.tie_word_embeddings:
         del tensors[HEAD_WEIGHT]
     return tensors
 
 
-def is_equal(tensor: Tensor, other: Tensor) -> bool:
+def is_equal(a: Tensor, b: Tensor) -> bool:
     """Compare two tensors by value; the NaN of a diverged model count as equal."""
-    if tensor.shape != other.shape:
+    if a.shape != b.shape:
         return False
-    return torch.allclose(tensor.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Path) -> None:
@@ -297,6 +306,7 @@ def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Pat
         if HEAD_WEIGHT in tensors and not is_equal(tensors[HEAD_WEIGHT], embedding):
             remedy = "set tie_word_embeddings to false in config.json"
             raise UserError(f"{path}: {HEAD_WEIGHT} differs from the embedding; {remedy}")
+        # A strict load asks for both names.
         tensors = tensors | {HEAD_WEIGHT: embedding}
     try:
         model.load_state_dict(tensors)

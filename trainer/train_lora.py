@@ -62,7 +62,8 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     add("--lora_init", choices=("kaiming", "gaussian"), default="kaiming", help=init)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
     add("--use_dora", action="store_true", help="train each weight row's length apart (DoRA)")
-    ratio, many = {"type": POSITIVE, "default": 1.0}, {"nargs": "+", "default": []}
+    ratio = {"type": POSITIVE, "default": 1.0}
+    many = {"nargs": "+", "default": []}
     add("--loraplus_lr_ratio", **ratio, help="LoRA+: rate of B over that of A (1)")
     add("--train_tokens", **many, help="tokens whose embedding rows train too, e.g. '<|im_end|>'")
     parts = "parts trained whole and saved with the adapter: embeddings, norms, or modules"

@@ -58,8 +58,8 @@ def train_tokenizer(
         split = pre_tokenizers.Sequence([chinese, split])
         counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
         words = choose_words(counts, word_frequency, round(WORDS * (vocab_size - LEAST_SIZE)))
-        others = counts - Counter({word: counts[word] for word in words})
-        texts = sorted(others.elements())  # words already cut: no pre-tokenizer
+        remaining = counts - Counter({word: counts[word] for word in words})
+        texts = sorted(remaining.elements())  # cut already, so that nothing pre-tokenizes them
     else:
         tokenizer.pre_tokenizer = split
     trainer = trainers.BpeTrainer(
@@ -97,18 +97,25 @@ def add_words(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
 def main(argv: list[str] | None = None) -> None:
     """Train the tokenizer and write its two files."""
     parser = make_parser(__doc__)
-    add, size = parser.add_argument, limit(int, LEAST_SIZE, 2**20)
+    add = parser.add_argument
+    size = limit(int, LEAST_SIZE, 2**20)
     add("--data_path", type=Path, nargs="+", required=True, help="JSONL, or .gz")
     add("--output_dir", type=Path, required=True, help="folder for the two files")
     add("--vocab_size", type=size, default=6400, help="tokens (6400)")
     add("--min_frequency", type=COUNT, default=2, help="of a merged pair (2)")
     add("--word_frequency", type=COUNT, default=0, help="of words of one token each; 0: plain (0)")
     args = parser.parse_args(argv)
-    frequencies = (args.min_frequency, args.word_frequency)
+    texts = read_texts(args.data_path)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(read_texts(args.data_path), args.vocab_size, *frequencies),
-        **{"pad_token": PAD, "unk_token": PAD, "bos_token": BOS, "eos_token": EOS},
-        **{"model_max_length": 32768, "clean_up_tokenization_spaces": False},
+        tokenizer_object=train_tokenizer(
+            texts, args.vocab_size, args.min_frequency, args.word_frequency
+        ),
+        pad_token=PAD,
+        unk_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=32768,
+        clean_up_tokenization_spaces=False,
         chat_template=load_tokenizer().chat_template,
     )
     tokenizer.save_pretrained(args.output_dir, save_jinja_files=False)

@@ -329,7 +329,7 @@ class Loop:
     optimizer: Optimizer
     compute_loss: LossFunction
     grad_clip: float
-    micro_batches: Iterator[Batch] = iter(())
+    micro_batches: Iterator[Batch]
     losses: list[Tensor] = field(default_factory=list)  # of the last steps, on the device
 
 
@@ -347,24 +347,29 @@ def set_up(
     trained = {name: session.model.get_parameter(name) for name in method.roles}
     model, optimizer = accelerator.prepare(session.model, optimizer)
     model.train()
-    limit = args.grad_clip or math.inf
-    loop = Loop(accelerator, job.plan, model, trained, optimizer, method.compute_loss, limit)
-    if job.is_compiled and not job.shapes:
-        warm_up(loop, min(args.batch_size, 8))
+    rows = args.batch_size if job.is_compiled else 0  # compiled code wants equal batches
     loader = DataLoader(
         data.train,
         batch_sampler=job.plan.iterate(run.record["step"], job.steps, accelerator.process_index),
-        # Compiled code has batches of one number of rows.
-        collate_fn=partial(
-            collate, rows=args.batch_size if job.is_compiled else 0, shapes=job.shapes
-        ),
+        collate_fn=partial(collate, rows=rows, shapes=job.shapes),
         num_workers=args.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=args.device == "cuda",
         # The loader draws a number when it starts; not from the state of a resumed run.
         generator=torch.Generator(),
     )
-    loop.micro_batches = iter(loader)
+    loop = Loop(
+        accelerator=accelerator,
+        plan=job.plan,
+        model=model,
+        trained=trained,
+        optimizer=optimizer,
+        compute_loss=method.compute_loss,
+        grad_clip=args.grad_clip or math.inf,
+        micro_batches=iter(loader),
+    )
+    if job.is_compiled and not job.shapes:
+        warm_up(loop, rows=min(args.batch_size, 8))
     return loop
 
 
@@ -542,7 +547,8 @@ def list_due(args: argparse.Namespace, job: Job, data: Data, now: int) -> Due:
 def announce(args: argparse.Namespace, session: Session, job: Job) -> None:
     """Say what is about to train."""
     first = "compiling first; " if job.is_compiled else ""
-    trainable, total = job.facts["trainable_parameters"], job.facts["parameters"]
+    total = job.facts["parameters"]
+    trainable = job.facts["trainable_parameters"]
     what = f"{first}{trainable:,} of {total:,} parameters train for {job.steps} steps"
     session.accelerator.print(f"{args.run_name}: {what} on {args.device} in {args.dtype}")
 
@@ -598,10 +604,10 @@ def evaluate(
 ) -> float:
     """Return the mean NLL over the labeled tokens of a data set, in nats a token."""
     batches = list(chunks(dataset.lengths.argsort(kind="stable").tolist(), batch_size))
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    share = batches[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=accelerator.device)
     model.eval()
-    for indices in mine:
+    for indices in share:
         batch = send_to_device(collate([dataset[i] for i in indices]), accelerator.device)
         total += model(**batch, num_items_in_batch=1).loss
     model.train()
@@ -676,7 +682,8 @@ def answer_held_out(
     count = min(wanted, len(valid or ()))
     if not count:
         return
-    prompts, references = [], []
+    prompts = []
+    references = []
     for index in range(count):
         ids, labels = valid[index]
         start, end = find_answer(ids, labels)
