@@ -185,11 +185,14 @@ class TiedEmbedding(nn.Module):
         return self.tied_to[0].embed(input_ids)
 
 
+ADAPTERS = (LoRALinear, TokenRows)  # and what extends them
+
+
 def name_roles(model: nn.Module) -> dict[str, str]:
     """Name the parameters that train, each with its role: what its adapter says, or `WHOLE`."""
     roles = {}
     for module in model.modules():
-        if isinstance(module, LoRALinear | TokenRows):
+        if isinstance(module, ADAPTERS):
             for role, parameter in module.adapter_parameters().items():
                 roles[parameter] = role
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -350,7 +353,7 @@ def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
         raise UserError(f"{HEAD} is tied to the embedding, which would change; do not merge it")
     tensors = model.state_dict()
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear | TokenRows):
+        if isinstance(module, ADAPTERS):
             tensors[f"{name}.weight"] = module.compute_weight()
     if is_tied:
         tensors[f"{EMBEDDING}.weight"] = tensors[f"{HEAD}.weight"]
