@@ -17,7 +17,7 @@ from evaluation.study.analysis import (
     tabulate_cells,
 )
 from evaluation.study.frontiers import find_frontier, find_paths, list_points
-from model.files import UserError
+from model.cli import UserError
 from tests.study.synthetic import (
     list_outcomes,
     make_line,

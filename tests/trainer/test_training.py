@@ -7,6 +7,7 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from dataset.lm_dataset import StepPlan
 from model.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
 from model.cli import UserError
 from model.files import REPO_DIR, file_sha256
@@ -377,6 +379,24 @@ def test_compiled_run_equals_a_plain_one(home: Path, tmp_path: Path) -> None:
     assert call("full_sft", f"{flags} --from_resume", home) == 0
     whole, part = (tmp_path / name / "full_sft" / WEIGHTS["full_sft"] for name in ("on", "part"))
     assert whole.read_bytes() == part.read_bytes()
+
+
+def test_compiled_code_does_not_depend_on_the_first_batch(home: Path, tmp_path: Path) -> None:
+    """It has as many rows as tokens: Dynamo would take the two sizes for one."""
+    turns = [{"instruction": "Hi", "output": answer} for answer in ("Yes.", "Yes and no.")]
+    size, longer = (len(ids) for ids, _ in encode_chats(write_jsonl(tmp_path / "two", turns)))
+    data = write_jsonl(tmp_path / "d.jsonl", [turns[0]] * size + [turns[1]] * size)
+    lengths = np.array([size] * size + [longer] * size)
+    starts = (StepPlan(lengths, size, seed=seed)[0] for seed in range(99))
+    seed = next(i for i, start in enumerate(starts) if lengths[start].max() == size)
+    flags = f"{ON_DEVICE} --from_weight none {SHAPE_FLAGS} --num_hidden_layers 1 --use_compile on"
+    flags += f" --data_path {data} --save_dir {tmp_path} --batch_size {size} --seed {seed}"
+    forbid = partial(torch.compiler.set_stance, "fail_on_recompile")
+    try:
+        assert call("full_sft", flags, home, at_step(1, forbid)) == 0
+    finally:
+        torch.compiler.set_stance("default")
+    assert record_of(tmp_path / "full_sft")["step"] == 2
 
 
 @pytest.mark.gpu
