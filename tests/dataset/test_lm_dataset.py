@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from dataset import lm_dataset
 from dataset.lm_dataset import (
     StepPlan,
+    TokenDataset,
     collate,
     encode_batch,
     encode_conversations,
@@ -206,6 +207,15 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
         load_dataset("sft", [path], tokenizer, opening)
 
 
+def test_a_first_token_is_no_target() -> None:
+    """Nothing stands before it that could predict it."""
+    arrays = {"tokens": np.arange(5), "labeled": np.array([True, True, False, True, True])}
+    dataset = TokenDataset(arrays, np.array([0, 3]), np.array([3, 5]), {})
+    assert dataset.targets.tolist() == [1, 1]
+    arrays = {"tokens": np.arange(5), "labeled": np.array([], bool)}
+    assert TokenDataset(arrays, np.array([0]), np.array([5]), {}).targets.tolist() == [4]
+
+
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_second_load_reads_no_json_and_gives_the_same(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -290,14 +300,15 @@ def test_chosen_samples_are_part_of_a_larger_choice(tmp_path: Path, tokenizer: T
 
 def test_samples_are_padded_on_the_right_and_none_make_a_row_without_a_label() -> None:
     no = IGNORE_INDEX
-    samples = [tuple(map(np.array, s)) for s in (([5, 6, 8], [no, 6, 8]), ([9], [9]))]
+    pairs = (([5, 6, 8], [no, 6, 8]), ([9], [9]), ([7, 4], [no, 4]))
+    samples = [tuple(map(np.array, pair)) for pair in pairs]
     batch = collate(samples)
-    assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 0, 0]]
-    assert batch["labels"].tolist() == [[no, 6, 8], [9, no, no]]
-    assert batch["label_positions"].tolist() == [0, 1]  # they predict 6 and 8
-    batch = collate(samples, 3, [(2, 9), (4, 5)])
-    assert batch["input_ids"].tolist() == [[5, 6, 8, 0], [9, 0, 0, 0], [0] * 4]
-    assert batch["label_positions"].tolist() == [0, 1, 3, 3, 3]  # 3 predicts none
+    assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 0, 0], [7, 4, 0]]
+    assert batch["labels"].tolist() == [[no, 6, 8], [9, no, no], [no, 4, no]]
+    assert batch["label_positions"].tolist() == [0, 1, 6]  # they predict 6, 8 and 4
+    batch = collate(samples, 4, [(2, 9), (5, 5)])
+    assert batch["input_ids"].tolist() == [[5, 6, 8, 0, 0], [9] + [0] * 4, [7, 4, 0, 0, 0], [0] * 5]
+    assert batch["label_positions"].tolist() == [0, 1, 10, 4, 4]  # 4 predicts none
     batch = collate([])
     assert [batch[name].tolist() for name in batch] == [[[0, 0]], [[no, no]], [1, 1]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
