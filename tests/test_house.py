@@ -42,3 +42,8 @@ def test_imports_run_one_way() -> None:
         wrong = packages & above if floor == "evaluation" else packages - allowed
         bad += [f"{place}: imports {name}" for name in sorted(wrong)]
     assert bad == []
+
+
+def test_no_script_hides_a_standard_module() -> None:
+    """A script's folder comes first on sys.path, for the libraries' imports, too."""
+    assert [path for path in SOURCE if path.stem in sys.stdlib_module_names] == []

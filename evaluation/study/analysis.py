@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import stats
 
 from dataset.checks import KINDS
-from evaluation.probe.statistics import CONFIDENCE, resample_means
+from evaluation.probe.intervals import CONFIDENCE, resample_means
 from evaluation.study.names import AT_EDGE, TUNED_SHORTER
 from evaluation.study.plan import Sweep, tune_rates
 from evaluation.study.results import LETTERS, read_runs

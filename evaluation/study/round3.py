@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from evaluation.probe.intervals import CONFIDENCE, paired_bootstrap
 from evaluation.probe.outputs import print_table
-from evaluation.probe.statistics import CONFIDENCE, paired_bootstrap
 from evaluation.study.results import LETTERS, read_runs
 from evaluation.study.settings import RESULTS_DIR
 from model.cli import make_parser, run_script
