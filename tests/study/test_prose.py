@@ -16,6 +16,10 @@ NAMES = [
     "evaluation/study/TABLES.md",
     "evaluation/study/LOG.md",
     "evaluation/study/PROTOCOL.md",
+    "evaluation/study/PROTOCOL_3.md",
+    "evaluation/qualitative_prompts.md",
+    "evaluation/model_outputs/README.md",
+    "CONTRIBUTING.md",
 ]
 FENCE = re.compile(r"```.*?```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
