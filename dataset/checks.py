@@ -19,12 +19,14 @@ be given in full, as "about": {"mood": ["glad", "sad"]}.
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from dataset.world.facts import WORLD_DIR, World, read_world
 
 KINDS = ("correct", "blank", "endless", "loop", "other thing", "wrong fact", "wrong form")
-LOOP = re.compile(r"(.{4,200}?)\1{2}", re.DOTALL | re.I)  # 4 to 200 characters, 3 times in a row
+# 4 to 200 characters, 3 times in a row: (.{4,200}?)\1{2} in half the time, since it looks first
+# whether 4 characters come again at all.
+LOOP = re.compile(r"(.{4})(?=.{0,196}?\1)(.{0,196}?)\1\2\1\2", re.DOTALL | re.I)
 ARTICLE = re.compile(r"^(a|an|the) ")
 WORD = re.compile(r"[a-z0-9']+|[^\x00-\x7f]")  # a character of Chinese is a word
 POLARITY = frozenset({"yes", "no", "not", "never", "不", "没"})
@@ -145,7 +147,7 @@ def judge_answer(
         return "blank"
     if not ended:
         return "endless"
-    if LOOP.search(answer):
+    if is_loop(answer):
         return "loop"
     # The reference states what it states. With "any" its things are not those that are compared.
     if answer != reference or "any" in check:
@@ -156,6 +158,12 @@ def judge_answer(
     if not check.get("exact") and repeats_prompt(answer, prompt):
         return "wrong form"
     return "wrong form" if misses_form(answer, reference, check) else "correct"
+
+
+@lru_cache(100_000)  # while the world is written, many references come again
+def is_loop(text: str) -> bool:
+    """Say whether a text repeats itself 3 times in a row."""
+    return LOOP.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -291,9 +299,9 @@ def split_words(text: str) -> list[str]:
 def misses_form(answer: str, reference: str, check: dict) -> bool:
     """Say whether an answer misses a form that was asked for; its commas and stops are free."""
     text = answer.strip()
-    if not begins_with(text, check.get("begins", "")):
+    if "begins" in check and not begins_with(text, check["begins"]):
         return True
-    if not ends_with(text, check.get("ends", "")):
+    if "ends" in check and not ends_with(text, check["ends"]):
         return True
     for word in check.get("contains", []):
         if word.lower() not in text.lower():
@@ -311,8 +319,10 @@ def misses_form(answer: str, reference: str, check: dict) -> bool:
 def begins_with(text: str, start: str) -> bool:
     """Say whether a text begins with these words; "Wellington" does not begin with "Well"."""
     start = start.rstrip(",.，。")
-    border = r"(?!\w)" if start[-1:].isalnum() else ""
-    return re.match(re.escape(start) + border, text, re.I) is not None
+    head = text[: len(start)]
+    tail = text[len(start) :]
+    is_cut = start[-1:].isalnum() and re.match(r"\w", tail)
+    return head.lower() == start.lower() and not is_cut
 
 
 def ends_with(text: str, end: str) -> bool:

@@ -7,7 +7,7 @@ line to its table. `Thing.slots` names the slots of a pattern.
 
 import tomllib
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 from model.files import UserError
@@ -48,17 +48,31 @@ class Thing:
     category: str
     values: dict[str, str] = field(hash=False)
 
-    @property
+    @cached_property
     def phrase(self) -> str:
         """The thing with its article: "a lion", "an owl", "France"."""
         return self.name if self.plural is None else with_article(self.name)
+
+    @cached_property
+    def name_slots(self) -> dict[str, str]:
+        """The slots of the thing's name. They are filled once: a world asks a million times."""
+        slots = {"a": self.phrase, "name": self.name}
+        if self.plural:
+            slots["plural"] = self.plural
+        capitals = {capitalize(slot): capitalize(text) for slot, text in slots.items()}
+        return slots | capitals
 
     def slots(self, attribute: str | None = None) -> dict[str, str]:
         """Return what the slots of a pattern stand for, and each again with a capital.
 
         With an attribute, {value} and {Value} are the thing's value of it.
         """
-        return dict(fill_slots(self, attribute))  # a copy, which the caller may change
+        slots = self.name_slots.copy()  # the caller may change it
+        if attribute:
+            value = self.values[attribute]
+            slots["value"] = value
+            slots["Value"] = capitalize(value)
+        return slots
 
 
 @dataclass(frozen=True)
@@ -93,18 +107,6 @@ class World:
     def is_small(self) -> bool:
         """Whether this is a part, such as the medical one, with too few categories to compare."""
         return len(self.categories) <= 2
-
-
-@cache
-def fill_slots(thing: Thing, attribute: str | None) -> dict[str, str]:
-    """Return `Thing.slots`; they are asked for a million times while the world is written."""
-    slots = {"a": thing.phrase, "name": thing.name}
-    if thing.plural:
-        slots["plural"] = thing.plural
-    if attribute:
-        slots["value"] = thing.values[attribute]
-    capitals = {capitalize(slot): capitalize(text) for slot, text in slots.items()}
-    return slots | capitals
 
 
 def capitalize(text: str) -> str:

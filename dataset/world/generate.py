@@ -19,7 +19,6 @@ import random
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -66,12 +65,18 @@ Purpose = tuple[str, str | None]  # what a pair is for: a probe set and its half
 TRAIN: Purpose = ("train", None)
 
 
-@cache
 def place(seed: int, *words: str) -> float:
     """Map words to a number between 0 and 1."""
     text = "\n".join([str(seed), *words])
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
+
+
+def choose_half(position: float) -> str | None:
+    """Return the half that holds out what is placed there; None beyond both shares."""
+    if position < HELD_CELLS["tune"]:
+        return "tune"
+    return "test" if position < HELD_CELLS["tune"] + HELD_CELLS["test"] else None
 
 
 class HeldOut:
@@ -82,6 +87,7 @@ class HeldOut:
 
     def __init__(self, world: World, unseen: int, seed: int):
         self.seed = seed
+        self.halves: dict[Cell, str | None] = {}  # of the cells that were asked for
         names = [thing.name for thing in world.things]
         ranked = sorted(names, key=lambda name: place(seed, "thing", name))
         self.things = {"tune": ranked[:unseen], "test": ranked[unseen : 2 * unseen]}
@@ -92,23 +98,24 @@ class HeldOut:
 
     def half_of_cell(self, cell: Cell) -> str | None:
         """Return the half that holds a cell out; None for one that trains."""
-        thing, key = self.mirrors.get(cell, cell)
-        position = place(self.seed, "cell", thing, key)
-        if position < HELD_CELLS["tune"]:
-            return "tune"
-        return "test" if position < HELD_CELLS["tune"] + HELD_CELLS["test"] else None
+        if cell not in self.halves:
+            thing, key = self.mirrors.get(cell, cell)
+            position = place(self.seed, "cell", thing, key)
+            self.halves[cell] = choose_half(position)
+        return self.halves[cell]
 
-    def find_purpose(self, pair: Pair, held_wording: bool) -> Purpose | None:
+    def find_purpose(self, cells: list[Cell], held_wording: bool) -> Purpose | None:
         """Return `TRAIN`, or the probe set and half of a pair; None if it fits nowhere.
 
         A pair is held out by its first cell alone; in "wordings" the question's form is new, too.
         All its other cells train.
         """
-        main_cell, *other_cells = pair.cells
+        main_cell, *other_cells = cells
         unseen_half = self.half_of_thing.get(main_cell[0])
         cell_half = self.half_of_cell(main_cell)
-        if any(self.half_of_cell(cell) for cell in other_cells):
-            return None
+        for cell in other_cells:
+            if self.half_of_cell(cell):
+                return None
         if held_wording:
             is_seen = cell_half and not unseen_half
             return ("wordings", cell_half) if is_seen else None
@@ -168,34 +175,34 @@ class PairBuilder:
         for _ in range(TRIES):
             is_filled = may_fill and self.rng.random() < FILLED
             thing = self.rng.choice(self.fillers if is_filled else things)
-            pair = self.makers[skill](writer, thing)
-            if pair is None or self.held_out.find_purpose(pair, held_wording) != wanted:
+            draft = self.makers[skill](writer, thing)
+            if draft is None or self.held_out.find_purpose(draft.cells, held_wording) != wanted:
                 continue
-            if self.is_sound(pair) and not self.is_repeat(pair, wanted):
+            pair = draft.write()
+            if self.is_new(pair, wanted) and self.is_sound(pair):
                 self.note(pair, wanted)
                 return pair
         return None
 
-    def is_sound(self, pair: Pair) -> bool:
-        """Say whether the prompt is new, the reference correct and no unseen thing beside it."""
-        if pair.prompt in self.prompts:
-            return False
-        text = f"{pair.prompt}\n{pair.answer}"
-        subject, _ = pair.cells[0]
-        named = set(self.vocabulary.names.find(text)) - {subject}
-        if not self.unseen.isdisjoint(named):
-            return False
-        return judge_answer(pair.answer, True, make_record(pair), self.vocabulary) == "correct"
-
-    def is_repeat(self, pair: Pair, wanted: Purpose) -> bool:
-        """Say whether a held-out cell was asked before, or a training answer is a reference.
+    def is_new(self, pair: Pair, wanted: Purpose) -> bool:
+        """Say whether a pair repeats no prompt, no held-out cell and no long reference.
 
         A small part has too few cells: it asks about each in several ways.
         """
+        if pair.prompt in self.prompts:
+            return False
         if wanted == TRAIN:
             is_long = len(pair.answer.split()) > SHORT_ANSWER
-            return is_long and pair.answer in self.references
-        return not self.is_small and (wanted, pair.skill, pair.cells[0]) in self.asked
+            return not is_long or pair.answer not in self.references
+        return self.is_small or (wanted, pair.skill, pair.cells[0]) not in self.asked
+
+    def is_sound(self, pair: Pair) -> bool:
+        """Say whether the reference is correct, and no unseen thing stands beside the subject."""
+        subject, _ = pair.cells[0]
+        named = self.vocabulary.names.find(f"{pair.prompt}\n{pair.answer}")
+        if self.unseen.intersection(named) - {subject}:
+            return False
+        return judge_answer(pair.answer, True, make_record(pair), self.vocabulary) == "correct"
 
     def note(self, pair: Pair, wanted: Purpose) -> None:
         """Remember a pair, so that no later one repeats it."""

@@ -55,6 +55,14 @@ class Pair:
         return self.messages[-1]["content"]
 
 
+@dataclass
+class Draft:
+    """A pair that is drawn, but not yet written: of 3 drafts, the cells rule 2 out."""
+
+    cells: list[Cell]
+    write: Callable[[], Pair]
+
+
 class Writer:
     """Draw things, facts and people.
 
@@ -96,17 +104,18 @@ class Writer:
 
     def siblings(self, thing: Thing) -> list[Thing]:
         """Return the other things of the same category."""
-        return [member for member in self.members[thing.category] if member != thing]
+        members = self.members[thing.category]
+        return [member for member in members if member.name != thing.name]
 
     def companions(self, thing: Thing, count: int) -> list[Thing]:
         """Draw other things that have a plural."""
         drawn = self.rng.sample(self.nouns, count + 1)  # one more, for the thing may be among them
-        return [noun for noun in drawn if noun != thing][:count]
+        return [noun for noun in drawn if noun.name != thing.name][:count]
 
     def persons(self, count: int) -> list[str]:
         """Draw first names."""
         people = self.rng.sample(self.words["people"], count)
-        return [name for name, *_ in people]
+        return [person[0] for person in people]
 
 
 @dataclass
@@ -131,9 +140,10 @@ class Draw:
         """Put the slots into a pattern."""
         return pattern.format_map(self.slots)
 
-    def can_fill(self, pattern: str) -> bool:
-        """Say whether each slot of a pattern was drawn."""
-        return find_slots(pattern) <= self.slots.keys()
+    def find_fitting(self, patterns: list[str]) -> list[str]:
+        """Return the patterns whose slots were all drawn."""
+        drawn = self.slots.keys()
+        return [pattern for pattern in patterns if find_slots(pattern) <= drawn]
 
 
 def draw_fact(draw: Draw) -> None:
@@ -222,10 +232,12 @@ def draw_clues(draw: Draw) -> None:
     """Draw 3 facts that no other thing shares."""
     thing = draw.thing
     clues = draw.writer.attributes(thing)[:3]
-    for second in draw.writer.category(thing).things:
-        is_alike = all(second.values[clue.name] == thing.values[clue.name] for clue in clues)
-        if is_alike and second != thing:
-            raise LookupError("two things share the clues")
+    fitting = draw.writer.category(thing).things
+    for clue in clues:
+        value = thing.values[clue.name]
+        fitting = [candidate for candidate in fitting if candidate.values[clue.name] == value]
+    if len(fitting) > 1:
+        raise LookupError("two things share the clues")
     sentences = []
     for clue in clues:
         pattern = draw.writer.rng.choice(clue.it)
@@ -324,7 +336,7 @@ SLOT_DRAWS = {
     "clues": draw_clues,
     "categories": draw_categories,
 }
-Maker = Callable[[Writer, Thing], Pair | None]
+Maker = Callable[[Writer, Thing], Draft | None]
 
 
 def join_names(items: list[Thing]) -> str:
@@ -349,19 +361,20 @@ def turns(*texts: str) -> list[Message]:
     return [{"role": ROLES[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def ask_fact(skill: str, writer: Writer, thing: Thing) -> Pair | None:
+def ask_fact(skill: str, writer: Writer, thing: Thing) -> Draft | None:
     """Ask for an attribute of this skill, in the attribute's own question forms."""
     for attribute in writer.attributes(thing):
         if attribute.skill == skill:
             question = writer.question(thing, attribute, writer.held)
             messages = turns(question, writer.answer(thing, attribute))
+            cells = [(thing.name, attribute.name)]
             check = {"about": [attribute.vocabulary]}
-            return Pair(skill, messages, [(thing.name, attribute.name)], check)
+            return Draft(cells, partial(Pair, skill, messages, cells, check))
     return None
 
 
-def ask_skill(skill: str, spec: dict, writer: Writer, thing: Thing) -> Pair | None:
-    """Make an instruction of a table of skills.toml, whose header lists the slots.
+def ask_skill(skill: str, spec: dict, writer: Writer, thing: Thing) -> Draft | None:
+    """Draw an instruction of a table of skills.toml, whose header lists the slots.
 
     None says that the table does not fit the thing, or that a draw found nothing.
     """
@@ -379,33 +392,35 @@ def ask_skill(skill: str, spec: dict, writer: Writer, thing: Thing) -> Pair | No
     except LookupError:  # clues that fit 2 things, no other thing to draw, or no plural
         return None
     draw.slots["case"] = draw.fill(case.get("case", ""))
-    forms = choose_wordings(spec["prompts"], writer.held)
-    fitting = [form for form in forms if draw.can_fill(form)]
-    if not fitting or not draw.can_fill(case["answer"]):
+    forms = draw.find_fitting(choose_wordings(spec["prompts"], writer.held))
+    if not forms or not draw.find_fitting([case["answer"]]):
         return None
-    prompt = draw.fill(writer.rng.choice(fitting))
-    messages = make_messages(draw, spec, prompt, draw.fill(case["answer"]))
-    return Pair(skill, messages, draw.cells, make_check(draw, spec))
+    form = writer.rng.choice(forms)
+    return Draft(draw.cells, partial(write_pair, skill, spec, draw, form, case["answer"]))
 
 
 def draw_slots(draw: Draw, spec: dict) -> None:
     """Draw what the table uses, and then its text: sentences in random order."""
     for use in spec["uses"]:
         SLOT_DRAWS[use](draw)
-    sentences = spec.get("text", [])
-    sentences = draw.writer.rng.sample(sentences, len(sentences))
-    draw.slots["text"] = draw.fill(" ".join(sentences))
+    if "text" in spec:
+        sentences = draw.writer.rng.sample(spec["text"], len(spec["text"]))
+        draw.slots["text"] = draw.fill(" ".join(sentences))
 
 
-def make_messages(draw: Draw, spec: dict, prompt: str, answer: str) -> list[Message]:
-    """Return the conversation: the turns before the prompt, if any, the prompt and the answer."""
+def write_pair(skill: str, spec: dict, draw: Draw, form: str, answer_form: str) -> Pair:
+    """Fill the forms of a table that was drawn."""
+    prompt = draw.fill(form)
+    answer = draw.fill(answer_form)
     before = [draw.fill(turn) for turn in spec.get("before", [])]
     if spec.get("system"):  # the prompt is the system's, and `before` is what the user asks
-        return [{"role": "system", "content": prompt}, *turns(*before, answer)]
-    return turns(*before, prompt, answer)
+        messages = [{"role": "system", "content": prompt}, *turns(*before, answer)]
+    else:
+        messages = turns(*before, prompt, answer)
+    return Pair(skill, messages, draw.cells, make_check(spec, draw))
 
 
-def make_check(draw: Draw, spec: dict) -> dict:
+def make_check(spec: dict, draw: Draw) -> dict:
     """Return what decides whether an answer is correct; dataset/checks.py defines the keys."""
     check = {}
     for key, value in spec.get("check", {}).items():
