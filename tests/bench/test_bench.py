@@ -9,6 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from dataset import lm_dataset
+from dataset.world.skills import turns
 from evaluation.bench import bench
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.model.small import make_model
@@ -19,9 +20,10 @@ from tests.trainer.runs import write_jsonl
 def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bench.Arm:
     """A tiny model and 8 conversations of different lengths, one of them of two turns."""
     save_model(make_model(), TOKENIZER_DIR, tmp_path / "tiny")
-    counts = [" ".join(map(str, range(1 + 3 * i))) for i in range(8)]
-    question = {"role": "user", "content": "Count."}
-    chats = [[question, {"role": "assistant", "content": count}] for count in counts]
+    chats = []
+    for i in range(8):
+        count = " ".join(str(number) for number in range(1 + 3 * i))
+        chats.append(turns("Count.", count))
     chats[0] += chats[1]
     write_jsonl(tmp_path / "chats.jsonl", [{"conversations": chat} for chat in chats])
     monkeypatch.setattr(lm_dataset, "CACHE_DIR", tmp_path / "cache")
@@ -34,11 +36,10 @@ def test_minimind_way_gives_the_tokens_and_labels_of_ours(arm: bench.Arm) -> Non
     theirs = bench.MiniMindData(arm.pairs, tokens)
     assert len(tokens) == 8
     for index, (ids, labels) in enumerate(tokens):
-        padded_ids, padded_labels = map(np.array, theirs[index])
-        assert len(padded_ids) == len(padded_labels) == 340
-        assert (padded_ids[: len(ids)] == ids).all() and (padded_ids[len(ids) :] == 0).all()
-        assert (padded_labels[: len(ids)] == labels).all()
-        assert (padded_labels[len(ids) :] == -100).all()
+        padding = 340 - len(ids)
+        padded_ids, padded_labels = theirs[index]
+        assert padded_ids == [*ids, *[0] * padding]
+        assert padded_labels == [*labels, *[-100] * padding]
 
 
 def test_ours_and_trainer_train_alike(arm: bench.Arm) -> None:
@@ -77,7 +78,11 @@ def test_medians_by_hand() -> None:
             rows.append(arm_keys | cost | {"turn": turn, "seconds": seconds})
         rows.append(arm_keys | profile)
     ours, trainer = bench.take_medians(pd.DataFrame(rows)).to_dict("records")
-    assert ours["tokens/s"] == 45 and trainer["tokens/s"] == 22.5
-    assert ours["% of the peak"] == 25 and ours["MiB"] == 2
-    assert ours["% outside products"] == 75 and ours["% GPU busy"] == 25
-    assert (ours["time / ours"], trainer["time / ours"]) == (1, 2)
+    assert ours["tokens/s"] == 45
+    assert ours["% of the peak"] == 25
+    assert ours["MiB"] == 2
+    assert ours["% outside products"] == 75
+    assert ours["% GPU busy"] == 25
+    assert ours["time / ours"] == 1
+    assert trainer["tokens/s"] == 22.5
+    assert trainer["time / ours"] == 2
