@@ -369,7 +369,7 @@ def ensure_world(output_dir: Path = FILES_DIR, seed: int = 42) -> dict[str, Path
     with FileLock(output_dir / "lock"):  # of several runs that start together, one writes
         is_whole = stamp.is_file() and all(path.is_file() for path in files.values())
         if not is_whole or stamp.read_text() != version:
-            print("writing the world's text and instructions, about a minute")
+            print("writing the world's text and instructions, about half a minute")
             stamp.unlink(missing_ok=True)  # a world half rewritten is not whole
             write_world(output_dir, seed)
             write_text(stamp, version)

@@ -421,7 +421,7 @@ def write_pair(skill: str, spec: dict, draw: Draw, form: str, answer_form: str) 
 
 
 def make_check(spec: dict, draw: Draw) -> dict:
-    """Return what decides whether an answer is correct; dataset/checks.py defines the keys."""
+    """Return what decides whether an answer is correct; `checks.py` defines its keys."""
     check = {}
     for key, value in spec.get("check", {}).items():
         check[key] = draw.fill(value) if isinstance(value, str) else value
