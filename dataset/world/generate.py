@@ -25,7 +25,7 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
+from dataset.world.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.skills import NOUN_DRAWS, Cell, Pair, Writer, collect_fillers, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
@@ -353,7 +353,7 @@ def list_files(output_dir: Path) -> dict[str, Path]:
 
 def hash_sources(seed: int) -> str:
     """Return the version of the world's files: a hash of the seed and of all that makes them."""
-    sources = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml"), WORLD_DIR.parent / "checks.py"]
+    sources = [*WORLD_DIR.rglob("*.py"), *WORLD_DIR.rglob("*.toml")]
     digest = hashlib.sha256(str(seed).encode())
     for path in sorted(sources):
         digest.update(path.read_bytes())

@@ -16,8 +16,8 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.checks import LOOP
 from dataset.lm_dataset import read_jsonl
+from dataset.world.checks import LOOP
 from evaluation.probe.outputs import FLAGS, OUTPUT_DIR
 from evaluation.probe.prompts import PROMPTS_FILE
 from model.files import UserError, escape_control, make_parser, read_json, run_script, write_text

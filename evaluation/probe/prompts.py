@@ -10,7 +10,7 @@ quote and a list of fields, one a line:
     - check: about = ["animal.home"], upper = true
 
 `translation`, `reference` and `check` are optional. A check is a TOML inline table
-without its braces; `dataset/checks.py` defines its keys. A line `> ***` parts the turns of a
+without its braces; `dataset/world/checks.py` defines its keys. A line `> ***` parts the turns of a
 conversation: user, assistant, user.
 
 JSONL, plain or gzip, holds conversations as in training; the last answer becomes the reference.
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dataset.checks import judge_answer
 from dataset.lm_dataset import read_jsonl, record_messages
+from dataset.world.checks import judge_answer
 from dataset.world.skills import turns
 from model.files import UserError
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from dataset.checks import KINDS
+from dataset.world.checks import KINDS
 from evaluation.probe.statistics import CONFIDENCE, DRAWS, resample_means
 from evaluation.study.plan import Sweep, tune_rates
 from evaluation.study.results import LETTERS, read_runs

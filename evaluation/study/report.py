@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import EngFormatter
 
-from dataset.checks import KINDS
+from dataset.world.checks import KINDS
 from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.probe.world_measure import tabulate_controls
 from evaluation.study import analysis, claims, figures

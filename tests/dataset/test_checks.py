@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dataset.checks import judge_answer, split_words, world_vocabulary
+from dataset.world.checks import judge_answer, split_words, world_vocabulary
 from dataset.world.skills import turns
 
 FOOD = {"about": ["animal.food"]}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dataset.checks import Vocabulary, judge_answer, make_vocabulary, split_words
 from dataset.world import generate
+from dataset.world.checks import Vocabulary, judge_answer, make_vocabulary, split_words
 from dataset.world.facts import HELD_STATEMENTS, WORLD_DIR, read_toml, read_world, split_wordings
 from dataset.world.generate import (
     MEDICAL,
