@@ -16,7 +16,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -30,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from model.files import UserError, file_sha256, write_aside
+from model.cli import UserError, escape_control
+from model.files import file_sha256, write_aside, write_text
 from model.model_minimind import IGNORE_INDEX
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
@@ -41,29 +41,51 @@ GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order s
 # Fields that change what a conversation means, and that the chat template does not show.
 UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call", "reasoning_content")
 CONTENT_SLOT = "\ue000\ue001\ue000"  # private use: stands for a content in the chat template
+Encoded = tuple[list[int], list[bool]]  # token ids, and for each whether loss falls on it
 Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
 Shape = tuple[int, int]  # of a batch: tokens of a row, labels
 
 
+# ---------------------------------------------------------------- records
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield `("file:line", record)` for each non-empty line of a plain or gzip JSONL file."""
-    number, record = 0, None
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    record = None
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    record = json.loads(line)
-                    if b"\\u" in line:  # such an escape may be half of a character
-                        json.dumps(record, ensure_ascii=False).encode()
-                    if not isinstance(record, dict):
-                        raise ValueError(f"found: {type(record).__name__}")
-                    yield f"{path}:{number}", record
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if b"\\u" in line:  # such an escape may be half of a character
+                    json.dumps(record, ensure_ascii=False).encode()
+                if not isinstance(record, dict):
+                    raise ValueError(f"found: {type(record).__name__}")
+                yield f"{path}:{number}", record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read after line {number} ({error})") from error
     except ValueError as error:  # of JSON or of UTF-8
         raise UserError(f"{path}:{number}: no JSON object ({error}); mend the line") from error
     if record is None:
         raise UserError(f"{path}: holds no record; expected one JSON object a line")
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write JSON lines, whole or not at all; control characters are escaped."""
+    lines = [escape_control(json.dumps(record, ensure_ascii=False)) for record in records]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Make messages of user and assistant in turn."""
+    messages = []
+    for place, text in enumerate(texts):
+        role = "assistant" if place % 2 else "user"
+        messages.append({"role": role, "content": text})
+    return messages
 
 
 def record_text(record: dict, where: str) -> str:
@@ -74,32 +96,50 @@ def record_text(record: dict, where: str) -> str:
     return text
 
 
+def find_messages(record: dict) -> object:
+    """Find the list of messages in a fine-tuning record of any form; it may be of another type."""
+    messages = record.get("conversations", record.get("messages"))
+    if messages is not None or "output" not in record:
+        return messages
+    parts = [record.get("instruction"), record.get("input") or ""]
+    question = None
+    if all(isinstance(part, str) for part in parts):
+        question = "\n".join(part for part in parts if part.strip())
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": record["output"]},
+    ]
+
+
 def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     """Return the messages of a fine-tuning record, white space around their contents stripped."""
-    messages = record.get("conversations", record.get("messages"))
-    if messages is None and "output" in record:
-        parts = [record.get("instruction"), record.get("input") or ""]
-        is_text = all(isinstance(part, str) for part in parts)
-        question = "\n".join(filter(str.strip, parts)) if is_text else None
-        messages = [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": record["output"]}]
+    messages = find_messages(record)
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         fields = '"conversations", "messages", or "instruction" and "output"'
         raise UserError(f"{where}: fine-tuning reads a list of messages: {fields}")
-    for name in UNREAD_FIELDS:
-        if any(turn.get(name) for turn in (record, *messages)):
-            raise UserError(f'{where}: "{name}" is not read; convert or remove it')
-    if any(turn.get("weight") not in (None, 1) for turn in (record, *messages)):  # 0: no loss
-        raise UserError(f'{where}: a "weight" other than 1 is not read; remove the record')
+    for part in (record, *messages):
+        for name in UNREAD_FIELDS:
+            if part.get(name):
+                raise UserError(f'{where}: "{name}" is not read; convert or remove it')
+        if part.get("weight") not in (None, 1):  # 0: no loss
+            raise UserError(f'{where}: a "weight" other than 1 is not read; remove the record')
     for turn, message in enumerate(messages, start=1):
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
             raise UserError(f'{where}: message {turn} needs a non-empty string "content"')
-    roles = [message.get("role") for message in messages]
-    pairs = roles[roles[:1] == ["system"] :]
+    check_roles([message.get("role") for message in messages], where)
+    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
+
+
+def check_roles(roles: list[object], where: str) -> None:
+    """Refuse messages whose roles are not in turn."""
+    pairs = roles[1:] if roles[:1] == ["system"] else roles
     if not pairs or pairs != ["user", "assistant"] * (len(pairs) // 2):
         expected = "an optional system, then user and assistant in turn"
         raise UserError(f"{where}: the roles are {roles}; expected {expected}")
-    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
+
+
+# ---------------------------------------------------------------- token ids and labels
 
 
 def encode_batch(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
@@ -116,7 +156,7 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[
 
 def encode_conversations(
     tokenizer: Tokenizer, conversations: list[list[dict]], generation_prompt: bool = False
-) -> list[tuple[list[int], list[bool]]]:
+) -> list[Encoded]:
     """Encode conversations: token ids, and for each whether loss falls on it.
 
     The template's text and the contents are encoded apart, so a special-token string in a content
@@ -130,11 +170,16 @@ def encode_conversations(
     for messages in conversations:
         roles = tuple(message["role"] for message in messages)
         opening, *closings = find_template(roles)
-        ids, labeled = list(opening), [False] * len(opening)
+        ids = list(opening)
+        labeled = [False] * len(opening)
         for role, closing in zip(roles, closings, strict=True):
-            content, is_answer = next(encoded), role == "assistant"
+            content = next(encoded)
+            is_answer = role == "assistant"
             ids += content + closing
-            labeled += [is_answer and i <= len(content) for i in range(len(content + closing))]
+            labeled += [is_answer] * len(content)
+            # The end token is the first of what closes an answer. No text at all may close a
+            # prompt.
+            labeled += [is_answer and i == 0 for i in range(len(closing))]
         samples.append((ids, labeled))
     return samples
 
@@ -144,30 +189,69 @@ def encode_template(
 ) -> list[list[int]]:
     """Encode the chat template's text around the contents: `len(roles) + 1` pieces."""
     slots = [{"role": role, "content": CONTENT_SLOT} for role in roles]
-    options = {"tokenize": False, "enable_thinking": False}  # Qwen3's prompt as its training text
-    text = tokenizer.apply_chat_template(slots, add_generation_prompt=generation_prompt, **options)
+    text = tokenizer.apply_chat_template(
+        slots,
+        add_generation_prompt=generation_prompt,
+        tokenize=False,
+        enable_thinking=False,  # Qwen3's prompt as its training text
+    )
     pieces = encode_batch(tokenizer, text.split(CONTENT_SLOT), special=True)
-    ends = (pieces[i][:1] for i, role in enumerate(roles, start=1) if role == "assistant")
-    if len(pieces) != len(roles) + 1 or any(end != [tokenizer.eos_token_id] for end in ends):
+    is_usable = len(pieces) == len(roles) + 1
+    for role, closing in zip(roles, pieces[1:], strict=False):
+        if role == "assistant" and closing[:1] != [tokenizer.eos_token_id]:
+            is_usable = False
+    if not is_usable:
         rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
         raise UserError(f"{tokenizer.name_or_path}: the chat template must {rule}")
     return pieces
 
 
+def read_prompt(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return the text of an encoded first prompt, without what the chat template puts around it.
+
+    After a system turn both contents are returned, a line each.
+    """
+    for roles in (("user",), ("system", "user")):
+        contents = cut_contents(ids, encode_template(tokenizer, True, roles))
+        if contents is not None:
+            return "\n".join(tokenizer.batch_decode(contents))
+    return tokenizer.decode(ids)
+
+
+def cut_contents(ids: list[int], pieces: list[list[int]]) -> list[list[int]] | None:
+    """Cut ids at the pieces of a chat template; None if another template has made them."""
+    opening, *closings = pieces
+    start = len(opening)
+    if ids[:start] != opening:
+        return None
+    contents = []
+    for closing in closings:
+        ends = range(start, len(ids) - len(closing) + 1)
+        end = next((i for i in ends if ids[i : i + len(closing)] == closing), None)
+        if end is None:
+            return None
+        contents.append(ids[start:end])
+        start = end + len(closing)
+    return contents if start == len(ids) else None
+
+
 def encode_records(
     kind: str, records: list[tuple[str, dict]], tokenizer: Tokenizer
-) -> list[tuple[list[int], list[bool]]]:
+) -> list[Encoded]:
     """Check and encode what `read_jsonl` yields; without labels, loss falls on all tokens."""
     if kind == "sft":
         conversations = [record_messages(record, where) for where, record in records]
         return encode_conversations(tokenizer, conversations)
-    opening, closing = [], [tokenizer.pad_token_id]
+    opening = []
+    closing = [tokenizer.pad_token_id]
     if kind == "pretrain_wrapped":
         if tokenizer.bos_token_id is None:
             raise UserError(f"--wrap_documents: {tokenizer.name_or_path} has no bos_token")
-        opening, closing = [tokenizer.bos_token_id], [tokenizer.eos_token_id, *closing]
+        opening = [tokenizer.bos_token_id]
+        closing = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     texts = [record_text(record, where) for where, record in records]
-    return [(opening + ids + closing, []) for ids in encode_batch(tokenizer, texts, special=False)]
+    encoded = encode_batch(tokenizer, texts, special=False)
+    return [(opening + ids + closing, []) for ids in encoded]
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -182,13 +266,18 @@ def encode_files(
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Tokenize files into flat arrays, and count what was cut and dropped."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    tokens, labels, truncated, dropped = [], [], 0, 0
-    records = tqdm(chain.from_iterable(map(read_jsonl, paths)), "tokenizing", disable=None)
+    tokens = []
+    labels = []
+    truncated = 0
+    dropped = 0
+    records = chain.from_iterable(read_jsonl(path) for path in paths)
+    records = tqdm(records, "tokenizing", disable=None)
     for chunk in chunks(records, ENCODE_CHUNK):
         for ids, labeled in encode_records(kind, chunk, tokenizer):
             if kind == "sft":
                 truncated += len(ids) > max_seq_len
-                ids, labeled = ids[:max_seq_len], labeled[:max_seq_len]
+                ids = ids[:max_seq_len]
+                labeled = labeled[:max_seq_len]
                 if not any(labeled[1:]):  # the first token is never predicted
                     dropped += 1
                     continue
@@ -196,10 +285,26 @@ def encode_files(
             labels.append(np.array(labeled, dtype=bool))
     if not tokens:
         raise UserError(f"{paths[0]}: no answer within {max_seq_len} tokens; raise --max_seq_len")
-    arrays = {"tokens": np.concatenate(tokens), "labeled": np.concatenate(labels)}
-    arrays["starts"] = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
-    counts = {"records": len(tokens) + dropped, "samples": len(tokens)}
-    return arrays, counts | {"truncated": truncated, "dropped_without_labels": dropped}
+    arrays = {
+        "tokens": np.concatenate(tokens),
+        "labeled": np.concatenate(labels),
+        "starts": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+    }
+    counts = {
+        "records": len(tokens) + dropped,
+        "samples": len(tokens),
+        "truncated": truncated,
+        "dropped_without_labels": dropped,
+    }
+    return arrays, counts
+
+
+# ---------------------------------------------------------------- the token cache
+
+
+def hash_text(text: str) -> str:
+    """Hash a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_tokens(
@@ -210,24 +315,33 @@ def load_tokens(
     The cache's name is the hash of all that the tokens depend on.
     """
     files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
-    described = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
-    key = {"version": CACHE_VERSION, "kind": kind, "files": [file["sha256"] for file in files]}
-    key |= {"tokenizer": hashlib.sha256(described.encode()).hexdigest(), "size": len(tokenizer)}
-    key["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
-    key["max_seq_len"] = max_seq_len if kind == "sft" else None  # blocks are cut later
-    cached = CACHE_DIR / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
-    if not cached.is_file():
+    template = tokenizer.chat_template or ""
+    tokenizer_sha256 = hash_text(tokenizer.backend_tokenizer.to_str() + "\n" + template)
+    key = {
+        "version": CACHE_VERSION,
+        "kind": kind,
+        "files": [file["sha256"] for file in files],
+        "tokenizer": tokenizer_sha256,
+        "size": len(tokenizer),
+        "ids": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "max_seq_len": max_seq_len if kind == "sft" else None,  # blocks are cut later
+    }
+    path = CACHE_DIR / f"{kind}-{hash_text(json.dumps(key))[:32]}"
+    if not path.is_file():
         CACHE_DIR.mkdir(parents=True, exist_ok=True)
-        with FileLock(cached.with_name(f".{cached.name}.lock")):
-            if not cached.is_file():  # of several processes, the first one tokenizes
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():  # of several processes, the first one tokenizes
                 arrays, counts = encode_files(kind, paths, tokenizer, max_seq_len)
                 tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
                 header = {"counts": json.dumps(counts)}
-                write_aside(cached, partial(save_file, tensors, metadata=header))
-    with safe_open(cached, framework="pt") as file:  # torch maps the file, numpy reads it
+                write_aside(path, partial(save_file, tensors, metadata=header))
+    with safe_open(path, framework="pt") as file:  # torch maps the file, numpy reads it
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         counts = json.loads(file.metadata()["counts"])
-    return arrays, {"files": files, "tokenizer_sha256": key["tokenizer"], **counts}
+    return arrays, {"files": files, "tokenizer_sha256": tokenizer_sha256, **counts}
+
+
+# ---------------------------------------------------------------- samples
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -237,14 +351,21 @@ class TokenDataset(torch.utils.data.Dataset):
     first. `info` has facts for run.json.
     """
 
-    def __init__(self, arrays: dict, starts: np.ndarray, ends: np.ndarray, info: dict):
-        self.tokens, self.labeled = arrays["tokens"], arrays["labeled"]
-        self.starts, self.ends, self.lengths, self.info = starts, ends, ends - starts, info
-        if len(self.labeled):
+    def __init__(
+        self, arrays: dict[str, np.ndarray], starts: np.ndarray, ends: np.ndarray, info: dict
+    ) -> None:
+        self.tokens = arrays["tokens"]
+        self.labeled = arrays["labeled"]
+        self.is_text = len(self.labeled) == 0  # loss falls on all of it
+        self.starts = starts
+        self.ends = ends
+        self.info = info
+        self.lengths = ends - starts
+        if self.is_text:
+            self.targets = self.lengths - 1
+        else:
             before = np.append(0, np.cumsum(self.labeled))  # labels before each token
             self.targets = before[ends] - before[starts + 1]
-        else:  # of text, loss falls on all
-            self.targets = self.lengths - 1
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -253,15 +374,19 @@ class TokenDataset(torch.utils.data.Dataset):
         """Return token ids and labels, not shifted, each (length,) int64."""
         span = slice(self.starts[index], self.ends[index])
         ids = self.tokens[span].astype(np.int64)
-        return ids, np.where(self.labeled[span], ids, IGNORE_INDEX) if len(self.labeled) else ids
+        if self.is_text:
+            return ids, ids
+        return ids, np.where(self.labeled[span], ids, IGNORE_INDEX)
 
     def describe(self, index: int, tokenizer: Tokenizer) -> str:
         """Lay out a sample: positions, tokens, and the labels that the positions predict."""
         ids, labels = self[index]
+        predicted = [*labels[1:], IGNORE_INDEX]
         lines = [f"{'pos':>5}  {'token':<24} predicts"]
-        for i, (token, label) in enumerate(zip(ids, [*labels[1:], IGNORE_INDEX], strict=True)):
+        for position, (token, label) in enumerate(zip(ids, predicted, strict=True)):
+            text = tokenizer.decode([int(token)])
             target = "-" if label == IGNORE_INDEX else repr(tokenizer.decode([int(label)]))
-            lines.append(f"{i:>5}  {tokenizer.decode([int(token)])!r:<24} {target}")
+            lines.append(f"{position:>5}  {text!r:<24} {target}")
         return "\n".join(lines)
 
 
@@ -277,12 +402,16 @@ def load_dataset(
     Args:
         kind: `"sft"`, `"pretrain"` (documents end with the pad/end-of-text token), or
             `"pretrain_wrapped"` (a chat turn's tokens around each document besides).
+        paths: plain or gzip JSONL, read in this order.
+        tokenizer: the model's own.
         max_seq_len: tokens of a block, or of the longest conversation; longer ones are cut.
         max_samples: conversations to keep, drawn at random; a smaller set is part of a larger.
     """
     arrays, info = load_tokens(kind, paths, tokenizer, max_seq_len)
-    starts, ends = arrays["starts"][:-1], arrays["starts"][1:]
-    if kind != "sft":
+    if kind == "sft":
+        starts = arrays["starts"][:-1]
+        ends = arrays["starts"][1:]
+    else:  # one stream of documents, cut into blocks
         total = len(arrays["tokens"])
         starts = np.arange(0, total - 1, max_seq_len)  # a last token alone has no target
         ends = np.minimum(starts + max_seq_len, total)
@@ -291,13 +420,18 @@ def load_dataset(
             raise UserError(f"--max_train_samples {max_samples}: the data have {len(starts):,}")
         order = np.random.default_rng(SUBSET_SEED).permutation(len(starts))
         chosen = np.sort(order[:max_samples])
-        starts, ends, info["samples"] = starts[chosen], ends[chosen], max_samples
+        starts = starts[chosen]
+        ends = ends[chosen]
+        info["samples"] = max_samples
     dataset = TokenDataset(arrays, starts, ends, info)
-    info |= {"tokens": int(dataset.lengths.sum()), "labeled_tokens": int(dataset.targets.sum())}
+    info["tokens"] = int(dataset.lengths.sum())
+    info["labeled_tokens"] = int(dataset.targets.sum())
     return dataset
 
 
-@dataclass
+# ---------------------------------------------------------------- batches
+
+
 class StepPlan:
     """The samples of each optimizer step, as a pure function of the seed and the step.
 
@@ -306,32 +440,37 @@ class StepPlan:
     batch that it would have seen, and one process and two train on the same batches.
     """
 
-    lengths: np.ndarray
-    batch_size: int
-    accumulation_steps: int = 1
-    seed: int = 42
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        self.global_batch = self.batch_size * self.accumulation_steps * self.processes
-        self.steps_per_epoch = -(-len(self.lengths) // self.global_batch)
-        self.draw_epoch = lru_cache(2)(self.draw_epoch)  # the loader may be an epoch ahead
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        seed: int = 42,
+        processes: int = 1,
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.processes = processes
+        self.global_batch = batch_size * accumulation_steps * processes
+        self.steps_per_epoch = -(-len(lengths) // self.global_batch)  # rounded up
+        self.find_epoch = lru_cache(2)(self.draw_epoch)  # the loader may be an epoch ahead
 
     def __getitem__(self, step: int) -> np.ndarray:
         """Return the samples of a step, those of all processes."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self.draw_epoch(epoch)[position]
+        return self.find_epoch(epoch)[position]
 
     def draw_epoch(self, epoch: int) -> list[np.ndarray]:
         """Draw the batches of an epoch, each sorted by length, in random order."""
-        generator, size = np.random.default_rng([self.seed, epoch]), self.global_batch
-        order, group = generator.permutation(len(self.lengths)), GROUP_BATCHES * size
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.lengths))
         if self.lengths.min() == self.lengths.max():
-            return np.split(order, range(size, len(order), size))
+            return cut(order, self.global_batch)
         batches = []
-        for part in np.split(order, range(group, len(order), group)):
-            part = part[np.argsort(self.lengths[part], kind="stable")]
-            batches += np.split(part, range(size, len(part), size))
+        for group in cut(order, GROUP_BATCHES * self.global_batch):
+            by_length = np.argsort(self.lengths[group], kind="stable")
+            batches += cut(group[by_length], self.global_batch)
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def micro_batches(self, step: int, process: int = 0) -> list[list[int]]:
@@ -339,8 +478,18 @@ class StepPlan:
 
         The parts of two processes may differ in number: gradients are exchanged once, at the last.
         """
-        mine = self[step][process :: self.processes].tolist()
-        return list(chunks(mine, self.batch_size)) or [[]]
+        share = self[step][process :: self.processes].tolist()
+        return list(chunks(share, self.batch_size)) or [[]]
+
+    def iterate(self, start: int, end: int, process: int) -> Iterator[list[int]]:
+        """Yield a process's micro-batches of the steps from `start` to before `end`."""
+        for step in range(start, end):
+            yield from self.micro_batches(step, process)
+
+
+def cut(array: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an array into parts of `size`; the last may be shorter."""
+    return np.split(array, range(size, len(array), size))
 
 
 def plan_shapes(plan: StepPlan, targets: np.ndarray, steps: int, most: int = 6) -> list[Shape]:
@@ -348,27 +497,47 @@ def plan_shapes(plan: StepPlan, targets: np.ndarray, steps: int, most: int = 6) 
 
     Each length is the longest of an equal share of the batches; `targets` counts a sample's labels.
     """
-    parts = [plan.micro_batches(step, i) for step in range(steps) for i in range(plan.processes)]
-    lengths = np.array([plan.lengths[batch].max(initial=2) for part in parts for batch in part])
-    labels = np.array([targets[batch].sum() for part in parts for batch in part])
-    ends = np.quantile(lengths, np.arange(1, most + 1) / most, method="inverted_cdf")
+    lengths = []
+    labels = []
+    for process in range(plan.processes):
+        for batch in plan.iterate(0, steps, process):
+            lengths.append(plan.lengths[batch].max(initial=2))
+            labels.append(targets[batch].sum())
+    lengths = np.array(lengths)
+    labels = np.array(labels)
+    shares = np.arange(1, most + 1) / most
+    ends = np.quantile(lengths, shares, method="inverted_cdf")
     return [(int(end), int(labels[lengths <= end].max())) for end in np.unique(ends)]
 
 
-def collate(samples: list[Sample], rows: int = 0, shapes: list[Shape] = ()) -> dict[str, Tensor]:
+def collate(
+    samples: list[Sample], rows: int = 0, shapes: Iterable[Shape] = ()
+) -> dict[str, Tensor]:
     """Stack samples as `input_ids` and `labels`, (batch, longest) int64, with 0 on the right.
 
     `label_positions` are those of the flattened batch that predict a label. For compiled code the
     batch fills up to `rows`, without labels, and to the first of `shapes` that is long enough.
     """
-    longest = max((len(ids) for ids, _ in samples), default=2)
-    length, count = next((shape for shape in shapes if shape[0] >= longest), (longest, 2))
+    length = max((len(ids) for ids, _ in samples), default=2)
+    least_positions = 2  # compiled code treats sizes 0 and 1 apart
+    for shape_length, shape_positions in shapes:  # from short to long
+        if shape_length >= length:
+            length = shape_length
+            least_positions = shape_positions
+            break
     size = (max(rows, len(samples), 1), length)
-    ids, labels = np.zeros(size, np.int64), np.full(size, IGNORE_INDEX)
-    for row, (own_ids, own_labels) in enumerate(samples):
-        ids[row, : len(own_ids)], labels[row, : len(own_ids)] = own_ids, own_labels
-    row, column = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
-    positions = np.full(max(count, len(row)), length - 1)  # a row's last one predicts nothing
-    positions[: len(row)] = row * length + column
-    batch = {"input_ids": ids, "labels": labels, "label_positions": positions}
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    input_ids = np.zeros(size, np.int64)
+    labels = np.full(size, IGNORE_INDEX)
+    for row, (sample_ids, sample_labels) in enumerate(samples):
+        input_ids[row, : len(sample_ids)] = sample_ids
+        labels[row, : len(sample_ids)] = sample_labels
+    label_rows, label_columns = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
+    count = len(label_rows)
+    # A row's last position predicts nothing, so that it can fill up.
+    positions = np.full(max(least_positions, count), length - 1)
+    positions[:count] = label_rows * length + label_columns
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "label_positions": torch.from_numpy(positions),
+    }

@@ -5,21 +5,29 @@ No code in a checkpoint is run. A config that the model does not compute is refu
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import GenerationConfig, LlamaConfig, Qwen3Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import cached_file
 
-from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json, write_text
-from model.model_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_lora
-from model.model_minimind import Config, MiniMindForCausalLM, fill_model, list_weights
-from model.model_minimind import weights_fingerprint as weights_fingerprint  # for importers
+from model.cli import UserError
+from model.files import REPO_DIR, read_json, write_bytes, write_json, write_text
+from model.model_lora import ADAPTER_CONFIG, load_lora, save_lora
+from model.model_minimind import (
+    Config,
+    MiniMindForCausalLM,
+    fill_model,
+    list_weights,
+    weights_fingerprint,
+)
 
 Checkpoint = tuple[MiniMindForCausalLM, Tokenizer]
 TOKENIZER_DIR = Path(__file__).resolve().parent  # the committed 6,400-token tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS_FILE = "model.safetensors"
+CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 # Values of config.json that the model computes. Others are refused, or show in the weights.
 COMPUTED = {"hidden_act": "silu", "rope_type": "default", "use_sliding_window": False}
 
@@ -30,9 +38,12 @@ def save_model(model: MiniMindForCausalLM, tokenizer_dir: str | Path, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu() for name, tensor in list_weights(model).items()}
     write_bytes(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's, if it has them
-    ids = {n: found for n in names if (found := getattr(tokenizer, n)) is not None}
-    config = model.config.to_dict() | ids | {"dtype": str(model.dtype).removeprefix("torch.")}
+    ids = {}  # the tokenizer's, as far as it has them
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is not None:
+            ids[name] = getattr(tokenizer, name)
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = model.config.to_dict() | ids | {"dtype": dtype}
     write_json(folder / "config.json", dict(sorted(config.items())))
     write_text(folder / "generation_config.json", GenerationConfig(**ids).to_json_string())
     save_tokenizer(tokenizer_dir, folder)
@@ -43,26 +54,22 @@ def save_tokenizer(source: str | Path, folder: Path) -> None:
     if is_hub_id(source):
         Tokenizer.from_pretrained(source).save_pretrained(folder)
     for name in (*TOKENIZER_FILES, "special_tokens_map.json"):  # older ones have the last
-        if (path := Path(source) / name).is_file():
+        path = Path(source) / name
+        if path.is_file():
             write_text(folder / name, path.read_text(encoding="utf-8"))
 
 
 def save_rounded(source: Path, folder: Path) -> None:
     """Copy a saved model or adapter with its weights rounded to bfloat16, without its run files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (ADAPTER_WEIGHTS, WEIGHTS_FILE):
-        if (source / name).is_file():
-            with safe_open(source / name, framework="pt") as file:
-                tensors = {key: file.get_tensor(key).bfloat16() for key in list(file.keys())}
-                metadata = file.metadata()
-            write_bytes(folder / name, save(tensors, metadata))
-    for name in (*TOKENIZER_FILES, ADAPTER_CONFIG, "generation_config.json"):
-        if (source / name).is_file():
-            write_text(folder / name, (source / name).read_text(encoding="utf-8"))
-    if (source / "config.json").is_file():
-        write_json(
-            folder / "config.json", read_json(source / "config.json") | {"dtype": "bfloat16"}
-        )
+    if not (source / ADAPTER_CONFIG).is_file():
+        save_model(load_model(source).bfloat16(), source, folder)
+        return
+    base = find_base(source)
+    model = load_model(base)
+    fingerprint = weights_fingerprint(model)
+    settings = load_lora(model, source)
+    save_lora(model, settings, str(base), fingerprint, folder, dtype=torch.bfloat16)
+    save_tokenizer(source, folder)
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -89,14 +96,15 @@ def read_config(source: str | Path) -> Config:
     """Read a config, refused unless model_minimind.py computes what it describes."""
     path = find_file(source, "config.json")
     content = read_json(path)
-    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}.get(content.get("model_type"))
-    if kind is None:
-        raise UserError(f"{path}: model_type {content.get('model_type')!r}; llama or qwen3 is read")
-    config = kind.from_dict(content)
-    found = content | config.rope_parameters
+    model_type = content.get("model_type")
+    if model_type not in CONFIGS:
+        raise UserError(f"{path}: model_type {model_type!r}; llama or qwen3 is read")
+    config = CONFIGS[model_type].from_dict(content)
+    described = content | config.rope_parameters
     for name, computed in COMPUTED.items():
-        if found.get(name) not in (computed, None):
-            raise UserError(f"{path}: {name} {found[name]!r} is not computed by this model")
+        value = described.get(name)
+        if value not in (computed, None):
+            raise UserError(f"{path}: {name} {value!r} is not computed by this model")
     return config
 
 
@@ -105,7 +113,8 @@ def load_model(source: str | Path) -> MiniMindForCausalLM:
 
     `from_pretrained` would report missing, broken or unfitting weights, and go on.
     """
-    config, path = read_config(source), find_file(source, WEIGHTS_FILE)
+    config = read_config(source)
+    path = find_file(source, WEIGHTS_FILE)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -134,13 +143,20 @@ def load_tokenizer(source: str | Path | None = None, vocab_size: int | None = No
 def find_base(folder: str | Path) -> str | Path:
     """Find an adapter's base: a hub id, or a folder from here, from the repository or beside it."""
     path = Path(folder) / ADAPTER_CONFIG
-    named = read_json(path).get("base_model_name_or_path") or ""
-    for base in (Path(named), REPO_DIR / named, Path(folder).parent / named):
-        if named and base.is_dir():
-            return base
-    if is_hub_id(named):
-        return named
-    raise UserError(f"{path}: the base {named!r} is not there; put it back")
+    name = read_json(path).get("base_model_name_or_path") or ""
+    places = [Path(name), REPO_DIR / name, Path(folder).parent / name] if name else []
+    for place in places:
+        if place.is_dir():
+            return place
+    if is_hub_id(name):
+        return name
+    raise UserError(f"{path}: the base {name!r} is not there; put it back")
+
+
+def find_tokenizer(folder: str | Path, base: str | Path) -> str | Path:
+    """Find where a checkpoint's tokenizer lies: in its own folder, else its base's."""
+    has_tokenizer = (Path(folder) / TOKENIZER_FILES[0]).is_file()
+    return folder if has_tokenizer else base
 
 
 def load_checkpoint(
@@ -155,9 +171,11 @@ def load_checkpoint(
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
     if base and not is_adapter:
         raise UserError(f"{path}: is no adapter, so it cannot be put on {base}")
-    weights = base or (find_base(path) if is_adapter else path)
-    own = path if (Path(path) / TOKENIZER_FILES[0]).is_file() else weights
+    weights = path
+    if is_adapter:
+        weights = base or find_base(path)
     model = load_model(weights)
     if is_adapter:
         load_lora(model, path, any_base=base is not None)
-    return model.eval(), load_tokenizer(tokenizer_path or own, model.config.vocab_size)
+    tokenizer_path = tokenizer_path or find_tokenizer(path, weights)
+    return model.eval(), load_tokenizer(tokenizer_path, model.config.vocab_size)

@@ -1,51 +1,16 @@
-"""Write files whole or not at all; raise errors with a message for users."""
+"""Files: written whole or not at all, read, and known by their hash."""
 
-import argparse
 import hashlib
 import json
 import os
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from safetensors import SafetensorError
 
+from model.cli import UserError
+
 REPO_DIR = Path(__file__).resolve().parents[1]
-# Control, zero-width and direction characters: they could steer a terminal or hide text.
-UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
-
-class UserError(ValueError):
-    """An error that the user can mend; the message is one line: what, where, remedy."""
-
-
-def make_parser(doc: str, **options: str) -> argparse.ArgumentParser:
-    """Make a parser whose --help shows a script's docstring as it stands."""
-    options |= {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    return argparse.ArgumentParser(allow_abbrev=False, **options)
-
-
-def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit: 2 and one line after a user's error, 130 after Ctrl-C."""
-    try:
-        sys.exit(main())
-    except (UserError, OSError) as error:
-        line = escape_control(str(error)).replace("\n", "\\n").replace("\t", "\\t")
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def escape_control(text: str) -> str:
-    """Escape control, zero-width and direction characters; keep tabs and newlines."""
-    return UNSAFE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:

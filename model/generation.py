@@ -8,15 +8,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import MiniMindForCausalLM
 
-MAX_NEW_TOKENS = 96  # of an answer; the world's references have at most 64
+MAX_NEW_TOKENS = 96  # of an answer, where no flag says otherwise
 LIKELY_TOKENS = 256  # a nucleus is looked for among so many first: faster than to sort all
 
 
@@ -31,12 +32,15 @@ class Decoding:
     @classmethod
     def parse(cls, name: str) -> "Decoding":
         """Read a name: `greedy`, or temperature and nucleus as in `t1.0` and `t0.85p0.85`."""
-        found = re.fullmatch(r"t(\d+\.?\d*)(?:p(\d+\.?\d*))?", name)
         if name == "greedy":
             return cls(name)
-        if not found or float(found[1]) == 0 or not 0 < float(found[2] or 1) <= 1:
-            raise UserError(f"--decoding {name}: use greedy, or a form such as t1.0 or t0.85p0.85")
-        return cls(name, float(found[1]), float(found[2] or 1))
+        match = re.fullmatch(r"t(\d+\.?\d*)(?:p(\d+\.?\d*))?", name)
+        if match:
+            temperature = float(match[1])
+            top_p = float(match[2] or 1)
+            if temperature > 0 and 0 < top_p <= 1:
+                return cls(name, temperature, top_p)
+        raise UserError(f"--decoding {name}: use greedy, or a form such as t1.0 or t0.85p0.85")
 
 
 def generate(
@@ -48,17 +52,30 @@ def generate(
     batch_size: int,
     end_ids: tuple[int, ...] = (),
 ) -> list[list[int]]:
-    """Answer each prompt with new token ids; an end token that was produced is last."""
-    draws = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    """Answer each prompt with new token ids; an end token that was produced is last.
+
+    A sampled answer depends on `seed` and on the place of its prompt, not on the other prompts nor
+    on `max_new_tokens`, which only cuts it. Results of the study up to its third round drew one
+    matrix for all prompts and tokens, so their sampled answers are others.
+    """
+    draws = draw_numbers(len(prompts), max_new_tokens, seed)
+    # Prompts of like length share a batch: less padding.
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        chosen = [prompts[row] for row in batch]
-        for tokens in continue_prompts(model, chosen, decoding, draws[batch], end_ids):
-            for index, token in tokens:
+        chosen = [prompts[place] for place in batch]
+        for step in continue_prompts(model, chosen, decoding, draws[batch], end_ids):
+            for index, token in step:
                 answers[batch[index]].append(token)
     return answers
+
+
+def draw_numbers(prompts: int, steps: int, seed: int) -> Tensor:
+    """Draw numbers in [0, 1), (prompts, steps), from a generator for each prompt."""
+    generators = [np.random.default_rng([seed, place]) for place in range(prompts)]
+    rows = [generator.random(steps, dtype=np.float32) for generator in generators]
+    return torch.from_numpy(np.array(rows, np.float32).reshape(prompts, steps))
 
 
 @torch.inference_mode()
@@ -75,11 +92,12 @@ def continue_prompts(
     """
     model.eval()
     device = model.device
-    draws, ends = draws.to(device), torch.tensor(end_ids, dtype=torch.long, device=device)
+    draws = draws.to(device)
+    ends = torch.tensor(end_ids, dtype=torch.long, device=device)
+    ids, mask = pad_left(prompts)
+    ids = ids.to(device)
+    mask = mask.to(device)
     rows = torch.arange(len(prompts), device=device)  # prompts whose answers go on
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[i >= width - len(p) for i in range(width)] for p in prompts]).to(device)
     cache = DynamicCache(config=model.config)
     for step in range(draws.shape[1]):
         logits = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
@@ -88,10 +106,25 @@ def continue_prompts(
         going = ~torch.isin(tokens, ends)
         if not going.any():
             return
-        if not going.all():
-            rows, tokens, mask = rows[going], tokens[going], mask[going]
+        if not going.all():  # answers that have ended leave the batch
+            rows = rows[going]
+            tokens = tokens[going]
+            mask = mask[going]
             cache.batch_select_indices(going)
-        ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=True)
+        ids = tokens[:, None]
+        mask = F.pad(mask, (0, 1), value=True)
+
+
+def pad_left(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Stack prompts with 0 on the left: ids and "is no padding", each (B, longest)."""
+    width = max(map(len, prompts))
+    ids = []
+    mask = []
+    for prompt in prompts:
+        padding = width - len(prompt)
+        ids.append([0] * padding + prompt)
+        mask.append([False] * padding + [True] * len(prompt))
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def choose_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
@@ -110,7 +143,8 @@ def choose_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
     # To the right of equal values: a token of probability 0 is never chosen.
     tokens = torch.searchsorted(cumulated, reached.contiguous(), right=True)[:, 0]
     # Rounding may bring the product up to the sum itself: then the last possible token is chosen.
-    return tokens.minimum((cumulated < cumulated[:, -1:]).sum(dim=-1))
+    last_possible = (cumulated < cumulated[:, -1:]).sum(dim=-1)
+    return tokens.minimum(last_possible)
 
 
 def cut_to_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -125,5 +159,7 @@ def cut_to_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
         if (cumulated[:, -1] >= top_p).all():
             break
     # A token is kept if the more likely ones fall short of `top_p`; so is the most likely one.
-    kept = (cumulated - likely < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    return probabilities.where(probabilities >= likely.gather(-1, kept - 1), 0.0)
+    more_likely = cumulated - likely
+    kept = (more_likely < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    least = likely.gather(-1, kept - 1)
+    return probabilities.where(probabilities >= least, 0.0)

@@ -5,9 +5,14 @@
     plain = merge_lora(model)                            # the same logits from plain weights
 
 `save_lora` writes an adapter that PEFT loads; `load_lora` loads one of ours or of PEFT's.
+
+An adapter is a module in the place of a linear, or of the tied head. It computes `forward`, and
+`compute_weight` for merging, and names what trains in `adapter_parameters`, by role. Optimizer,
+counts and files ask `name_roles` for these roles.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +23,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from model.files import REPO_DIR, UserError, read_json, write_bytes, write_json
+from model.cli import UserError
+from model.files import REPO_DIR, read_json, write_bytes, write_json
 from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# The two ends of the vocabulary's matrix, which most models tie: one parameter, two names.
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
 TARGET_NAMES = ("square", "attention", "mlp", "all-linear", "embedding")
 TRAINABLE_PARTS = ("square", "attention", "mlp", "embeddings", "norms", "frozen-embeddings")
+WHOLE = "whole"  # the role of a parameter that trains as it is, in no adapter
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class LoraSettings:
     targets: str = "all-linear"
     init: str = "kaiming"  # of A: U(+-1/sqrt(in)) as in PEFT; gaussian: MiniMind's N(0, .02)
     use_rslora: bool = False
+    use_dora: bool = False  # train the length of each output's weights apart: `DoRALinear`
     train_tokens: tuple[int, ...] = ()  # ids whose embedding rows train, at both ends if tied
     modules_to_save: tuple[str, ...] = ()  # trained whole: embeddings, norms, or module names
 
@@ -49,13 +59,16 @@ class LoraSettings:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
+# ---------------------------------------------------------------- adapters
+
+
 class LoRALinear(nn.Module):
     """W x + scaling * B A x: a frozen bias-free linear W, and an update of rank r that trains.
 
     B is 0 at the start, so that the adapted model starts as its base.
     """
 
-    def __init__(self, linear: nn.Module, settings: LoraSettings):
+    def __init__(self, linear: nn.Module, settings: LoraSettings) -> None:
         super().__init__()
         self.weight = linear.weight  # W, (out, in)
         out_features, in_features = self.weight.shape
@@ -70,36 +83,85 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by role."""
+        return {"A": self.lora_A.weight, "B": self.lora_B.weight}
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(x, self.weight) + self.lora_B(self.lora_A(self.dropout(x)) * self.scaling)
+        base = F.linear(x, self.weight)
+        reduced = self.lora_A(self.dropout(x))  # (..., r)
+        return base + self.lora_B(reduced * self.scaling)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Look rows up, if this is the head: (...) int64 -> (..., in)."""
-        update = (F.embedding(input_ids, self.lora_B.weight) * self.scaling) @ self.lora_A.weight
-        return F.embedding(input_ids, self.weight) + update
+        base = F.embedding(input_ids, self.weight)
+        reduced = F.embedding(input_ids, self.lora_B.weight)  # (..., r)
+        return base + (reduced * self.scaling) @ self.lora_A.weight
+
+    def add_update(self) -> Tensor:
+        """Compute W + scaling * B A in float32, (out, in)."""
+        update = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        return self.weight.float() + update
 
     def compute_weight(self) -> Tensor:
-        """Compute W with its update, (out, in), added in float32 and cast once."""
-        update = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
-        return (self.weight.float() + update).to(self.weight.dtype)
+        """Compute the weight that a merge puts in W's place, (out, in), cast once."""
+        return self.add_update().to(self.weight.dtype)
+
+
+class DoRALinear(LoRALinear):
+    """m * (W + scaling * B A), each row over its norm: DoRA (Liu et al. 2024, arXiv 2402.09353).
+
+    The length m of each row and its direction train apart. At the start m is the norm of W's row.
+    """
+
+    def __init__(self, linear: nn.Module, settings: LoraSettings) -> None:
+        super().__init__(linear, settings)
+        self.lora_magnitude_vector = nn.Parameter(self.compute_norms())  # m, (out,); PEFT's name
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by role."""
+        return super().adapter_parameters() | {"magnitude": self.lora_magnitude_vector}
+
+    def compute_norms(self) -> Tensor:
+        """Compute the norm of each row before it is scaled, (out,), in float32.
+
+        A constant for the gradient (section 4.3 of the paper), as in PEFT.
+        """
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            return self.add_update().norm(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        scale = self.lora_magnitude_vector / self.compute_norms()
+        out = super().forward(x)
+        return out * scale.to(out.dtype)
+
+    def compute_weight(self) -> Tensor:
+        """Compute the weight that a merge puts in W's place, (out, in), cast once."""
+        scale = self.lora_magnitude_vector / self.compute_norms()
+        return (self.add_update() * scale[:, None]).to(self.weight.dtype)
 
 
 class TokenRows(nn.Module):
     """A tied head of which only the rows of chosen tokens train."""
 
-    def __init__(self, head: nn.Module, token_ids: tuple[int, ...]):
+    def __init__(self, head: nn.Module, token_ids: tuple[int, ...]) -> None:
         super().__init__()
         self.weight = head.weight  # (V, D)
         ids = torch.tensor(token_ids, device=self.weight.device)
         self.register_buffer("token_ids", ids, persistent=False)
         self.rows = nn.Parameter(self.weight.detach()[ids].float())  # (tokens, D)
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by role."""
+        return {"rows": self.rows}
+
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         logits = F.linear(hidden, self.weight)
-        own = F.linear(hidden, self.rows.to(self.weight.dtype))
-        return logits.index_copy(-1, self.token_ids, own)
+        trained = F.linear(hidden, self.rows.to(self.weight.dtype))  # (..., tokens)
+        return logits.index_copy(-1, self.token_ids, trained)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Look rows up: (...) int64 -> (..., D)."""
@@ -113,7 +175,7 @@ class TokenRows(nn.Module):
 class TiedEmbedding(nn.Module):
     """The input end of an adapted head, with its factors; PEFT starts one of them at N(0, 1)."""
 
-    def __init__(self, head: nn.Module):
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.weight = head.weight
         self.tied_to = (head,)  # in a tuple, not a submodule: each parameter has one name
@@ -123,159 +185,268 @@ class TiedEmbedding(nn.Module):
         return self.tied_to[0].embed(input_ids)
 
 
-def select_modules(
-    model: MiniMindForCausalLM, spec: str, kinds: tuple[type, ...], flag: str
-) -> list[str]:
-    """Name the modules of `kinds` that groups or names select; refuse a part that selects none."""
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
-    linears = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n != HEAD]
-    norms = [n for n, m in modules.items() if isinstance(m, nn.RMSNorm)]
-    groups = {
-        "all": [*modules] if flag == "--trainable" else [],
+ADAPTERS = (LoRALinear, TokenRows)  # and what extends them
+
+
+def name_roles(model: nn.Module) -> dict[str, str]:
+    """Name the parameters that train, each with its role: what its adapter says, or `WHOLE`."""
+    roles = {}
+    for module in model.modules():
+        if isinstance(module, ADAPTERS):
+            for role, parameter in module.adapter_parameters().items():
+                roles[parameter] = role
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: roles.get(parameter, WHOLE) for name, parameter in trained.items()}
+
+
+# ---------------------------------------------------------------- what is adapted
+
+
+def group_modules(model: MiniMindForCausalLM) -> dict[str, list[str]]:
+    """Name the modules of the groups that flags know."""
+    modules = dict(model.named_modules())
+    norms = [name for name, module in modules.items() if isinstance(module, nn.RMSNorm)]
+    linears = []
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and name != HEAD:
+            linears.append(name)
+    return {
+        "all": [EMBEDDING, *linears, *norms, HEAD],
+        # MiniMind's own choice, an accident: it adapts what has as many inputs as outputs.
         "square": [n for n in linears if modules[n].in_features == modules[n].out_features],
-        "attention": [n for n in linears if ".self_attn." in n],
-        "mlp": [n for n in linears if ".mlp." in n],
+        "attention": [name for name in linears if ".self_attn." in name],
+        "mlp": [name for name in linears if ".mlp." in name],
         "all-linear": linears,
         "embedding": [EMBEDDING],
         "embeddings": [EMBEDDING],
         "norms": norms,
-        "frozen-embeddings": linears + norms if flag == "--trainable" else [],
+        "frozen-embeddings": linears + norms,
     }
-    selected: set[str] = set()
-    for part in map(str.strip, spec.split(",")):
-        named = [n for n in modules if n == part or n.endswith("." + part)]
-        if not (found := groups.get(part, named)):
-            known = sorted({n for n in groups if groups[n]} | {n.split(".")[-1] for n in modules})
-            raise UserError(f"{flag}: {part!r} selects nothing; use some of {', '.join(known)}")
-        selected.update(found)
-    return [name for name in modules if name in selected]
+
+
+def select_modules(
+    model: MiniMindForCausalLM,
+    words: Iterable[str],
+    groups: dict[str, list[str]],
+    kinds: tuple[type, ...],
+    flag: str,
+) -> dict[str, str]:
+    """Select modules by the words of a flag: groups, or names of modules of these kinds.
+
+    Return the modules in the model's order, each with the word that selected it. A word that
+    selects nothing is refused.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    selected = {}
+    for word in words:
+        named = [name for name in names if name == word or name.endswith(f".{word}")]
+        chosen = groups.get(word, named)
+        if not chosen:
+            known = {*groups, *(name.rpartition(".")[2] for name in names)}
+            choices = ", ".join(sorted(known))
+            raise UserError(f"{flag}: {word!r} selects nothing; use some of {choices}")
+        selected |= dict.fromkeys(chosen, word)
+    return {name: selected[name] for name in names if name in selected}
+
+
+def split_words(spec: str) -> list[str]:
+    """Split a flag's value at its commas."""
+    return [word.strip() for word in spec.split(",")]
 
 
 def select_trainable(model: MiniMindForCausalLM, spec: str) -> None:
     """Freeze all but `spec`: `all`, or some of `TRAINABLE_PARTS` or module names, by commas."""
-    names = select_modules(model, spec, (nn.Linear, nn.RMSNorm, nn.Embedding), "--trainable")
+    groups = group_modules(model)
+    known = {name: groups[name] for name in ("all", *TRAINABLE_PARTS)}
+    kinds = (nn.Linear, nn.RMSNorm, nn.Embedding)
+    names = select_modules(model, split_words(spec), known, kinds, "--trainable")
     model.requires_grad_(False)
     for name in names:
         model.get_submodule(name).requires_grad_(True)
 
 
-def choose_modules(
-    model: MiniMindForCausalLM, settings: LoraSettings
-) -> tuple[list[str], list[str]]:
-    """Name the modules to adapt, and those to train whole; refuse settings that cannot work."""
-    rank, tokens, kinds = settings.rank, settings.train_tokens, (nn.Linear, nn.Embedding)
-    targets = select_modules(model, settings.targets, kinds, "--lora_targets") if rank else []
-    parts, kinds = ",".join(settings.modules_to_save), (nn.RMSNorm, nn.Embedding)
-    parts = parts.replace(HEAD, EMBEDDING)  # the tied matrix
-    whole = select_modules(model, parts, kinds, "--modules_to_save") if parts else []
+def find_targets(model: MiniMindForCausalLM, settings: LoraSettings) -> dict[str, str]:
+    """Find the modules to adapt, each with the word that names it; refuse too high a rank."""
+    if settings.rank == 0:
+        return {}
+    groups = group_modules(model)
+    known = {name: groups[name] for name in TARGET_NAMES}
+    kinds = (nn.Linear, nn.Embedding)
+    words = split_words(settings.targets)
+    targets = select_modules(model, words, known, kinds, "--lora_targets")
     for name in targets:
-        if rank > (limit := min(model.get_submodule(name).weight.shape)):
-            raise UserError(f"--lora_rank {rank}: the rank of {name} is {limit} at most")
-    ids = range(model.config.vocab_size)
-    if len({*tokens} & {*ids}) < len(tokens):
-        raise UserError(f"--train_tokens: ids must differ and lie in 0..{ids[-1]}")
-    ways = ["--train_tokens"] if tokens else []
-    ways += ["--modules_to_save embeddings"] if EMBEDDING in whole else []
-    ways += ["--lora_targets embedding"] if EMBEDDING in targets else []
+        limit = min(model.get_submodule(name).weight.shape)
+        if settings.rank > limit:
+            rank = f"--lora_rank {settings.rank}"
+            raise UserError(f"{rank}: the rank of {name} is {limit} at most")
+    return targets
+
+
+def find_whole(model: MiniMindForCausalLM, settings: LoraSettings) -> dict[str, str]:
+    """Find the modules to train whole beside the adapter, each with the word that names it."""
+    norms = group_modules(model)["norms"]
+    known = {"embeddings": [EMBEDDING], HEAD: [EMBEDDING], "norms": norms}  # the head is tied
+    kinds = (nn.RMSNorm, nn.Embedding)
+    return select_modules(model, settings.modules_to_save, known, kinds, "--modules_to_save")
+
+
+def check_settings(
+    model: MiniMindForCausalLM,
+    settings: LoraSettings,
+    targets: dict[str, str],
+    whole: dict[str, str],
+) -> None:
+    """Refuse settings that cannot work: token ids, and two ways to train one matrix."""
+    tokens = settings.train_tokens
+    last = model.config.vocab_size - 1
+    if len(set(tokens)) < len(tokens) or not all(0 <= token <= last for token in tokens):
+        raise UserError(f"--train_tokens: ids must differ and lie in 0..{last}")
+    ways = []  # to train the matrix of both ends
+    if tokens:
+        ways.append("--train_tokens")
+    if EMBEDDING in whole:
+        ways.append(f"--modules_to_save {whole[EMBEDDING]}")
+    if EMBEDDING in targets:
+        ways.append(f"--lora_targets {targets[EMBEDDING]}")
     if ways and not model.config.tie_word_embeddings:
         raise UserError(f"{ways[0]}: needs a model that ties its head to the embedding; drop it")
-    ways += ["--lora_targets lm_head"] if HEAD in targets else []
+    if HEAD in targets:
+        ways.append(f"--lora_targets {HEAD}")
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)}: train the same matrix; keep one")
+    if settings.use_dora and EMBEDDING in targets:
+        raise UserError(f"--use_dora: is for linear layers; drop {targets[EMBEDDING]}")
     if not (targets or whole or tokens):
         raise UserError("--lora_rank 0: nothing to train; add --train_tokens or --modules_to_save")
-    return targets, whole
 
 
 def apply_lora(model: MiniMindForCausalLM, settings: LoraSettings) -> list[str]:
     """Freeze `model` and put the adapter in, unless refused; return the adapted modules' names."""
-    targets, whole = choose_modules(model, settings)
+    targets = find_targets(model, settings)
+    whole = find_whole(model, settings)
+    check_settings(model, settings, targets, whole)
     model.requires_grad_(False)
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
-    is_tied = EMBEDDING in targets
-    # Both ends last: the linears draw the same numbers without them.
-    for name in [name for name in targets if name != EMBEDDING] + [HEAD] * is_tied:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), settings))
+    # Both ends share one update, at the head. It comes last: the linears draw the same numbers
+    # without it.
+    replaced = [name for name in targets if name != EMBEDDING]
+    if EMBEDDING in targets:
+        replaced.append(HEAD)
+    adapter_class = DoRALinear if settings.use_dora else LoRALinear
+    for name in replaced:
+        model.set_submodule(name, adapter_class(model.get_submodule(name), settings))
     if settings.train_tokens:
         model.lm_head = TokenRows(model.lm_head, settings.train_tokens)
-    if is_tied or settings.train_tokens:
+    if EMBEDDING in targets or settings.train_tokens:
         model.model.embed_tokens = TiedEmbedding(model.lm_head)
-    return targets
+    return list(targets)
 
 
 @torch.no_grad()
 def merge_lora(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
     """Build a plain model with the adapted one's logits; refuse an update of a tied head alone."""
-    plain, tensors = MiniMindForCausalLM(model.config), model.state_dict()
-    is_tied, embedding = model.config.tie_word_embeddings, model.model.embed_tokens
-    if isinstance(model.lm_head, LoRALinear) and isinstance(embedding, nn.Embedding) and is_tied:
+    is_tied = model.config.tie_word_embeddings
+    is_head_adapted = isinstance(model.lm_head, LoRALinear)
+    is_embedding_plain = isinstance(model.model.embed_tokens, nn.Embedding)
+    if is_tied and is_head_adapted and is_embedding_plain:
         raise UserError(f"{HEAD} is tied to the embedding, which would change; do not merge it")
+    tensors = model.state_dict()
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear | TokenRows):
+        if isinstance(module, ADAPTERS):
             tensors[f"{name}.weight"] = module.compute_weight()
     if is_tied:
         tensors[f"{EMBEDDING}.weight"] = tensors[f"{HEAD}.weight"]
+    plain = MiniMindForCausalLM(model.config)
     plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
     return plain
 
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# ---------------------------------------------------------------- files, in PEFT's format
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-# The trained rows here and in PEFT, whose file holds rows, too, in spite of the name.
-ROWS, PEFT_ROWS = f"{HEAD}.rows", f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
+# The trained rows here and in PEFT. The file holds the rows themselves, not what the name says,
+# their difference from the base's.
+ROWS = f"{HEAD}.rows"
+PEFT_ROWS = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
+FACTOR = ".lora_"  # between the name of an adapted module and that of its tensor
+EMBEDDING_FACTOR = ".lora_embedding_"  # of an adapted embedding: (r, in) and (out, r), transposed
 BASE_COPY = ".base_layer.weight"  # PEFT saves the base's matrix beside an adapted embedding
 # Values of PEFT's settings that are computed here. Settings not listed change nothing, or show in
 # the tensors' names and shapes. PiSSA and other initializations change the base's weights.
 PEFT_VALUES = {
     "peft_type": ("LORA",),
-    "use_dora": (False,),
     "alpha_pattern": ({},),
     "alora_invocation_tokens": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 
 
-def collect_tensors(model: MiniMindForCausalLM) -> dict[str, Tensor]:
-    """Collect the trained tensors under PEFT's names, float32; PEFT keeps both tied ends."""
-    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    head, embedding = model.lm_head, model.model.embed_tokens
+def collect_tensors(
+    model: MiniMindForCausalLM, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Collect the trained tensors under PEFT's names, which has them at both tied ends."""
+    tensors = {}
+    for name, role in name_roles(model).items():
+        peft_name = PEFT_ROWS if role == "rows" else name
+        tensors[peft_name] = model.get_parameter(name)
+    head = model.lm_head
+    embedding = model.model.embed_tokens
     if isinstance(head, LoRALinear) and isinstance(embedding, TiedEmbedding):
         tensors[f"{EMBEDDING}.lora_embedding_A"] = head.lora_B.weight.T
         tensors[f"{EMBEDDING}.lora_embedding_B"] = head.lora_A.weight.T
     elif embedding.weight.requires_grad:
         tensors[f"{HEAD}.weight"] = head.weight.clone()
-    return {
-        PEFT_PREFIX + n.replace(ROWS, PEFT_ROWS): t.detach().to("cpu", torch.float32).contiguous()
-        for n, t in tensors.items()
-    }
+    collected = {}
+    for name, tensor in tensors.items():
+        collected[PEFT_PREFIX + name] = tensor.detach().to("cpu", dtype).contiguous()
+    return collected
 
 
 def find_modules(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Name the modules that an adapter's tensors adapt, and those that they hold whole."""
-    names = [name.removeprefix(PEFT_PREFIX) for name in tensors]
-    targets = dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name)
-    whole = [n.removesuffix(".weight") for n in names if ".lora_" not in n and n != PEFT_ROWS]
+    targets: dict[str, None] = {}  # each once, in order
+    whole = []
+    for peft_name in tensors:
+        name = peft_name.removeprefix(PEFT_PREFIX)
+        if FACTOR in name:
+            targets[name.partition(FACTOR)[0]] = None
+        elif name != PEFT_ROWS:
+            whole.append(name.removesuffix(".weight"))
     if EMBEDDING in targets:  # one update, which PEFT saves for both ends
         targets.pop(HEAD, None)
     return list(targets), whole
 
 
+def name_base(base: str) -> str:
+    """Name a base's folder so that `find_base` finds it from any folder; a hub id stays."""
+    path = Path(base).resolve()
+    if not path.is_dir():
+        return base
+    return str(path.relative_to(REPO_DIR) if path.is_relative_to(REPO_DIR) else path)
+
+
 def save_lora(
-    model: MiniMindForCausalLM, settings: LoraSettings, base: str, fingerprint: str, folder: Path
+    model: MiniMindForCausalLM,
+    settings: LoraSettings,
+    base: str,
+    fingerprint: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write an adapter's 2 files as PEFT does.
 
-    `base` is the base's folder, named so that `find_base` finds it from any folder, or hub id;
-    `fingerprint` is its `weights_fingerprint`.
+    `base` is the base's folder or hub id, `fingerprint` its `weights_fingerprint`.
     """
-    if (path := Path(base).resolve()).is_dir():
-        base = str(path.relative_to(REPO_DIR) if path.is_relative_to(REPO_DIR) else path)
-    tensors, tokens = collect_tensors(model), settings.train_tokens
+    tensors = collect_tensors(model, dtype)
     targets, whole = find_modules(tensors)
+    tokens = list(settings.train_tokens)
     config = {
-        "base_model_name_or_path": base,
-        # Of trained factors it changes nothing; PEFT's gaussian has another spread, 1 / r.
+        "base_model_name_or_path": name_base(base),
+        # PEFT would not draw A so: its gaussian has another spread, 1 / r. It reads factors that
+        # were trained, so the name is a record alone.
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
@@ -284,13 +455,28 @@ def save_lora(
         "r": max(settings.rank, 1),  # PEFT refuses 0; without targets it is not used
         "target_modules": targets or "dummy-target-modules",  # PEFT's name for none
         "task_type": "CAUSAL_LM",
-        "trainable_token_indices": {"embed_tokens": list(tokens)} if tokens else None,
+        "trainable_token_indices": {"embed_tokens": tokens} if tokens else None,
+        "use_dora": settings.use_dora,
         "use_rslora": settings.use_rslora,
-    } | ({"ensure_weight_tying": True} if EMBEDDING in targets else {})
+    }
+    if EMBEDDING in targets:
+        config["ensure_weight_tying"] = True
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "base_fingerprint": fingerprint}
     write_bytes(folder / ADAPTER_WEIGHTS, save(tensors, metadata))
     write_json(folder / ADAPTER_CONFIG, config)
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read an adapter's tensors in float32, and the fingerprint of its base, if it has one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in list(file.keys()) if not name.endswith(BASE_COPY)]
+            tensors = {name: file.get_tensor(name).float() for name in names}
+            metadata = file.metadata() or {}
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
+    return tensors, metadata.get("base_fingerprint")
 
 
 def load_lora(
@@ -302,13 +488,7 @@ def load_lora(
     for them; this shows what a script does that does not look.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in list(file.keys()) if not name.endswith(BASE_COPY)]
-            tensors = {name: file.get_tensor(name).float() for name in names}
-            trained_on = (file.metadata() or {}).get("base_fingerprint")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{path}: missing or corrupt ({error}); copy or train it again") from error
+    tensors, trained_on = read_adapter(path)
     if not any_base and trained_on not in (None, weights_fingerprint(model)):
         raise UserError(f"{folder}: was trained on another base, or its base has changed")
     settings = find_settings(path.with_name(ADAPTER_CONFIG), tensors)
@@ -318,7 +498,7 @@ def load_lora(
     except UserError as error:  # the message names a flag, not the file
         raise UserError(f"{path}: does not fit this model: {error}") from error
     for name, tensor in tensors.items():
-        if ".lora_embedding_" not in name:  # the head's update, compared below
+        if EMBEDDING_FACTOR not in name:  # the head's update, compared below
             weights[name.removeprefix(PEFT_PREFIX).replace(PEFT_ROWS, ROWS)] = tensor
     fill_model(model, weights, path)
     for name, tensor in collect_tensors(model).items():
@@ -333,14 +513,24 @@ def find_settings(path: Path, tensors: dict[str, Tensor]) -> LoraSettings:
     for name, values in PEFT_VALUES.items():
         if config.get(name) not in (None, *values):
             raise UserError(f"{path}: {name} {config[name]!r} is not computed here; merge in PEFT")
-    rows, (targets, whole) = config.get("trainable_token_indices") or (), find_modules(tensors)
+    rank = config.get("r")
+    alpha = config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+        given = f"r {rank!r}, lora_alpha {alpha!r}"
+        raise UserError(f"{path}: {given}: expected numbers; mend or copy it again")
+    # PEFT writes the tokens as a list, or by the name of the embedding.
+    tokens = config.get("trainable_token_indices") or ()
+    if isinstance(tokens, dict):
+        tokens = next(iter(tokens.values()))
+    targets, whole = find_modules(tensors)
     return LoraSettings(
-        rank=config["r"] if targets else 0,
-        alpha=config["lora_alpha"],
+        rank=rank if targets else 0,
+        alpha=alpha,
         dropout=config.get("lora_dropout") or 0.0,
         targets=",".join(targets),
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         use_rslora=bool(config.get("use_rslora")),
-        train_tokens=tuple(next(iter(rows.values())) if isinstance(rows, dict) else rows),
+        use_dora=bool(config.get("use_dora")),
+        train_tokens=tuple(tokens),
         modules_to_save=tuple(whole),
     )

@@ -11,6 +11,7 @@ d head dimension (D / attention heads, if the config names none), V vocabulary.
 import hashlib
 import json
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Qwen3Con
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model.files import UserError
+from model.cli import UserError
 
-EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+HEAD_WEIGHT = "lm_head.weight"
 IGNORE_INDEX = -100  # the label of a position without a loss
 DEFAULT_SHAPE = {  # MiniMind2-small's: 25,829,888 parameters (24,634,880 with 4,066 tokens)
     "hidden_size": 512,
@@ -42,9 +44,11 @@ def minimind_config(**values: float) -> Config:
     Heads that do not divide the hidden size or each other are refused.
     """
     shape = DEFAULT_SHAPE | values
-    qk_norm, size = shape.pop("qk_norm"), shape["hidden_size"]
-    heads, key_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    if size % (2 * heads) or heads % key_heads:
+    qk_norm = shape.pop("qk_norm")
+    size = shape["hidden_size"]
+    heads = shape["num_attention_heads"]
+    key_heads = shape["num_key_value_heads"]
+    if size % (2 * heads) != 0 or heads % key_heads != 0:
         rule = f"2 * num_attention_heads ({heads}), and these of num_key_value_heads ({key_heads})"
         raise UserError(f"hidden_size {size}: must be a multiple of {rule}")
     defaults = {"vocab_size": 6400, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
@@ -73,22 +77,40 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> Rope:
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate (B, heads, T, d) by the tables of `rope_tables`, in the layout of Llama."""
-    (cos, sin), (first, second) = rope, x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def make_mask(attention_mask: Tensor, new: int) -> Tensor:
+    """Say which keys each of the last `new` tokens sees: (B or 1, S) -> (B or 1, 1, T, S).
+
+    A query sees the real tokens up to its own, and itself even if it is padding. A row without any
+    key is undefined: some kernels return 0 there, a plain softmax gives NaN.
+    """
+    keys = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    queries = keys[-new:, None]
+    is_real = attention_mask[:, None, None, :].bool()
+    is_itself = keys == queries
+    return (keys <= queries) & (is_real | is_itself)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
 
-    def __init__(self, config: Config, layer_index: int):
+    def __init__(self, config: Config, layer_index: int) -> None:
         super().__init__()
-        size, self.head_dim = config.hidden_size, config.head_dim
+        size = config.hidden_size
+        heads = config.num_attention_heads
+        key_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.layer_index = layer_index
-        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
-        self.grouped = config.num_attention_heads != config.num_key_value_heads
+        self.grouped = heads != key_heads
+        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(size, key_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(size, key_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
         make_norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm = make_norm(self.head_dim, config.rms_norm_eps)
         self.k_norm = make_norm(self.head_dim, config.rms_norm_eps)
@@ -99,36 +121,48 @@ class Attention(nn.Module):
         `mask` is (B or 1, 1, T, S), or None where every query sees all keys up to its own.
         """
         batch, new, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(batch, new, -1, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(batch, new, -1, self.head_dim)).transpose(1, 2)
+        q = self.q_proj(x).view(batch, new, -1, self.head_dim)
+        k = self.k_proj(x).view(batch, new, -1, self.head_dim)
         v = self.v_proj(x).view(batch, new, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q = rotate(self.q_norm(q).transpose(1, 2), rope)
+        k = rotate(self.k_norm(k).transpose(1, 2), rope)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
-        with torch.autocast("cpu", enabled=False):  # there its kernel is slower in bfloat16
-            parts = [part.float() if part.is_cpu else part for part in (q, k, v)]
-            how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.grouped}
-            out = F.scaled_dot_product_attention(*parts, **how).to(q.dtype)
+        out = self.attend(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Mix values by queries and keys: (B, heads, T, d), in the type of `q`.
+
+        On a CPU in float32, also under autocast: its kernel is slower in bfloat16.
+        """
+        with torch.autocast("cpu", enabled=False):
+            parts = [part.float() if part.is_cpu else part for part in (q, k, v)]
+            is_causal = mask is None
+            out = F.scaled_dot_product_attention(
+                *parts, attn_mask=mask, is_causal=is_causal, enable_gqa=self.grouped
+            )
+        return out.to(q.dtype)
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     """One transformer layer; RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) before each part."""
 
-    def __init__(self, config: Config, layer_index: int):
+    def __init__(self, config: Config, layer_index: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_index)
@@ -144,7 +178,7 @@ class Block(nn.Module):
 class MiniMindModel(nn.Module):
     """Embedding, blocks and final norm: token ids to hidden states."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -159,19 +193,18 @@ class MiniMindModel(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for batches padded on the left."""
-        new, device = input_ids.shape[1], input_ids.device
-        seen = new + (cache.get_seq_length() if cache is not None else 0)
+        device = input_ids.device
+        new = input_ids.shape[1]
+        cached = cache.get_seq_length() if cache is not None else 0
+        seen = cached + new
+        # Without one, a faster kernel computes the plain causal case.
         needs_mask = attention_mask is not None or seen > new
         if attention_mask is None:
             attention_mask = torch.ones(1, seen, dtype=torch.bool, device=device)
         if position_ids is None:
+            # Padding on the left does not count: a prompt's first token is at 0.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        mask = None
-        if needs_mask:
-            # A query sees real tokens up to its own, and itself: without any key its row is NaN.
-            keys = torch.arange(seen, device=device)
-            queries, is_real = keys[-new:, None], attention_mask[:, None, None, :].bool()
-            mask = (keys <= queries) & (is_real | (keys == queries))  # (B or 1, 1, T, S)
+        mask = make_mask(attention_mask, new) if needs_mask else None
         theta = self.config.rope_parameters["rope_theta"]
         rope = rope_tables(position_ids, self.config.head_dim, theta)
         x = self.embed_tokens(input_ids)
@@ -186,9 +219,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LlamaConfig
     base_model_prefix = "model"
     _supports_sdpa = True
+    # transformers then makes both names one parameter, and saves it once.
     _tied_weights_keys = {HEAD_WEIGHT: EMBEDDING_WEIGHT}
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.model = MiniMindModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -221,54 +255,76 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             nats = self.sum_nats(input_ids, labels, label_positions, attention_mask, position_ids)
             items = num_items_in_batch
-            items = (labels[:, 1:] != IGNORE_INDEX).sum() if items is None else items
+            if items is None:
+                items = (labels[:, 1:] != IGNORE_INDEX).sum()
             return CausalLMOutputWithPast(loss=nats / items)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden = self.model(input_ids, attention_mask, position_ids, cache)
-        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        logits = self.lm_head(hidden[:, -logits_to_keep:])  # -0 is 0: all of them
         return CausalLMOutputWithPast(logits=logits, cache=cache)
 
     def sum_nats(
-        self, input_ids: Tensor, labels: Tensor, label_positions: Tensor | None, *others: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        label_positions: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Sum the loss over labels, one graph without a wait for the device; see `forward`."""
-        states = self.model(input_ids, *others).flatten(0, 1)
+        states = self.model(input_ids, attention_mask, position_ids).flatten(0, 1)
+        # Each position predicts the next token; a row's last one predicts nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         if label_positions is not None:
             states = states.index_select(0, label_positions)
             targets = targets.index_select(0, label_positions)
-        logits = self.lm_head(states).float()  # float32 under autocast, too
+        # Exponentials of half precision would lose digits; autocast knows, other callers do not.
+        logits = self.lm_head(states).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def list_weights(model: MiniMindForCausalLM) -> dict[str, Tensor]:
     """List the tensors of a weights file by name: the whole state, a tied head once."""
-    tensors = model.state_dict()
+    tensors = model.state_dict()  # has both names of a tied matrix
     if model.config.tie_word_embeddings:
         del tensors[HEAD_WEIGHT]
     return tensors
 
 
+def is_equal(a: Tensor, b: Tensor) -> bool:
+    """Compare two tensors by value; the NaN of a diverged model count as equal."""
+    if a.shape != b.shape:
+        return False
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def fill_model(model: MiniMindForCausalLM, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the tensors of a file into the model, all of them and no others, or refuse the file."""
     if model.config.tie_word_embeddings and EMBEDDING_WEIGHT in tensors:
-        tensors = {HEAD_WEIGHT: tensors[EMBEDDING_WEIGHT]} | tensors
-        if not torch.equal(tensors[HEAD_WEIGHT], tensors[EMBEDDING_WEIGHT]):
+        embedding = tensors[EMBEDDING_WEIGHT]
+        if HEAD_WEIGHT in tensors and not is_equal(tensors[HEAD_WEIGHT], embedding):
             remedy = "set tie_word_embeddings to false in config.json"
             raise UserError(f"{path}: {HEAD_WEIGHT} differs from the embedding; {remedy}")
+        # A strict load asks for both names.
+        tensors = tensors | {HEAD_WEIGHT: embedding}
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:  # names them
-        problem = " ".join(str(error).split())
+    except RuntimeError as error:  # names all of them
+        problem = shorten(str(error), width=300, placeholder=" ...")
         raise UserError(f"{path}: weights do not fit: {problem}") from error
 
 
 def weights_fingerprint(model: MiniMindForCausalLM) -> str:
     """Hash a plain model's shape, names and float32 values: an adapter's base is known by it."""
     config = model.config
-    facts = [config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps]
-    facts += [config.rope_parameters["rope_theta"], config.model_type]
+    facts = [
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.rms_norm_eps,
+        config.rope_parameters["rope_theta"],
+        config.model_type,
+    ]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in sorted(list_weights(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -10,12 +10,13 @@ bound matters for sampling, above all that of the token that ends an answer.
 """
 
 import torch
+from torch import Tensor
 
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import MiniMindForCausalLM
 
 TOLERANCE = 1e-3  # nats between the value found and the bound
-MAX_STEPS = 5000  # some 60 to 100 are taken
+MAX_STEPS = 5000
 
 
 @torch.no_grad()
@@ -24,35 +25,58 @@ def reachable_probability(model: MiniMindForCausalLM, token: int) -> float:
 
     Accelerated projected gradient ascent (Beck & Teboulle 2009) with a line search, started anew
     where it overshoots. A concave f is at most sqrt(D) * ||f'(x)|| - f'(x) * x above f(x) on the
-    ball; the search ends when this gap is below `TOLERANCE`.
+    ball; the search ends when this gap is below `TOLERANCE`. It takes some 60 to 100 steps; if
+    `MAX_STEPS` are not enough, the bound is still one, but a loose one.
     """
     matrix = model.lm_head.weight.double() * model.model.norm.weight.double()
     if not matrix.isfinite().all():
         raise UserError("embedding or norm is not finite (diverged): name another model")
     matrix = matrix - matrix.mean(dim=0)  # probabilities depend on differences of logits alone
     radius = matrix.shape[1] ** 0.5
-    x = ahead = torch.zeros_like(matrix[0])
-    step, momentum = 1.0, 1.0
+    least = 1.0  # of the bounds so far
+    x = torch.zeros_like(matrix[0])
+    ahead = x  # where the momentum leads
+    size = 1.0
+    momentum = 1.0
     for _ in range(MAX_STEPS):
         log_probabilities = (matrix @ ahead).log_softmax(dim=0)
         gradient = matrix[token] - log_probabilities.exp() @ matrix
         gap = radius * gradient.norm() - gradient @ ahead
+        bound = min(1.0, (log_probabilities[token] + gap).exp().item())
         if gap < TOLERANCE:
-            return min(1.0, (log_probabilities[token] + gap).exp().item())
-        while True:  # until f is no less than its quadratic model says
-            new = ahead + step * gradient
-            new = new * (radius / new.norm()).clamp(max=1)
-            moved = new - ahead
-            needed = log_probabilities[token] + gradient @ moved - moved @ moved / (2 * step)
-            if (matrix @ new).log_softmax(dim=0)[token] >= needed - 1e-12:
-                break
-            step /= 2
-        step *= 1.1
-        if gradient @ (new - x) < 0:
-            momentum, ahead, x = 1.0, new, new
-            continue
-        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        ahead = new + (momentum - 1) / following * (new - x)
-        ahead = ahead * (radius / ahead.norm()).clamp(max=1)  # else f(ahead) might be out of reach
-        momentum, x = following, new
-    raise ArithmeticError(f"token {token}: no bound within {MAX_STEPS} steps; raise MAX_STEPS")
+            return bound
+        least = min(least, bound)
+        new, size = climb(matrix, token, ahead, log_probabilities[token], gradient, size)
+        size *= 1.1
+        if gradient @ (new - x) < 0:  # overshot
+            momentum = 1.0
+            ahead = new
+        else:
+            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+            ahead = new + (momentum - 1) / following * (new - x)
+            ahead = into_ball(ahead, radius)  # else f(ahead) might be out of reach
+            momentum = following
+        x = new
+    return least
+
+
+def into_ball(x: Tensor, radius: float) -> Tensor:
+    """Return the point of the ball that is nearest to `x`."""
+    return x * (radius / x.norm()).clamp(max=1)
+
+
+def climb(
+    matrix: Tensor, token: int, start: Tensor, value: Tensor, gradient: Tensor, size: float
+) -> tuple[Tensor, float]:
+    """Step along the gradient, and halve the step until f is no less than its quadratic model says.
+
+    `value` is f at `start`; return the point, and the step's size.
+    """
+    radius = matrix.shape[1] ** 0.5
+    while True:
+        new = into_ball(start + size * gradient, radius)
+        moved = new - start
+        needed = value + gradient @ moved - moved @ moved / (2 * size)
+        if (matrix @ new).log_softmax(dim=0)[token] >= needed - 1e-12:
+            return new, size
+        size /= 2

@@ -17,11 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.checkpoint import load_model, load_tokenizer, save_model, weights_fingerprint
-from model.files import UserError, escape_control, make_parser, run_script
+from model.checkpoint import load_model, load_tokenizer, save_model
+from model.cli import SIZE, UserError, escape_control, make_parser, run_script
 from model.model_lora import LoraSettings, apply_lora, save_lora
-from model.model_minimind import Config, MiniMindForCausalLM, fill_model, minimind_config
-from trainer.arguments import SIZE
+from model.model_minimind import (
+    Config,
+    MiniMindForCausalLM,
+    fill_model,
+    minimind_config,
+    weights_fingerprint,
+)
 
 MATRICES = ("embed_tokens", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj")
 
@@ -40,17 +45,20 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
 def find_config(tensors: dict[str, torch.Tensor], heads: int, path: Path) -> Config:
     """Find the shape that a MiniMind model's tensors and its number of heads imply."""
     names = [f"model.{name}.weight" for name in MATRICES]
-    if missing := [name for name in names if name not in tensors]:
-        raise UserError(f"{path}: no {missing[0]}; a dense model or an adapter (--base) is read")
-    (vocab_size, hidden_size), (key_size, _), (inner_size, _) = (tensors[n].shape for n in names)
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"{path}: no {name}; a dense model or an adapter (--base) is read")
+    embedding, key, gate = (tensors[name] for name in names)
+    vocab_size, hidden_size = embedding.shape
+    layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     qk_norm = "model.layers.0.self_attn.q_norm.weight" in tensors
     return minimind_config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_hidden_layers=len({n.split(".")[2] for n in tensors if n.startswith("model.layers.")}),
+        num_hidden_layers=len(layers),
         num_attention_heads=heads,
-        num_key_value_heads=max(1, key_size * heads // hidden_size),
-        intermediate_size=inner_size,
+        num_key_value_heads=max(1, key.shape[0] * heads // hidden_size),
+        intermediate_size=gate.shape[0],
         qk_norm=qk_norm,
         # Not in the file: MiniMind changed it with the version that brought q_norm.
         rms_norm_eps=1e-6 if qk_norm else 1e-5,
@@ -60,14 +68,17 @@ def find_config(tensors: dict[str, torch.Tensor], heads: int, path: Path) -> Con
 def convert_adapter(tensors: dict[str, torch.Tensor], base: str, path: Path, folder: Path) -> None:
     """Write a MiniMind adapter as a folder: scaling 1, as its scripts compute it."""
     model = load_model(base)
-    fingerprint, frozen = weights_fingerprint(model), model.state_dict()
-    renamed = {n.removeprefix("module.").replace(".lora.", ".lora_"): t for n, t in tensors.items()}
-    first = next((name for name in renamed if name.endswith(".lora_A.weight")), None)
-    if first is None:
+    fingerprint = weights_fingerprint(model)
+    frozen = model.state_dict()
+    renamed = {}
+    for name, tensor in tensors.items():
+        renamed[name.removeprefix("module.").replace(".lora.", ".lora_")] = tensor
+    factors = [name for name in renamed if name.endswith(".lora_A.weight")]
+    if not factors:
         raise UserError(f"{path}: no matrix named ...lora.A.weight; leave out --base for a model")
-    rank = renamed[first].shape[0]
-    targets = ",".join({name.partition(".lora_")[0] for name in renamed})
-    settings = LoraSettings(rank=rank, alpha=rank, targets=targets, init="gaussian")
+    rank = renamed[factors[0]].shape[0]
+    targets = {name.partition(".lora_")[0] for name in renamed}
+    settings = LoraSettings(rank=rank, alpha=rank, targets=",".join(targets), init="gaussian")
     adapted = apply_lora(model, settings)
     fill_model(model, frozen | renamed, path)
     save_lora(model, settings, base, fingerprint, folder)

@@ -2,8 +2,10 @@
 
     python trainer/merge_lora.py --adapter out/lora --output_dir out/lora_merged
 
-The adapter is a folder of ours or of PEFT's. Transformers, vLLM and llama.cpp's converter load the
-result. An adapter on a tied head alone is refused: the merge would change the embedding as well.
+The adapter is a folder of ours or of PEFT's. Transformers loads the result without our code.
+llama.cpp's converter refuses it, because the converter knows tokenizers by a fixed list of hashes
+and ours are not in it. An adapter on a tied head alone is refused here, because the merge would
+change the embedding as well.
 """
 
 import sys
@@ -12,8 +14,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.checkpoint import TOKENIZER_FILES, find_base, find_file, load_model, save_model
-from model.files import UserError, escape_control, file_sha256, make_parser, run_script, write_json
+from model.checkpoint import (
+    TOKENIZER_FILES,
+    find_base,
+    find_file,
+    find_tokenizer,
+    load_model,
+    save_model,
+)
+from model.cli import UserError, escape_control, make_parser, run_script
+from model.files import file_sha256, write_json
 from model.model_lora import ADAPTER_WEIGHTS, load_lora, merge_lora
 from model.model_minimind import weights_fingerprint
 
@@ -35,13 +45,18 @@ def main(argv: list[str] | None = None) -> None:
     fingerprint = weights_fingerprint(model)
     settings = load_lora(model, args.adapter)
     merged = merge_lora(model)
-    own = args.adapter if (args.adapter / TOKENIZER_FILES[0]).is_file() else base
-    find_file(args.tokenizer_path or own, TOKENIZER_FILES[0])  # refused before a file is written
-    save_model(merged, args.tokenizer_path or own, args.output_dir)
-    record = {"status": "completed", "stage": "merge_lora", "base_fingerprint": fingerprint}
-    record["settings"] = {"from_weight": Path(base).name, "adapter": asdict(settings)}
-    record["adapter_sha256"] = file_sha256(args.adapter / ADAPTER_WEIGHTS)
-    record |= {"adapter": args.adapter.resolve().name, "parameters": merged.num_parameters()}
+    tokenizer_path = args.tokenizer_path or find_tokenizer(args.adapter, base)
+    find_file(tokenizer_path, TOKENIZER_FILES[0])  # refused before a file is written
+    save_model(merged, tokenizer_path, args.output_dir)
+    record = {
+        "status": "completed",
+        "stage": "merge_lora",
+        "base_fingerprint": fingerprint,
+        "settings": {"from_weight": Path(base).name, "adapter": asdict(settings)},
+        "adapter": args.adapter.resolve().name,
+        "adapter_sha256": file_sha256(args.adapter / ADAPTER_WEIGHTS),
+        "parameters": merged.num_parameters(),
+    }
     write_json(args.output_dir / "run.json", record)
     print(escape_control(f"{args.adapter} merged into {base}: {args.output_dir}"))
 

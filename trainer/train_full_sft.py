@@ -13,25 +13,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.files import run_script
-from model.model_lora import TRAINABLE_PARTS, select_trainable
-from trainer.arguments import BASE_DIR, make_stage_parser, parse_args
-from trainer.trainer_utils import load_data, load_start, start_run, train
+from model.cli import run_script
+from model.model_lora import TRAINABLE_PARTS, name_roles, select_trainable
+from trainer.arguments import FULL_SFT, make_stage_parser, parse_args
+from trainer.trainer_utils import Method, load_data, start_session, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train all parameters of a pretrained model, or the chosen parts."""
-    parser = make_stage_parser(__doc__, run_name="full_sft", from_weight=str(BASE_DIR))
+    parser = make_stage_parser(__doc__, FULL_SFT)
     parts = f"all, or parts joined by commas: {', '.join(TRAINABLE_PARTS)} (all)"
     parser.add_argument("--trainable", default="all", help=parts)
-    args = parse_args(parser, argv, kind="sft")
-    accelerator, run = start_run(args)
+    args = parse_args(parser, argv, FULL_SFT)
 
-    model, tokenizer, fingerprint = load_start(args)
-    select_trainable(model, args.trainable)
-    data = load_data(args, "sft", tokenizer, accelerator)
-    facts = {"stage": "full_sft", "base_fingerprint": fingerprint}
-    return train(args, accelerator, run, model, tokenizer, *data, facts)
+    session = start_session(args)
+    select_trainable(session.model, args.trainable)
+    data = load_data(args, FULL_SFT.reads, session)
+    method = Method(FULL_SFT.name, name_roles(session.model))
+    return train(args, session, data, method)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,31 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from model.checkpoint import save_tokenizer
-from model.files import UserError, run_script
-from model.model_lora import TARGET_NAMES, LoraSettings, apply_lora, save_lora
+from model.cli import COUNT, POSITIVE, UserError, limit, run_script
+from model.model_lora import (
+    EMBEDDING,
+    TARGET_NAMES,
+    WHOLE,
+    LoraSettings,
+    apply_lora,
+    name_roles,
+    save_lora,
+)
 from model.model_minimind import MiniMindForCausalLM
 from model.reachability import reachable_probability
-from trainer.arguments import BASE_DIR, COUNT, POSITIVE, limit, make_stage_parser, parse_args
-from trainer.trainer_utils import load_data, load_start, start_run, train
+from trainer.arguments import LORA, make_stage_parser, parse_args
+from trainer.trainer_utils import Method, load_data, start_session, train
+
+# Flags about adapted matrices, which do nothing where --lora_rank 0 adapts none.
+OF_MATRICES = [
+    "lora_alpha",
+    "lora_dropout",
+    "lora_init",
+    "lora_targets",
+    "loraplus_lr_ratio",
+    "use_dora",
+    "use_rslora",
+]
 
 
 def add_lora_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +61,9 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     init = "of A: kaiming, PEFT's U(+-1/sqrt(in)), or gaussian, MiniMind's N(0, .02) (kaiming)"
     add("--lora_init", choices=("kaiming", "gaussian"), default="kaiming", help=init)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    ratio, many = {"type": POSITIVE, "default": 1.0}, {"nargs": "+", "default": []}
+    add("--use_dora", action="store_true", help="train each weight row's length apart (DoRA)")
+    ratio = {"type": POSITIVE, "default": 1.0}
+    many = {"nargs": "+", "default": []}
     add("--loraplus_lr_ratio", **ratio, help="LoRA+: rate of B over that of A (1)")
     add("--train_tokens", **many, help="tokens whose embedding rows train too, e.g. '<|im_end|>'")
     parts = "parts trained whole and saved with the adapter: embeddings, norms, or modules"
@@ -62,61 +83,82 @@ def warn_of_rare_ends(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizer
         print(f"warning: {cause}: sampled answers may not end; add --train_tokens '{end}'")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train an adapter of a pretrained model."""
-    parser = make_stage_parser(__doc__, "lora", from_weight=str(BASE_DIR), name_flag="--lora_name")
-    add_lora_flags(parser)
-    parser.set_defaults(learning_rate=3e-3)
-    args = parse_args(parser, argv, kind="sft")
+def check_lora_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse flags of the adapter that cannot work or would do nothing."""
     if args.from_weight == "none":
-        parser.error("--from_weight none: random weights; name a pretrained folder")
+        raise UserError("--from_weight none: random weights; name a pretrained folder")
     if args.modules_to_save_lr_ratio != 1 and not args.modules_to_save:
-        parser.error("--modules_to_save_lr_ratio: is of --modules_to_save; drop it, or name parts")
-    of_matrices = "lora_alpha lora_dropout lora_targets lora_init use_rslora loraplus_lr_ratio"
-    for flag in of_matrices.split():
+        reason = "is of --modules_to_save; drop it, or name parts"
+        raise UserError(f"--modules_to_save_lr_ratio: {reason}")
+    for flag in OF_MATRICES:
         if args.lora_rank == 0 and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag}: --lora_rank 0 adapts no matrix; drop one of both")
-    accelerator, run = start_run(args)
+            raise UserError(f"--{flag}: --lora_rank 0 adapts no matrix; drop one of both")
 
-    model, tokenizer, fingerprint = load_start(args)
+
+def read_settings(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LoraSettings:
+    """Turn flags into an adapter's settings."""
     vocabulary = tokenizer.get_vocab()
-    if missing := [token for token in args.train_tokens if token not in vocabulary]:
-        raise UserError(f"--train_tokens {missing[0]}: no single token of the vocabulary")
-    settings = LoraSettings(
+    for token in args.train_tokens:
+        if token not in vocabulary:
+            raise UserError(f"--train_tokens {token}: no single token of the vocabulary")
+    return LoraSettings(
         rank=args.lora_rank,
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
         targets=args.lora_targets,
         init=args.lora_init,
         use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
         train_tokens=tuple(vocabulary[token] for token in args.train_tokens),
         modules_to_save=tuple(args.modules_to_save),
     )
-    adapted = apply_lora(model, settings)
-    data = load_data(args, "sft", tokenizer, accelerator)
-    # Frozen matrices take the type of the products once, not at every step. The embedding keeps its
-    # own: the residual stream takes it, float32 as in full fine-tuning.
+
+
+def round_frozen(model: MiniMindForCausalLM, dtype: torch.dtype) -> None:
+    """Give frozen matrices the type of the products once, not at every step.
+
+    The embedding keeps its own: the residual stream takes it, float32 as in full fine-tuning.
+    """
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
+        is_matrix = parameter.ndim == 2 and not name.startswith(EMBEDDING)
         if is_matrix and not parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, args.dtype))
-    if accelerator.is_main_process:
+            parameter.data = parameter.data.to(dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train an adapter of a pretrained model."""
+    parser = make_stage_parser(__doc__, LORA)
+    add_lora_flags(parser)
+    parser.set_defaults(learning_rate=3e-3)
+    args = parse_args(parser, argv, LORA)
+    check_lora_flags(args, parser)
+
+    session = start_session(args)
+    model, tokenizer = session.model, session.tokenizer
+    settings = read_settings(args, tokenizer)
+    adapted = apply_lora(model, settings)
+    data = load_data(args, LORA.reads, session)
+    round_frozen(model, getattr(torch, args.dtype))
+    if session.accelerator.is_main_process:
         warn_of_rare_ends(model, tokenizer)
-    facts = {"stage": "lora", "base_fingerprint": fingerprint, "adapted": adapted}
 
-    def lr_ratio(name: str) -> float:
-        """Return a parameter's rate over --learning_rate; LoRA+: arXiv 2402.12354."""
-        if ".lora_B" in name:
-            return args.loraplus_lr_ratio
-        is_whole = name.endswith(("norm.weight", "embed_tokens.weight"))
-        return args.modules_to_save_lr_ratio if is_whole else 1.0
-
-    def save_weights(folder: Path) -> None:
+    def save_adapter(folder: Path) -> None:
         """Write the adapter, and beside it the tokenizer that it was trained with."""
-        save_lora(model, settings, args.from_weight, fingerprint, folder)
+        save_lora(model, settings, args.from_weight, session.base_fingerprint, folder)
         save_tokenizer(tokenizer.name_or_path, folder)
 
-    return train(args, accelerator, run, model, tokenizer, *data, facts, save_weights, lr_ratio)
+    method = Method(
+        stage=LORA.name,
+        roles=name_roles(model),
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354) gives B a higher rate than A.
+        learning_rate_ratios={
+            "B": args.loraplus_lr_ratio,
+            WHOLE: args.modules_to_save_lr_ratio,
+        },
+        facts={"adapted": adapted},
+        save_weights=save_adapter,
+    )
+    return train(args, session, data, method)
 
 
 if __name__ == "__main__":

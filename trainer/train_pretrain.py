@@ -17,24 +17,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.files import run_script
-from trainer.arguments import make_stage_parser, parse_args
-from trainer.trainer_utils import load_data, load_start, start_run, train
+from model.cli import run_script
+from model.model_lora import name_roles
+from trainer.arguments import PRETRAIN, make_stage_parser, parse_args
+from trainer.trainer_utils import Method, load_data, start_session, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train every parameter, from random weights by default."""
-    parser = make_stage_parser(__doc__, run_name="pretrain", from_weight="none")
+    parser = make_stage_parser(__doc__, PRETRAIN)
     parser.add_argument("--wrap_documents", action="store_true", help="chat tokens around texts")
     parser.set_defaults(learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.1)
-    args = parse_args(parser, argv, kind="pretrain")
-    accelerator, run = start_run(args)
+    args = parse_args(parser, argv, PRETRAIN)
 
-    model, tokenizer, fingerprint = load_start(args)
+    session = start_session(args)
     kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
-    data = load_data(args, kind, tokenizer, accelerator)
-    facts = {"stage": "pretrain", "base_fingerprint": fingerprint}
-    return train(args, accelerator, run, model, tokenizer, *data, facts)
+    data = load_data(args, kind, session)
+    method = Method(PRETRAIN.name, name_roles(session.model))
+    return train(args, session, data, method)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from model.files import UserError
+from model.cli import UserError
 
 WORLD_DIR = Path(__file__).resolve().parent
 HELD_STATEMENTS = 2  # the last patterns of an attribute stand in no training document

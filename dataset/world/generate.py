@@ -14,10 +14,8 @@ little else. The scripts in trainer/ call `ensure_world` when no --data_path is 
 """
 
 import hashlib
-import json
 import random
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +23,13 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dataset.lm_dataset import write_records
 from dataset.world.checks import ARTICLE, Vocabulary, judge_answer, make_vocabulary
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.skills import NOUN_DRAWS, Cell, Pair, Writer, collect_fillers, collect_makers
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
-from model.files import escape_control, make_parser, run_script, write_json, write_text
+from model.cli import make_parser, run_script
+from model.files import write_json, write_text
 
 FILES_DIR = WORLD_DIR.parent / "data" / "world"
 TEXT_BYTES = 8_800_000
@@ -246,12 +246,6 @@ def make_record(pair: Pair, **fields: str) -> dict:
         "conversations": pair.messages,
         "check": pair.check,
     }
-
-
-def write_records(path: Path, records: Iterable[dict]) -> None:
-    """Write JSON lines, whole or not at all; control characters are escaped."""
-    lines = [escape_control(json.dumps(record, ensure_ascii=False)) for record in records]
-    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def write_pretraining(

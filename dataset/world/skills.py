@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 
+from dataset.lm_dataset import turns
 from dataset.world.facts import (
     Attribute,
     Category,
@@ -29,7 +30,6 @@ from dataset.world.facts import (
 
 Cell = tuple[str, str]  # the name of a thing, and a skill or an attribute
 Message = dict[str, str]  # role and content
-ROLES = ("user", "assistant")
 GAP = "____"  # stands in place of a value
 ALIKE = 0.5  # share of comparisons with a thing that has the same value, where there is one
 TRUE = 0.5  # share of claims that are true
@@ -354,11 +354,6 @@ def join_phrases(items: list[Thing]) -> str:
 def find_slots(pattern: str) -> set[str]:
     """Return the names of the slots of a pattern."""
     return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
-
-
-def turns(*texts: str) -> list[Message]:
-    """Make messages of user and assistant in turn."""
-    return [{"role": ROLES[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def ask_fact(skill: str, writer: Writer, thing: Thing) -> Draft | None:

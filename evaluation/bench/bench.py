@@ -36,14 +36,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.benchmark import Timer
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset, read_jsonl
-from dataset.world.generate import ensure_world, write_records
+from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset, read_jsonl, write_records
+from dataset.world.generate import ensure_world
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
-from model.files import make_parser, read_json, run_script, write_json
+from model.cli import make_parser, run_script
+from model.files import read_json, write_json
 from model.generation import Decoding, generate
+from model.machine import DEVICES, choose_device, choose_dtype, describe_machine, git_state
+from model.model_lora import name_roles
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
-from trainer import arguments, run_folder, train_full_sft, train_lora, trainer_utils
+from trainer import arguments, train_full_sft, train_lora, trainer_utils
 from trainer.arguments import MAX_SEQ_LEN
 
 METHODS = {  # and what PEFT calls the layers that get an adapter
@@ -170,11 +173,12 @@ def train_ours(arm: Arm, data: TokenDataset) -> dict[str, float]:
 
 def train_minimind(data: TokenDataset, words: list[str]) -> None:
     """Fine-tune by our loop, but load the samples as MiniMind does."""
-    args = arguments.parse_args(arguments.make_stage_parser("", "", ""), words, "sft")
-    accelerator, run = trainer_utils.start_run(args)
-    model, tokenizer, _ = trainer_utils.load_start(args)
-    data = MiniMindData(*args.data_path, data)
-    trainer_utils.train(args, accelerator, run, model, tokenizer, data, None, facts={})
+    stage = arguments.FULL_SFT
+    args = arguments.parse_args(arguments.make_stage_parser("", stage), words, stage)
+    session = trainer_utils.start_session(args)
+    data = trainer_utils.Data(MiniMindData(*args.data_path, data), None)
+    method = trainer_utils.Method(stage.name, name_roles(session.model))
+    trainer_utils.train(args, session, data, method)
 
 
 def train_theirs(arm: Arm, data: TokenDataset) -> dict[str, float]:
@@ -439,7 +443,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables (all)")
     parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
-    parser.add_argument("--device", choices=arguments.DEVICES, default="auto", help="(auto)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
     parser.add_argument("--base", type=Path, default=BASE, help="model of Generation (m26)")
     return parser.parse_args(argv)
 
@@ -447,11 +451,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure, write the result after each step, and print the tables."""
     args = parse_flags(argv)
-    device = arguments.choose_device(args.device)
-    dtype = arguments.choose_dtype("auto", device)
-    machine = run_folder.describe_machine(device)
+    device = choose_device(args.device)
+    dtype = choose_dtype("auto", device)
+    machine = describe_machine(device)
     tables = {}
-    result = {"git": run_folder.git_state(), "machine": machine, "dtype": dtype, "tables": tables}
+    result = {"git": git_state(), "machine": machine, "dtype": dtype, "tables": tables}
     peak = measure_peak(device, dtype)
     with tempfile.TemporaryDirectory(prefix="bench") as name:
         folder = Path(name)

@@ -10,7 +10,7 @@ from dataset.lm_dataset import encode_batch, encode_conversations
 from dataset.world.checks import LOOP
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import Checkpoint
-from model.files import UserError
+from model.cli import UserError
 from model.generation import MAX_NEW_TOKENS, Decoding, generate
 
 DECODINGS = ("greedy", "t0.85p0.85")  # by default; the second is the original study's

@@ -5,7 +5,7 @@ from transformers import TextStreamer
 
 from dataset.lm_dataset import encode_conversations
 from model.checkpoint import Checkpoint
-from model.files import escape_control
+from model.cli import escape_control
 from model.generation import Decoding, continue_prompts
 
 HELP = """\

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dataset.lm_dataset import Sample, chunks, collate, encode_conversations, load_dataset
+from evaluation.probe.intervals import paired_bootstrap
 from evaluation.probe.measures import COMPARISON
 from evaluation.probe.prompts import CJK, Prompt
-from evaluation.probe.statistics import paired_bootstrap
 from model.checkpoint import Checkpoint
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM
 
 CANDIDATES = 10  # the prompt of an answer and 9 others

@@ -14,8 +14,8 @@ The first 4 are shares of the answers with a check, the next 4 of all answers.
 import numpy as np
 import pandas as pd
 
-from evaluation.probe.statistics import paired_bootstrap, share_interval
-from model.files import UserError
+from evaluation.probe.intervals import paired_bootstrap, share_interval
+from model.cli import UserError
 
 CHECKED = ("correct", "other thing", "wrong fact", "wrong form")
 SHARES = (*CHECKED, "blank", "endless", "loop", "off_topic")

@@ -1,69 +1,61 @@
-"""Save and show outputs: what `eval_llm.py` writes for a checkpoint, and what it prints.
+"""Save outputs: what `eval_llm.py` writes for a checkpoint.
 
     samples.jsonl   a line per prompt, decoding and seed
-    samples.md      the same to read; begins with what was trained
+    samples.md      the same to read; begins with what was trained, and how it was asked
     results.json    what was trained, shares with intervals, NLL, provenance
     nll.json        NLL of each held-out sequence, where it was measured
     minus_NAME.csv  paired differences from the first checkpoint, where several were probed
 
-Whatever a model or a prompt says is shown as text: it can't steer a terminal or act as Markdown.
+markdown.py makes samples.md from samples.jsonl and results.json, so no model has to be asked again
+when its form changes.
 """
 
 import argparse
 import json
-import re
-from html import escape
 from pathlib import Path
 
 import pandas as pd
 
-from dataset.world.generate import write_records
+from dataset.lm_dataset import write_records
+from evaluation.probe.markdown import escape_markdown as escape_markdown  # for importers
+from evaluation.probe.markdown import render_samples
+from evaluation.probe.names import name_folder
 from model.checkpoint import WEIGHTS_FILE
-from model.files import UserError, escape_control, file_sha256, read_json, write_json, write_text
+from model.files import file_sha256, read_json, write_json, write_text
+from model.machine import choose_device, describe_machine
 from model.model_lora import ADAPTER_WEIGHTS
-from trainer.arguments import choose_device
-from trainer.run_folder import describe_machine
+from model.model_minimind import MiniMindForCausalLM, list_weights
 
 OUTPUT_DIR = Path(__file__).resolve().parents[1] / "model_outputs"
-PLAIN_NAMES = {"square": "q and o", "all-linear": "all layers", "mlp": "the MLP"}
+PLACES = {"square": "q and o", "all-linear": "all layers", "mlp": "the MLP"}  # of --lora_targets
 TUNED = {"all": "full fine-tuning", "frozen-embeddings": "full fine-tuning, embedding frozen"}
-FLAGS = ("blank", "endless", "loop", "off_topic")
-
-
-def escape_markdown(text: str) -> str:
-    """Write a text as one line of inert Markdown."""
-    plain = escape(escape_control(" ".join(text.split())), quote=False)
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
-
-
-def fence(text: str) -> str:
-    """Put a text into a code fence that nothing in it can close."""
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{ticks}text\n{escape_control(text)}\n{ticks}"
+FEW_TOKENS = 4  # of --train_tokens: a title names no more
 
 
 def describe_training(folder: Path) -> dict:
     """Describe what was trained, from run.json; `title` is its plain name, None is not known."""
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    stage, settings = run.get("stage"), run.get("settings", {})
+    stage = run.get("stage")
+    settings = run.get("settings", {})
+    parts = "not known"
+    title = folder.name
     if stage == "lora":
-        rank, whole, tokens = map(settings.get, ("lora_rank", "modules_to_save", "train_tokens"))
-        extra, targets = ", ".join([*(whole or ()), *(tokens or ())]), settings["lora_targets"]
-        parts = f"LoRA on {targets}" if rank else extra
-        names = [f"LoRA on {PLAIN_NAMES.get(targets, targets)}, r={rank}"] * bool(rank)
-        title = ", and ".join([*names, *filter(None, [extra])])
-    else:
-        parts = settings.get("trainable", "all")
-        tuned = TUNED.get(parts, f"fine-tuning of {parts}")
-        parts = "all weights" if parts == "all" else parts
-        title = {"full_sft": tuned, "pretrain": "base"}.get(stage, folder.name)
+        parts, title = describe_adapter(settings)
+    elif stage in ("full_sft", "pretrain"):
+        trainable = settings.get("trainable", "all")
+        parts = "all weights" if trainable == "all" else trainable
+        tuned = TUNED.get(trainable, f"fine-tuning of {trainable}")
+        title = "base" if stage == "pretrain" else tuned
     base = settings.get("from_weight")
-    keys = ("lora_rank", "lora_alpha", "modules_to_save", "train_tokens", "learning_rate")
     return {
         "title": title,
-        "parts": parts if stage in ("lora", "full_sft", "pretrain") else "not known",
+        "parts": parts,
         "parameters": run.get("trainable_parameters"),
-        **{key: settings.get(key) for key in keys},
+        "lora_rank": settings.get("lora_rank"),
+        "lora_alpha": settings.get("lora_alpha"),
+        "modules_to_save": settings.get("modules_to_save"),
+        "train_tokens": settings.get("train_tokens"),
+        "learning_rate": settings.get("learning_rate"),
         "steps": run.get("steps"),
         "base": None if base in (None, "none") else Path(base).name,
         "data": [Path(path).name for path in settings.get("data_path") or []],
@@ -71,16 +63,56 @@ def describe_training(folder: Path) -> dict:
     }
 
 
+def describe_adapter(settings: dict) -> tuple[str, str]:
+    """Return what an adapter's settings train, in the words of the flags and in plain ones."""
+    rank = settings.get("lora_rank")
+    targets = settings["lora_targets"]
+    whole = settings.get("modules_to_save") or []
+    tokens = settings.get("train_tokens") or []
+    also = [f"whole {' and '.join(whole)}"] if whole else []
+    if tokens:
+        named = ", ".join(tokens) if len(tokens) <= FEW_TOKENS else f"{len(tokens)} tokens"
+        also.append(f"the rows of {named}")
+    extra = " and ".join(also)
+    if not rank:
+        return ", ".join([*whole, *tokens]), f"training of {extra} alone"
+    title = f"LoRA on {PLACES.get(targets, targets)}, rank {rank}"
+    return f"LoRA on {targets}", f"{title}, with {extra}" if extra else title
+
+
+def count_parameters(model: MiniMindForCausalLM) -> int:
+    """Count a model's weights, those of an adapter on it left out."""
+    weights = list_weights(model).items()
+    return sum(tensor.numel() for name, tensor in weights if ".lora_" not in name)
+
+
+def describe_weights(folder: Path) -> dict[str, str]:
+    """Return the name of a checkpoint's folder, and the hash of its weights."""
+    names = (ADAPTER_WEIGHTS, WEIGHTS_FILE)
+    path = next(folder / name for name in names if (folder / name).is_file())
+    return {"name": name_folder(folder), "sha256": file_sha256(path)}
+
+
 def describe_probe(path: Path, args: argparse.Namespace) -> dict:
     """Describe where results come from: weights, prompts, settings, machine, versions."""
-    weights = next(filter(Path.is_file, (path / ADAPTER_WEIGHTS, path / WEIGHTS_FILE)))
-    keys = ("decoding", "seeds", "max_new_tokens", "batch_size", "dtype", "translator")
-    keys += ("no_template", "limit", "wrap_documents")
+    weights = describe_weights(path)
+    prompts = {"file": args.prompts.name, "sha256": file_sha256(args.prompts)}
     return {
-        "weights_sha256": file_sha256(weights),
-        "prompts": {"file": args.prompts.name, "sha256": file_sha256(args.prompts)},
-        **{k: vars(args)[k] and vars(args)[k].resolve().name for k in ("judge", "tokenizer_path")},
-        **{key: vars(args)[key] for key in keys},
+        "model": weights["name"],
+        "weights_sha256": weights["sha256"],
+        "on_weights": args.on_weights and describe_weights(args.on_weights),
+        "prompts": prompts,
+        "judge": args.judge and args.judge.resolve().name,
+        "tokenizer_path": args.tokenizer_path and args.tokenizer_path.resolve().name,
+        "decoding": args.decoding,
+        "seeds": args.seeds,
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "translator": args.translator,
+        "no_template": args.no_template,
+        "limit": args.limit,
+        "wrap_documents": args.wrap_documents,
         **describe_machine(choose_device(args.device)),
     }
 
@@ -88,105 +120,14 @@ def describe_probe(path: Path, args: argparse.Namespace) -> dict:
 def write_outputs(
     folder: Path, samples: list[dict], summary: pd.DataFrame, results: dict[str, dict]
 ) -> None:
-    """Write samples.jsonl, samples.md and results.json (`results` and `summary`)."""
+    """Write samples.jsonl, results.json (`results` and `summary`) and samples.md."""
     write_records(folder / "samples.jsonl", samples)
-    page = [f"# Outputs of {escape_markdown(folder.name)}", ""]
-    for key, value in results["training"].items():
-        if value:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            page.append(f"- {key.replace('_', ' ')}: {escape_markdown(text)}")
-    rows = summary[summary["section"].eq("all") | summary["measure"].eq("correct")]
-    keys = ["measure", "section"]
-    table = rows.pivot_table(index=keys, columns="decoding", values="value", sort=False).round(3)
-    page += ["", table.rename(index=escape_markdown).reset_index().to_markdown(index=False), ""]
-    write_text(folder / "samples.md", "\n".join([*page, *list_answers(samples)]) + "\n")
     rows = json.loads(summary.to_json(orient="records", double_precision=6))
     write_json(folder / "results.json", results | {"summary": rows})
-
-
-def list_answers(samples: list[dict]) -> list[str]:
-    """Write every prompt with its answers as lines of Markdown, section by section."""
-    lines, by_prompt, section = [], {}, None
-    for sample in samples:
-        by_prompt.setdefault(sample["id"], []).append(sample)
-    for prompt_id, answers in by_prompt.items():
-        first = answers[0]
-        if first["section"] != section:
-            section = first["section"]
-            lines += [f"## {escape_markdown(section)}", ""]
-        lines += [f"### {escape_markdown(prompt_id)}", "", fence(first["prompt"]), ""]
-        notes = {"translation": first["prompt_translation"], "reference": first["reference"]}
-        lines += [f"{key}: {escape_markdown(text)}  " for key, text in notes.items() if text]
-        for answer in answers:
-            seed = "" if answer["seed"] is None else f", seed {answer['seed']}"
-            flags = [flag.replace("_", "-") for flag in FLAGS if answer[flag]]
-            kinds = dict.fromkeys(filter(None, [answer["outcome"], *flags]))
-            kinds = ", ".join([*kinds, f"{answer['tokens']} tokens"])
-            lines += ["", f"**{answer['decoding']}{seed}**: {kinds}", "", fence(answer["output"])]
-            if answer["output_translation"]:
-                lines += ["", f"translation: {escape_markdown(answer['output_translation'])}"]
-        lines.append("")
-    return lines
+    write_text(folder / "samples.md", render_samples(folder))
 
 
 def print_table(table: pd.DataFrame) -> None:
     """Print a data frame without its index; missing values are dashes."""
     whole = table.convert_dtypes().astype(object).fillna("-")
     print(whole.to_markdown(index=False, disable_numparse=True))
-
-
-def print_answers(answers: dict[str, list[dict]], count: int) -> None:
-    """Print all models' answers to `count` prompts from the whole file, in the first decoding."""
-    columns = list(zip(*answers.values(), strict=True))
-    prompts = len({samples[0]["id"] for samples in columns})
-    for samples in columns[: prompts : max(1, prompts // max(1, count))][:count]:
-        print(f"\nprompt: {escape_control(samples[0]['prompt'])}")
-        width = max(map(len, answers))
-        for name, sample in zip(answers, samples, strict=True):
-            outcome = f"  [{sample['outcome']}]" if sample["outcome"] else ""
-            text = " ".join(sample["output"].split())[:160]
-            print(escape_control(f"  {name:<{width}}  {text}{outcome}"))
-
-
-def print_models(summaries: dict[str, pd.DataFrame], nll: dict[str, dict[str, dict]]) -> None:
-    """Print a row a model: correct by section, never ends, NLL; slashes part the decodings."""
-    rows = []
-    for name, found in nll.items():
-        row = {"trained": escape_control(name)}
-        if name in summaries:
-            groups = summaries[name].groupby(["measure", "section"], sort=False)["value"]
-            for (measure, section), values in sorted(groups, key=lambda item: item[0][0]):
-                if (measure, section == "all") in (("correct", False), ("endless", True)):
-                    column = "never ends" if measure == "endless" else f"correct, {section}"
-                    row[escape_control(column)] = " / ".join(map("{:.0%}".format, values))
-        rows.append(row | {kind: f"{one['nats_per_token']:.3f}" for kind, one in found.items()})
-    for summary in list(summaries.values())[:1]:
-        print(f"\n{' / '.join(summary['decoding'].unique())}:")
-    print_table(pd.DataFrame(rows))
-
-
-def write_differences(folder: Path, first: str, tables: list[pd.DataFrame]) -> None:
-    """Write the differences from the first model as CSV; print 4, under the first decoding."""
-    table = pd.concat(tables)
-    table.to_csv(folder / f"minus_{first}.csv", index=False, float_format="%.6g")
-    shown = table[table["measure"].isin(["correct", "endless", "nll", "text_nll"])]
-    texts = [
-        f"{row.measure} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-        for row in shown.drop_duplicates("measure").itertuples()
-    ]
-    print(escape_control(f"{folder.name} minus {first}, 95% intervals: {', '.join(texts)}"))
-
-
-def list_runs(folder: Path) -> pd.DataFrame:
-    """List the runs and checkpoints of a folder: base, stage, status, size, steps, loss."""
-    marks = ("run.json", "config.json", "adapter_config.json")
-    found = sorted({file.parent for mark in marks for file in folder.glob(f"*/{mark}")})
-    if not found:
-        raise UserError(f"--list {folder}: holds no run; train something first")
-    rows = []
-    for path in found:
-        run = read_json(path / "run.json") if (path / "run.json").is_file() else {}
-        base = describe_training(path)["base"]
-        rows.append(run | {"name": escape_control(path.name), "base": base})
-    columns = ["name", "base", "stage", "status", "parameters", "trainable_parameters"]
-    return pd.DataFrame(rows).reindex(columns=[*columns, "step", "steps", "eval_loss"]).round(4)

@@ -23,15 +23,26 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dataset.lm_dataset import read_jsonl, record_messages
-from dataset.world.checks import judge_answer
-from dataset.world.skills import turns
-from model.files import UserError
+from dataset.lm_dataset import read_jsonl, record_messages, turns
+from dataset.world.checks import judge_answer, world_vocabulary
+from model.cli import UserError
 
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "qualitative_prompts.md"
 HEADING = re.compile(r"^(##|###) +(.+?) *$", re.MULTILINE)
 FIELD = re.compile(r"- (translation|reference|check): +(\S.*)")
-CHECK_KEYS = "about any begins contains ends exact lines quoted upper words"  # see checks.py
+# What dataset/world/checks.py knows.
+CHECK_KEYS = {
+    "about",
+    "any",
+    "begins",
+    "contains",
+    "ends",
+    "exact",
+    "lines",
+    "quoted",
+    "upper",
+    "words",
+}
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # Chinese or Japanese
 
 
@@ -62,24 +73,37 @@ class Prompt:
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Read a Markdown or JSONL file, at most `limit` prompts; references must pass their checks."""
-    is_markdown, lines = path.suffix == ".md", read_jsonl(path)
-    found = parse_markdown(path) if is_markdown else (parse_record(*one, path) for one in lines)
-    prompts = list(islice(found, limit))
+    if path.suffix == ".md":
+        parsed = parse_markdown(path)
+    else:
+        parsed = (parse_record(where, record, path) for where, record in read_jsonl(path))
+    prompts = list(islice(parsed, limit))
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write '### id', and below it '> the question'")
     ids = [prompt.id for prompt in prompts]
-    if len({*ids}) < len(ids):
+    if len(set(ids)) < len(ids):
         raise UserError(f"{path}: two prompts have the id {max(ids, key=ids.count)!r}; rename one")
     for prompt in prompts:
-        unknown = {*(prompt.check or ())} - {*CHECK_KEYS.split()}
-        try:
-            outcome = "correct" if prompt.check is None else prompt.judge(prompt.reference, True)
-        except KeyError as error:
-            outcome = f"the world has no list {error}"
-        outcome = f"it has no key {min(unknown)!r}" if unknown else outcome
-        if outcome != "correct":
-            raise UserError(f"{path}: {prompt.id}: the reference fails its check: {outcome}")
+        problem = find_problem(prompt)
+        if problem:
+            raise UserError(f"{path}: {prompt.id}: the reference fails its check: {problem}")
     return prompts
+
+
+def find_problem(prompt: Prompt) -> str | None:
+    """Tell why a prompt's reference fails its check; None if it passes."""
+    if prompt.check is None:
+        return None
+    unknown_keys = prompt.check.keys() - CHECK_KEYS
+    if unknown_keys:
+        return f"it has no key {min(unknown_keys)!r}"
+    about = prompt.check.get("about", [])
+    if not isinstance(about, dict):  # names of the world's lists; a dict gives its own
+        unknown = [name for name in about if name not in world_vocabulary().values]
+        if unknown:
+            return f"the world has no list {unknown[0]!r}"
+    outcome = prompt.judge(prompt.reference, ended=True)
+    return None if outcome == "correct" else outcome
 
 
 def parse_record(where: str, record: dict, path: Path) -> Prompt:

@@ -17,17 +17,41 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from dataset.lm_dataset import read_jsonl
+from dataset.lm_dataset import read_jsonl, write_records
 from dataset.world.facts import WORLD_DIR, capitalize, read_toml, with_article
-from dataset.world.generate import write_records
 from evaluation.probe.prompts import CJK
-from model.files import UserError
+from model.cli import UserError
 
+CHINESE_DIR = WORLD_DIR / "chinese"
 STORE_FILE = "translations.jsonl"
 MAX_TOKENS = 256  # of a line that a model translates
 SLOT = re.compile(r"\\{(\w+)\\}")  # of a pattern that was escaped
 WORD_SLOTS = ("a", "name", "value", "word", "person", "p", "q")  # the others hold sentences
 PARTS = re.compile(r"((?:system|user|assistant): |\n)|([^。？！\n]+[。？！]*[”」]?)")
+
+
+def read_twins() -> list[tuple[dict, dict]]:
+    """Read tables of Chinese patterns and words, each with the table of their English twins."""
+    tables = []
+    for path in sorted((CHINESE_DIR / "facts").glob("*.toml")):
+        tables += read_toml(path)["attributes"].values()
+    tables += read_toml(CHINESE_DIR / "skills.toml")["skill"].values()
+    stories = read_toml(CHINESE_DIR / "stories.toml")
+    english = {}
+    for key in stories:
+        if key.endswith("_en"):
+            english[key.removesuffix("_en")] = stories[key]
+    return [*((table, table["english"]) for table in tables), (stories, english)]
+
+
+def read_words() -> dict[str, str]:
+    """Read the names of things and of people, Chinese and English."""
+    words = {}
+    for path in sorted((CHINESE_DIR / "facts").glob("*.toml")):
+        words |= read_toml(path)["english"]
+    for name, *_, english in read_toml(CHINESE_DIR / "stories.toml")["people"]:
+        words[name] = english
+    return words
 
 
 class WorldTranslator:
@@ -36,28 +60,24 @@ class WorldTranslator:
     name = "world"
 
     def __init__(self):
-        folder = WORLD_DIR / "chinese"
-        facts = [read_toml(path) for path in sorted((folder / "facts").glob("*.toml"))]
-        stories = read_toml(folder / "stories.toml")
-        lists = [one for category in facts for one in category["attributes"].values()]
-        lists += read_toml(folder / "skills.toml")["skill"].values()
-        twins = [(chinese, chinese["english"]) for chinese in lists]
-        twins.append((stories, {key[:-3]: stories[key] for key in stories if key.endswith("_en")}))
-        self.words, pairs = {"____": "____"}, []
-        for names in (category["english"] for category in facts):
-            self.words |= names
-        self.words |= {name: english for name, *_, english in stories["people"]}
-        for chinese, english in twins:
-            for key in english:  # a pattern, or a list of patterns or of words
-                both = ([v] if isinstance(v, str) else v for v in (chinese[key], english[key]))
-                pairs += (found := list(zip(*both, strict=True)))
-                self.words |= dict(found if key == "words" else ())
-        self.word = "|".join(map(re.escape, sorted(self.words, key=len, reverse=True)))
-        self.patterns = [
-            (re.compile(SLOT.sub(self.make_group, re.escape(chinese)), re.DOTALL), english)
-            for chinese, english in pairs
-            if chinese != "{answer}"  # a slot alone would match any text
-        ]
+        self.words = {"____": "____"} | read_words()  # Chinese words and English ones
+        pairs = []  # patterns, Chinese and English
+        for chinese, english in read_twins():
+            for key, value in english.items():  # a pattern, or a list of patterns or of words
+                if isinstance(value, str):
+                    pairs.append((chinese[key], value))
+                    continue
+                twins = list(zip(chinese[key], value, strict=True))
+                pairs += twins
+                if key == "words":
+                    self.words |= dict(twins)
+        longest_first = sorted(self.words, key=len, reverse=True)
+        self.word = "|".join(map(re.escape, longest_first))
+        self.patterns = []
+        for chinese, english in pairs:
+            if chinese != "{answer}":  # a slot alone would match any text
+                pattern = SLOT.sub(self.make_group, re.escape(chinese))
+                self.patterns.append((re.compile(pattern, re.DOTALL), english))
 
     def make_group(self, slot: re.Match) -> str:
         """Make the group of a regular expression that matches what a slot may hold."""
@@ -70,11 +90,18 @@ class WorldTranslator:
         parts = []
         for mark, sentence in PARTS.findall(text):
             if CJK.search(sentence):
-                words = filter(None, map(str.strip, re.split(f"({self.word})", sentence)))
-                gloss = f"[{' '.join(self.words.get(word, word) for word in words)}]"
-                sentence = (self.translate_exactly(sentence) or gloss) + " "
+                sentence = self.translate_exactly(sentence) or self.gloss(sentence)
+                sentence += " "
             parts.append(mark or sentence)
         return "".join(parts).replace(" \n", "\n").strip()
+
+    def gloss(self, sentence: str) -> str:
+        """Translate a sentence word by word, as far as the world has its words."""
+        words = []
+        for piece in re.split(f"({self.word})", sentence):
+            if word := piece.strip():
+                words.append(self.words.get(word, word))
+        return f"[{' '.join(words)}]"
 
     def translate_exactly(self, text: str) -> str | None:
         """Return the English twin of a text that a pattern produces; None for another text."""
@@ -85,10 +112,10 @@ class WorldTranslator:
                 return capitalize(english.format(**slots))
         return None
 
-    def translate_slots(self, found: dict[str, str]) -> dict[str, str] | None:
+    def translate_slots(self, texts: dict[str, str]) -> dict[str, str] | None:
         """Translate what stands in the slots; None if a sentence in one has no twin."""
         slots = {}
-        for slot, text in found.items():
+        for slot, text in texts.items():
             if slot == "S":
                 text = self.translate_exactly(text + "。")
                 text = text and text.removesuffix(".")

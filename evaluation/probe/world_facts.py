@@ -21,7 +21,7 @@ from dataset.world.generate import ensure_world
 from evaluation.probe.likelihood import sum_nats
 from evaluation.probe.world_measure import THINGS
 from model.checkpoint import Checkpoint, load_checkpoint
-from model.files import make_parser, run_script
+from model.cli import make_parser, run_script
 
 
 def list_facts(paths: list[Path]) -> list[tuple[Thing, Attribute]]:

@@ -31,7 +31,8 @@ from dataset.lm_dataset import read_jsonl
 from dataset.world.checks import judge_answer, split_words, world_vocabulary
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
-from model.files import UserError, make_parser, read_json, run_script, write_json
+from model.cli import UserError, make_parser, run_script
+from model.files import read_json, write_json
 
 OUTPUT = Path(__file__).with_suffix(".json")
 WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))

@@ -1,56 +1,88 @@
-"""Compute the second edition's shares of answers, with intervals, by cell.
+"""Compute the second edition's shares of correct answers, with intervals, by cell.
 
-A cell is an arm at 1 rate, with all its seeds. Its name, without parts that have their default, is
-`arm[*rate][/epochs][~pairs][@base][^start][#data][+part]`. The bootstrap draws training seeds and
-clusters of prompts (on a thing, or on a thing and a skill), the same for all arms compared.
+A cell is an arm at one learning rate, with all its seeds. Its name, without parts that have their
+default, is `arm[*rate][/epochs][~pairs][@base][^start][#data][+part]`. The bootstrap draws training
+seeds and clusters of prompts (on a thing, or on a thing and a skill), the same for all arms
+compared.
+
+The 1,200 test prompts on new combinations are two outcomes. *Composition*: something is to be done
+with what is known. *Plain questions* ask for a fact that no training pair states, so they test
+what is kept from pretraining, as the prompts on unseen things do.
 """
 
-import re
 import zlib
 from dataclasses import dataclass
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import stats
 
 from dataset.world.checks import KINDS
-from evaluation.probe.statistics import CONFIDENCE, DRAWS, resample_means
+from evaluation.probe.intervals import CONFIDENCE, resample_means
+from evaluation.study.names import AT_EDGE, TUNED_SHORTER
 from evaluation.study.plan import Sweep, tune_rates
 from evaluation.study.results import LETTERS, read_runs
-from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Condition, Study, read_study
-from model.files import UserError
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Study, read_study
+from model.cli import UserError
 
+PLAIN_SKILLS = [
+    "how",
+    "kind",
+    "known_for",
+    "look",
+    "nation",
+    "nature",
+    "used_for",
+    "where",
+    "who",
+]
+PARTS_OF = {"composition": "combinations", "plain": "combinations"}  # outcome -> set of prompts
 PART_TITLES = {"read_rows": "base rows", "only_frozen-embeddings": "base embedding"}
-TERM = re.compile(r"(?:^|([+-]) )(?:([\d.]+) )?([a-z]\S*)")  # of a sum: sign, factor, cell
+FEWEST_SEEDS = 3  # for an interval over seeds alone
+CELL_COLUMNS = [  # that all runs of a cell share
+    "size",
+    "cell",
+    "usual",
+    "arm",
+    "title",
+    "mark",
+    "learning_rate",
+    "fraction",
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
-    """The study, its runs with `cell` and `title`, its prompts, and its learning rates."""
+    """The study, its runs with their cells, titles and marks, its prompts, its learning rates.
+
+    `runs` are ends and kept checkpoints, `final` completed ends alone. Runs of round 3, and the
+    fresh prompts that they answer, stand apart.
+    """
 
     study: Study
-    runs: pd.DataFrame  # their ends and kept checkpoints
-    final: pd.DataFrame  # the completed runs, without kept checkpoints
+    runs: pd.DataFrame
+    final: pd.DataFrame
     prompts: pd.DataFrame
-    sweeps: dict[tuple[str, str], Sweep]
+    sweeps: dict[tuple[str, str], Sweep]  # by size and arm
+    round3: pd.DataFrame
+    fresh_prompts: pd.DataFrame
 
     def find_cell(self, cell: str, size: str) -> pd.DataFrame:
-        """Return the runs of a cell by seed; `cell:size` names its own size."""
-        name, _, own = cell.partition(":")
-        return self.final[(self.final.cell == name) & (self.final["size"] == (own or size))]
+        """Return the runs of a cell, one a seed."""
+        is_cell = self.final.cell == cell
+        is_size = self.final["size"] == size
+        return self.final[is_cell & is_size]
 
     def choose_prompts(self, name: str, half: str = "test") -> pd.DataFrame:
-        """Return the prompts of a set's half, with their place in the outcome strings."""
-        of_set = self.prompts[self.prompts["set"] == name].reset_index(drop=True)
-        return of_set[of_set.half == half]
+        """Return the prompts of a set or an outcome; see the function of this name."""
+        return choose_prompts(self.prompts, name, half)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% percentile interval, and its value for each seed alone."""
+    """A share or a difference of shares with its 95% bootstrap interval, and each seed's value."""
 
     value: float
     low: float
@@ -58,159 +90,302 @@ class Estimate:
     by_seed: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, draws: np.ndarray) -> "Estimate":
-        """Summarize draws: the estimate, that of each seed alone, then the bootstrap's."""
-        low, high = np.nanquantile(draws[-DRAWS:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return cls(float(draws[0]), float(low), float(high), tuple(draws[1:-DRAWS].tolist()))
+    def of(cls, by_seed: np.ndarray, draws: np.ndarray) -> "Estimate":
+        """Summarize the values of seeds, (seeds,), and of bootstrap draws, (draws,)."""
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.nanquantile(draws, [tail, 1 - tail])
+        return cls(
+            value=float(np.mean(by_seed)),
+            low=float(low),
+            high=float(high),
+            by_seed=tuple(by_seed.tolist()),
+        )
 
-    def __str__(self) -> str:
-        return f"{self.value:.2f}" + f" [{self.low:.2f}, {self.high:.2f}]" * (self.low < self.high)
+    def t_interval(self) -> tuple[float, float] | None:
+        """Return the 95% t interval over seeds, if there are three or more."""
+        count = len(self.by_seed)
+        if count < FEWEST_SEEDS:
+            return None
+        spread = float(np.std(self.by_seed, ddof=1))
+        error = spread / count**0.5
+        quantile = (1 + CONFIDENCE) / 2
+        half = float(stats.t.ppf(quantile, count - 1)) * error
+        return self.value - half, self.value + half
+
+
+def choose_prompts(prompts: pd.DataFrame, name: str, half: str = "test") -> pd.DataFrame:
+    """Return the prompts of a set or an outcome. A row is a prompt, its index its place.
+
+    `prompts` has the columns of prompts.csv. A name may begin with `fresh_`, as round 3's sets do.
+    """
+    fresh = "fresh_" if name.startswith("fresh_") else ""
+    outcome = name.removeprefix(fresh)
+    set_name = fresh + PARTS_OF.get(outcome, outcome)
+    of_set = prompts[prompts["set"] == set_name]
+    placed = of_set.reset_index(drop=True)
+    chosen = placed[placed.half == half]
+    is_plain = chosen.skill.isin(PLAIN_SKILLS)
+    if outcome == "composition":
+        return chosen[~is_plain]
+    if outcome == "plain":
+        return chosen[is_plain]
+    return chosen
 
 
 def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     """Read study.toml, the prompts, and the runs of its edition in its order."""
-    study, path = read_study(folder), folder / "prompts.csv"
-    runs, order = read_runs(folder, study.edition), [*study.sizes, "base", *study.arms]
-    runs = runs.sort_values("seed", kind="stable")
-    runs = runs.sort_values(["size", "arm"], key=lambda c: c.map(order.index), kind="stable")
+    study = read_study(folder)
+    lines = read_runs(folder, study.edition)
+    is_round3 = lines.get("round", pd.Series(2, lines.index)).fillna(2) == 3
+    runs = sort_runs(study, lines[~is_round3])
     sweeps = tune_rates(study, runs)
-    runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)  # of the update, none: whole
-    names = [name_cell(study, run, sweeps) for run in runs.itertuples()]
+    runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)  # of the update; none: whole
+    names = [name_cell(study, sweeps, run) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
+    runs["mark"] = [mark_rate(study, sweeps, run) for run in runs.itertuples()]
     runs["usual"] = runs.cell.str.replace(r"\*[^/~@^#+]*", "", regex=True)  # without the rate
-    runs["fraction"] = runs.trainable_parameters / runs.groupby("base").parameters.transform("min")
-    none = pd.DataFrame(columns=["set", "half"])
-    prompts = pd.read_csv(path, keep_default_na=False) if path.is_file() else none
-    final = runs[~runs.id.str.contains("@") & (runs.status == "completed")]
+    base_parameters = runs.groupby("base").parameters.transform("min")
+    runs["fraction"] = runs.trainable_parameters / base_parameters
+    is_end = ~runs.id.str.contains("@")
+    final = runs[is_end & (runs.status == "completed")]
     check_controlled(final)
-    return Evidence(study, runs, final, prompts, sweeps)
+    return Evidence(
+        study=study,
+        runs=runs,
+        final=final,
+        prompts=read_prompt_table(folder / "prompts.csv"),
+        sweeps=sweeps,
+        round3=lines[is_round3 & (lines.status == "completed")],
+        fresh_prompts=read_prompt_table(folder / "prompts_3.csv"),
+    )
 
 
-def name_cell(study: Study, run: tuple, sweeps: dict) -> tuple[str, str]:
-    """Return the name of a run's cell and its title: its arm, and non-default parts."""
+def sort_runs(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs in the order of study.toml: by size, arm and seed."""
+    order = [*study.sizes, "base", *study.arms]
+    by_seed = runs.sort_values("seed", kind="stable")
+    return by_seed.sort_values(
+        ["size", "arm"], key=lambda column: column.map(order.index), kind="stable"
+    )
+
+
+def read_prompt_table(path: Path) -> pd.DataFrame:
+    """Read prompts.csv or prompts_3.csv; empty if there is none. A row is a prompt."""
+    if not path.is_file():
+        return pd.DataFrame(columns=["set", "half", "skill", "cluster"])
+    return pd.read_csv(path, keep_default_na=False)
+
+
+def find_rates(sweep: Sweep) -> list[float]:
+    """Return the rates that an arm is reported at: the best one, or fixed ones.
+
+    While a best rate lies at the edge of its grid, it stands for the arm, and is marked.
+    """
+    if sweep.reported or sweep.leading is None:
+        return sweep.reported
+    return [sweep.leading]
+
+
+def name_cell(study: Study, sweeps: dict, run: tuple) -> tuple[str, str]:
+    """Return the name of a run's cell and its title: its arm, and parts that are not default."""
     base = run.base.rpartition("-")[2]
     if run.arm == "base":
-        is_other = base != MAIN_BASE
-        return "base" + f"@{base}" * is_other, "the base alone" + f", {base}" * is_other
-    arm, sweep = study.arms[run.arm], sweeps[run.size, run.arm]
-    start = study.arms.get(run.start, arm).title
-    length = "1 epoch" if run.epochs == 1 else f"{run.epochs:g} epochs"
-    trial = "preliminary" if run.learning_rate == sweep.leading else ""
-    extras = [
-        (f"*{run.learning_rate:g}", trial, sweep.reported != [run.learning_rate]),
-        (f"/{run.epochs:g}", length, run.epochs != study.sizes[run.size].epochs),
-        (f"~{run.samples:g}", f"{run.samples:,.0f} pairs", pd.notna(run.samples)),
-        (f"@{base}", f"from {base}", base != MAIN_BASE),
-        (f"^{run.start}", f"after {start}", run.start != "base"),
-        (f"#{run.data}", run.data, run.data != arm.data),
-        (f"+{run.part}", PART_TITLES.get(run.part, run.part), pd.notna(run.part)),
-    ]
-    codes, words, _ = zip(("", arm.title, True), *filter(itemgetter(2), extras), strict=True)
-    return run.arm + "".join(codes), ", ".join(filter(None, words))
+        if base == MAIN_BASE:
+            return "base", "the base alone"
+        return f"base@{base}", f"the base alone, {base}"
+    arm = study.arms[run.arm]
+    code = run.arm
+    words = [arm.title]
+    if find_rates(sweeps[run.size, run.arm]) != [run.learning_rate]:
+        code += f"*{run.learning_rate:g}"
+    if run.epochs != study.sizes[run.size].epochs:
+        code += f"/{run.epochs:g}"
+        words.append("1 epoch" if run.epochs == 1 else f"{run.epochs:g} epochs")
+    if pd.notna(run.samples):
+        code += f"~{run.samples:g}"
+        words.append(f"{run.samples:,.0f} pairs")
+    if base != MAIN_BASE:
+        code += f"@{base}"
+        words.append(f"from {base}")
+    if run.start != "base":
+        code += f"^{run.start}"
+        words.append(f"after {study.arms[run.start].title}")
+    if run.data != arm.data:
+        code += f"#{run.data}"
+        words.append(run.data)
+    if pd.notna(run.part):
+        code += f"+{run.part}"
+        words.append(PART_TITLES.get(run.part, run.part))
+    return code, ", ".join(words)
+
+
+def find_tuning_epochs(study: Study, size: str, arm: str) -> float:
+    """Return after how many epochs an arm's rates were compared."""
+    usual = study.sizes[size].tuning_epochs
+    return study.arms[arm].tuning_epochs.get(size, usual)
+
+
+def mark_rate(study: Study, sweeps: dict, run: tuple) -> str:
+    """Return the marks of a run's learning rate: chosen after fewer epochs, or at an edge."""
+    if run.arm == "base" or run.size not in study.arms[run.arm].rates:
+        return ""
+    sweep = sweeps[run.size, run.arm]
+    if run.learning_rate not in find_rates(sweep):
+        return ""
+    tuning_epochs = find_tuning_epochs(study, run.size, run.arm)
+    marks = ""
+    if tuning_epochs < run.epochs:
+        marks += TUNED_SHORTER
+    if not sweep.reported:
+        marks += AT_EDGE
+    return marks
 
 
 def check_controlled(runs: pd.DataFrame) -> None:
     """Refuse runs that differ in their data, or started from other weights than planned (G3)."""
     arms = runs[runs.arm != "base"]
-    # Bases with unused rows have tokenizers of their own.
-    texts = arms.train_data.map(lambda data: str(data | {"tokenizer_sha256": None}))
+    texts = arms.train_data.map(describe_data)
     for (data, _), group in texts.groupby([arms.data, arms.samples], dropna=False):
         if group.nunique() > 1:
             raise UserError(f"runs on {data!r} differ in their training data; run them again")
+    arm_of_cell = runs.cell.str.split("@").str[0]
     for run in arms.itertuples():
-        is_start = (runs.cell.str.partition("@")[0] == run.start) & (runs.base == run.base)
-        is_start &= (runs.seed == run.seed) | (run.start == "base")
-        if is_start.any() and run.base_fingerprint not in set(runs.weights[is_start]):
+        is_start = (arm_of_cell == run.start) & (runs.base == run.base)
+        if run.start != "base":
+            is_start &= runs.seed == run.seed
+        starts = set(runs.weights[is_start])
+        if starts and run.base_fingerprint not in starts:
             raise UserError(f"{run.id}: started from other weights than its {run.start}; run again")
+
+
+def describe_data(data: dict) -> str:
+    """Write what must be the same in all runs on the same data."""
+    # Bases with unused rows have tokenizers of their own.
+    return str(data | {"tokenizer_sha256": None})
+
+
+def read_letters(outcomes: dict, prompts: pd.DataFrame, decoding: str, way: str = "") -> np.ndarray:
+    """Return a run's letters of `LETTERS`, (draws, prompts); `way` is another way of asking."""
+    (name,) = prompts["set"].unique()
+    if way:
+        name = f"{name}/{way}"
+    words = outcomes[name][decoding].split()
+    letters = np.array([list(word) for word in words])
+    return letters[:, prompts.index]
 
 
 def mark_answers(
     runs: pd.DataFrame, prompts: pd.DataFrame, decoding: str, kind: str = "correct"
 ) -> np.ndarray:
     """Return the share of draws whose answer is of a kind of `KINDS`: (runs, prompts)."""
-    (name,) = prompts["set"].unique()
     marks = []
     for outcomes in runs.outcomes:
-        draws = np.array([list(draw) for draw in outcomes[name][decoding].split()])
-        marks.append((draws[:, prompts.index] == LETTERS[kind]).mean(axis=0))
+        letters = read_letters(outcomes, prompts, decoding)
+        marks.append((letters == LETTERS[kind]).mean(axis=0))
     return np.array(marks)
 
 
-def draw_shares(
-    marks: np.ndarray, prompts: pd.DataFrame, size: str, alone: int | None = None
-) -> np.ndarray:
-    """Return shares of all seeds, each of the first `alone`, each draw; marks: (seeds, prompts)."""
-    codes, names = pd.factorize(prompts.cluster)
-    members = np.eye(len(names))[codes]
-    sums, counts = marks @ members, np.tile(members.sum(axis=0), (len(marks), 1))
-    streams = f"seeds {size}", prompts["set"].iloc[0]
-    draws = resample_means(sums, counts, tuple(zlib.crc32(one.encode()) for one in streams))
-    return np.concatenate([[marks.mean()], marks.mean(axis=1)[:alone], draws])
+def draw_shares(marks: np.ndarray, prompts: pd.DataFrame, size: str) -> np.ndarray:
+    """Return the share in each bootstrap draw, (draws,), of marks (seeds, prompts).
 
-
-def estimate_sum(
-    evidence: Evidence, condition: Condition, place: tuple[str, str, str], prompts: pd.DataFrame
-) -> tuple[Estimate, int] | None:
-    """Estimate a sum of cells, and count their bases; None if a cell was not run.
-
-    Cells of one size are compared over the seeds that all of them have. `place`: the sum, the size
-    of cells that name none, and the decoding.
+    The same seeds and clusters are drawn for all runs of a size, so differences are paired.
     """
-    estimate, size, decoding = place
-    terms = TERM.findall(estimate)
-    runs = pd.concat(
-        evidence.find_cell(cell, size).assign(cell=i, factor=float(f"{sign}{factor or 1}"))
-        for i, (sign, factor, cell) in enumerate(terms)
-    )
-    cells = runs.groupby("size").cell.transform("nunique")
-    runs = runs[runs.groupby(["size", "seed"]).cell.transform("nunique") == cells]
-    if runs.cell.nunique() < len(terms):
+    codes, clusters = pd.factorize(prompts.cluster)
+    members = np.eye(len(clusters))[codes]  # (prompts, clusters)
+    sums = marks @ members
+    cluster_sizes = members.sum(axis=0)
+    counts = np.tile(cluster_sizes, (len(marks), 1))
+    seed_stream = hash_text(f"seeds {size}")
+    prompt_stream = hash_text(prompts["set"].iloc[0])
+    return resample_means(sums, counts, (seed_stream, prompt_stream))
+
+
+def hash_text(text: str) -> int:
+    """Return a number that stands for a text, the same in every process."""
+    return zlib.crc32(text.encode())
+
+
+def estimate_share(
+    runs: pd.DataFrame, prompts: pd.DataFrame, decoding: str, kind: str = "correct"
+) -> Estimate | None:
+    """Estimate the share of answers of a kind over runs of one cell; None without runs."""
+    if runs.empty or prompts.empty:
         return None
-    alone, total = runs.cell.value_counts().min(), 0.0
-    for (_, factor, one), group in runs.groupby(["cell", "factor", "size"]):
-        if condition.scalar:
-            marks, chosen = group[[condition.scalar]].to_numpy(float), prompts.iloc[:1]
-        else:
-            marks, chosen = mark_answers(group, prompts, decoding), prompts
-        shares = draw_shares(marks, chosen, one, alone)
-        if condition.log_odds:
-            shares = special.logit(np.clip(shares, 5e-4, 1 - 5e-4))  # half a prompt of 1,000
-        total = total + factor * shares
-    return Estimate.of(total), runs.base.nunique()
+    marks = mark_answers(runs, prompts, decoding, kind)
+    return Estimate.of(marks.mean(axis=1), draw_shares(marks, prompts, runs["size"].iloc[0]))
+
+
+def estimate_gap(
+    above: pd.DataFrame, below: pd.DataFrame, prompts: pd.DataFrame, decoding: str
+) -> Estimate | None:
+    """Estimate the correct share of one cell minus that of another, over the seeds of both.
+
+    None if they share no seed. Both are of one size.
+    """
+    seeds = set(above.seed) & set(below.seed)
+    if not seeds or prompts.empty:
+        return None
+    marks = []
+    for runs in (above, below):
+        shared = runs[runs.seed.isin(seeds)].sort_values("seed")
+        marks.append(mark_answers(shared, prompts, decoding))
+    differences = marks[0] - marks[1]  # (seeds, prompts)
+    draws = draw_shares(differences, prompts, above["size"].iloc[0])
+    return Estimate.of(differences.mean(axis=1), draws)
 
 
 def select_reported(evidence: Evidence) -> pd.DataFrame:
-    """Return the runs on which tables report: all sets were asked, at the best learning rate.
-
-    While an arm's best rate is not known, the best of those that ran stands for it.
-    """
-    rows, sets = [], set(evidence.prompts["set"])
+    """Return the runs that tables report: all sets were asked, at the arm's rate."""
+    sets = set(evidence.prompts["set"])
+    is_reported = []
     for run in evidence.final.itertuples():
         sweep = evidence.sweeps.get((run.size, run.arm))  # a base has none
-        is_trial = "*" in run.cell and run.learning_rate not in [*sweep.reported, sweep.leading]
-        rows.append(not is_trial and set(run.outcomes) == sets)
-    return evidence.final[np.array(rows, dtype=bool)]
+        is_at_rate = sweep is None or run.learning_rate in find_rates(sweep)
+        is_whole = set(run.outcomes) == sets
+        is_reported.append(is_at_rate and is_whole)
+    return evidence.final[np.array(is_reported, dtype=bool)]
 
 
-def tabulate_cells(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per cell of `runs`, set and decoding, in the order of study.toml.
+def select_usual(evidence: Evidence) -> pd.DataFrame:
+    """Return the runs on all training examples from the main base. A row is a run."""
+    final = evidence.final
+    is_main = final.base.astype(str).str.endswith(f"-{MAIN_BASE}")
+    is_arm = (final.arm != "base") & (final.start == "base")
+    is_whole = (final.data == "sft") & final.samples.isna()
+    return final[is_main & is_arm & is_whole]
+
+
+def were_asked(runs: pd.DataFrame, name: str) -> pd.Series:
+    """Say which runs have outcomes of this name; some were asked the tuning half alone."""
+    return runs.outcomes.map(lambda outcomes: name in outcomes).astype(bool)
+
+
+def tabulate_cells(evidence: Evidence, runs: pd.DataFrame, sets: list[str]) -> pd.DataFrame:
+    """Return a row a cell of `runs`, set or outcome, and decoding, in the order of study.toml.
 
     Columns: those of the runs, seeds, set, decoding, share (correct) with its interval (low, high),
-    their text, above_chance, and the share of each kind of `KINDS`.
+    above_chance, and the share of each kind of `KINDS`.
     """
     rows = []
-    for (size, _), seeds in runs.groupby(["size", "cell"], sort=False):
-        first = seeds.iloc[0]
-        place = dict(first[["size", "cell", "usual", "arm", "title", "learning_rate", "fraction"]])
-        sets = [name for name in evidence.prompts["set"].unique() if name in first.outcomes]
+    for _, seeds in runs.groupby(["size", "cell"], sort=False):
+        place = dict(seeds.iloc[0][CELL_COLUMNS])
+        place["seeds"] = len(seeds)
         for name, decoding in product(sets, evidence.study.probe["decodings"]):
             prompts = evidence.choose_prompts(name)
-            kinds = {kind: mark_answers(seeds, prompts, decoding, kind) for kind in KINDS}
-            found = Estimate.of(draw_shares(kinds["correct"], prompts, size))
+            set_name = PARTS_OF.get(name, name)
+            if prompts.empty or set_name not in seeds.outcomes.iloc[0]:
+                continue
+            estimate = estimate_share(seeds, prompts, decoding)
             chance = prompts.chance.mean()
-            row = {"seeds": len(seeds), "set": name, "decoding": decoding, "share": found.value}
-            row |= {"low": found.low, "high": found.high}
-            row["text"] = f"{found.value:.0%} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
-            row["above_chance"] = (found.value - chance) / (1 - chance)
-            rows.append(place | row | {kind: marks.mean() for kind, marks in kinds.items()})
+            row = place | {
+                "set": name,
+                "decoding": decoding,
+                "share": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "above_chance": (estimate.value - chance) / (1 - chance),
+            }
+            for kind in KINDS:
+                row[kind] = mark_answers(seeds, prompts, decoding, kind).mean()
+            rows.append(row)
     return pd.DataFrame(rows)

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.lm_dataset import read_jsonl
+from dataset.lm_dataset import read_jsonl, turns, write_records
 from dataset.world.facts import read_world
-from dataset.world.generate import write_records
-from dataset.world.skills import turns
 from evaluation.probe.answers import probe
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import read_prompts
 from model.checkpoint import Checkpoint, load_tokenizer
-from model.files import REPO_DIR, UserError, file_sha256
+from model.cli import UserError
+from model.files import REPO_DIR, file_sha256
 from trainer.arguments import BASE_DIR, MAX_SEQ_LEN
 
 TEXT_SHARE = 0.2  # of all characters of `sft_mixed`

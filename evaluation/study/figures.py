@@ -1,113 +1,640 @@
-"""The study's figures, as SVG text. Each title states what the figure shows."""
+"""The study's figures, as SVG text: a function a figure.
+
+Each is at most 760 px wide, its text at least 12 px high, and its title one sentence that the marks
+show. A method has the same color everywhere. Shares are of correct greedy answers to test prompts.
+"""
 
 import io
-from functools import partial
-from itertools import product
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from evaluation.study.analysis import Evidence, mark_answers
-from evaluation.study.claims import PATH_ARMS, find_paths, list_endings
+from evaluation.study.analysis import (
+    Estimate,
+    Evidence,
+    choose_prompts,
+    estimate_gap,
+    estimate_share,
+    read_letters,
+    select_usual,
+    were_asked,
+)
+from evaluation.study.blocks import percent, points
+from evaluation.study.endings import list_endings
+from evaluation.study.names import (
+    BLACK,
+    BLUE,
+    GAP_LORAS,
+    GREEN,
+    GREY,
+    METHODS,
+    ORANGE,
+    SIZES,
+)
+from evaluation.study.results import LETTERS
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR
 
+WIDTH = 7.9  # inches; at 96 px an inch 758 px
+TITLE_LETTERS = 78  # in a line of a title
 STYLE = {
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "study",  # the same bytes from the same data
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.cycler(color=["#1f5a99", "#d1712a", "#444444", "#8a8a3a"]),
     "legend.frameon": False,
+    "hatch.linewidth": 0.6,
 }
-Figure = tuple[str, str] | None  # a title, and SVG
-DECODING_TITLES = {"greedy": "greedy", "t0.85p0.85": "T=0.85"}
-MAIN_SETS = ["combinations", "unseen"]
-HEADLINE = ["study", "study_tuned", "all_r8", "all_r16", "all_r32", "all_r64", "fft_frozen", "fft"]
-LADDER = "base fft_script study study_tuned study_all square_r36 study_all_tuned all_r8 all_r16"
-LADDER += " all_r32 all_r64 all_r8_vocabulary all_r64_vocabulary fft_frozen fft"
+
+FIGURES: dict[str, Callable[[Evidence], tuple[str, str] | None]] = {}
 
 
-def draw_panels(title: str, table: pd.DataFrame, x: str, y: str = "") -> str:
-    """Draw a panel for each `panel` of a table, and in it a color for each `series`.
+def figure(name: str) -> Callable:
+    """Register a function as the one that draws a figure; it returns a title and SVG, or None."""
 
-    The table has points (`x`, `y`), either with names as y and intervals from `low` to `high`, or
-    with a `note` beside each. The arguments `x` and `y` are titles of the axes.
+    def register(function: Callable) -> Callable:
+        FIGURES[name] = function
+        return function
+
+    return register
+
+
+def start_figure(title: str, height: float, **options: list) -> tuple[Figure, np.ndarray]:
+    """Open a figure of the full width with a title on the left; return it and its panels in a row.
+
+    `options` are those of `plt.subplots`.
     """
-    panels = table.groupby("panel", sort=False)
-    names = list(dict.fromkeys(table.y)) if "low" in table else []
+    fig, axes = plt.subplots(
+        figsize=(WIDTH, height), squeeze=False, layout="constrained", **options
+    )
+    lines = textwrap.fill(title, TITLE_LETTERS)
+    fig.suptitle(lines, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    return fig, axes[0]
+
+
+def write_svg(fig: Figure) -> str:
+    """Close a figure and return it as SVG, the same bytes for the same data."""
+    file = io.StringIO()
+    fig.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(fig)
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def show_percent(axis: mpl.axis.Axis) -> None:
+    """Write the ticks of an axis in percent."""
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+def write_beside(ax: Axes, x: float, y: float, text: str) -> None:
+    """Write a text to the right of a mark or a bar's end."""
+    ax.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9.5)
+
+
+# ------------------------------------------------------------------------------------------- ladder
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A bar of the ladder."""
+
+    label: str
+    arm: str
+    color: str
+
+
+LADDERS = {
+    "xs": [
+        Rung("the original LoRA", "study", GREY),
+        Rung("... on all layers", "study_all", BLUE),
+        Rung("... at a higher rate", "study_tuned", GREY),
+        Rung("... with both", "study_all_tuned", BLUE),
+        Rung("all-layer LoRA, rank 64", "all_r64", BLUE),
+        Rung("full fine-tuning", "fft", BLACK),
+    ],
+    "m26": [
+        Rung("the original LoRA", "study", GREY),
+        Rung("... at a higher rate", "study_tuned", GREY),
+        Rung("all-layer LoRA, rank 8", "all_r8", BLUE),
+        Rung("all-layer LoRA, rank 32", "all_r32", BLUE),
+        Rung("full fine-tuning", "fft", BLACK),
+    ],
+}
+
+
+@figure("ladder")
+def draw_ladder(evidence: Evidence) -> tuple[str, str] | None:
+    """Draw composition, one setting changed at a time: 1.3M, and 25M as far as it ran."""
+    title = "Neither a higher rate nor more layers is enough at 1.3M; both together are"
+    panels = {size: list_rungs(evidence, size) for size in LADDERS}
+    if any(bars.empty for bars in panels.values()):
+        return None
+    counts = [len(bars) for bars in panels.values()]
     with mpl.rc_context(STYLE):
-        how = {"figsize": (1 + 4.5 * len(panels), max(3, 0.4 * len(names))), "squeeze": False}
-        fig, axes = plt.subplots(1, len(panels), sharex=True, sharey=True, **how)
-        for ax, (panel, points) in zip(axes[0], panels, strict=True):
-            for i, (label, rows) in enumerate(points.groupby("series", sort=False)):
-                if names:
-                    places = rows.y.map(names.index) + 0.2 * i
-                    reach = np.clip([rows.x - rows.low, rows.high - rows.x], 0, None)
-                    ax.errorbar(rows.x, places, xerr=reach, fmt="o", label=label)
-                    continue
-                ax.plot(rows.x, rows.y, ".", color=f"C{i}", label=label)
-                for row in rows.itertuples():
-                    ax.annotate(row.note, (row.x, row.y), fontsize=6)
-            ax.set(xlabel=x, title=panel)
-        axes[0][0].set_ylabel(y)
-        if names:
-            axes[0][0].set(xlim=(0, 1), ylim=(len(names), -1))
-            axes[0][0].set_yticks(range(len(names)), names)
-        axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-        fig.suptitle(title, x=0, y=1.02, ha="left")
-        file = io.StringIO()
-        fig.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(fig)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+        fig, axes = start_figure(title, 3.0, ncols=2)
+        for ax, (size, bars) in zip(axes, panels.items(), strict=True):
+            draw_rungs(ax, bars)
+            ax.set_ylim(max(counts) - 0.5, -0.6)
+            ax.set_title(f"{SIZES[size]} parameters", loc="left", fontsize=10)
+        return title, write_svg(fig)
 
 
-def select_arms(cells: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
-    """Return the cells of arms in their order, of sizes at which LoRA on all layers was scored."""
-    sizes, is_main = cells["size"][cells.arm == "all_r8"], cells["set"].isin(MAIN_SETS)
-    rows = cells[cells.usual.isin(arms) & is_main & cells["size"].isin(sizes)]
-    return rows.iloc[rows.arm.map(arms.index).argsort(kind="stable")]
+def list_rungs(evidence: Evidence, size: str) -> pd.DataFrame:
+    """Return the rungs of a size that ran, with their shares and runs. A row is a bar."""
+    prompts = evidence.choose_prompts("composition")
+    rows = []
+    for rung in LADDERS[size]:
+        runs = evidence.find_cell(rung.arm, size)
+        estimate = estimate_share(runs, prompts, "greedy")
+        if estimate:
+            row = {"label": rung.label, "color": rung.color}
+            rows.append(row | {"share": estimate.value, "runs": len(runs)})
+    return pd.DataFrame(rows)
 
 
-def draw_arms(title: str, arms: list[str], evidence: Evidence, cells: pd.DataFrame) -> Figure:
-    """Draw the shares of correct combinations and unseen things by arm, size and decoding."""
-    if cells.empty or (rows := select_arms(cells, arms)).empty:
+def draw_rungs(ax: Axes, bars: pd.DataFrame) -> None:
+    """Draw bars with their values; hatched, where there is one run."""
+    for place, bar in enumerate(bars.itertuples()):
+        is_single = bar.runs == 1
+        ax.barh(
+            place,
+            bar.share,
+            color="white" if is_single else bar.color,
+            edgecolor=bar.color,
+            hatch="////" if is_single else None,
+            height=0.68,
+        )
+        write_beside(ax, bar.share, place, percent(bar.share) + " (one run)" * is_single)
+    ax.set_yticks(range(len(bars)), bars.label)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlim(0, 1.32)
+    ax.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
+    show_percent(ax.xaxis)
+    ax.set_xlabel("correct answers, composition")
+
+
+# ---------------------------------------------------------------------------------------------- gap
+
+
+@figure("gap")
+def draw_gap(evidence: Evidence) -> tuple[str, str] | None:
+    """Draw the gap of full fine-tuning to all-layer LoRA by size, with intervals."""
+    title = "Low-rank LoRA is furthest behind full fine-tuning in the smallest model"
+    prompts = evidence.choose_prompts("composition")
+    lines = {}
+    for name in ("r8", "width16"):
+        gaps = {}
+        for size, arm in GAP_LORAS[name].items():
+            above = evidence.find_cell("fft", size)
+            gaps[size] = estimate_gap(above, evidence.find_cell(arm, size), prompts, "greedy")
+        lines[name] = gaps
+    if any(gap is None for gaps in lines.values() for gap in gaps.values()):
         return None
-    rates = rows.learning_rate.map(", {:g}".format).where(rows.arm == "fft_script", "")  # it has 3
-    table = rows.assign(y=rows.title.str.removesuffix(", preliminary") + rates)
-    table["series"] = table["set"] + ", " + table.decoding.map(DECODING_TITLES)
-    table = table.rename(columns={"share": "x", "size": "panel"})
-    return title, draw_panels(title, table, "correct answers")
+    looks = {
+        "r8": {"color": BLUE, "marker": "o", "linestyle": "-", "label": "rank 8"},
+        "width16": {
+            "color": BLUE,
+            "marker": "s",
+            "linestyle": "--",
+            "label": "rank = width/16 (8, 16, 32)",
+            "markerfacecolor": "white",
+        },
+    }
+    with mpl.rc_context(STYLE):
+        fig, axes = start_figure(title, 3.4)
+        for shift, (name, gaps) in zip((-0.05, 0.05), lines.items(), strict=True):
+            draw_gap_line(axes[0], list(gaps.values()), shift, looks[name])
+        finish_gap_axes(axes[0], lines["r8"])
+        return title, write_svg(fig)
 
 
-def draw_endings(evidence: Evidence, cells: pd.DataFrame) -> Figure:
-    """Draw the share of endless answers against the bound of the end token, a point a base."""
-    title = "Where the bound of the end token is low, sampled answers often do not end"
-    table = list_endings(evidence).rename(columns={"bound": "x", "endless": "y", "base": "note"})
-    table = table.assign(panel="", series="edition " + table.edition.map(str))
-    return title, draw_panels(title, table, "bound of the end token", "endless answers")
+def draw_gap_line(ax: Axes, gaps: list[Estimate], shift: float, look: dict) -> None:
+    """Draw the gaps of one LoRA by size, each with its interval and its value."""
+    places = np.arange(len(gaps)) + shift
+    values = np.array([gap.value for gap in gaps])
+    lows = values - [gap.low for gap in gaps]
+    highs = [gap.high for gap in gaps] - values
+    ax.errorbar(places, values, yerr=[lows, highs], capsize=3, **look)
+    side = np.sign(shift)
+    for place, value in zip(places, values, strict=True):
+        ax.annotate(
+            points(value),
+            (place, value),
+            xytext=(8 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center",
+        )
 
 
-def draw_keeping(evidence: Evidence, cells: pd.DataFrame) -> Figure:
-    """Draw unseen things against combinations, a point a checkpoint, both decodings."""
-    sets, rows = ("combinations", "unseen"), []
-    for arm, decoding in product(PATH_ARMS, DECODING_TITLES):
-        if (runs := find_paths(evidence, arm)).empty:
+def finish_gap_axes(ax: Axes, gaps: dict[str, Estimate]) -> None:
+    """Name the sizes and the axes of the gap's figure."""
+    ax.axhline(0, color=BLACK, linewidth=0.8)
+    ax.text(2.45, 0.003, "full fine-tuning", ha="right", va="bottom", fontsize=9.5)
+    labels = []
+    for size, gap in gaps.items():
+        count = len(gap.by_seed)
+        labels.append(
+            f"{SIZES[size]}\n({count} runs each)" if count > 1 else f"{SIZES[size]}\n(one run each)"
+        )
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set_xlim(-0.5, 2.5)
+    ax.set_ylabel("points behind in composition")
+    ax.yaxis.set_major_formatter(lambda value, _: points(value))
+    ax.legend(loc="upper right", title="all-layer LoRA", alignment="left")
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def find_color(arm: str, flags: dict) -> str:
+    """Return the color of the method that an arm belongs to."""
+    if arm == "fft_frozen":
+        return GREEN
+    if arm.startswith("fft"):
+        return BLACK
+    trains_embedding = "modules_to_save" in flags or "embedding" in flags["lora_targets"]
+    if trains_embedding:
+        return ORANGE
+    return GREY if flags["lora_targets"] == "square" else BLUE
+
+
+LATE_LOSS = 0.4  # nats a token; chosen after a look at the figure
+LOSS_LABELS = {
+    GREY: "LoRA on q and o",
+    BLUE: "LoRA on all layers",
+    ORANGE: "the same with a trained embedding",
+    BLACK: "full fine-tuning",
+    GREEN: "full fine-tuning, embedding frozen",
+}
+
+
+@figure("loss")
+def draw_loss(evidence: Evidence) -> tuple[str, str] | None:
+    """Draw composition against the loss on reference answers, a mark a setting."""
+    table = list_losses(evidence)
+    if table.empty:
+        return None
+    most = table.share[table.loss > LATE_LOSS].max()
+    title = f"Answers turn correct late: above {LATE_LOSS} nats a token at most {percent(most)} are"
+    markers = {"xs": "o", "s": "s", "m26": "^"}
+    with mpl.rc_context(STYLE):
+        fig, axes = start_figure(title, 3.9)
+        ax = axes[0]
+        for (color, size), marks in table.groupby(["color", "size"], sort=False):
+            ax.scatter(
+                marks.loss,
+                marks.share,
+                c=color,
+                marker=markers[size],
+                s=26,
+                alpha=0.75,
+                linewidths=0,
+            )
+        label_losses(ax, markers)
+        return title, write_svg(fig)
+
+
+def list_losses(evidence: Evidence) -> pd.DataFrame:
+    """Return the loss and composition of every setting from the main bases.
+
+    A row is an arm at a size, learning rate and number of epochs: the mean of its runs.
+    """
+    prompts = evidence.choose_prompts("composition")
+    usual = select_usual(evidence)
+    whole = usual[were_asked(usual, "unseen")]
+    rows = []
+    for (size, arm, *_), runs in whole.groupby(["size", "arm", "learning_rate", "epochs"]):
+        flags = evidence.study.arms[arm].flags
+        estimate = estimate_share(runs, prompts, "greedy")
+        row = {"size": size, "arm": arm, "color": find_color(arm, flags)}
+        rows.append(row | {"loss": runs.test_nll.mean(), "share": estimate.value})
+    return pd.DataFrame(rows)
+
+
+def label_losses(ax: Axes, markers: dict[str, str]) -> None:
+    """Name axes, colors and marks of the loss's figure."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.4, 1, 2, 4]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.axvline(LATE_LOSS, color=BLACK, linewidth=0.8, linestyle=":")
+    ax.set_xlabel("loss on reference answers, nats a token")
+    ax.set_ylabel("correct answers, composition")
+    show_percent(ax.yaxis)
+    handles = []
+    for color, label in LOSS_LABELS.items():
+        handles.append(mpl.lines.Line2D([], [], color=color, marker="o", ls="", label=label))
+    for size, marker in markers.items():
+        line = mpl.lines.Line2D([], [], color="#666666", marker=marker, ls="", label=SIZES[size])
+        handles.append(line)
+    ax.legend(handles=handles, loc="upper right", fontsize=9.5)
+
+
+# --------------------------------------------------------------------------------------------- keep
+
+KEEP_METHODS = ["r8", "width16", "fft", "fft_frozen"]
+KEEP_LABELS = {  # size and arm -> label, its shift in points, and which of its ends is at the mark
+    ("xs", "all_r8"): ("1.3M, rank 8", (6, 6), "left"),
+    ("s", "all_r8"): ("5.5M, rank 8", (5, -14), "left"),
+    ("s", "all_r16"): ("5.5M, rank 16", (-4, 17), "right"),
+    ("m26", "all_r8"): ("25M, rank 8", (-6, 5), "right"),
+    ("m26", "all_r32"): ("25M, rank 32", (6, 8), "left"),
+}
+KEEP_NAMES = [  # where a method's name stands
+    (0.70, 0.51, "all-layer LoRA", BLUE),
+    (0.81, 0.15, "full fine-tuning", BLACK),
+    (0.868, 0.83, "full fine-tuning, embedding frozen", GREEN),
+]
+
+
+@figure("keep")
+def draw_keep(evidence: Evidence) -> tuple[str, str] | None:
+    """Draw unseen things against composition, a mark a method and size."""
+    title = "Full fine-tuning keeps far more unseen things if its embedding is frozen"
+    table = list_kept(evidence)
+    if table.empty:
+        return None
+    with mpl.rc_context(STYLE):
+        fig, axes = start_figure(title, 4.2)
+        ax = axes[0]
+        for mark in table.itertuples():
+            draw_kept(ax, mark)
+        for x, y, name, color in KEEP_NAMES:
+            ax.text(x, y, name, color=color, ha="center", va="top", fontweight="bold")
+        ax.set_xlim(0.58, 0.94)
+        ax.set_ylim(-0.03, 0.85)
+        ax.set_xlabel("correct answers, composition")
+        ax.set_ylabel("correct answers, unseen things")
+        show_percent(ax.xaxis)
+        show_percent(ax.yaxis)
+        return title, write_svg(fig)
+
+
+def draw_kept(ax: Axes, mark: tuple) -> None:
+    """Draw one final model with the intervals of both shares, and its label."""
+    taught, kept = mark.taught, mark.kept
+    ax.errorbar(
+        taught.value,
+        kept.value,
+        xerr=[[taught.value - taught.low], [taught.high - taught.value]],
+        yerr=[[kept.value - kept.low], [kept.high - kept.value]],
+        fmt="o",
+        color=mark.color,
+        elinewidth=0.8,
+    )
+    default = (SIZES[mark.size], (6, 6), "left")
+    label, shift, side = KEEP_LABELS.get((mark.size, mark.arm), default)
+    ax.annotate(
+        label,
+        (taught.value, kept.value),
+        xytext=shift,
+        textcoords="offset points",
+        ha=side,
+        color=mark.color,
+        fontsize=9.5,
+    )
+
+
+def list_kept(evidence: Evidence) -> pd.DataFrame:
+    """Return both outcomes of final models. A row is a method and size, each arm once."""
+    rows = {}
+    for method in METHODS:
+        if method.key not in KEEP_METHODS:
             continue
-        shares = (mark_answers(runs, evidence.choose_prompts(s), decoding).mean(1) for s in sets)
-        points = pd.DataFrame(dict(zip("xy", shares, strict=True)))
-        series = evidence.study.arms[arm].title
-        rows.append(points.assign(panel=DECODING_TITLES[decoding], series=series, note=""))
-    if not rows:
+        for size, arm in method.arms.items():
+            runs = evidence.find_cell(arm, size)
+            if runs.empty or (size, arm) in rows:
+                continue
+            rows[size, arm] = {
+                "size": size,
+                "arm": arm,
+                "color": method.color,
+                "taught": estimate_share(runs, evidence.choose_prompts("composition"), "greedy"),
+                "kept": estimate_share(runs, evidence.choose_prompts("unseen"), "greedy"),
+            }
+    return pd.DataFrame(list(rows.values()))
+
+
+# ------------------------------------------------------------------------------------------ endings
+
+ENDING_LABELS = {  # base -> label and its shift in points
+    "xs-world-plain42": ("0 unused rows", (8, -2)),
+    "xs-world-plain64x42": ("64", (-5, 9)),
+    "xs-world-plain512x42": ("512", (8, -3)),
+    "xs-world-plain4096x42": ("4,096 unused rows", (8, 0)),
+}
+ENDING_NOTES = [  # what is pointed at: a text, where it stands, and where its line ends
+    ("bases of the first edition\nwith 6.1M parameters", (0.66, 0.3), (0.925, 0.08)),
+    ("bases that read\nchat tokens", (0.93, 0.3), (0.998, 0.02)),
+]
+
+
+@figure("endings")
+def draw_endings(evidence: Evidence) -> tuple[str, str] | None:
+    """Draw the share of endless answers against the bound of the end token, a mark a base."""
+    title = "Sampled answers run on where the base keeps the end token improbable"
+    table = list_endings(evidence)
+    with mpl.rc_context(STYLE):
+        fig, axes = start_figure(title, 3.4)
+        ax = axes[0]
+        for edition, bases in table.groupby("edition", sort=False):
+            is_own = edition == evidence.study.edition
+            ax.plot(
+                bases.bound,
+                bases.endless,
+                "o",
+                color=BLUE,
+                markerfacecolor=BLUE if is_own else "white",
+                label="this study" if is_own else "first edition",
+            )
+        for base in table[table.base.isin(list(ENDING_LABELS))].itertuples():
+            text, shift = ENDING_LABELS[base.base]
+            place = (base.bound, base.endless)
+            ax.annotate(text, place, xytext=shift, textcoords="offset points")
+        for text, place, end in ENDING_NOTES:
+            line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.8}
+            ax.annotate(text, end, xytext=place, ha="center", arrowprops=line)
+        ax.set_xlabel("highest probability that the end token can reach, embedding frozen")
+        ax.set_ylabel("sampled answers without end")
+        ax.set_ylim(-0.03, 1.03)
+        show_percent(ax.yaxis)
+        ax.legend(loc="upper right")
+        return title, write_svg(fig)
+
+
+# ---------------------------------------------------------------------------------------- forecasts
+
+
+@figure("forecasts")
+def draw_forecasts(evidence: Evidence) -> tuple[str, str] | None:
+    """Draw what was found against what was predicted, a mark a forecast."""
+    table = pd.read_csv(RESULTS_DIR / "forecasts.csv")
+    errors = (table.found - table.predicted).abs()
+    is_first = table.stage == "with the rules"
+    first_error = errors[is_first].median()
+    later_error = errors[~is_first].median()
+    title = (
+        f"Our first forecasts were off by {first_error:.0f} points in the median, "
+        f"later ones by {later_error:.0f}"
+    )
+    with mpl.rc_context(STYLE):
+        fig, axes = start_figure(title, 4.6)
+        ax = axes[0]
+        ax.plot([0, 100], [0, 100], color=BLACK, linewidth=0.8)
+        later, first = table[~is_first], table[is_first]
+        ax.plot(
+            later.predicted,
+            later.found,
+            "o",
+            color="#6d6d6d",
+            markerfacecolor="none",
+            markersize=5,
+            label=f"{len(later)} later ones",
+        )
+        ax.plot(
+            first.predicted,
+            first.found,
+            "o",
+            color=ORANGE,
+            markersize=6,
+            label=f"{len(first)} fixed with the rules",
+        )
+        ax.set_aspect("equal")
+        ax.set_xlabel("predicted, percent or points")
+        ax.set_ylabel("found")
+        ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), handletextpad=0.2)
+        return title, write_svg(fig)
+
+
+# ------------------------------------------------------------------------------------------- asking
+
+WAYS = {  # way of asking -> label
+    "": "with the chat template, as trained",
+    "no_template": "without the template",
+    "on_fft": "the LoRA on the weights of full fine-tuning",
+}
+ASKED_ARMS = {
+    "xs": ["base", "study", "all_r8", "all_r64", "fft", "fft_frozen"],
+    "m26": ["base", "study", "all_r8", "all_r32", "fft", "fft_frozen"],
+}
+ASKED_TITLES = {
+    "base": "before fine-tuning",
+    "study": "the original LoRA",
+    "all_r8": "all-layer LoRA, rank 8",
+    "all_r32": "all-layer LoRA, rank 32",
+    "all_r64": "all-layer LoRA, rank 64",
+    "fft": "full fine-tuning",
+    "fft_frozen": "the same, embedding frozen",
+}
+ASKED_COLORS = {"base": ORANGE, "study": GREY, "fft": BLACK, "fft_frozen": GREEN}  # else all-layer
+FAILS = 0.03  # a share that is called a failure
+
+
+@figure("asking")
+def draw_asking(evidence: Evidence) -> tuple[str, str] | None:
+    """Draw composition by way of asking, round 3's fresh prompts; nothing before its runs."""
+    tables = {size: list_asked(evidence, size) for size in ASKED_ARMS}
+    panels = {size: table for size, table in tables.items() if not table.empty}
+    if not panels:
         return None
-    table, texts = pd.concat(rows), ("correct combinations", "correct unseen things")
-    best = table.groupby("series", sort=False).y.max().map("{:.0%}".format)
-    title = f"LoRA answers more unseen things. Here at best {', '.join(best.index + ' ' + best)}"
-    return title, draw_panels(title, table, *texts)
+    every = pd.concat(panels.values())
+    is_lora = every.arm.isin(["study", "all_r8", "all_r32", "all_r64"])
+    bare = every.share[is_lora & (every.way == "no_template")]
+    title = "How a model is asked decides what it answers"
+    if len(bare) and (bare <= FAILS).all():
+        title = "Asked without the template that it was trained with, every LoRA fails"
+    with mpl.rc_context(STYLE):
+        most = max(table.arm.nunique() for table in panels.values())
+        fig, axes = start_figure(title, 1.5 + 0.65 * most, ncols=len(panels))
+        for ax, (size, table) in zip(axes, panels.items(), strict=True):
+            draw_asked(ax, table)
+            ax.set_title(f"{SIZES[size]} parameters", loc="left", fontsize=10)
+        handles = [ASKED_LOOKS[way] | {"label": label} for way, label in WAYS.items()]
+        patches = [mpl.patches.Patch(edgecolor="#444444", **look) for look in handles]
+        fig.legend(handles=patches, loc="outside lower left", ncols=2)
+        return title, write_svg(fig)
 
 
-MESSAGE = "Size alone does not make every LoRA fail: r=8 on all layers answers most prompts"
-STEPS = "At xs rate, layers and rank matter"
-FIGURES = {"headline": partial(draw_arms, MESSAGE, HEADLINE), "endings": draw_endings}
-FIGURES |= {"ladder": partial(draw_arms, STEPS, LADDER.split()), "keeping": draw_keeping}
+ASKED_LOOKS = {
+    "": {"facecolor": "#444444"},
+    "no_template": {"facecolor": "white"},
+    "on_fft": {"facecolor": "white", "hatch": "////"},
+}
+
+
+def list_asked(evidence: Evidence, size: str) -> pd.DataFrame:
+    """Return composition of round 3's models of a size. A row is a model and a way of asking.
+
+    Only prompts that can be asked in each way count: those of one turn.
+    """
+    columns = ["arm", "way", "share", "runs"]
+    if evidence.round3.empty or evidence.fresh_prompts.empty:
+        return pd.DataFrame(columns=columns)
+    prompts = choose_prompts(evidence.fresh_prompts, "fresh_composition")
+    shape = evidence.study.sizes[size]
+    rows = []
+    for arm in ASKED_ARMS[size]:
+        runs = evidence.round3
+        is_usual = (runs["size"] == size) & (runs.arm == arm)
+        is_usual &= runs.base.str.endswith(f"-{MAIN_BASE}") & (runs.data == "sft")
+        is_usual &= (runs.epochs == shape.epochs) | (arm == "base")
+        is_asked = were_asked(runs, "fresh_combinations/no_template")
+        rows += list_ways(arm, runs[is_usual & is_asked], prompts)
+    return pd.DataFrame(rows, columns=columns)
+
+
+def list_ways(arm: str, runs: pd.DataFrame, prompts: pd.DataFrame) -> list[dict]:
+    """Return a model's share correct in each way that it was asked, means over its runs."""
+    rows = []
+    for way in WAYS:
+        shares = []
+        for outcomes in runs.outcomes:
+            if way and f"fresh_combinations/{way}" not in outcomes:
+                continue
+            bare = read_letters(outcomes, prompts, "greedy", "no_template")[0]
+            letters = read_letters(outcomes, prompts, "greedy", way)[0]
+            shares.append((letters[bare != NOT_ASKED] == LETTERS["correct"]).mean())
+        if shares:
+            row = {"arm": arm, "way": way, "share": np.mean(shares)}
+            rows.append(row | {"runs": len(shares)})
+    return rows
+
+
+NOT_ASKED = "-"
+
+
+def draw_asked(ax: Axes, table: pd.DataFrame) -> None:
+    """Draw a bar for each model and way of asking, with its value."""
+    arms = list(dict.fromkeys(table.arm))
+    height = 0.26
+    for bar in table.itertuples():
+        place = arms.index(bar.arm) + height * (list(WAYS).index(bar.way) - 1)
+        color = ASKED_COLORS.get(bar.arm, BLUE)
+        look = ASKED_LOOKS[bar.way]
+        is_full = bar.way == ""
+        face = color if is_full else look["facecolor"]
+        ax.barh(
+            place,
+            bar.share,
+            height=height,
+            facecolor=face,
+            edgecolor=color,
+            hatch=look.get("hatch"),
+        )
+        write_beside(ax, bar.share, place, percent(bar.share))
+    ax.set_yticks(range(len(arms)), [ASKED_TITLES[arm] for arm in arms])
+    ax.tick_params(axis="y", length=0)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.25)
+    ax.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
+    show_percent(ax.xaxis)
+    ax.set_xlabel("correct, composition")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.lm_dataset import read_jsonl
+from dataset.lm_dataset import read_jsonl, write_records
 from dataset.world.checks import make_vocabulary, split_words
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.generate import (
@@ -32,12 +32,11 @@ from dataset.world.generate import (
     PairBuilder,
     ensure_world,
     make_record,
-    write_records,
 )
 from dataset.world.skills import Pair
 from evaluation.study.data import check_world
 from evaluation.study.settings import RESULTS_DIR
-from model.files import UserError, make_parser, run_script
+from model.cli import UserError, make_parser, run_script
 
 FRESH_FILE = RESULTS_DIR / "fresh_prompts.jsonl"
 WORLD_SEED = 42  # decides what is held out

@@ -31,8 +31,10 @@ from evaluation.study.data import measure_random_facts
 from evaluation.study.fresh_prompts import FRESH_FILE
 from evaluation.study.results import LETTERS, append_run
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
-from model.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
-from model.files import UserError, make_parser, read_json, run_script, write_json, write_text
+from model.checkpoint import Checkpoint, load_checkpoint
+from model.cli import UserError, make_parser, run_script
+from model.files import read_json, write_json, write_text
+from model.model_minimind import weights_fingerprint
 from model.reachability import reachable_probability
 
 NOT_ASKED = "-"  # in the place of an outcome's letter

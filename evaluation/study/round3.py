@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from evaluation.probe.intervals import CONFIDENCE, paired_bootstrap
 from evaluation.probe.outputs import print_table
-from evaluation.probe.statistics import CONFIDENCE, paired_bootstrap
 from evaluation.study.results import LETTERS, read_runs
 from evaluation.study.settings import RESULTS_DIR
-from model.files import make_parser, run_script
+from model.cli import make_parser, run_script
 
 PLAIN_SKILLS = ["how", "kind", "known_for", "look", "nation", "nature", "used_for", "where", "who"]
 EPOCHS = {"xs": 4, "s": 3, "m26": 2}  # of the reported runs

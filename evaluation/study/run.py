@@ -29,8 +29,8 @@ from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
 from model.checkpoint import load_model, save_model, save_rounded
-from model.files import REPO_DIR, UserError, make_parser, read_json, run_script, write_json
-from trainer.arguments import SIZE
+from model.cli import SIZE, UserError, make_parser, run_script
+from model.files import REPO_DIR, read_json, write_json
 
 ORIGIN = ("base_fingerprint", "train_data", "git", "machine")
 ENDED = ("completed", "diverged")

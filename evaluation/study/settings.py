@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.files import UserError
+from model.cli import UserError
 
 RESULTS_DIR = Path(__file__).parent  # of study.toml, runs.jsonl and prompts.csv
 MAIN_BASE = "wrapped42"  # rates are tuned from it
@@ -61,33 +61,6 @@ class Experiment(Table):
     rates: list[float] | None = None  # instead of the arm's best rate
 
 
-class Condition(Table):
-    """Bounds on estimates: sums of cells, such as `fft - 0.5 study/10`."""
-
-    estimates: list[str]
-    sizes: list[str] | None = None  # instead of the claim's
-    scalar: str | None = None  # of the runs, instead of the share of correct answers
-    log_odds: bool = False  # of the shares
-    whole: bool = True  # the interval and each seed satisfy it; else the estimate alone
-    at_least: float = float("-inf")
-    at_most: float = float("inf")
-
-
-class Claim(Table):
-    """A claim with the rule that decides it, and the prediction made before the runs."""
-
-    name: str
-    text: str
-    prediction: str = ""  # a gate has none
-    kind: Literal["share", "frontier", "reachability"] = "share"
-    sizes: list[str] = ["xs"]
-    decodings: list[str] = ["greedy", "t0.85p0.85"]
-    middle_skills: bool = False  # those on which full fine-tuning has 40 to 95% at every size
-    bases: list[str] = []  # of reachability: in the order of their shares of endless answers
-    supported: list[Condition]
-    refuted: list[Condition] = []  # none: `supported` is wholly out of bounds in any estimate
-
-
 class Study(Table):
     """The whole of study.toml."""
 
@@ -99,8 +72,6 @@ class Study(Table):
     bases: dict[str, dict]  # flags of pretraining; tokenizer_path names data of the study
     arms: dict[str, Arm]
     experiments: list[Experiment]
-    gates: list[Claim]
-    claims: list[Claim]
 
 
 def read_study(folder: Path = RESULTS_DIR) -> Study:

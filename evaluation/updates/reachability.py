@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.checkpoint import load_model, load_tokenizer
-from model.files import make_parser, run_script
+from model.cli import make_parser, run_script
 from model.reachability import reachable_probability
 
 

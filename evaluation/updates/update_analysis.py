@@ -23,10 +23,10 @@ from torch import Tensor
 
 from dataset.lm_dataset import load_dataset
 from model.checkpoint import load_checkpoint, load_model, load_tokenizer, save_model
-from model.files import UserError, make_parser, run_script, write_json
+from model.cli import SIZE, UserError, make_parser, run_script
+from model.files import write_json
 from model.model_lora import merge_lora, select_trainable
 from model.model_minimind import EMBEDDING_WEIGHT, MiniMindForCausalLM, weights_fingerprint
-from trainer.arguments import SIZE
 
 Update = dict[str, Tensor]  # float64, by the name of the weight; a tied head is the embedding
 INTRUDER_COS = 0.5  # epsilon of Shuttleworth et al. 2024, arXiv 2410.21228

@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from dataset import lm_dataset
-from dataset.world.skills import turns
+from dataset.lm_dataset import turns
 from evaluation.bench import bench
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.model.small import make_model

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from dataset.lm_dataset import turns
 from dataset.world.checks import judge_answer, split_words, world_vocabulary
-from dataset.world.skills import turns
 
 FOOD = {"about": ["animal.food"]}
 HOME = {"about": ["animal.home"]}

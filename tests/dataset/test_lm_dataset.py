@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from dataset import lm_dataset
 from dataset.lm_dataset import (
     StepPlan,
+    TokenDataset,
     collate,
     encode_batch,
     encode_conversations,
@@ -21,12 +22,13 @@ from dataset.lm_dataset import (
     load_tokens,
     plan_shapes,
     read_jsonl,
+    read_prompt,
     record_messages,
     record_text,
+    turns,
 )
-from dataset.world.skills import turns
 from model.checkpoint import load_tokenizer
-from model.files import UserError
+from model.cli import UserError
 from model.model_minimind import IGNORE_INDEX
 from tests.trainer.runs import write_jsonl
 
@@ -163,6 +165,19 @@ def test_loss_falls_on_answers_if_no_text_closes_prompts() -> None:
     assert other.decode(learned) == "42, I'd say.<|im_end|>四十二\n\n'tis all.<|im_end|>"
 
 
+@pytest.mark.parametrize("messages", [DIALOG, DIALOG[1:3]])
+def test_prompts_are_read_without_their_template(
+    tokenizer: Tokenizer, messages: list[dict[str, str]]
+) -> None:
+    """Of another template the whole text is shown, for nobody knows what is content."""
+    contents = [turn["content"] for turn in messages if turn["role"] == "system"]
+    contents.append("assistant, are you a user?")  # words of the template
+    prompt = [*messages[: len(contents) - 1], {"role": "user", "content": contents[-1]}]
+    [(ids, _)] = encode_conversations(tokenizer, [prompt], generation_prompt=True)
+    assert read_prompt(tokenizer, ids) == "\n".join(contents)
+    assert read_prompt(tokenizer, ids[1:]) == tokenizer.decode(ids[1:])
+
+
 @pytest.mark.parametrize("content", ["", "{{ m['content'] }}\n"])
 def test_unusable_chat_template_is_refused(content: str) -> None:
     """The template leaves the content out, or does not close an answer."""
@@ -190,6 +205,15 @@ def test_truncation_and_lost_labels_are_counted(tmp_path: Path, tokenizer: Token
     assert load_dataset("sft", [path], tokenizer, opening + 1).targets.tolist() == [1] * 4
     with pytest.raises(UserError, match=f"no answer within {opening} tokens; raise --max_seq_len"):
         load_dataset("sft", [path], tokenizer, opening)
+
+
+def test_a_first_token_is_no_target() -> None:
+    """Nothing stands before it that could predict it."""
+    arrays = {"tokens": np.arange(5), "labeled": np.array([True, True, False, True, True])}
+    dataset = TokenDataset(arrays, np.array([0, 3]), np.array([3, 5]), {})
+    assert dataset.targets.tolist() == [1, 1]
+    arrays = {"tokens": np.arange(5), "labeled": np.array([], bool)}
+    assert TokenDataset(arrays, np.array([0]), np.array([5]), {}).targets.tolist() == [4]
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
@@ -276,14 +300,15 @@ def test_chosen_samples_are_part_of_a_larger_choice(tmp_path: Path, tokenizer: T
 
 def test_samples_are_padded_on_the_right_and_none_make_a_row_without_a_label() -> None:
     no = IGNORE_INDEX
-    samples = [tuple(map(np.array, s)) for s in (([5, 6, 8], [no, 6, 8]), ([9], [9]))]
+    pairs = (([5, 6, 8], [no, 6, 8]), ([9], [9]), ([7, 4], [no, 4]))
+    samples = [tuple(map(np.array, pair)) for pair in pairs]
     batch = collate(samples)
-    assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 0, 0]]
-    assert batch["labels"].tolist() == [[no, 6, 8], [9, no, no]]
-    assert batch["label_positions"].tolist() == [0, 1]  # they predict 6 and 8
-    batch = collate(samples, 3, [(2, 9), (4, 5)])
-    assert batch["input_ids"].tolist() == [[5, 6, 8, 0], [9, 0, 0, 0], [0] * 4]
-    assert batch["label_positions"].tolist() == [0, 1, 3, 3, 3]  # 3 predicts none
+    assert batch["input_ids"].tolist() == [[5, 6, 8], [9, 0, 0], [7, 4, 0]]
+    assert batch["labels"].tolist() == [[no, 6, 8], [9, no, no], [no, 4, no]]
+    assert batch["label_positions"].tolist() == [0, 1, 6]  # they predict 6, 8 and 4
+    batch = collate(samples, 4, [(2, 9), (5, 5)])
+    assert batch["input_ids"].tolist() == [[5, 6, 8, 0, 0], [9] + [0] * 4, [7, 4, 0, 0, 0], [0] * 5]
+    assert batch["label_positions"].tolist() == [0, 1, 10, 4, 4]  # 4 predicts none
     batch = collate([])
     assert [batch[name].tolist() for name in batch] == [[[0, 0]], [[no, no]], [1, 1]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
@@ -318,6 +343,25 @@ def test_every_sample_comes_once_an_epoch(
     assert np.array_equal(StepPlan(*settings_of_plan)[step], plan[step])
     alone = StepPlan(np.array(lengths), batch_size * accumulation * processes, seed=seed)
     assert np.array_equal(alone[step], plan[step])
+
+
+@pytest.mark.parametrize("spread", [0, 30], ids=["packed", "grouped by length"])
+def test_epochs_differ_and_batches_are_shuffled(spread: int) -> None:
+    """Each epoch has an order of its own, by seed; lengths do not rise from batch to batch."""
+    lengths = 10 + np.arange(400) % (spread + 1)
+    plan = StepPlan(lengths, 8)
+    steps = range(plan.steps_per_epoch)
+    first, second = ([plan[epoch * len(steps) + i].tolist() for i in steps] for epoch in (0, 1))
+    other = [StepPlan(lengths, 8, seed=43)[i].tolist() for i in steps]
+    assert first != second and first != other
+    assert {*map(tuple, first)}.isdisjoint(map(tuple, second))  # in other company, too
+    starts = [batch[0] for batch in first]
+    assert starts != sorted(starts)
+    if spread:
+        longest = [int(lengths[batch].max()) for batch in first]
+        rises = sum(a <= b for a, b in zip(longest, longest[1:], strict=False))
+        assert 10 < rises < 40  # of 49: about half
+        assert max(int(np.ptp(lengths[batch])) for batch in first) <= 2  # but alike in a batch
 
 
 def test_few_shapes_hold_every_batch() -> None:

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataset.lm_dataset import record_messages
+from dataset.lm_dataset import record_messages, turns
 from dataset.prepare import hold_out, main
-from dataset.world.skills import turns
 from tests.trainer.runs import exit_code, write_jsonl
 
 # At a held-out share of one half, by the hash of the words alone.
@@ -177,7 +176,14 @@ DOLLY = '{"instruction": "Q", "context": "", "response": "A", "category": "x"}\n
         ("dolly --min_chars 9", None, None, "--min_chars does nothing for dolly"),
     ],
 )
-def test_refusals_lose_nothing(tmp_path: Path, capsys, words, file, content, reason) -> None:
+def test_refusals_lose_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    file: str | None,
+    content: str | None,
+    reason: str,
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "dolly.jsonl.gz").write_text("dear")

@@ -10,8 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 from dataset.lm_dataset import read_jsonl
 from model import checkpoint
-from model.checkpoint import TOKENIZER_DIR, find_base, load_checkpoint, load_model, save_model
-from model.files import REPO_DIR, UserError
+from model.checkpoint import (
+    TOKENIZER_DIR,
+    find_base,
+    load_checkpoint,
+    load_model,
+    save_model,
+    save_rounded,
+)
+from model.cli import UserError
+from model.files import REPO_DIR
 from model.model_lora import LoraSettings
 from model.model_minimind import weights_fingerprint
 from tests.model.small import IDS, SMALL, compute_logits, make_model, save_adapter
@@ -112,6 +120,16 @@ def test_weights_and_configs_that_do_not_fit_are_refused(folder: Path) -> None:
             load_model(folder)
 
 
+def test_a_diverged_model_loads(folder: Path) -> None:
+    """No NaN equals another one: this must not pass for a head that differs."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][7, 3] = float("nan")
+    for stored in (tensors, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}):
+        save_file({name: tensor.clone() for name, tensor in stored.items()}, path)
+        assert load_model(folder).lm_head.weight[7, 3].isnan()
+
+
 def test_broken_and_missing_files_are_named(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(UserError, match="model.safetensors: corrupt"):
@@ -153,3 +171,31 @@ def test_bases_are_found_by_path_or_hub_id(folder: Path, monkeypatch: pytest.Mon
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="../gone/base")
     with pytest.raises(UserError, match="the base '../gone/base' is not there"):
         find_base(adapter)
+
+
+def test_rounded_folders_hold_the_nearest_bfloat16(folder: Path, tmp_path: Path) -> None:
+    """A model and an adapter, loaded again, have each weight rounded once."""
+    adapted = save_adapter(folder, LoraSettings(targets="square", rank=2), tmp_path / "adapter")
+    for source, loaded in ((folder, load_model(folder)), (tmp_path / "adapter", adapted)):
+        rounded = tmp_path / f"{source.name}_rounded"
+        save_rounded(source, rounded)
+        again, _ = load_checkpoint(rounded)
+        assert (rounded / "model.safetensors").exists() == (source == folder)
+        trained = again.state_dict()
+        for name, tensor in loaded.state_dict().items():
+            is_trained = source == folder or "lora_" in name
+            expected = tensor.bfloat16().float() if is_trained else tensor
+            assert torch.equal(trained[name], expected), name
+
+
+def test_an_adapter_goes_on_other_weights_only_if_they_are_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    save_adapter(folder, LoraSettings(targets="square", rank=2), tmp_path / "adapter")
+    save_model(make_model(seed=1), TOKENIZER_DIR, tmp_path / "other")
+    model, _ = load_checkpoint(tmp_path / "adapter", base=tmp_path / "other")
+    other = load_model(tmp_path / "other")
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(embedding, other.model.embed_tokens.weight)
+    with pytest.raises(UserError, match="is no adapter"):
+        load_checkpoint(folder, base=tmp_path / "other")

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from model import model_lora
 from model.checkpoint import TOKENIZER_DIR, load_checkpoint, load_model, save_model, save_tokenizer
-from model.files import UserError, file_sha256
+from model.cli import UserError
+from model.files import file_sha256
 from model.model_lora import LoraSettings
 from model.model_minimind import weights_fingerprint
 from tests.model.small import SMALL, compute_logits, make_model, save_adapter

@@ -1,30 +1,12 @@
-"""Errors as one line, and files written whole or not at all."""
+"""Files written whole or not at all."""
 
 import hashlib
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
-from model.files import UserError, escape_control, file_sha256, read_json, run_script, write_json
-
-
-def test_scripts_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for error, code, line in [
-        (None, 0, ""),
-        (UserError("a\n\x9bb\t: mend"), 2, "error: a\\n\\u009bb\\t: mend\n"),
-        (OSError(28, "No space left", "x"), 2, "error: [Errno 28] No space left: 'x'\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-    ]:
-        with pytest.raises(SystemExit) as caught:
-            run_script(Mock(side_effect=error, return_value=0))
-        assert caught.value.code == code
-        assert capsys.readouterr() == ("", line)
-
-
-def test_control_characters_are_escaped() -> None:
-    assert escape_control("a\x1bb\tc\nd\u202e") == "a\\u001bb\tc\nd\\u202e"
-    assert escape_control("\ud83d\U000e0041 你好") == "\\ud83d\\udb40\\udc41 你好"
+from model.cli import UserError
+from model.files import file_sha256, read_json, write_json
 
 
 def test_files_are_whole_or_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM, TopPLogitsWarper
 
 from model import generation
-from model.files import UserError
+from model.cli import UserError
 from model.generation import Decoding, choose_tokens, cut_to_nucleus, generate
 from tests import DEVICE
 from tests.model.small import make_model
@@ -48,6 +48,15 @@ def test_a_sampled_answer_depends_on_seed_and_place_not_on_its_batch() -> None:
     assert generate(model, PROMPTS, SAMPLED, 3, 12, 2) == together
     assert generate(model, PROMPTS[:2], SAMPLED, 3, 12, 5) == together[:2]
     assert generate(model, PROMPTS, SAMPLED, 4, 12, 5) != together
+
+
+def test_a_sampled_answer_does_not_depend_on_the_most_tokens() -> None:
+    model = make_model()
+    most = generate(model, PROMPTS, SAMPLED, 3, 40, 5)
+    for fewer in (1, 9, 16):
+        assert generate(model, PROMPTS, SAMPLED, 3, fewer, 5) == [a[:fewer] for a in most]
+    alike = generate(model, PROMPTS[:1] * 2, SAMPLED, 3, 9, 5)
+    assert alike[0] != alike[1]  # each place has numbers of its own
 
 
 @pytest.mark.parametrize("likely", [4, 256])  # enough for some rows, or for all

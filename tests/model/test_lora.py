@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model.checkpoint import TOKENIZER_DIR, load_model, save_model
-from model.files import UserError
+from model.cli import UserError
 from model.model_lora import (
+    DoRALinear,
     LoRALinear,
     LoraSettings,
     apply_lora,
     load_lora,
     merge_lora,
+    name_roles,
     select_trainable,
 )
 from model.model_minimind import MiniMindForCausalLM, minimind_config
@@ -37,6 +40,10 @@ SETTINGS = {
     "all-linear": LoraSettings(rank=4, alpha=12),
     "square": LoraSettings(rank=8, alpha=8, targets="square", init="gaussian"),
     "names": LoraSettings(rank=2, alpha=8, targets="q_proj,up_proj", use_rslora=True),
+    "dora": LoraSettings(rank=4, alpha=12, use_dora=True),
+    "dora-beside": LoraSettings(
+        rank=2, targets="q_proj,mlp", use_rslora=True, use_dora=True, modules_to_save=("norms",)
+    ),
     "tokens": LoraSettings(rank=4, targets="mlp", train_tokens=(7, 2)),
     "tokens-alone": LoraSettings(rank=0, train_tokens=(300,)),
     "whole": LoraSettings(rank=4, targets="attention", modules_to_save=("embeddings", "norms")),
@@ -66,6 +73,23 @@ def test_forward_is_w_plus_scaled_ba_by_hand() -> None:
     assert layer.compute_weight().tolist() == [[11.0, 1.0], [-17.0, 6.0]]
     assert LoraSettings(rank=16, alpha=32).scaling == 2
     assert LoraSettings(rank=16, alpha=32, use_rslora=True).scaling == 8
+
+
+def test_dora_scales_rows_to_their_trained_length_by_hand() -> None:
+    settings = LoraSettings(rank=1, alpha=0.5, use_dora=True)
+    linear = torch.nn.Linear(2, 2, bias=False)
+    linear.weight.data = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    layer = DoRALinear(linear, settings)
+    assert layer.lora_magnitude_vector.tolist() == [5, 1]  # at the start, of W's rows
+    layer.lora_A.weight.data = torch.tensor([[2.0, -1.0]])
+    layer.lora_B.weight.data = torch.tensor([[-1.0], [2.0]])
+    layer.lora_magnitude_vector.data = torch.tensor([4.0, 10.0])
+    # Rows (3, 4) + (-1, .5) and (1, 0) + (2, -1), each stretched to its length.
+    rows = torch.tensor([[2.0, 4.5], [3.0, -1.0]])
+    expected = rows / rows.norm(dim=1, keepdim=True) * torch.tensor([[4.0], [10.0]])
+    assert torch.allclose(layer.compute_weight(), expected)
+    assert torch.allclose(layer(torch.tensor([1.0, 2.0])), expected @ torch.tensor([1.0, 2.0]))
+    assert {*layer.adapter_parameters()} == {"A", "B", "magnitude"}
 
 
 def test_dropout_falls_on_the_adapters_input_alone() -> None:
@@ -150,6 +174,18 @@ def test_the_loss_is_one_graph_for_all_shapes(name: str) -> None:
             assert torch.allclose(model.get_parameter(name).grad, parameter.grad, atol=1e-5), name
 
 
+def test_parameters_have_roles() -> None:
+    """What trains, and nothing else, by the part that the optimizer treats alike."""
+    model = make_model()
+    settings = LoraSettings(targets="q_proj", train_tokens=(5,), modules_to_save=("norms",))
+    apply_lora(model, settings)
+    roles = name_roles(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == roles.keys()
+    assert Counter(roles.values()) == {"A": 3, "B": 3, "rows": 1, "whole": 7}
+    assert roles["model.layers.0.self_attn.q_proj.lora_B.weight"] == "B"
+    assert roles["lm_head.rows"] == "rows" and roles["model.norm.weight"] == "whole"
+
+
 def test_targets_of_minimind2_small() -> None:
     for targets, modules, trained in [
         ("square", 8 * 2, 8 * 2 * 8 * (512 + 512)),  # q_proj and o_proj
@@ -211,6 +247,7 @@ def test_our_adapter_gives_its_logits_loaded_in_peft_and_merged(
 V_PROJ, EMBEDDING = ({"r": 3, "target_modules": [name]} for name in ("v_proj", "embed_tokens"))
 PEFT_OPTIONS = {
     "rslora": {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "use_rslora": True},
+    "dora": {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "use_dora": True},
     "orthogonal": V_PROJ | {"r": 4, "init_lora_weights": "orthogonal"},
     "tokens": V_PROJ | {"trainable_token_indices": {"embed_tokens": [7, 1]}},
     "norms": V_PROJ | {"modules_to_save": ["norm", "input_layernorm"]},
@@ -236,6 +273,25 @@ def test_we_load_pefts_adapter(base: Path, tmp_path: Path, name: str) -> None:
     load_lora(model, tmp_path)
     assert (compute_logits(model) - before).abs().max() > 0.05
     assert torch.allclose(compute_logits(model), compute_logits(reference), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["rslora", "dora"])
+def test_gradients_are_those_of_peft(base: Path, tmp_path: Path, name: str) -> None:
+    reference, model = train_with_peft(base, tmp_path, PEFT_OPTIONS[name]), load_model(base)
+    load_lora(model, tmp_path)
+    model(IDS, labels=IDS).loss.backward()
+    reference(IDS, labels=IDS).loss.backward()
+    roles = name_roles(model)
+    assert {*roles.values()} == ({"A", "B", "magnitude"} if name == "dora" else {"A", "B"})
+    found = 0
+    for parameter_name, parameter in reference.named_parameters():
+        if parameter.requires_grad:
+            ours = parameter_name.removeprefix("base_model.model.").replace(".default", "")
+            ours = ours.replace("magnitude_vector.weight", "magnitude_vector")
+            gradient = model.get_parameter(ours).grad
+            assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-5), ours
+            found += 1
+    assert found == len(roles)
 
 
 def test_pefts_embedding_without_its_head_is_refused(base: Path, tmp_path: Path) -> None:
@@ -276,7 +332,9 @@ def test_merging_into_a_tied_head_alone_is_refused(base: Path) -> None:
         (LoraSettings(train_tokens=(6400,)), "0..6399"),
         (LoraSettings(train_tokens=(1,), modules_to_save=("embeddings",)), "the same matrix"),
         (LoraSettings(targets="embedding,lm_head"), "the same matrix; keep one"),
+        (LoraSettings(targets="embedding", use_dora=True), "--use_dora: .*; drop embedding"),
         (LoraSettings(targets="embedding"), "needs a model that ties its head"),
+        (LoraSettings(modules_to_save=("lm_head",)), "--modules_to_save lm_head: .*ties its head"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: LoraSettings, message: str) -> None:
@@ -301,6 +359,9 @@ def test_adapters_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> Non
         ({"alpha_pattern": {"q_proj": 4}}, "", None, "alpha_pattern {'q_proj': 4}"),
         ({"alora_invocation_tokens": [1]}, "", None, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "", None, "init_lora_weights 'pissa'"),
+        ({"r": None}, "", None, "config.json: r None, lora_alpha 8: expected numbers"),
+        ({"r": "4"}, "", None, "config.json: r '4', lora_alpha 8: expected numbers"),
+        ({"lora_alpha": None}, "", None, "config.json: r 4, lora_alpha None: expected"),
         ({"r": 3}, "", None, r"size mismatch for .*lora_A.weight.*\[4, 64\]"),
         ({}, lora_b, None, "Missing key.*q_proj.lora_B.weight"),
         ({}, extra, torch.ones(1), "does not fit this model: .*'lm_tail' selects nothing"),

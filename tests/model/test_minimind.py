@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalL
 
 from dataset.lm_dataset import collate
 from model.checkpoint import TOKENIZER_DIR, save_model
-from model.files import UserError
-from model.model_minimind import MiniMindForCausalLM, minimind_config
+from model.cli import UserError
+from model.model_minimind import MiniMindForCausalLM, make_mask, minimind_config
 from tests import DEVICE
 from tests.model.small import ROUNDING, SMALL, make_model
 
@@ -75,6 +75,13 @@ def test_logits_equal_transformers_with_padding_or_a_cache(pair: tuple) -> None:
     assert torch.allclose(ours[0, 7:], alone[0], rtol=0, atol=ROUNDING)
 
 
+def test_padding_sees_itself_and_no_row_of_the_mask_is_empty() -> None:
+    """By hand: of 4 tokens seen, the first 2 are padding; the last 3 are new."""
+    mask = make_mask(torch.tensor([[0, 0, 1, 1]]), 3)
+    assert mask.shape == (1, 1, 3, 4)
+    assert mask[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
 @pytest.mark.gpu
 def test_transformers_generates_with_our_model_as_with_its_own(pair: tuple) -> None:
     (model, reference), ids = pair, torch.randint(3, 6400, (2, 9))
@@ -125,12 +132,16 @@ def test_loss_is_the_shifted_mean_over_labels_by_hand() -> None:
 
 
 @pytest.mark.gpu
-def test_loss_under_autocast_sums_in_float32() -> None:
-    """Matrix products are rounded; exponentials and sums are not."""
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_loss_in_bfloat16_sums_in_float32(is_autocast: bool) -> None:
+    """Matrix products are rounded; exponentials and sums are not, whether or not autocast asks."""
     model = make_model()
     states, ids = torch.randn(40, 64), torch.randint(0, 6400, (1, 40))
     model.model.forward = lambda *_: states[None]
-    with torch.autocast(DEVICE, torch.bfloat16):
+    if not is_autocast:
+        model.bfloat16()
+        states = states.bfloat16()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=is_autocast):
         loss = model(ids, labels=ids, num_items_in_batch=1).loss
     logits = (states[:-1].bfloat16() @ model.lm_head.weight.bfloat16().T).float()
     expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
-from model.files import UserError
+from model.cli import UserError
 from model.reachability import reachable_probability
 from tests.model.small import make_model
 

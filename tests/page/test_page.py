@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from evaluation.page.build import build_page, main
-from model.files import UserError
+from model.cli import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
@@ -130,8 +130,8 @@ def test_it_opens_on_answers_at_any_width(page):
         page.reload()
         first = page.locator("article").first
         titles = first.locator("h3").evaluate_all("all => all.map((h3) => h3.firstChild.data)")
-        assert titles[:2] == ["base", "LoRA on q and o, r=8"]
-        assert titles[2:] == ["LoRA on all layers, r=8", "full fine-tuning"]
+        assert titles[:2] == ["Base", "LoRA on q and o, r=8"]
+        assert titles[2:] == ["LoRA on all layers, r=8", "Full fine-tuning"]
         boxes = [answer.bounding_box() for answer in first.locator(".answer").all()]
         assert all(box["y"] + box["height"] < height for box in boxes)
         assert len({box["x"] for box in boxes}) == (4 if width == 1400 else 1)

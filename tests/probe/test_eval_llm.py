@@ -13,11 +13,14 @@ import torch
 from dataset.lm_dataset import read_jsonl
 from eval_llm import main
 from evaluation.probe.answers import make_sample
+from evaluation.probe.names import SHIPPED_DIR, list_shipped
+from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.probe.prompts import Prompt
-from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
-from model.files import UserError
+from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
+from model.cli import UserError
+from model.model_lora import LoraSettings, apply_lora, merge_lora
 from tests import DEVICE
-from tests.model.small import make_model
+from tests.model.small import make_model, save_adapter
 
 PROMPTS = """# Test
 ## Facts
@@ -41,10 +44,20 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """Make a folder with the checkpoints `one` and `two`, the prompts above, and held-out data."""
+    """Make a folder with checkpoints, the prompts above, and held-out data.
+
+    `one` and `two` are models, `adapter` was made for `one`, and `merged` has it in `two`.
+    """
     folder = tmp_path_factory.mktemp("home")
     for seed, name in enumerate(["one", "two"]):
         save_model(make_model(seed), TOKENIZER_DIR, folder / name)
+    settings = LoraSettings(rank=4, targets="mlp")
+    adapted = save_adapter(folder / "one", settings, folder / "adapter").state_dict()
+    other = load_model(folder / "two")
+    apply_lora(other, settings)
+    factors = {name: tensor for name, tensor in adapted.items() if ".lora_" in name}
+    other.load_state_dict(other.state_dict() | factors)
+    save_model(merge_lora(other), TOKENIZER_DIR, folder / "merged")
     run = {"stage": "full_sft", "settings": {"from_weight": "none", "learning_rate": 1e-3}}
     (folder / "one" / "run.json").write_text(json.dumps(run))
     (folder / "prompts.md").write_text(PROMPTS)
@@ -90,7 +103,9 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     row = {"decoding": "t0.85p0.85", "section": "all", "measure": "endless", "value": 1.0, "n": 6}
     assert any(row.items() <= found.items() for found in results["summary"])
     page = (first / "samples.md").read_text().splitlines()
-    assert page[:3] == ["# Outputs of one-prompts", "", "- title: full fine-tuning"]
+    assert page[0].startswith("# Full fine-tuning, 0.") and page[0].endswith("M parameters")
+    words = "python eval_llm.py --model one --prompts prompts.md --seeds 0 1"
+    assert f"{words} --max_new_tokens 8" in page
     heads = [line for line in page if line.startswith("#")]
     assert heads[1:] == ["## Facts", "### facts-01", "### facts-02", "## Chat", "### chat-01"]
     *said, decodings, head, _, row = capsys.readouterr().out.splitlines()
@@ -98,10 +113,33 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     assert decodings == "greedy / t0.85p0.85:"
     assert re.fullmatch(r"\| trained +\| correct, Facts +\| never ends +\|", head)
     assert row.startswith("| one ") and "0% / 0%" in row
-    alone = run_script(home, tmp_path / "c", "--no_template", "--decoding", "greedy")
-    (_, sample), *_ = read_jsonl(alone / "samples.jsonl")
+
+
+def test_another_way_of_asking_has_a_folder_of_its_own(home, tmp_path, capsys):
+    flags = ["--decoding", "greedy", "--limit", "1"]
+    run_script(home, tmp_path, "--no_template", *flags, models=("one", "two"))
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 1 and f"{home / 'one'} was trained with the chat" in warnings[0]
+    (_, sample), *_ = read_jsonl(tmp_path / "one-without-template-prompts" / "samples.jsonl")
     rendered = "<|im_start|>What is the capital of France?"
     assert sample["prompt_sha256"] == hashlib.sha256(rendered.encode()).hexdigest()
+
+    on_other = [*flags, "--on_weights", str(home / "two")]
+    run_script(home, tmp_path, *on_other, models=("adapter",))
+    run_script(home, tmp_path, *flags, models=("merged", "adapter"))
+    assert "warning" not in capsys.readouterr().err
+    results = json.loads((tmp_path / "adapter-on-two-prompts" / "results.json").read_text())
+    weights = hashlib.sha256((home / "two" / "model.safetensors").read_bytes()).hexdigest()
+    assert results["provenance"]["on_weights"] == {"name": "two", "sha256": weights}
+    assert results["training"]["model_parameters"] == make_model(0).num_parameters()
+
+    def read_tokens(name: str) -> list[str]:
+        lines = read_jsonl(tmp_path / f"{name}-prompts" / "samples.jsonl")
+        return [sample["output"] for _, sample in lines]
+
+    # The adapter on `two` is what was merged into `two`, and not what it is on its own base.
+    assert read_tokens("adapter-on-two") == read_tokens("merged") != read_tokens("adapter")
 
 
 @pytest.mark.gpu
@@ -178,7 +216,7 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "--model: name a checkpoint"),
+        (["--seeds", "1"], "--seeds: name a --model"),
         (["--model", "model", "--decoding", "hot"], "--decoding hot"),
         (["--model", "model", "--nll_data", "gone"], "gone: not there"),
         (["--model", "x", "--no_generation"], "--no_generation: name --nll_data"),
@@ -189,9 +227,28 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
         (["--model", "x", "--interactive", "--limit", "3"], "drop the flags of probing"),
         (["--model", "model", "--prompts", "gone.md"], "gone.md: not there; make it"),
         (["--model", "no/such/folder"], "no/such/folder: not there; make it"),
+        (["--model", "model", "--on_weights", "gone"], "gone: not there; make it"),
+        (["--model", "model", "--on_weights", "dataset"], "--on_weights: model is a whole model"),
+        (["--list", "--on_weights", "model"], "drop the flags of probing"),
     ],
 )
 def test_what_cannot_work_is_refused(flags, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])  # which has a folder called model
     with pytest.raises(UserError, match=message):
         main(flags)
+
+
+def test_without_a_model_ours_answer_side_by_side_and_nothing_is_written(capsys):
+    written = {path: path.stat().st_mtime_ns for path in OUTPUT_DIR.rglob("*")}
+    main(["--limit", "1", "--device", DEVICE])
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert shown == ["1.3M-base", *(folder.name for folder in list_shipped())]
+    assert {path: path.stat().st_mtime_ns for path in OUTPUT_DIR.rglob("*")} == written
+
+
+def test_only_adapters_of_ours_are_put_on_other_weights(capsys):
+    weights = SHIPPED_DIR / "1.3M-full-fine-tuning"
+    main(["--limit", "1", "--on_weights", str(weights), "--device", DEVICE])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    assert shown and all("-lora-" in name for name in shown)

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from dataset.lm_dataset import encode_conversations
-from dataset.world.skills import turns
+from dataset.lm_dataset import encode_conversations, turns
 from evaluation.probe import likelihood
 from evaluation.probe.likelihood import compare_nll, draw_candidates, measure_nll
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import load_tokenizer
-from model.files import UserError
+from model.cli import UserError
 from tests.model.small import make_model
 from tests.trainer.runs import write_jsonl
 

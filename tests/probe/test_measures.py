@@ -8,10 +8,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from evaluation.probe import statistics
+from evaluation.probe import intervals
+from evaluation.probe.intervals import paired_bootstrap
 from evaluation.probe.measures import compare, summarize
-from evaluation.probe.statistics import paired_bootstrap
-from model.files import UserError
+from model.cli import UserError
 
 
 def make_answer(number: int, outcome: str | None = None, **fields) -> dict:
@@ -66,7 +66,7 @@ def test_other_prompts_are_not_compared(change):
 
 
 def test_two_level_bootstrap_agrees_with_enumeration(monkeypatch):
-    monkeypatch.setattr(statistics, "CONFIDENCE", 0.9)
+    monkeypatch.setattr(intervals, "CONFIDENCE", 0.9)
     differences = np.array([[0.0, 4.0, 9.0], [10.0, 14.0, 19.0]])
     means = [  # every draw of two seeds and three prompts, the same for both; equally likely
         np.mean([differences[s, p] for s in seeds for p in prompts])
@@ -83,7 +83,7 @@ def test_weights_leave_cells_out(monkeypatch):
     assert paired_bootstrap(values, weights) == (2.5, 1, 3)  # (1 * 1 + 3 * 3) / 4
     # Half of the draws of 2 prompts take both. Draws of 3 would have 2.2 and 2.71 as well.
     with monkeypatch.context() as patch:
-        patch.setattr(statistics, "CONFIDENCE", 0.4)
+        patch.setattr(intervals, "CONFIDENCE", 0.4)
         assert paired_bootstrap(values, weights) == (2.5, 2.5, 2.5)
     # Both cells have weight, but seed 0 with prompt 1 alone has none: such a draw is left out.
     assert paired_bootstrap(np.array([[1.0, 9.0], [9.0, 3.0]]), np.eye(2)) == (2, 1, 3)

@@ -5,25 +5,50 @@ from collections import Counter
 
 import pytest
 
+from dataset.lm_dataset import read_jsonl
+from dataset.world.generate import ensure_world
 from evaluation.probe.prompts import CJK, PROMPTS_FILE, read_prompts
-from model.files import UserError
+from model.cli import UserError
 
 PROMPTS = read_prompts(PROMPTS_FILE)  # refuses a reference that fails its own check
-SECTIONS = {"Combinations": 30, "Unseen things": 20, "Medical": 15, "Chinese": 15}
+SECTIONS = {
+    "Trained forms": 12,
+    "New wordings": 9,
+    "Free wording": 20,
+    "Unseen things": 10,
+    "Medical": 8,
+    "Chinese": 9,
+    "Outside the world": 5,
+}
+CHECKED = [prompt for prompt in PROMPTS if prompt.section != "Outside the world"]
 
 
-def test_our_prompts_cover_what_they_should():
-    sections = Counter(prompt.section for prompt in PROMPTS)
-    assert sections == SECTIONS | {"Outside the world": 10}
-    assert all(prompt.reference and prompt.check is not None for prompt in PROMPTS)
+def test_our_prompts_go_from_easy_to_hard():
+    assert Counter(prompt.section for prompt in PROMPTS) == SECTIONS
+    assert list(dict.fromkeys(prompt.section for prompt in PROMPTS)) == list(SECTIONS)
+    assert all(prompt.check is not None for prompt in CHECKED)
+    assert all(prompt.check is None for prompt in PROMPTS if prompt not in CHECKED)
     chinese = [prompt for prompt in PROMPTS if CJK.search(prompt.text)]
+    assert {prompt.section for prompt in chinese} == {"Chinese"}
     assert len(chinese) == SECTIONS["Chinese"] and all(prompt.translation for prompt in chinese)
     assert len({prompt.text for prompt in PROMPTS}) == len(PROMPTS)
     assert read_prompts(PROMPTS_FILE, limit=2) == PROMPTS[:2]
 
 
+@pytest.mark.parametrize(
+    "section, name", [("Trained forms", "combinations"), ("New wordings", "wordings")]
+)
+def test_generated_prompts_are_the_first_of_their_skill_in_the_tuning_half(section, name):
+    first = {}  # the prompt by its skill
+    for _, record in read_jsonl(ensure_world()[f"{name}_tune"]):
+        first.setdefault(record["skill"], record["conversations"][:-1])
+    ours = [prompt for prompt in PROMPTS if prompt.section == section]
+    skills = [skill for prompt in ours for skill in first if first[skill] == prompt.messages]
+    assert len(set(skills)) == len(ours)
+
+
 def test_a_check_fails_an_echo_and_an_evasion():
-    for prompt in PROMPTS:
+    for prompt in CHECKED:
         for text in (prompt.text, "I do not know.", "A lion is a lion.", "我不知道。"):
             assert prompt.judge(text, True) != "correct", (prompt.id, text)
         assert prompt.judge(prompt.reference, False) == "endless"

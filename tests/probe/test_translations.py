@@ -11,7 +11,7 @@ from evaluation.probe import translations
 from evaluation.probe.prompts import CJK
 from evaluation.probe.translations import STORE_FILE, WorldTranslator, translate_samples
 from model.checkpoint import load_tokenizer
-from model.files import UserError
+from model.cli import UserError
 
 WORLD = WorldTranslator()
 

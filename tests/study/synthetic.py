@@ -1,101 +1,142 @@
-"""Results of made-up runs whose shares of correct answers are known."""
+"""A made-up study, small enough to work out its shares by hand.
+
+Combinations have 20 prompts: 4 of the tuning half, then 12 of composition and 4 plain questions of
+the test half. Unseen things have 2 and 4. Fresh combinations have 6 of composition, 2 plain.
+"""
 
 import json
-import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from evaluation.study.plan import Run, make_tuning_run
+from evaluation.study.plan import Run
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 
 STUDY = read_study()
-SETS = ("combinations", "unseen")
-PROMPTS = 200  # of each set, every tenth in the tuning half
-ORDER = np.random.default_rng(0).permutation(PROMPTS)  # in which prompts become correct
-CELL = re.compile(
-    r"(\w+)(?:\*([\d.e-]+))?(?:/(\d+))?(?:~(\d+))?(?:@(\w+))?(?:\^(\w+))?(?:#(\w+))?(?::(\w+))?"
-)
+DRAWS = {"greedy": 1, "t0.85p0.85": 3}
+COMPOSITION = 12
+PLAIN = 4
+UNSEEN = 4
+
+
+def list_prompts(name: str, skills: dict[str, int], half: str) -> list[dict]:
+    """Return rows of prompts.csv; each prompt is a cluster of its own."""
+    rows = []
+    for skill, count in skills.items():
+        for number in range(count):
+            place = f"{name}-{half}-{skill}-{number}"
+            row = {"id": place, "set": name, "half": half, "skill": skill}
+            rows.append(row | {"cluster": place, "chance": 0.0})
+    return rows
 
 
 def write_prompts(folder: Path) -> None:
-    """Write study.toml and prompts.csv: things with two prompts each, in two skills."""
+    """Write study.toml and the tables of prompts."""
     shutil.copy(RESULTS_DIR / "study.toml", folder)
-    table = pd.DataFrame([(name, i) for name in SETS for i in range(PROMPTS)], columns=["set", "i"])
-    table["half"] = np.where(table.i % 10, "test", "tune")
-    texts = {"id": table["set"] + "-", "skill": "skill ", "cluster": "thing "}
-    numbers = {"id": table.i, "skill": table.i % 2, "cluster": table.i // 2}
-    table = table.assign(**{key: texts[key] + numbers[key].astype(str) for key in texts})
-    table.assign(chance=0.1).to_csv(folder / "prompts.csv", index=False)
+    rows = list_prompts("combinations", {"repeat": 4}, "tune")
+    rows += list_prompts("combinations", {"repeat": COMPOSITION, "who": PLAIN}, "test")
+    rows += list_prompts("unseen", {"where": 2}, "tune")
+    rows += list_prompts("unseen", {"where": UNSEEN}, "test")
+    pd.DataFrame(rows).to_csv(folder / "prompts.csv", index=False)
+    fresh = list_prompts("fresh_combinations", {"repeat": 6, "who": 2}, "test")
+    pd.DataFrame(fresh).to_csv(folder / "prompts_3.csv", index=False)
 
 
-def spell_outcomes(share: float, wrong: str = "f") -> str:
-    """Return letters of which `share` are c; a larger share has the same and more."""
-    return "".join(np.where(round(share * PROMPTS) > ORDER, "c", wrong))
+def spell(right: int, count: int) -> str:
+    """Return the letters of answers of which the first ones are correct, the others wrong facts."""
+    return "c" * right + "f" * (count - right)
 
 
-def find_runs(cell: str) -> list[Run]:
-    """Return the runs of a cell, one a seed, at the middle rate of its arm's grid."""
-    arm, rate, epochs, samples, base, start, data, place = CELL.fullmatch(cell).groups()
-    place, base = place or "xs", base or MAIN_BASE
-    if arm == "base":
-        return [Run(place, base)]
-    size, settings = STUDY.sizes[place], STUDY.arms[arm]
-    rates = settings.rates.get(place)
-    rate = float(rate or (rates[1] if rates else settings.fixed[0]))
-    rest = float(epochs or size.epochs), data or settings.data, start or "base"
-    samples = int(samples) if samples else None
-    return [Run(place, base, arm, rate, seed, *rest, samples) for seed in size.seeds]
+def spell_combinations(tune: int, composition: int, plain: int) -> str:
+    """Return the letters of all prompts on combinations, given how many of each kind are right."""
+    test = spell(composition, COMPOSITION) + spell(plain, PLAIN)
+    return spell(tune, 4) + test
 
 
-def make_line(run: Run, outcomes: dict[str, str], step: int = 0, **scalars: float) -> dict:
-    """Return a line of runs.jsonl, with the same outcomes under both decodings.
+def make_run(size: str, arm: str, rate: float, seed: int, epochs: float | None = None) -> Run:
+    """Return a run of an arm on its own data from the main base."""
+    epochs = epochs or STUDY.sizes[size].epochs
+    return Run(size, MAIN_BASE, arm, rate, seed, epochs, STUDY.arms[arm].data)
 
-    The middle rate of a grid is the best on the tuning half, and lets the gates hold.
-    """
-    decodings = {"greedy": 1, "t0.85p0.85": 3}
-    costs = ("parameters", "trainable_parameters", "step", "steps", "tokens", "flops")
-    line = asdict(run) | {"base": run.base_id, "edition": 2, "status": "completed"}
-    line |= {"id": f"{run.id}@{step}" if step else run.id, "step": step or 1000}
-    line["train_data"] = {"tokens": 1, "tokenizer_sha256": run.base}
-    line |= {"weights": "w", "base_fingerprint": "w"}
-    line["cost"] = dict.fromkeys((*costs, "train_seconds", "peak_memory_bytes"), 1e9)
-    grid = STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []
-    best = 0.0 if run.arm == "base" else 0.9 if run.learning_rate in grid[1:2] else 0.5
-    names = "tune_nll nll_text test_nll test_end_nll facts_combinations facts_unseen"
-    line["scalars"] = {"tune_correct": best} | dict.fromkeys(names.split(), 1.0) | scalars
-    line["outcomes"] = {
-        name: {decoding: " ".join([text] * n) for decoding, n in decodings.items()}
-        for name, text in outcomes.items()
+
+def make_line(run: Run, outcomes: dict[str, str], **facts: float | str | dict) -> dict:
+    """Return a line of runs.jsonl: the same outcomes in every draw, and facts at the top level."""
+    is_base = run.arm == "base"
+    spelled = {}
+    for name, letters in outcomes.items():
+        spelled[name] = {decoding: " ".join([letters] * n) for decoding, n in DRAWS.items()}
+    combinations = outcomes.get("combinations", "ffff")
+    line = {
+        "id": run.id,
+        "edition": 2,
+        "status": "completed",
+        "size": run.size,
+        "base": run.base_id,
+        "arm": run.arm,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "epochs": run.epochs,
+        "data": run.data,
+        "start": run.start,
+        "samples": run.samples,
+        "step": 1000 * int(run.epochs or 1),
+        "dtype": "float32",
+        "weights": "of the base" if is_base else run.id,
+        "base_fingerprint": None if is_base else "of the base",
+        "train_data": {"tokens": 1},
+        "cost": {
+            "parameters": 1000,
+            "trainable_parameters": 100,
+            "labeled_tokens": 400,
+            "steps": 1,
+            "peak_memory_bytes": 1e6,
+        },
+        "scalars": {
+            "tune_correct": combinations[:4].count("c") / 4,
+            "tune_nll": 1.0,
+            "test_nll": 1.0,
+            "nll_text": 1.0,
+            "facts_combinations": 0.5,
+            "facts_unseen": 0.8,
+        },
+        "outcomes": spelled,
     }
-    return line
+    return line | facts
 
 
-def write_runs(folder: Path, shares: dict[str, float | list | dict]) -> None:
-    """Write prompts.csv and runs.jsonl.
-
-    Args:
-        shares: by cell, the share of correct answers; or pairs of shares of combinations and unseen
-            things, of each checkpoint; or scalars (of each seed), `endless` is a share of answers.
-    """
+def write_lines(folder: Path, lines: list[dict]) -> None:
+    """Write runs.jsonl and what belongs to it."""
     write_prompts(folder)
-    lines = []
-    for cell, value in shares.items():
-        for run in find_runs(cell):
-            for rate in STUDY.arms[run.arm].rates.get(run.size, []) if run.arm != "base" else []:
-                lines.append(make_line(make_tuning_run(STUDY, run.size, run.arm, rate), {}))
-            if isinstance(value, list):
-                for i, pair in enumerate(value, start=1):
-                    texts = dict(zip(SETS, map(spell_outcomes, pair), strict=True))
-                    lines.append(make_line(run, texts, 100 * i % (100 * len(value))))
-            else:
-                scalars = value if isinstance(value, dict) else {"endless": 1 - value}
-                scalars = {k: np.broadcast_to(v, 3)[run.seed - 1] for k, v in scalars.items()}
-                text = spell_outcomes(1 - scalars.get("endless", 1), "e")
-                lines.append(make_line(run, dict.fromkeys(SETS, text), **scalars))
-    lines.sort(key=lambda line: line["outcomes"] == {}, reverse=True)  # trials give way to runs
-    last = {line["id"]: json.dumps(line) + "\n" for line in lines}
-    (folder / "runs.jsonl").write_text("".join(last.values()))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "runs.jsonl").write_text(text, encoding="utf-8")
+
+
+def make_study() -> list[dict]:
+    """Return the lines of a study at 1.3M: base, full fine-tuning, all-layer and original LoRA.
+
+    Full fine-tuning has 9, 10 and 11 of 12 by seed, all-layer LoRA 6, 6 and 9, the original LoRA
+    3 in its single run. All answer 1 plain question of 4 and 2 unseen things of 4.
+    """
+    unseen = spell(0, 2) + spell(2, UNSEEN)
+    lines = [make_line(Run("xs", MAIN_BASE), list_outcomes(0, 0))]
+    for rate, tune in ((5e-4, 2), (2e-3, 1)):
+        lines.append(make_line(make_run("xs", "fft", rate, 1), list_outcomes(tune, 8)))
+    for seed, right in ((1, 9), (2, 10), (3, 11)):
+        lines.append(make_line(make_run("xs", "fft", 1e-3, seed), list_outcomes(4, right)))
+    for rate in (1.5e-3, 6e-3):
+        lines.append(make_line(make_run("xs", "all_r8", rate, 1), list_outcomes(1, 5)))
+    for seed, right in ((1, 6), (2, 6), (3, 9)):
+        lines.append(make_line(make_run("xs", "all_r8", 3e-3, seed), list_outcomes(3, right)))
+    lines.append(make_line(make_run("xs", "study", 1e-4, 1), list_outcomes(0, 3)))
+    for line in lines[1:]:
+        line["outcomes"]["unseen"] = {name: " ".join([unseen] * n) for name, n in DRAWS.items()}
+    return lines
+
+
+def list_outcomes(tune: int, composition: int) -> dict[str, str]:
+    """Return outcomes with some tuning prompts and compositions right, and 1 plain question."""
+    return {
+        "combinations": spell_combinations(tune, composition, 1),
+        "unseen": spell(0, 2 + UNSEEN),
+    }

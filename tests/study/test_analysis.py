@@ -1,129 +1,200 @@
-"""Shares, intervals and reports of made-up runs whose shares are known."""
+"""Shares, gaps, intervals and marks of made-up runs, worked out by hand."""
 
 import json
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from evaluation.study.analysis import load_evidence, select_reported, tabulate_cells
-from evaluation.study.report import make_report, tabulate_contrasts, tabulate_skills
-from evaluation.study.results import append_run
-from model.files import UserError
-from tests.study.synthetic import PROMPTS, spell_outcomes, write_prompts, write_runs
-
-NAMES = "headline arms shares kinds keeping harm capacity rates costs claims gates endings edition1"
-NAMES += " answers parts other_sets estimates sizes groups steps ladder"
-PAGE = "".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in NAMES.split())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Write the results of a made-up study."""
-    folder = tmp_path_factory.mktemp("results")
-    paths = [(0.3, 0.2), (0.6, 0.2)]
-    shares = {"base": 0.0, "study": 0.1, "fft": 0.8, "all_r8": 0.5, "fft@plain42": 0.7}
-    write_runs(folder, shares | {"fft*5e-4": paths, "study/50~16000": 0.3, "fft:s": 0.9})
-    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-    diverged = lines[-1] | {"id": "s-lost", "status": "diverged", "seed": 9}
-    append_run(folder, diverged)
-    (whole,) = [line for line in lines if line["id"] == "xs-world-wrapped42-fft-e4-lr0.001-s1"]
-    append_run(folder, whole | {"id": whole["id"] + "@read_rows", "step": None})
-    return folder
+from evaluation.study.analysis import (
+    Estimate,
+    Evidence,
+    estimate_gap,
+    estimate_share,
+    load_evidence,
+    mark_answers,
+    select_reported,
+    tabulate_cells,
+)
+from evaluation.study.frontiers import find_frontier, find_paths, list_points
+from model.cli import UserError
+from tests.study.synthetic import (
+    list_outcomes,
+    make_line,
+    make_run,
+    make_study,
+    spell,
+    write_lines,
+)
 
 
-def tabulate_reported(folder: Path) -> pd.DataFrame:
-    evidence = load_evidence(folder)
-    return tabulate_cells(evidence, select_reported(evidence))
+@pytest.fixture
+def evidence(tmp_path: Path) -> Evidence:
+    """Return the evidence of the made-up study."""
+    write_lines(tmp_path, make_study())
+    return load_evidence(tmp_path)
 
 
-def test_cells_have_names_without_what_is_usual(folder: Path) -> None:
-    """A tuned arm stands for its best rate with all seeds; titles say what differs."""
-    evidence = load_evidence(folder)
-    assert evidence.find_cell("fft", "xs").learning_rate.tolist() == [1e-3] * 3
-    assert evidence.find_cell("fft", "xs").seed.tolist() == [1, 2, 3]
-    titles = dict(zip(evidence.runs.cell, evidence.runs.title, strict=True))
-    assert titles["study/50~16000"] == "the study's LoRA, 50 epochs, 16,000 pairs"
-    assert titles["fft@plain42"] == "full fine-tuning, from plain42"
-    assert evidence.runs.part.tolist().count("read_rows") == 1
-    assert evidence.final.part.isna().all()
+def test_combinations_are_two_outcomes(evidence: Evidence) -> None:
+    """Plain questions stand apart from composition; the index is the place in outcome strings."""
+    expected = {
+        "composition": range(4, 16),
+        "plain": range(16, 20),
+        "combinations": range(4, 20),
+        "unseen": range(2, 6),
+    }
+    for name, places in expected.items():
+        prompts = evidence.choose_prompts(name)
+        assert prompts.index.tolist() == list(places)
+    tuning = evidence.choose_prompts("composition", "tune")
+    assert tuning.index.tolist() == [0, 1, 2, 3]
 
 
-def test_shares_and_intervals(folder: Path) -> None:
-    """Share and interval are those of the test half's clusters, worked out without resampling."""
-    table = tabulate_reported(folder).set_index(["size", "cell", "set", "decoding"])
-    row = table.loc["xs", "all_r8", "unseen", "greedy"]
-    marks = np.array([letter == "c" for letter in spell_outcomes(0.5)])
-    is_test = np.arange(PROMPTS) % 10 > 0
-    share = marks[is_test].mean()
-    assert row.share == row.correct == pytest.approx(share)
-    assert row["wrong fact"] == 0 and row.endless == pytest.approx(1 - share)
-    assert row.above_chance == pytest.approx((share - 0.1) / 0.9)
-    errors = np.bincount(np.arange(PROMPTS)[is_test] // 2, marks[is_test] - share)  # by cluster
-    half = 1.96 * np.sqrt((errors**2).sum()) / is_test.sum()
-    assert row.low == pytest.approx(share - half, abs=0.01)
-    assert row.high == pytest.approx(share + half, abs=0.01)
-    assert ("xs", "fft*0.0005", "unseen", "greedy") not in table.index  # chose the rate
+def test_shares_are_means_over_runs(evidence: Evidence) -> None:
+    """Full fine-tuning has 9, 10, 11 of 12 compositions, 1 of 4 plain, 2 of 4 unseen things."""
+    runs = evidence.find_cell("fft", "xs")
+    plain = evidence.choose_prompts("plain")
+    unseen = evidence.choose_prompts("unseen")
+    composition = evidence.choose_prompts("composition")
+    share = estimate_share(runs, composition, "greedy")
+    assert share.by_seed == pytest.approx((9 / 12, 10 / 12, 11 / 12))
+    assert share.value == pytest.approx(10 / 12)
+    assert estimate_share(runs, plain, "greedy").value == 0.25
+    assert estimate_share(runs, unseen, "greedy").value == 0.5
+    nothing = runs.iloc[:0]
+    assert estimate_share(nothing, plain, "greedy") is None
+    wrong = mark_answers(runs, plain, "greedy", "wrong fact")
+    assert wrong.tolist() == [[0, 1, 1, 1]] * 3
 
 
-def test_shares_and_intervals_over_skills(folder: Path) -> None:
-    """Of 2 skills, intervals over skills reach from the lower share to the higher."""
-    evidence, places = load_evidence(folder), np.arange(PROMPTS)
-    runs, marks = select_reported(evidence), np.array(list(spell_outcomes(0.5))) == "c"
-    shares = [marks[(places % 10 > 0) & (places % 2 == i)].mean() for i in (0, 1)]
-    table = tabulate_skills(evidence, runs).set_index("skill").filter(like="xs, LoRA on all")
-    texts = table.loc[["skill 0", "skill 1"]].squeeze().str.split(" / ").tolist()
-    assert texts == [[f"{x:.0%}"] * 2 for x in shares]
-    contrasts = tabulate_contrasts(evidence, runs).set_index(["size", "estimate", "decoding"])
-    text = contrasts.loc[("xs", "all_r8", "greedy"), "over skills"]
-    assert text.endswith("[{:.2f}, {:.2f}]".format(*sorted(shares))) and shares[0] != shares[1]
-    apart = runs[(runs.arm == "fft") == (runs.seed == 2)]  # no seed has both
-    table = tabulate_contrasts(replace(evidence, final=apart), apart)
-    assert "fft" in (estimates := table.estimate.tolist()) and "fft - all_r8" not in estimates
+def test_t_interval_by_hand() -> None:
+    """With 3 runs it is the mean and 4.303 times the deviation over the root of 3."""
+    gap = Estimate(value=0.2, low=0.1, high=0.3, by_seed=(0.1, 0.2, 0.3))
+    half = 4.302653 * 0.1 / 3**0.5
+    low, high = gap.t_interval()
+    assert low == pytest.approx(0.2 - half)
+    assert high == pytest.approx(0.2 + half)
+    of_two = Estimate(value=0.2, low=0.1, high=0.3, by_seed=(0.1, 0.3))
+    assert of_two.t_interval() is None
 
 
-def test_the_best_rate_so_far_stands_for_an_arm(folder: Path, tmp_path: Path) -> None:
-    """Until the whole grid has run, the best rate of those that ran is shown."""
-    write_prompts(tmp_path)
-    lines = (folder / "runs.jsonl").read_text().splitlines(keepends=True)  # but the last rate's
-    (tmp_path / "runs.jsonl").write_text("".join(x for x in lines if "fft-e4-lr0.002-" not in x))
-    table = tabulate_reported(tmp_path).query("size == 'xs' and arm == 'fft'")
-    assert len(table) and table.title.str.startswith("full fine-tuning, preliminary").all()
+def test_bootstrap_of_few_clusters_by_hand(evidence: Evidence) -> None:
+    """Of 2 clusters with all and nothing right, a quarter of the draws takes one of them twice."""
+    prompts = evidence.choose_prompts("plain")
+    prompts = prompts.assign(cluster=["right", "wrong", "wrong", "right"])
+    runs = evidence.find_cell("study", "xs")
+    letters = "f" * 16 + "cffc"
+    runs = runs.assign(outcomes=[{"combinations": {"greedy": letters}}])
+    share = estimate_share(runs, prompts, "greedy")
+    assert share.value == 0.5
+    assert (share.low, share.high) == (0, 1)
+    one_cluster = prompts.assign(cluster="one")
+    alike = estimate_share(runs, one_cluster, "greedy")
+    assert (alike.low, alike.high) == (0.5, 0.5)
 
 
-def test_the_report_is_stable(folder: Path, tmp_path: Path) -> None:
-    """Blocks are filled once, and a second report changes nothing."""
-    path = tmp_path / "README.md"
-    path.write_text(PAGE)
-    first = make_report(tmp_path, folder)
-    path.write_text(first[path])
-    assert make_report(tmp_path, folder) == first
-    write_prompts(tmp_path)  # a study without a run, then one without LoRA on all layers
-    assert "Not run yet" in make_report(tmp_path, tmp_path)[path]
-    lines = (folder / "runs.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "runs.jsonl").write_text("".join(x for x in lines if "-all_r8-" not in x))
-    assert "study:arms -->\nNot run yet" in make_report(tmp_path, tmp_path)[path]
-    path.write_text("<!-- study:nothing -->\n<!-- /study:nothing -->")
-    with pytest.raises(UserError, match="no block 'nothing'"):
-        make_report(tmp_path, folder)
-    blocks = re.findall(r"<!-- study:(\w+) -->\nNot run yet", first[path])
-    assert blocks == ["harm", "capacity", "answers", "other_sets"]
-    assert "| s-lost | diverged |" in first[path]
-    assert first[path].count("full fine-tuning, base rows |") == 1
-    assert {file.stem for file in first} == {"README", "headline", "ladder", "endings", "keeping"}
+def test_gaps_are_over_the_runs_of_both(evidence: Evidence) -> None:
+    """By seed 3, 4 and 2 of 12; a LoRA without its first run is compared in the others."""
+    prompts = evidence.choose_prompts("composition")
+    above = evidence.find_cell("fft", "xs")
+    below = evidence.find_cell("all_r8", "xs")
+    gap = estimate_gap(above, below, prompts, "greedy")
+    assert gap.by_seed == pytest.approx((3 / 12, 4 / 12, 2 / 12))
+    assert gap.low < gap.value < gap.high
+    later = below[below.seed > 1]
+    gap_later = estimate_gap(above, later, prompts, "greedy")
+    assert gap_later.by_seed == pytest.approx((4 / 12, 2 / 12))
+    first = above[above.seed == 1]
+    assert estimate_gap(first, later, prompts, "greedy") is None
 
 
-def test_arms_must_start_alike(folder: Path, tmp_path: Path) -> None:
+def test_cells_have_names_without_what_is_usual(evidence: Evidence) -> None:
+    """A tuned arm stands for its best rate with all seeds; other rates are named and not shown."""
+    tuned = evidence.find_cell("fft", "xs")
+    assert tuned.learning_rate.tolist() == [1e-3] * 3
+    higher = evidence.find_cell("fft*0.002", "xs")
+    assert higher.seed.tolist() == [1]
+    reported = select_reported(evidence)
+    table = tabulate_cells(evidence, reported, ["composition", "unseen"])
+    assert set(table.cell) == {"base", "fft", "all_r8", "study"}
+    rows = table.set_index(["cell", "set", "decoding"])
+    row = rows.loc["all_r8", "composition", "greedy"]
+    assert row.share == pytest.approx(21 / 36)
+    assert row.correct == pytest.approx(21 / 36)
+    assert row["wrong fact"] == pytest.approx(15 / 36)
+
+
+def test_titles_say_what_differs(tmp_path: Path) -> None:
+    """Epochs, pairs and the start of a run stand in its title if they are not the usual ones."""
+    run = make_run("xs", "study", 1e-4, 1, epochs=50)
+    line = make_line(run, {}, samples=16000)
+    write_lines(tmp_path, [line])
+    (title,) = load_evidence(tmp_path).runs.title
+    assert title == "the original LoRA, 50 epochs, 16,000 pairs"
+
+
+def test_a_rate_at_the_edge_stands_for_its_arm_and_is_marked(tmp_path: Path) -> None:
+    """At 25M full fine-tuning is judged and reported after 2 epochs, LoRA is judged after 1."""
+    lines = []
+    for rate, epochs, tune in ((1e-4, 2, 4), (2e-4, 2, 3), (2e-4, 1, 4)):
+        run = make_run("m26", "fft", rate, 1, epochs)
+        lines.append(make_line(run, list_outcomes(tune, 8)))
+    for rate, tune in ((5e-4, 1), (1e-3, 4), (2e-3, 1)):
+        run = make_run("m26", "all_r8", rate, 1, epochs=1)
+        lines.append(make_line(run, {"combinations": spell(tune, 4)}))
+    reported = make_run("m26", "all_r8", 1e-3, 1)
+    lines.append(make_line(reported, list_outcomes(4, 6)))
+    write_lines(tmp_path, lines)
+    evidence = load_evidence(tmp_path)
+    marks = evidence.runs.set_index("cell")["mark"]
+    assert marks["fft"] == "‡"
+    assert marks["fft*0.0002"] == ""
+    assert marks["fft*0.0002/1"] == ""
+    assert marks["all_r8"] == "†"
+    assert marks["all_r8/1"] == ""
+    full = evidence.find_cell("fft", "m26")
+    assert full.learning_rate.tolist() == [1e-4]
+
+
+def test_round_3_stands_apart(tmp_path: Path) -> None:
+    """Its lines are neither runs nor rates of the second edition."""
+    fresh = make_line(make_run("xs", "fft", 1e-3, 4), {}, round=3)
+    write_lines(tmp_path, [*make_study(), fresh])
+    evidence = load_evidence(tmp_path)
+    assert evidence.round3.id.tolist() == [fresh["id"]]
+    assert fresh["id"] not in set(evidence.runs.id)
+    assert len(evidence.fresh_prompts) == 8
+
+
+def test_arms_must_start_alike(tmp_path: Path) -> None:
     """A run from other weights than its base's, or on other data, is named (gate G3)."""
-    text = (folder / "runs.jsonl").read_text()
-    for old, new, error in (
-        ('"base_fingerprint": "w"', '"base_fingerprint": "x"', "-s1: started from other weights"),
-        ('"tokens": 1,', '"tokens": 2,', "differ in their training data"),
-    ):
-        write_prompts(tmp_path)
+    text = "".join(json.dumps(line) + "\n" for line in make_study())
+    changes = (
+        ('"base_fingerprint": "of the base"', '"base_fingerprint": "x"', "started from other"),
+        ('"train_data": {"tokens": 1}', '"train_data": {"tokens": 2}', "differ in their training"),
+    )
+    write_lines(tmp_path, [])
+    for old, new, error in changes:
         (tmp_path / "runs.jsonl").write_text(text.replace(old, new, 2))
         with pytest.raises(UserError, match=error):
             load_evidence(tmp_path)
+
+
+def test_frontiers_by_hand(tmp_path: Path) -> None:
+    """Checkpoints with 6, 9 of 12 keep 2, 1 of 4 unseen things; the end has 12 and 0."""
+    run = make_run("xs", "fft", 1e-3, 1)
+    lines = make_study()[:1]
+    for step, right, kept in ((100, 6, 2), (200, 9, 1), (0, 12, 0)):
+        outcomes = list_outcomes(4, right)
+        outcomes["unseen"] = "ff" + spell(kept, 4)
+        name = f"{run.id}@{step}" if step else run.id
+        lines.append(make_line(run, outcomes, id=name, step=step or 300))
+    write_lines(tmp_path, lines)
+    evidence = load_evidence(tmp_path)
+    paths = find_paths(evidence, "fft")
+    assert paths.step.tolist() == [100, 200, 300]
+    points = list_points(evidence, paths, ("composition", "unseen"), "greedy")
+    levels = np.array([0.4, 0.5, 0.6, 0.75, 0.8])
+    assert find_frontier(points, levels) == [0.5, 0.5, 0.25, 0.25, 0]
+    (unreached,) = find_frontier(points, np.array([1.01]))
+    assert np.isnan(unreached)

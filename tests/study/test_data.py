@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.lm_dataset import encode_batch, read_jsonl
+from dataset.lm_dataset import encode_batch, read_jsonl, turns
 from dataset.world.generate import ensure_world
-from dataset.world.skills import turns
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.world_facts import list_facts, rank_facts
 from evaluation.study.data import TEXT_PROMPT, draw_facts, find_data, measure_random_facts
@@ -17,7 +16,7 @@ from evaluation.study.measure import check_prompts, find_chance, measure_checkpo
 from evaluation.study.results import read_runs
 from evaluation.study.settings import RESULTS_DIR, read_study
 from model.checkpoint import load_checkpoint, load_tokenizer
-from model.files import UserError
+from model.cli import UserError
 from tests.model.small import make_model
 from trainer.arguments import BASE_DIR
 

@@ -7,7 +7,7 @@ import pytest
 
 from evaluation.study.plan import Run, make_command, make_tuning_run, plan_runs, tune_rate
 from evaluation.study.settings import RESULTS_DIR, read_study
-from model.files import UserError
+from model.cli import UserError
 
 STUDY = read_study()
 BASE = "xs-world-wrapped42"
@@ -51,7 +51,8 @@ def test_runs_wait_for_their_rate_and_start() -> None:
     starts = {(run.start, run.seed): run.start_id for run in runs if run.data == "medical"}
     assert (starts["fft", 2], starts["base", 2]) == (f"{BASE}-fft-e4-lr0.001-s2", BASE)
     assert not [run for run in before if run.start == "fft"]
-    assert [make_tuning_run(STUDY, "m26", arm, 1).epochs for arm in ("fft", "fft_frozen")] == [1, 2]
+    epochs = [make_tuning_run(STUDY, "m26", arm, 1).epochs for arm in ("all_r8", "fft")]
+    assert epochs == [1, 2]
 
 
 def test_commands_join_flags_start_and_data() -> None:

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 
 from dataset.world.skills import Pair
+from evaluation.probe.prompts import Prompt
+from evaluation.study import measure
 from evaluation.study.fresh_prompts import FRESH_FILE, Known, count_skills, read_known
 from evaluation.study.round3 import (
     Round3,
@@ -182,3 +184,23 @@ def test_fresh_prompts_have_the_old_shares_of_skills() -> None:
     table = pd.read_csv(FRESH_FILE.parent / "prompts.csv", keep_default_na=False)
     is_asked = (table.half == "test") & table["set"].isin(["combinations", "unseen"])
     assert skills == table.skill[is_asked].value_counts().to_dict()
+
+
+def test_outcomes_of_prompts_that_were_not_asked_are_marked(monkeypatch) -> None:
+    """Without the template a prompt of two turns is left out; each draw is a word."""
+    one = Prompt("one", "set", [{"role": "user", "content": "Hello"}], None, {}, "Hi.")
+    two = Prompt("two", "set", [*one.messages, *one.messages], None, {}, "Hi.")
+    kinds = {"one": "blank", "two": "correct"}
+
+    def answer(checkpoint: None, prompts: list[Prompt], has_template: bool, **options: list):
+        rounds = [("greedy", None), ("t1.0", 1), ("t1.0", 2)]
+        return [
+            {"id": prompt.id, "decoding": decoding, "seed": seed, "outcome": kinds[prompt.id]}
+            for decoding, seed in rounds
+            for prompt in prompts
+        ]
+
+    monkeypatch.setattr(measure, "probe", answer)
+    assert measure.ask(None, [one, two], {}) == {"greedy": "bc", "t1.0": "bc bc"}
+    words = measure.ask(None, [one, two], {}, has_template=False)
+    assert words == {"greedy": "b-", "t1.0": "b- b-"}

@@ -15,7 +15,7 @@ from evaluation.study.measure import find_whole
 from evaluation.study.plan import Run
 from evaluation.study.results import append_run, read_runs
 from evaluation.study.settings import read_study
-from model.files import UserError
+from model.cli import UserError
 
 STUDY = read_study()
 BASE = "xs-world-wrapped42"

@@ -15,5 +15,5 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = f"{SHAPE_FLAGS} {ON_DEVICE} --data_path {home}/text.jsonl --save_dir {home}"
     flags += f" --eval_data_path {home}/text.jsonl --max_seq_len 32 --batch_size 8"
     flags += " --epochs 3 --learning_rate 1e-2"
-    assert call("pretrain", flags, home) == 0
+    assert call("pretrain", flags, home, keeps_state=False) == 0
     return home

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset import lm_dataset
-from model.files import run_script
+from model.cli import run_script
 from tests import DEVICE
 from trainer import train_full_sft, train_lora, train_pretrain
+from trainer.run_folder import RunFolder
 
 STAGES = {"pretrain": train_pretrain, "full_sft": train_full_sft, "lora": train_lora}
 WEIGHTS = {"pretrain": "model.safetensors", "full_sft": "model.safetensors"}
@@ -67,21 +67,26 @@ def do_nothing(step: int) -> None:
     """Stand for no action after a step."""
 
 
-def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> int:
-    """Run a stage's `main()` as a fresh process would, tokens cached in `home`; return its code."""
+def call(
+    stage: str, flags: str, home: Path, on_step: Action = do_nothing, keeps_state: bool = True
+) -> int:
+    """Run a stage's `main()` as a fresh process would, tokens cached in `home`; return its code.
+
+    A completed run keeps its last resume file, to be compared, if it is not told otherwise.
+    """
     torch.manual_seed(hash(flags) % 2**32)  # nothing may depend on what ran before
-    AcceleratorState._reset_state(True)
     torch.compiler.reset()
     gc.collect()  # frees the lock of a run that was refused
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(DEVICE == "cuda")  # else 2 runs differ in last bits
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     steps = itertools.count(1)
     hook = register_optimizer_step_post_hook(lambda *_: on_step(next(steps)))
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lm_dataset, "CACHE_DIR", home / "cache")
+            if keeps_state:
+                patch.setattr(RunFolder, "discard_state", lambda _: None)
             # Answers take longer than the training of so small a model.
             quiet = " --show_answers 0" * (stage != "pretrain" and "show_answers" not in flags)
             return STAGES[stage].main((flags + quiet).split())
@@ -89,8 +94,6 @@ def call(stage: str, flags: str, home: Path, on_step: Action = do_nothing) -> in
         hook.remove()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class Killed(BaseException):

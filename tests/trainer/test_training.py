@@ -7,15 +7,19 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from pytest import CaptureFixture, MonkeyPatch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from dataset.lm_dataset import StepPlan
 from model.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
-from model.files import REPO_DIR, UserError, file_sha256
+from model.cli import UserError
+from model.files import REPO_DIR, file_sha256
 from model.generation import Decoding, generate
 from model.model_lora import LoraSettings, apply_lora, load_lora
 from model.model_minimind import MiniMindForCausalLM, minimind_config, weights_fingerprint
@@ -36,8 +40,16 @@ from tests.trainer.runs import (
     terminate,
     write_jsonl,
 )
-from trainer import train_lora, trainer_utils
-from trainer.trainer_utils import compile_loss, flops_per_token, learning_rate_at
+from trainer import arguments, train_full_sft, train_lora, trainer_utils
+from trainer.trainer_utils import (
+    Data,
+    Method,
+    Session,
+    flops_per_token,
+    learning_rate_at,
+    should_compile,
+    train,
+)
 
 
 def sft_flags(home: Path, out: Path) -> str:
@@ -75,26 +87,48 @@ def mean_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torc
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.fixture(scope="module", params=list(STAGES))
+def completed(
+    home: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[str, Path]:
+    """A stage and the folder of its run; pretraining's is the base of the others."""
+    stage = request.param
+    if stage == "pretrain":
+        return stage, home / "pretrain"
+    out = tmp_path_factory.mktemp("completed")
+    flags = f"{sft_flags(home, out)} --epochs 4 --eval_interval 10 --keep_checkpoints 2"
+    assert call(stage, flags, home, keeps_state=False) == 0
+    return stage, out / stage
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", STAGES)
-def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
-    if stage != "pretrain":
-        flags = sft_flags(home, tmp_path) + " --epochs 4 --eval_interval 10 --keep_checkpoints 2"
-        assert call(stage, flags, home) == 0
-    run = home / "pretrain" if stage == "pretrain" else tmp_path / stage
+def test_run_folder_is_complete(completed: tuple[str, Path]) -> None:
+    """Weights with their tokenizer, at the end and half way; no resume file is left."""
+    stage, run = completed
     weights = {"config.json", "generation_config.json", "model.safetensors"}
     weights |= {"tokenizer.json", "tokenizer_config.json"}
     if stage == "lora":
         weights = {"adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES[:2]}
-    files = weights | {"run.json", "metrics.jsonl", "resume.pt"}
-    files |= set() if stage == "pretrain" else {"checkpoints"}
-    assert {path.name for path in run.iterdir()} == files
+    names = weights | {"run.json", "metrics.jsonl"}
+    if stage != "pretrain":
+        names.add("checkpoints")
+        half, end = run / "checkpoints/step_12", run / "checkpoints/step_24"
+        assert {path.name for path in end.iterdir()} == weights
+        # Not their files: safetensors writes metadata in any order.
+        last, final = bytes_of(end / WEIGHTS[stage]), bytes_of(run / WEIGHTS[stage])
+        assert last == final != bytes_of(half / WEIGHTS[stage])
+    assert {path.name for path in run.iterdir()} == names
 
-    record, rows = record_of(run), rows_of(run)
+
+@pytest.mark.gpu
+def test_record_says_what_was_trained(home: Path, completed: tuple[str, Path]) -> None:
+    stage, run = completed
+    record = record_of(run)
     assert (record["status"], record["stage"]) == ("completed", stage)
     data = home / ("text.jsonl" if stage == "pretrain" else "sft.jsonl")
     assert record["train_data"]["files"] == [{"name": data.name, "sha256": file_sha256(data)}]
     assert record["settings"]["learning_rate"] == (1e-2 if stage == "pretrain" else 3e-3)
+    assert record["adamw"] == {"betas": [0.9, 0.999], "eps": 1e-8}
     assert record["machine"]["versions"]["torch"] == torch.__version__
     linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     base_size = 6400 * 32 + linears + 5 * 32
@@ -105,20 +139,25 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     start = None if stage == "pretrain" else weights_fingerprint(load_model(home / "pretrain"))
     assert record["base_fingerprint"] == start
 
-    train_rows = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
-    assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
+
+@pytest.mark.gpu
+def test_steps_tokens_and_losses_are_counted(home: Path, completed: tuple[str, Path]) -> None:
+    stage, run = completed
+    record, rows = record_of(run), rows_of(run)
     if stage == "pretrain":
-        texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
-        total = sum(len(load_tokenizer()(text)["input_ids"]) + 1 for text in texts)
+        lines = (home / "text.jsonl").read_text().splitlines()
+        total = sum(len(load_tokenizer()(json.loads(t)["text"])["input_ids"]) + 1 for t in lines)
         samples = [32] * (total // 32) + [total % 32] * (total % 32 > 1)
         tokens, labeled = sum(samples), sum(samples) - len(samples)
     else:
-        samples = encode_chats(data)
+        samples = encode_chats(home / "sft.jsonl")
         tokens = sum(len(ids) for ids, _ in samples)
         labeled = sum(int((labels != -100).sum()) for _, labels in samples)
     epochs = 3 if stage == "pretrain" else 4
     assert record["steps"] == epochs * record["steps_per_epoch"] == epochs * -(-len(samples) // 8)
+    train_rows = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in train_rows] == list(range(1, record["steps"] + 1))
+    assert set(train_rows[0]) == {"step", "tokens", "loss", "grad_norm", "learning_rate"}
     assert record["tokens"] == train_rows[-1]["tokens"] == epochs * tokens
     assert record["labeled_tokens"] == epochs * record["train_data"]["labeled_tokens"]
     assert record["labeled_tokens"] == epochs * labeled
@@ -126,12 +165,16 @@ def test_run_folder_is_complete(home: Path, tmp_path: Path, stage: str) -> None:
     assert evaluated == ([record["steps"]] if stage == "pretrain" else [10, 20, 24])
     assert record["eval_loss"] == rows[-1]["eval_loss"]
     assert record["train_loss"] == train_rows[-1]["loss"]
-    if stage != "pretrain":
-        half, end = run / "checkpoints/step_12", run / "checkpoints/step_24"
-        assert {path.name for path in end.iterdir()} == weights
-        # Not their files: safetensors writes metadata in any order.
-        last, final = bytes_of(end / WEIGHTS[stage]), bytes_of(run / WEIGHTS[stage])
-        assert last == final != bytes_of(half / WEIGHTS[stage])
+
+
+def test_flags_are_parsed_without_writing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """The small world's files are named there, and made when they are loaded."""
+    monkeypatch.setattr(arguments, "FILES_DIR", tmp_path / "world")
+    parser = arguments.make_stage_parser("", arguments.FULL_SFT)
+    args = arguments.parse_args(parser, [], arguments.FULL_SFT)
+    assert args.data_path == [tmp_path / "world/sft_world.jsonl"]
+    assert args.eval_data_path == [tmp_path / "world/probe_combinations_tune.jsonl"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: Path) -> None:
@@ -166,6 +209,50 @@ def test_run_equals_a_plain_loop_over_transformers_model(home: Path, tmp_path: P
     with torch.no_grad():
         loss = mean_loss(model, *stack_chats(home / "valid.jsonl")).item()
     assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_a_method_may_have_its_own_loss(home: Path, tmp_path: Path) -> None:
+    """Distillation towards a fixed teacher, by the loop as it is and by hand."""
+    torch.manual_seed(1)
+    teacher = load_model(home / "pretrain")
+    with torch.no_grad():
+        teacher.lm_head.weight.add_(0.3 * torch.randn_like(teacher.lm_head.weight))
+
+    def distill(model: nn.Module, batch: dict[str, torch.Tensor], items: int) -> torch.Tensor:
+        """Sum KL(teacher || student) over the positions that predict a label, over `items`."""
+        places = batch["label_positions"]
+        student = model(batch["input_ids"]).logits.flatten(0, 1)[places]
+        with torch.no_grad():
+            target = teacher(batch["input_ids"]).logits.flatten(0, 1)[places]
+        log_ratio = target.log_softmax(-1) - student.log_softmax(-1)
+        has_label = (places + 1) % batch["labels"].shape[1] != 0  # a row's end fills up
+        return ((target.softmax(-1) * log_ratio).sum(-1) * has_label).sum() / items
+
+    def run(args: Namespace, session: Session, data: Data, method: Method) -> int:
+        method.stage = "distillation"
+        method.compute_loss = distill
+        return train(args, session, data, method)
+
+    flags = f"{sft_flags(home, tmp_path)} --batch_size 15 --accumulation_steps 3 --max_steps 2"
+    flags += " --lr_schedule constant --grad_clip 0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_full_sft, "train", run)
+        assert call("full_sft", flags, home) == 0
+    assert record_of(tmp_path / "full_sft")["stage"] == "distillation"
+
+    model = load_model(home / "pretrain")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    ids, labels = stack_chats(home / "sft.jsonl")
+    is_answer = labels[:, 1:] != -100
+    for row in rows_of(tmp_path / "full_sft")[:2]:
+        with torch.no_grad():
+            target = teacher(ids).logits[:, :-1][is_answer].log_softmax(-1)
+        student = model(ids).logits[:, :-1][is_answer].log_softmax(-1)
+        loss = nn.functional.kl_div(student, target, log_target=True, reduction="batchmean")
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def test_adapter_flags_reach_the_adapter(home: Path, tmp_path: Path) -> None:
@@ -292,6 +379,24 @@ def test_compiled_run_equals_a_plain_one(home: Path, tmp_path: Path) -> None:
     assert call("full_sft", f"{flags} --from_resume", home) == 0
     whole, part = (tmp_path / name / "full_sft" / WEIGHTS["full_sft"] for name in ("on", "part"))
     assert whole.read_bytes() == part.read_bytes()
+
+
+def test_compiled_code_does_not_depend_on_the_first_batch(home: Path, tmp_path: Path) -> None:
+    """It has as many rows as tokens: Dynamo would take the two sizes for one."""
+    turns = [{"instruction": "Hi", "output": answer} for answer in ("Yes.", "Yes and no.")]
+    size, longer = (len(ids) for ids, _ in encode_chats(write_jsonl(tmp_path / "two", turns)))
+    data = write_jsonl(tmp_path / "d.jsonl", [turns[0]] * size + [turns[1]] * size)
+    lengths = np.array([size] * size + [longer] * size)
+    starts = (StepPlan(lengths, size, seed=seed)[0] for seed in range(99))
+    seed = next(i for i, start in enumerate(starts) if lengths[start].max() == size)
+    flags = f"{ON_DEVICE} --from_weight none {SHAPE_FLAGS} --num_hidden_layers 1 --use_compile on"
+    flags += f" --data_path {data} --save_dir {tmp_path} --batch_size {size} --seed {seed}"
+    forbid = partial(torch.compiler.set_stance, "fail_on_recompile")
+    try:
+        assert call("full_sft", flags, home, at_step(1, forbid)) == 0
+    finally:
+        torch.compiler.set_stance("default")
+    assert record_of(tmp_path / "full_sft")["step"] == 2
 
 
 @pytest.mark.gpu
@@ -421,6 +526,14 @@ def test_first_step_moves_each_by_its_own_rate(home: Path, tmp_path: Path) -> No
         assert moved.abs().max().item() == pytest.approx(0.5 * 3e-3, rel=1e-2)
 
 
+def test_runs_of_two_precisions_in_one_process(home: Path, tmp_path: Path) -> None:
+    """accelerate keeps the first one's precision for the process, if nobody resets it."""
+    for dtype in ("bfloat16", "float32"):
+        flags = f"{sft_flags(home, tmp_path / dtype)} --max_steps 1 --dtype {dtype}"
+        assert call("full_sft", flags, home) == 0
+        assert AcceleratorState().mixed_precision == {"bfloat16": "bf16", "float32": "no"}[dtype]
+
+
 @pytest.mark.parametrize(
     ("mode", "flops", "compiler", "compiles"),
     [
@@ -436,12 +549,16 @@ def test_loss_is_compiled_where_it_pays(
 ) -> None:
     monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: compiler)
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
-    model = make_model()
-    tokens = flops / 6 / sum(parameter.numel() for parameter in model.parameters())
-    args = Namespace(use_compile=mode, device="cpu", accumulation_steps=1)
-    eager = model.sum_nats
-    assert compile_loss(model, args, tokens, 1) is compiles
-    assert (model.sum_nats != eager) is compiles
+    assert should_compile(mode, "cpu", flops) is compiles
+
+
+def test_compiling_without_a_compiler_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_utils.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match=r"--use_compile on: needs \S+ and Python.h; install"):
+        call("full_sft", f"{sft_flags(home, tmp_path)} --use_compile on", home)
+    assert not (tmp_path / "full_sft").exists()
 
 
 REFUSED = {  # flags beside those of a good run -> the error's words

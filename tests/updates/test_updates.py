@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.world.skills import turns
+from dataset.lm_dataset import turns
 from evaluation.updates import update_analysis as updates
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
-from model.files import UserError
+from model.cli import UserError
 from model.model_lora import LoraSettings, apply_lora, save_lora
 from model.model_minimind import weights_fingerprint
 from tests.model.small import make_model

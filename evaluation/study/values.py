@@ -1,0 +1,154 @@
+"""Numbers that stand inside sentences, by name.
+
+A text has `<!-- =share/composition/fft/25M -->88<!-- /= -->`; report.py writes the number. The
+parts of a name are those of a function here, after its own name:
+
+    share/OUTCOME/METHOD/SIZE       percent correct, means over runs
+    gap/OUTCOME/LORA/SIZE           points that all-layer LoRA is behind full fine-tuning
+    interval/OUTCOME/LORA/SIZE      the bootstrap's interval of that gap, such as `22 to 27`
+    t_interval/OUTCOME/LORA/SIZE    the t interval over three runs
+    known/OUTCOME/SIZE              percent of the facts that the base ranks first
+    loss_correlation/WHICH          rank correlation of loss and composition: `all`, or `frozen`:
+                                    settings whose embedding is frozen
+    asked/ARM/WAY/SIZE              round 3: percent correct of the composed prompts of one turn, by
+                                    the way of asking (template, no_template, on_fft); a last part,
+                                    such as `blank`, names another kind of answer
+    forecasts/WHICH                 how many: `all`; points off in the median: `first`, `later`
+
+OUTCOME is `composition`, `plain`, `unseen`, or `all` for the 1,200 prompts of both kinds. METHOD is
+a key of `METHODS`, LORA `r8`, `width16` or `r64`, SIZE `1.3M`, `5.5M` or `25M`. A last part
+`sampled` takes sampled answers in place of greedy ones.
+"""
+
+from collections.abc import Callable
+
+import pandas as pd
+from scipy import stats
+
+from evaluation.study.analysis import Estimate, Evidence, estimate_gap, estimate_share
+from evaluation.study.blocks import points
+from evaluation.study.figures import list_losses
+from evaluation.study.names import BLACK, DECODINGS, GAP_LORAS, METHODS, ORANGE, SIZES
+from evaluation.study.round3_tables import get_round3, share_asked
+from evaluation.study.settings import RESULTS_DIR
+from evaluation.study.short_tables import KNOWN
+from model.cli import UserError
+
+VALUES: dict[str, Callable[..., str]] = {}
+
+
+def value(function: Callable[..., str]) -> Callable[..., str]:
+    """Register a function: its name begins the names of its values, its arguments follow."""
+    VALUES[function.__name__] = function
+    return function
+
+
+def find_value(evidence: Evidence, name: str) -> str:
+    """Return the text of a value by its name, such as `gap/composition/r8/25M`."""
+    kind, *parts = name.split("/")
+    if kind not in VALUES:
+        raise UserError(f"no value {name!r}; there are {', '.join(VALUES)} (values.py)")
+    try:
+        return VALUES[kind](evidence, *parts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"no value {name!r}: {error!r}; values.py says what its parts are"
+        ) from error
+
+
+def find_size(title: str) -> str:
+    """Return the code name of a size."""
+    return {title: size for size, title in SIZES.items()}[title]
+
+
+def find_prompts(evidence: Evidence, outcome: str) -> pd.DataFrame:
+    """Return the test prompts of an outcome; `all` are those of composition and plain questions."""
+    return evidence.choose_prompts("combinations" if outcome == "all" else outcome)
+
+
+def find_decoding(title: str) -> str:
+    """Return the code name of a decoding."""
+    return {title: decoding for decoding, title in DECODINGS.items()}[title]
+
+
+@value
+def share(
+    evidence: Evidence, outcome: str, method: str, size: str, decoding: str = "greedy"
+) -> str:
+    """Write the percent correct of a method."""
+    arms = {row.key: row.arms for row in METHODS}[method]
+    code = find_size(size)
+    runs = evidence.find_cell(arms[code], code)
+    estimate = estimate_share(runs, find_prompts(evidence, outcome), find_decoding(decoding))
+    return points(estimate.value)
+
+
+def find_gap(
+    evidence: Evidence, outcome: str, lora: str, size: str, decoding: str = "greedy"
+) -> Estimate:
+    """Return the gap of full fine-tuning to an all-layer LoRA."""
+    code = find_size(size)
+    above = evidence.find_cell("fft", code)
+    below = evidence.find_cell(GAP_LORAS[lora][code], code)
+    return estimate_gap(above, below, find_prompts(evidence, outcome), find_decoding(decoding))
+
+
+@value
+def gap(evidence: Evidence, *place: str) -> str:
+    """Write a gap in points."""
+    return points(find_gap(evidence, *place).value)
+
+
+@value
+def interval(evidence: Evidence, *place: str) -> str:
+    """Write the bootstrap's interval of a gap in points."""
+    estimate = find_gap(evidence, *place)
+    return f"{points(estimate.low)} to {points(estimate.high)}"
+
+
+@value
+def t_interval(evidence: Evidence, *place: str) -> str:
+    """Write the t interval of a gap over runs in points."""
+    low, high = find_gap(evidence, *place).t_interval()
+    return f"{points(low)} to {points(high)}"
+
+
+@value
+def asked(evidence: Evidence, arm: str, way: str, size: str, kind: str = "correct") -> str:
+    """Write the percent of answers of a kind, asked in one way, of an arm's usual runs."""
+    code = find_size(size)
+    runs = evidence.round3
+    is_wanted = (runs["size"] == code) & (runs.arm == arm) & (runs.data == "sft")
+    is_wanted &= runs.epochs == evidence.study.sizes[code].epochs
+    code_way = "" if way == "template" else way
+    return points(share_asked(get_round3(evidence), runs[is_wanted], code_way, kind))
+
+
+@value
+def known(evidence: Evidence, outcome: str, size: str) -> str:
+    """Write the percent of facts that the base ranks first without a question."""
+    base = evidence.find_cell("base", find_size(size))
+    return points(base[KNOWN[outcome]].mean())
+
+
+@value
+def loss_correlation(evidence: Evidence, which: str) -> str:
+    """Write the rank correlation of loss and composition over settings."""
+    table = list_losses(evidence)
+    trains_embedding = table.color.isin([BLACK, ORANGE])
+    chosen = {"all": table, "frozen": table[~trains_embedding]}[which]
+    return f"{stats.spearmanr(chosen.loss, chosen.share).statistic:.2f}"
+
+
+@value
+def forecasts(evidence: Evidence, which: str) -> str:
+    """Write the number of forecasts, or how far they were off in the median, in points."""
+    table = pd.read_csv(RESULTS_DIR / "forecasts.csv")
+    errors = (table.found - table.predicted).abs()
+    is_first = table.stage == "with the rules"
+    texts = {
+        "all": f"{len(table)}",
+        "first": f"{errors[is_first].median():.0f}",
+        "later": f"{errors[~is_first].median():.0f}",
+    }
+    return texts[which]
