@@ -6,16 +6,33 @@ of `skills.toml`; their `uses` name the draws below, which give the slots.
 A pair names its *cells*: (thing, skill), which it is about, and (thing, attribute) for each fact
 that it reveals. Held-out cells never train. A plain question has one cell, (thing, attribute):
 where that is held out, no training pair reveals the fact.
+
+All draws come from one generator. Whoever changes their order changes every file that follows.
 """
 
 import random
 import string
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 
 from dataset.lm_dataset import turns
-from dataset.world.facts import Attribute, Thing, World, capitalize, split_wordings, uncapitalize
+from dataset.world.facts import (
+    Attribute,
+    Category,
+    Thing,
+    World,
+    capitalize,
+    choose_wordings,
+    uncapitalize,
+)
+
+Cell = tuple[str, str]  # the name of a thing, and a skill or an attribute
+Message = dict[str, str]  # role and content
+GAP = "____"  # stands in place of a value
+ALIKE = 0.5  # share of comparisons with a thing that has the same value, where there is one
+TRUE = 0.5  # share of claims that are true
 
 
 @dataclass
@@ -23,8 +40,8 @@ class Pair:
     """An instruction, its reference answer and what it touches."""
 
     skill: str
-    messages: list[dict[str, str]]
-    cells: list[tuple[str, str]]
+    messages: list[Message]
+    cells: list[Cell]
     check: dict = field(default_factory=dict)
 
     @property
@@ -32,175 +49,305 @@ class Pair:
         """All text before the answer."""
         return "\n".join(message["content"] for message in self.messages[:-1])
 
+    @property
+    def answer(self) -> str:
+        """The reference."""
+        return self.messages[-1]["content"]
+
+
+@dataclass
+class Draft:
+    """A pair that is drawn, but not yet written: of 3 drafts, the cells rule 2 out."""
+
+    cells: list[Cell]
+    write: Callable[[], Pair]
+
 
 class Writer:
-    """Draw things, facts and people; `held` takes the question forms that never train."""
+    """Draw things, facts and people.
 
-    def __init__(self, world: World, rng: random.Random, others: list[Thing], held: bool = False):
-        self.world, self.words, self.rng, self.held = world, world.stories, rng, held
-        self.others = others  # the things that may stand beside the one that is asked about
-        self.nouns = [thing for thing in others if thing.plural is not None]
+    Args:
+        world: where facts and words come from.
+        rng: the generator of all draws.
+        things: those that may stand beside the one that is asked about.
+        held: whether to take the question forms that never train.
+    """
+
+    def __init__(self, world: World, rng: random.Random, things: list[Thing], held: bool = False):
+        self.world = world
+        self.words = world.stories
+        self.rng = rng
+        self.things = things
+        self.held = held
+        self.nouns = [thing for thing in things if thing.plural is not None]
+        self.members: dict[str, list[Thing]] = defaultdict(list)  # of each category
+        for thing in things:
+            self.members[thing.category].append(thing)
+
+    def category(self, thing: Thing) -> Category:
+        """Return the category of a thing."""
+        return self.world.categories[thing.category]
 
     def question(self, thing: Thing, attribute: Attribute, held: bool = False) -> str:
         """Ask for a fact in one of the attribute's question forms."""
-        return self.rng.choice(split_wordings(attribute.questions)[held]).format(**thing.slots())
+        forms = choose_wordings(attribute.questions, held)
+        return self.rng.choice(forms).format_map(thing.slots())
 
     def answer(self, thing: Thing, attribute: Attribute) -> str:
         """Answer with a fact, in the one form of words that no pretraining text holds."""
-        return attribute.answer.format(**thing.slots(attribute.name))
+        return attribute.answer.format_map(thing.slots(attribute.name))
 
     def attributes(self, thing: Thing) -> list[Attribute]:
         """Return the attributes of a thing in random order."""
-        attributes = list(self.world.categories[thing.category].attributes.values())
+        attributes = list(self.category(thing).attributes.values())
         return self.rng.sample(attributes, len(attributes))
+
+    def siblings(self, thing: Thing) -> list[Thing]:
+        """Return the other things of the same category."""
+        members = self.members[thing.category]
+        return [member for member in members if member.name != thing.name]
 
     def companions(self, thing: Thing, count: int) -> list[Thing]:
         """Draw other things that have a plural."""
-        return [t for t in self.rng.sample(self.nouns, count + 1) if t != thing][:count]
+        drawn = self.rng.sample(self.nouns, count + 1)  # one more, for the thing may be among them
+        return [noun for noun in drawn if noun.name != thing.name][:count]
 
     def persons(self, count: int) -> list[str]:
         """Draw first names."""
-        return [name for name, *_ in self.rng.sample(self.words["people"], count)]
+        people = self.rng.sample(self.words["people"], count)
+        return [person[0] for person in people]
 
 
 @dataclass
 class Draw:
     """What one pair is made of: its slots, the cells that it touches and its facts."""
 
-    w: Writer
+    writer: Writer
     thing: Thing
-    key: str  # what a text does to its things
+    key: str  # the skill of its cells; skills that ask for the same answers share one
     slots: dict[str, str]
-    cells: list[tuple[str, str]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
     facts: list[Attribute] = field(default_factory=list)
 
     def add_cells(self, key: str, *things: Thing) -> None:
         """Note that the pair touches these things."""
-        self.cells += [(t.name, key) for t in things if (t.name, key) not in self.cells]
+        for thing in things:
+            cell = (thing.name, key)
+            if cell not in self.cells:
+                self.cells.append(cell)
 
     def fill(self, pattern: str) -> str:
         """Put the slots into a pattern."""
-        return pattern.format(**self.slots)
+        return pattern.format_map(self.slots)
+
+    def find_fitting(self, patterns: list[str]) -> list[str]:
+        """Return the patterns whose slots were all drawn."""
+        drawn = self.slots.keys()
+        return [pattern for pattern in patterns if find_slots(pattern) <= drawn]
 
 
-def draw_fact(d: Draw) -> None:
+def draw_fact(draw: Draw) -> None:
     """Draw an attribute: its question and answer, in several forms."""
-    attribute = d.w.attributes(d.thing)[0]
-    answer, slots = d.w.answer(d.thing, attribute), d.thing.slots(attribute.name)
-    small = uncapitalize(answer, d.thing)
-    d.slots |= slots | {"label": attribute.name, "question": d.w.question(d.thing, attribute)}
-    d.slots |= {"answer": answer, "small_answer": small}
-    d.slots |= {"bare_answer": answer.rstrip("."), "bare_small_answer": small.rstrip(".")}
-    d.slots["gap"] = answer.replace(slots["value"], "____")
-    d.facts.append(attribute)
-    d.add_cells(attribute.name, d.thing)
+    thing = draw.thing
+    attribute = draw.writer.attributes(thing)[0]
+    answer = draw.writer.answer(thing, attribute)
+    small_answer = uncapitalize(answer, thing)
+    draw.slots.update(
+        thing.slots(attribute.name),
+        label=attribute.name,
+        question=draw.writer.question(thing, attribute),
+        answer=answer,
+        small_answer=small_answer,
+        bare_answer=answer.rstrip("."),
+        bare_small_answer=small_answer.rstrip("."),
+        gap=answer.replace(thing.values[attribute.name], GAP),
+    )
+    draw.facts.append(attribute)
+    draw.add_cells(attribute.name, thing)
 
 
-def draw_second(d: Draw) -> None:
+def draw_second(draw: Draw) -> None:
     """Draw a second attribute of the thing; the pair is about it where its question follows."""
-    attribute = next(a for a in d.w.attributes(d.thing) if a not in d.facts)
-    d.slots |= {"label2": attribute.name, "answer2": d.w.answer(d.thing, attribute)}
-    d.slots["small_answer2"] = uncapitalize(d.slots["answer2"], d.thing)
-    d.slots["question2"] = d.w.question(d.thing, attribute)
-    d.slots["follow2"] = d.w.rng.choice(split_wordings(attribute.follow)[d.w.held])
-    d.facts.append(attribute)
-    d.add_cells(attribute.name, d.thing)
+    thing = draw.thing
+    writer = draw.writer
+    attribute = next(drawn for drawn in writer.attributes(thing) if drawn not in draw.facts)
+    answer = writer.answer(thing, attribute)
+    draw.slots.update(
+        label2=attribute.name,
+        answer2=answer,
+        small_answer2=uncapitalize(answer, thing),
+        question2=writer.question(thing, attribute),
+        follow2=writer.rng.choice(choose_wordings(attribute.follow, writer.held)),
+    )
+    draw.facts.append(attribute)
+    draw.add_cells(attribute.name, thing)
 
 
-def draw_other(d: Draw) -> None:
+def draw_other(draw: Draw) -> None:
     """Draw another thing of the category and its fact; every other time one with the same value."""
-    attribute, rng = d.facts[0], d.w.rng
-    things = [t for t in d.w.others if t.category == d.thing.category and t != d.thing]
-    alike = [t for t in things if t.values[attribute.name] == d.thing.values[attribute.name]]
-    other = rng.choice(alike if alike and rng.random() < 0.5 else things)
-    answer = d.w.answer(other, attribute)
-    d.slots |= {"other_a": other.a, "other_question": d.w.question(other, attribute)}
-    d.slots |= {"other_answer": answer, "same": "Yes" if other in alike else "No"}
-    d.slots["bare_other_answer"] = uncapitalize(answer, other).rstrip(".")
-    d.add_cells(d.key, other)  # "a lion and a shark" teaches "a shark and a lion"
-    d.add_cells(attribute.name, other)
+    writer = draw.writer
+    attribute = draw.facts[0]
+    value = draw.thing.values[attribute.name]
+    things = writer.siblings(draw.thing)
+    alike = [thing for thing in things if thing.values[attribute.name] == value]
+    wants_alike = alike and writer.rng.random() < ALIKE
+    second = writer.rng.choice(alike if wants_alike else things)
+    answer = writer.answer(second, attribute)
+    draw.slots.update(
+        other_a=second.phrase,
+        other_question=writer.question(second, attribute),
+        other_answer=answer,
+        bare_other_answer=uncapitalize(answer, second).rstrip("."),
+        same="Yes" if second in alike else "No",
+    )
+    draw.add_cells(draw.key, second)  # "a lion and a shark" teaches "a shark and a lion"
+    draw.add_cells(attribute.name, second)
 
 
-def draw_wrong(d: Draw) -> None:
+def draw_wrong(draw: Draw) -> None:
     """Draw a value of another thing: a wrong sentence, a claim that may be true, and a choice."""
-    attribute, right, rng = d.facts[0], d.thing.values[d.facts[0].name], d.w.rng
-    values = {t.values[attribute.name] for t in d.w.world.categories[d.thing.category].things}
-    value = rng.choice(sorted(values - {right}))
-    wrong = attribute.answer.format(**d.thing.slots() | {"value": value})
-    truth, claim = ("Yes", d.slots["answer"]) if rng.random() < 0.5 else ("No", wrong)
-    one, two = rng.sample([right, value], 2)
-    d.slots |= {"wrong": wrong, "truth": truth, "one": one, "two": two, "One": capitalize(one)}
-    d.slots |= {"claim": claim, "small_claim": uncapitalize(claim, d.thing).rstrip(".")}
+    rng = draw.writer.rng
+    attribute = draw.facts[0]
+    right_value = draw.thing.values[attribute.name]
+    things = draw.writer.category(draw.thing).things
+    values = {thing.values[attribute.name] for thing in things}
+    wrong_value = rng.choice(sorted(values - {right_value}))
+    slots = draw.thing.slots() | {"value": wrong_value}
+    wrong = attribute.answer.format_map(slots)
+    is_true = rng.random() < TRUE
+    claim = draw.slots["answer"] if is_true else wrong
+    first, second = rng.sample([right_value, wrong_value], 2)
+    draw.slots.update(
+        wrong=wrong,
+        truth="Yes" if is_true else "No",
+        claim=claim,
+        small_claim=uncapitalize(claim, draw.thing).rstrip("."),
+        one=first,
+        two=second,
+        One=capitalize(first),
+    )
 
 
-def draw_clues(d: Draw) -> None:
+def draw_clues(draw: Draw) -> None:
     """Draw 3 facts that no other thing shares."""
-    clues, values = d.w.attributes(d.thing)[:3], d.thing.values
-    for other in d.w.world.categories[d.thing.category].things:
-        if other != d.thing and all(other.values[c.name] == values[c.name] for c in clues):
-            raise LookupError("two things share the clues")
-    texts = (d.w.rng.choice(c.it).format(**d.thing.slots(c.name)) for c in clues)
-    d.slots["clues"] = " ".join(texts)
+    thing = draw.thing
+    clues = draw.writer.attributes(thing)[:3]
+    fitting = draw.writer.category(thing).things
     for clue in clues:
-        d.add_cells(clue.name, d.thing)
+        value = thing.values[clue.name]
+        fitting = [candidate for candidate in fitting if candidate.values[clue.name] == value]
+    if len(fitting) > 1:
+        raise LookupError("two things share the clues")
+    sentences = []
+    for clue in clues:
+        pattern = draw.writer.rng.choice(clue.it)
+        sentences.append(pattern.format_map(thing.slots(clue.name)))
+        draw.add_cells(clue.name, thing)
+    draw.slots["clues"] = " ".join(sentences)
 
 
-def draw_categories(d: Draw) -> None:
+def draw_categories(draw: Draw) -> None:
     """Draw 2 wrong categories, and 3 things of one of them."""
-    rng, categories = d.w.rng, d.w.world.categories
-    other, third = rng.sample([name for name in categories if name != d.thing.category], 2)
-    one, two, three = rng.sample([d.thing.category, other, third], 3)
-    d.slots |= {"one": categories[one].a, "two": categories[two].a, "three": categories[three].a}
-    rest = [name for name in (one, two, three) if name != d.thing.category]
-    d.slots |= {"not_one": categories[rest[0]].a, "not_two": categories[rest[1]].a}
-    items = rng.sample([t for t in d.w.others if t.category == other], 3)
-    names = ", ".join(item.name for item in rng.sample([d.thing, *items], 4))
-    d.slots |= {"odd_list": names, "odd_kind": categories[other].plural}
-    d.add_cells(d.key, *items)
+    rng = draw.writer.rng
+    categories = draw.writer.world.categories
+    right = draw.thing.category
+    wrong = rng.sample([name for name in categories if name != right], 2)
+    choice = rng.sample([right, *wrong], 3)
+    excluded = [name for name in choice if name != right]
+    items = rng.sample(draw.writer.members[wrong[0]], 3)
+    odd_list = rng.sample([draw.thing, *items], 4)
+    draw.slots.update(
+        one=categories[choice[0]].phrase,
+        two=categories[choice[1]].phrase,
+        three=categories[choice[2]].phrase,
+        not_one=categories[excluded[0]].phrase,
+        not_two=categories[excluded[1]].phrase,
+        odd_list=join_names(odd_list),
+        odd_kind=categories[wrong[0]].plural,
+    )
+    draw.add_cells(draw.key, *items)
 
 
-def draw_list(d: Draw) -> None:
+def draw_list(draw: Draw) -> None:
     """Draw a list of 3 or 4 things with the thing among them, and what can be said of its order."""
-    rng, words = d.w.rng, d.w.words
-    rest = d.w.companions(d.thing, rng.randint(2, 3))
-    place = rng.randint(0, len(rest))
-    items = [*rest[:place], d.thing, *rest[place:]]
-    d.slots["place"] = words["order"][place] if rng.random() < 0.5 or items[place + 1 :] else "last"
-    names = [item.name for item in items]
-    lists = {"list": names, "reversed": names[::-1], "rest": [item.name for item in rest]}
-    d.slots |= {slot: ", ".join(found) for slot, found in lists.items()}
-    d.slots["count"] = words["numbers"][len(items)]
-    d.slots |= {"joined": join_phrases(items), "rest_joined": join_phrases(rest)}
-    d.slots |= {"first": names[0], "last": names[-1]}
-    if 0 < place < len(items) - 1:
-        d.slots |= {"before": names[place - 1], "after": names[place + 1]}
-    d.add_cells(d.key, d.thing, *rest)
+    rng = draw.writer.rng
+    words = draw.writer.words
+    companions = draw.writer.companions(draw.thing, rng.randint(2, 3))
+    place = rng.randint(0, len(companions))
+    items = [*companions[:place], draw.thing, *companions[place:]]
+    last = len(items) - 1
+    is_ordinal = rng.random() < 0.5 or place < last  # the last may be called so, or "third"
+    draw.slots.update(
+        place=words["order"][place] if is_ordinal else "last",
+        count=words["numbers"][len(items)],
+        list=join_names(items),
+        rest=join_names(companions),
+        reversed=join_names(items[::-1]),
+        joined=join_phrases(items),
+        rest_joined=join_phrases(companions),
+        first=items[0].name,
+        last=items[-1].name,
+    )
+    if 0 < place < last:
+        draw.slots["before"] = items[place - 1].name
+        draw.slots["after"] = items[place + 1].name
+    draw.add_cells(draw.key, draw.thing, *companions)
 
 
-def draw_scene(d: Draw) -> None:
+def draw_scene(draw: Draw) -> None:
     """Draw another thing, and who has or does what with the 2 of them."""
-    rng, words, other = d.w.rng, d.w.words, d.w.companions(d.thing, 1)[0]
+    rng = draw.writer.rng
+    words = draw.writer.words
+    numbers = words["numbers"]
+    companion = draw.writer.companions(draw.thing, 1)[0]
     few, many = sorted(rng.sample(range(2, 11), 2))
-    one, two = rng.randint(2, 5), rng.randint(2, 5)
-    numbers = {"few": few, "many": many, "one": one, "two": two, "sum": one + two}
-    d.slots |= {slot: words["numbers"][number] for slot, number in numbers.items()}
-    colors, boxes = rng.sample(words["colors"], 2), rng.sample(words["boxes"], 2)
-    d.slots |= {"spot": f"{colors[0]} {boxes[0]}", "spot2": f"{colors[1]} {boxes[1]}"}
-    d.slots |= dict(zip(("see", "saw", "sees"), rng.choice(words["verbs"]), strict=True))
-    d.slots |= {"b": other.a, "other": other.name, "does": rng.choice(words["verbs"])[-1]}
-    d.slots |= {"others": other.plural} if other.plural else {}
-    d.add_cells(d.key, d.thing, other)
+    first_number = rng.randint(2, 5)
+    second_number = rng.randint(2, 5)
+    colors = rng.sample(words["colors"], 2)
+    boxes = rng.sample(words["boxes"], 2)
+    see, saw, sees = rng.choice(words["verbs"])
+    draw.slots.update(
+        few=numbers[few],
+        many=numbers[many],
+        one=numbers[first_number],
+        two=numbers[second_number],
+        sum=numbers[first_number + second_number],
+        spot=f"{colors[0]} {boxes[0]}",
+        spot2=f"{colors[1]} {boxes[1]}",
+        see=see,
+        saw=saw,
+        sees=sees,
+        does=rng.choice(words["verbs"])[-1],
+        b=companion.phrase,
+        other=companion.name,
+    )
+    if companion.plural:
+        draw.slots["others"] = companion.plural
+    draw.add_cells(draw.key, draw.thing, companion)
 
 
-NOUN_DRAWS = {"list": draw_list, "scene": draw_scene}  # of a thing's plural
-SLOT_DRAWS = NOUN_DRAWS | {"fact": draw_fact, "second": draw_second, "other": draw_other}
-SLOT_DRAWS |= {"wrong": draw_wrong, "clues": draw_clues, "categories": draw_categories}
-Maker = Callable[[Writer, Thing], Pair | None]
+NOUN_DRAWS = {"list": draw_list, "scene": draw_scene}  # of a thing that has a plural
+SLOT_DRAWS = {
+    **NOUN_DRAWS,
+    "fact": draw_fact,
+    "second": draw_second,
+    "other": draw_other,
+    "wrong": draw_wrong,
+    "clues": draw_clues,
+    "categories": draw_categories,
+}
+Maker = Callable[[Writer, Thing], Draft | None]
+
+
+def join_names(items: list[Thing]) -> str:
+    """Join the names of things by commas."""
+    return ", ".join(item.name for item in items)
 
 
 def join_phrases(items: list[Thing]) -> str:
     """Join the things, each with its article, by commas and a last "and"."""
-    return f"{', '.join(item.a for item in items[:-1])} and {items[-1].a}"
+    *phrases, last = [item.phrase for item in items]
+    return f"{', '.join(phrases)} and {last}"
 
 
 @cache
@@ -209,50 +356,74 @@ def find_slots(pattern: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
 
 
-def ask_fact(skill: str, w: Writer, thing: Thing) -> Pair | None:
+def ask_fact(skill: str, writer: Writer, thing: Thing) -> Draft | None:
     """Ask for an attribute of this skill, in the attribute's own question forms."""
-    attribute = next((a for a in w.attributes(thing) if a.skill == skill), None)
-    if not attribute:
-        return None
-    messages = turns(w.question(thing, attribute, w.held), w.answer(thing, attribute))
-    cells, check = [(thing.name, attribute.name)], {"about": [attribute.vocabulary]}
-    return Pair(skill, messages, cells, check)
+    for attribute in writer.attributes(thing):
+        if attribute.skill == skill:
+            question = writer.question(thing, attribute, writer.held)
+            messages = turns(question, writer.answer(thing, attribute))
+            cells = [(thing.name, attribute.name)]
+            check = {"about": [attribute.vocabulary]}
+            return Draft(cells, partial(Pair, skill, messages, cells, check))
+    return None
 
 
-def ask_skill(skill: str, spec: dict, w: Writer, thing: Thing) -> Pair | None:
-    """Make an instruction of a table of skills.toml, whose header lists the slots."""
-    if thing.plural is None and NOUN_DRAWS.keys() & set(spec["uses"]):
+def ask_skill(skill: str, spec: dict, writer: Writer, thing: Thing) -> Draft | None:
+    """Draw an instruction of a table of skills.toml, whose header lists the slots.
+
+    None says that the table does not fit the thing, or that a draw found nothing.
+    """
+    if thing.plural is None and not NOUN_DRAWS.keys().isdisjoint(spec["uses"]):
         return None
-    people = dict(zip("pq", w.persons(2), strict=True))
-    d = Draw(w, thing, spec.get("key", skill), thing.slots() | people)
-    d.add_cells(d.key, thing)
-    d.slots["word"] = w.rng.choice(spec.get("words", [""]))
-    if thing.category:
-        d.slots["category"] = w.world.categories[thing.category].a
-    case = w.rng.choice(spec.get("cases", [spec]))
+    draw = Draw(writer, thing, spec.get("key", skill), thing.slots())
+    draw.slots["p"], draw.slots["q"] = writer.persons(2)
+    draw.add_cells(draw.key, thing)
+    draw.slots["word"] = writer.rng.choice(spec.get("words", [""]))
+    if thing.category:  # fillers have none
+        draw.slots["category"] = writer.category(thing).phrase
+    case = writer.rng.choice(spec.get("cases", [spec]))
     try:
-        for name in spec["uses"]:
-            SLOT_DRAWS[name](d)
-        given = spec.get("text", [])
-        d.slots["text"] = d.fill(" ".join(w.rng.sample(given, len(given))))
+        draw_slots(draw, spec)
     except LookupError:  # clues that fit 2 things, no other thing to draw, or no plural
         return None
-    d.slots["case"] = d.fill(case.get("case", ""))
-    forms = split_wordings(spec["prompts"])[w.held]
-    fitting = [form for form in forms if find_slots(form) <= d.slots.keys()]
-    if not fitting or not find_slots(case["answer"]) <= d.slots.keys():
+    draw.slots["case"] = draw.fill(case.get("case", ""))
+    forms = draw.find_fitting(choose_wordings(spec["prompts"], writer.held))
+    if not forms or not draw.find_fitting([case["answer"]]):
         return None
-    prompt, answer = d.fill(w.rng.choice(fitting)), d.fill(case["answer"])
-    before = [d.fill(turn) for turn in spec.get("before", [])]
-    messages = turns(*before, prompt, answer)
-    if spec.get("system"):
+    form = writer.rng.choice(forms)
+    return Draft(draw.cells, partial(write_pair, skill, spec, draw, form, case["answer"]))
+
+
+def draw_slots(draw: Draw, spec: dict) -> None:
+    """Draw what the table uses, and then its text: sentences in random order."""
+    for use in spec["uses"]:
+        SLOT_DRAWS[use](draw)
+    if "text" in spec:
+        sentences = draw.writer.rng.sample(spec["text"], len(spec["text"]))
+        draw.slots["text"] = draw.fill(" ".join(sentences))
+
+
+def write_pair(skill: str, spec: dict, draw: Draw, form: str, answer_form: str) -> Pair:
+    """Fill the forms of a table that was drawn."""
+    prompt = draw.fill(form)
+    answer = draw.fill(answer_form)
+    before = [draw.fill(turn) for turn in spec.get("before", [])]
+    if spec.get("system"):  # the prompt is the system's, and `before` is what the user asks
         messages = [{"role": "system", "content": prompt}, *turns(*before, answer)]
-    form = spec.get("check", {}).items()
-    check = {key: d.fill(value) if isinstance(value, str) else value for key, value in form}
-    facts = d.facts[-1:] if spec.get("about_last") else d.facts
+    else:
+        messages = turns(*before, prompt, answer)
+    return Pair(skill, messages, draw.cells, make_check(spec, draw))
+
+
+def make_check(spec: dict, draw: Draw) -> dict:
+    """Return what decides whether an answer is correct; `checks.py` defines its keys."""
+    check = {}
+    for key, value in spec.get("check", {}).items():
+        check[key] = draw.fill(value) if isinstance(value, str) else value
+    facts = draw.facts[-1:] if spec.get("about_last") else draw.facts
     if facts:
         check["about"] = sorted({attribute.vocabulary for attribute in facts})
-    return Pair(skill, messages, d.cells, check)
+    return check
 
 
 def collect_fillers(world: World) -> list[Thing]:
@@ -260,17 +431,26 @@ def collect_fillers(world: World) -> list[Thing]:
 
     So many nouns are harder to learn than to copy. Rare words, the young of animals, are left out.
     """
-    facts = [fact for thing in world.things for fact in thing.values.items() if fact[0] != "young"]
-    bare = [value.partition(" ")[2] for _, value in facts if value.startswith(("a ", "an "))]
     names = {thing.name for thing in world.things}
-    return [Thing(name, "", "", {}) for name in dict.fromkeys(bare) if name not in names]
+    nouns = {}  # as keys, which keep their order
+    for thing in world.things:
+        for attribute, value in thing.values.items():
+            article, _, noun = value.partition(" ")
+            is_noun = article in ("a", "an") and noun not in names
+            if is_noun and attribute != "young":
+                nouns[noun] = Thing(noun, "", "", {})
+    return list(nouns.values())
 
 
 def collect_makers(world: World) -> dict[str, Maker]:
-    """Return the makers of the skills that fit a world: of one category, those about facts."""
-    attributes = [a for c in world.categories.values() for a in c.attributes.values()]
-    makers = {skill: partial(ask_fact, skill) for skill in sorted({a.skill for a in attributes})}
-    for name, spec in world.wordings["skill"].items():
-        if len(world.categories) > 2 or not set(spec["uses"]) & {*NOUN_DRAWS, "categories"}:
-            makers[name] = partial(ask_skill, name, spec)
+    """Return the makers of the skills that fit a world: of a small part, those about facts."""
+    makers = {}
+    categories = world.categories.values()
+    attributes = [a for category in categories for a in category.attributes.values()]
+    for skill in sorted({attribute.skill for attribute in attributes}):
+        makers[skill] = partial(ask_fact, skill)
+    for skill, spec in world.wordings["skill"].items():
+        needs_many = not {*NOUN_DRAWS, "categories"}.isdisjoint(spec["uses"])
+        if not (world.is_small and needs_many):
+            makers[skill] = partial(ask_skill, skill, spec)
     return makers

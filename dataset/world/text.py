@@ -2,6 +2,8 @@
 
 No document asks a question. Each fact uses all sentence patterns of its attribute in turn, except
 the last 2, which only pretrain_world_patterns.jsonl uses.
+
+All draws come from one generator. Whoever changes their order changes every file that follows.
 """
 
 import random
@@ -9,12 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from dataset.world.facts import HELD_STATEMENTS, Attribute, Thing, World, capitalize
-from dataset.world.skills import Writer
+from dataset.world.skills import GAP, Writer, join_names
 
 CAPITALS = 0.06  # share of quoted statements and titles that stand in capital letters
 GAPS = 0.02  # share of quoted statements with a blank in place of the value
 LISTED = 0.15  # share of entries whose sentences stand in lines behind numbers or dashes
 SCORES = 0.3  # share of lists with a number beside each name
+THIRD_FACT = 0.6  # share of stories that state a third fact of their thing
+SCENES = 0.5  # share of stories with a scene
+DIALOGUE_FACTS = 4  # at most
+GAME_ROUNDS = 4
 
 
 class TextWriter(Writer):
@@ -22,7 +28,7 @@ class TextWriter(Writer):
 
     def __init__(self, world: World, rng: random.Random, held: bool = False):
         super().__init__(world, rng, world.things, held)
-        self.decks: dict[tuple, list[str]] = defaultdict(list)
+        self.decks: dict[tuple, list[str]] = defaultdict(list)  # patterns that are still to come
 
     def draw(self, key: tuple, patterns: list[str]) -> str:
         """Draw a pattern; none comes again before all were drawn."""
@@ -32,15 +38,23 @@ class TextWriter(Writer):
 
     def frame(self, name: str, /, **slots: str) -> str:
         """Fill one of the story frames of a kind."""
-        return self.draw((name,), self.words[name]).format(**slots)
+        return self.draw((name,), self.words[name]).format_map(slots)
 
     def state(self, thing: Thing, attribute: Attribute, it: bool = False) -> str:
         """State a fact in a sentence that names the thing, or says "it" of one named before."""
-        it = it and not self.held
-        parts = attribute.statements[:-HELD_STATEMENTS], attribute.statements[-HELD_STATEMENTS:]
-        patterns = attribute.it if it else parts[self.held]
-        pattern = self.draw((thing.name, attribute.name, it), patterns)
-        return pattern.format(**thing.slots(attribute.name))
+        says_it = it and not self.held
+        if says_it:
+            patterns = attribute.it
+        elif self.held:
+            patterns = attribute.statements[-HELD_STATEMENTS:]
+        else:
+            patterns = attribute.statements[:-HELD_STATEMENTS]
+        pattern = self.draw((thing.name, attribute.name, says_it), patterns)
+        return pattern.format_map(thing.slots(attribute.name))
+
+    def state_any(self, thing: Thing, person: str) -> str:
+        """Let a person say any fact of a thing."""
+        return self.quote(thing, self.attributes(thing)[0], person)
 
     def quote(self, thing: Thing, attribute: Attribute, person: str) -> str:
         """Let a person say a fact."""
@@ -48,7 +62,7 @@ class TextWriter(Writer):
         if self.rng.random() < CAPITALS:
             sentence = sentence.upper()
         elif self.rng.random() < GAPS:
-            sentence = sentence.replace(thing.values[attribute.name], "____")
+            sentence = sentence.replace(thing.values[attribute.name], GAP)
         return self.frame("tags", p=person, S=sentence)
 
     def topic(self, thing: Thing) -> str:
@@ -57,105 +71,163 @@ class TextWriter(Writer):
 
     def scene(self) -> str:
         """Show two people with things, numbers or boxes."""
-        (p, q), (one, two) = self.persons(2), self.companions(self.rng.choice(self.others), 2)
-        n, m = (self.words["numbers"][n] for n in self.rng.sample(range(2, 11), 2))
-        color, box = self.rng.choice(self.words["colors"]), self.rng.choice(self.words["boxes"])
-        slots = {"p": p, "q": q, "a": one.a, "b": two.a, "plural": one.plural, "n": n, "m": m}
-        return self.frame("scenes", **slots, color=color, box=box)
+        first_person, second_person = self.persons(2)
+        first, second = self.companions(self.rng.choice(self.things), 2)
+        numbers = self.rng.sample(range(2, 11), 2)
+        return self.frame(
+            "scenes",
+            p=first_person,
+            q=second_person,
+            a=first.phrase,
+            b=second.phrase,
+            plural=first.plural,
+            n=self.words["numbers"][numbers[0]],
+            m=self.words["numbers"][numbers[1]],
+            color=self.rng.choice(self.words["colors"]),
+            box=self.rng.choice(self.words["boxes"]),
+        )
 
     def list_names(self) -> str:
         """Read out a short list of things."""
-        items = self.companions(self.rng.choice(self.others), self.rng.randint(3, 4))
+        items = self.companions(self.rng.choice(self.things), self.rng.randint(3, 4))
         names = [item.name for item in items]
-        slots = {"first": names[0], "last": names[-1], "n": self.words["numbers"][len(items)]}
+        entries = names
         if self.rng.random() < SCORES:
-            names = [f"{name} {self.rng.randint(1, 9)}" for name in names]
-        return self.frame("lists", list=", ".join(names), **slots)
+            entries = [f"{name} {self.rng.randint(1, 9)}" for name in names]
+        return self.frame(
+            "lists",
+            list=", ".join(entries),
+            first=names[0],
+            last=names[-1],
+            n=self.words["numbers"][len(names)],
+        )
 
     def classify(self, thing: Thing) -> str:
         """State the category of a thing."""
-        category = self.world.categories[thing.category]
-        slots = thing.slots() | {"category": category.a, "categories": category.plural}
+        category = self.category(thing)
+        slots = thing.slots()
+        slots["category"] = category.phrase
+        slots["categories"] = category.plural
         return self.frame("kinds", **slots)
 
     def relate(self, thing: Thing, attribute: Attribute) -> list[str]:
         """Lead over to another thing that has the same value, if there is one."""
-        name, things = attribute.name, self.world.categories[thing.category].things
-        alike = [t for t in things if t.values[name] == thing.values[name] and t != thing]
+        value = thing.values[attribute.name]
+        alike = [t for t in self.siblings(thing) if t.values[attribute.name] == value]
         if not alike:
             return []
-        other = self.rng.choice(alike)
-        return [f"{self.frame('links', b=other.a)} {self.state(other, attribute)}"]
+        second = self.rng.choice(alike)
+        link = self.frame("links", b=second.phrase)
+        return [f"{link} {self.state(second, attribute)}"]
 
     def entry(self, thing: Thing) -> str:
         """State all facts of a thing, as a small encyclopedia does."""
         facts = self.attributes(thing)
         title = self.frame("titles", topic=self.topic(thing))
-        title = title.upper() if self.rng.random() < CAPITALS else title
+        if self.rng.random() < CAPITALS:
+            title = title.upper()
         sentences = [title, self.state(thing, facts[0])]
-        sentences += [self.state(thing, fact, it=i % 2 == 0) for i, fact in enumerate(facts[1:])]
-        sentences.insert(self.rng.randint(2, len(sentences)), self.classify(thing))
+        for i, fact in enumerate(facts[1:]):
+            sentences.append(self.state(thing, fact, it=i % 2 == 0))
+        place = self.rng.randint(2, len(sentences))
+        sentences.insert(place, self.classify(thing))
         sentences += self.relate(thing, self.rng.choice(facts))
         if self.rng.random() >= LISTED:
             return " ".join(sentences)
-        mark = "{i}." if self.rng.random() < 0.5 else "-"
-        lines = [f"{mark.format(i=i)} {text}" for i, text in enumerate(sentences[1:], start=1)]
-        return "\n".join([title, *lines])
+        is_numbered = self.rng.random() < 0.5
+        lines = [title]
+        for i, sentence in enumerate(sentences[1:], start=1):
+            lines.append(f"{i}. {sentence}" if is_numbered else f"- {sentence}")
+        return "\n".join(lines)
 
     def story(self, thing: Thing) -> str:
         """Let two people talk of a thing, and of another one, within a small scene."""
-        (p, q), facts = self.persons(2), self.attributes(thing)[:3]
-        other = self.rng.choice(self.others)
-        lines = [self.frame("openings", p=p, q=q), self.quote(thing, facts[0], p)]
-        lines += [self.frame("replies", p=q), self.quote(thing, facts[1], q)]
-        if len(facts) > 2 and self.rng.random() < 0.6:
-            lines.append(self.quote(thing, facts[2], p))
-        lines.append(self.quote(other, self.attributes(other)[0], self.rng.choice([p, q])))
-        if self.rng.random() < 0.5:
-            lines.insert(1, self.scene())
-        return " ".join([*lines, self.frame("closings", p=p, q=q)])
+        first, second = self.persons(2)
+        facts = self.attributes(thing)[:3]
+        new_thing = self.rng.choice(self.things)
+        sentences = [
+            self.frame("openings", p=first, q=second),
+            self.quote(thing, facts[0], first),
+            self.frame("replies", p=second),
+            self.quote(thing, facts[1], second),
+        ]
+        if len(facts) > 2 and self.rng.random() < THIRD_FACT:
+            sentences.append(self.quote(thing, facts[2], first))
+        new_fact = self.attributes(new_thing)[0]
+        speaker = self.rng.choice([first, second])
+        sentences.append(self.quote(new_thing, new_fact, speaker))
+        if self.rng.random() < SCENES:
+            sentences.insert(1, self.scene())
+        sentences.append(self.frame("closings", p=first, q=second))
+        return " ".join(sentences)
 
     def dialogue(self, thing: Thing) -> str:
         """Let two people exchange facts, a line each."""
-        (p, q), facts = self.persons(2), self.attributes(thing)
-        lines = [self.frame("talks", p=p, topic=self.topic(thing))]
-        for i, fact in enumerate(facts[:4]):
-            start = f"{self.frame('answers')} " if i % 2 == 0 else ""
-            lines.append(f"{(q, p)[i % 2]}: {start}{self.state(thing, fact)}")
-        last = q if len(lines) % 2 else p
-        lines += [f"{last}: {text}" for text in self.relate(thing, facts[0])]
+        first, second = self.persons(2)
+        facts = self.attributes(thing)
+        lines = [self.frame("talks", p=first, topic=self.topic(thing))]
+        for i, fact in enumerate(facts[:DIALOGUE_FACTS]):
+            is_reply = i % 2 == 0
+            speaker = second if is_reply else first
+            start = f"{self.frame('answers')} " if is_reply else ""
+            lines.append(f"{speaker}: {start}{self.state(thing, fact)}")
+        speaker = second if len(lines) % 2 else first
+        for sentence in self.relate(thing, facts[0]):
+            lines.append(f"{speaker}: {sentence}")
         return "\n".join(lines)
 
     def lesson(self, thing: Thing) -> str:
         """Show a classroom: what is asked for, lists, numbers and a few facts."""
-        p, q = self.persons(2)
-        lines = [self.frame("classroom", p=p, q=q), self.list_names(), self.scene()]
-        lines.append(self.frame("classroom", p=q, q=p))
-        lines.append(self.quote(thing, self.attributes(thing)[0], p))
-        lines += [capitalize(self.classify(self.companions(thing, 1)[0])), self.scene()]
+        first, second = self.persons(2)
+        lines = [
+            self.frame("classroom", p=first, q=second),
+            self.list_names(),
+            self.scene(),
+            self.frame("classroom", p=second, q=first),
+            self.state_any(thing, first),
+            capitalize(self.classify(self.companions(thing, 1)[0])),
+            self.scene(),
+        ]
         self.rng.shuffle(lines)
         return " ".join(lines)
 
     def game(self, thing: Thing) -> str:
         """Let two people play with words: each thing is named more than once."""
-        (p, q), lines, words = self.persons(2), [], self.words
-        for _ in range(4):
-            items = self.companions(thing, self.rng.randint(3, 4))
-            names, (one, two) = [item.name for item in items], items[:2]
-            lists = {"list": names, "reversed": names[::-1], "rest": names[:-1]}
-            slots = {key: ", ".join(found) for key, found in lists.items()}
-            slots |= {"first": names[0], "last": names[-1], "plural": one.plural, "p": p, "q": q}
-            slots |= {"color": self.rng.choice(words["colors"]), "a": one.a, "b": two.a}
-            box, n = self.rng.choice(words["boxes"]), words["numbers"][self.rng.randint(2, 10)]
-            lines.append(capitalize(self.frame("games", **slots, box=box, n=n)))
-        return " ".join([*lines, self.quote(thing, self.attributes(thing)[0], p)])
+        first, second = self.persons(2)
+        lines = [self.play(thing, first, second) for _ in range(GAME_ROUNDS)]
+        lines.append(self.state_any(thing, first))
+        return " ".join(lines)
+
+    def play(self, thing: Thing, first_person: str, second_person: str) -> str:
+        """Play a round of a game with 3 or 4 things."""
+        items = self.companions(thing, self.rng.randint(3, 4))
+        line = self.frame(
+            "games",
+            list=join_names(items),
+            reversed=join_names(items[::-1]),
+            rest=join_names(items[:-1]),
+            first=items[0].name,
+            last=items[-1].name,
+            plural=items[0].plural,
+            p=first_person,
+            q=second_person,
+            color=self.rng.choice(self.words["colors"]),
+            a=items[0].phrase,
+            b=items[1].phrase,
+            box=self.rng.choice(self.words["boxes"]),
+            n=self.words["numbers"][self.rng.randint(2, 10)],
+        )
+        return capitalize(line)
 
     def write_round(self) -> Iterator[str]:
         """Write documents of each kind for each thing, in random order."""
-        for i, thing in enumerate(self.rng.sample(self.others, len(self.others))):
-            for write in (self.entry, self.story, self.dialogue, self.entry):
-                yield write(thing)
-            yield (self.game if i % 2 else self.lesson)(thing)
+        things = self.rng.sample(self.things, len(self.things))
+        for i, thing in enumerate(things):
+            yield self.entry(thing)
+            yield self.story(thing)
+            yield self.dialogue(thing)
+            yield self.entry(thing)
+            yield self.game(thing) if i % 2 else self.lesson(thing)
 
 
 class ChineseWriter(TextWriter):
@@ -163,23 +235,35 @@ class ChineseWriter(TextWriter):
 
     def quote(self, thing: Thing, attribute: Attribute, person: str) -> str:
         """Let a person say a fact."""
-        return self.frame("tags", p=person, S=self.state(thing, attribute).rstrip("。"))
+        sentence = self.state(thing, attribute).rstrip("。")
+        return self.frame("tags", p=person, S=sentence)
 
     def write_round(self) -> Iterator[str]:
         """Write an entry and a story for each thing."""
-        for thing in self.rng.sample(self.others, len(self.others)):
-            facts = self.attributes(thing)
-            yield "".join(self.state(thing, fact, it=fact != facts[0]) for fact in facts)
-            (p, q), other = self.persons(2), self.rng.choice(self.others)
-            lines = [self.frame("openings", p=p, q=q), self.quote(thing, facts[0], p)]
-            lines.append(self.quote(other, self.attributes(other)[0], q))
-            lines += [self.frame(name, p=p, q=q) for name in ("lessons", "closings")]
-            yield "".join(lines)
+        for thing in self.rng.sample(self.things, len(self.things)):
+            first_fact, *facts = self.attributes(thing)
+            sentences = [self.state(thing, first_fact)]
+            sentences += [self.state(thing, fact, it=True) for fact in facts]
+            yield "".join(sentences)
+            first, second = self.persons(2)
+            new_thing = self.rng.choice(self.things)
+            sentences = [
+                self.frame("openings", p=first, q=second),
+                self.quote(thing, first_fact, first),
+                self.state_any(new_thing, second),
+                self.frame("lessons", p=first, q=second),
+                self.frame("closings", p=first, q=second),
+            ]
+            yield "".join(sentences)
 
 
 def write_documents(writer: TextWriter, size: int) -> list[str]:
     """Write whole rounds until the documents, each of them once, have `size` bytes of UTF-8."""
-    documents: dict[str, None] = {}
-    while sum(len(document.encode()) for document in documents) < size:
-        documents |= dict.fromkeys(writer.write_round())
+    documents: dict[str, None] = {}  # as keys, which keep their order
+    written = 0
+    while written < size:
+        for document in writer.write_round():
+            if document not in documents:
+                documents[document] = None
+                written += len(document.encode())
     return list(documents)

@@ -4,25 +4,30 @@
     python evaluation/bench/bench.py --sizes xs --quick --output quick.json   # does it run?
 
 An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", the same with
-MiniMind's loading; "trainer", Trainer with PEFT, not compiled. Arms take turns. Numbers are medians
-without first steps. MFU is "% of the peak", of a large product. "Batches" needs a GPU.
+MiniMind's loading; "trainer", Trainer with PEFT, not compiled. Arms take turns, so that a machine
+which slows down or speeds up does so for all. Numbers are medians without first steps. MFU is
+"% of the peak", of a large product. "Batches" needs a GPU.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count, islice, product
+from itertools import islice
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,207 +49,424 @@ from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_con
 from trainer import arguments, train_full_sft, train_lora, trainer_utils
 from trainer.arguments import MAX_SEQ_LEN
 
-METHODS = {"FFT": None, "LoRA square": ["q_proj", "o_proj"], "LoRA all-linear": "all-linear"}
-BATCHES, WORKERS = (1, 2, 4, 8, 16, 32, 64, 128), (0, 1, 2, 4, 8)
-SAMPLES, PROMPTS, NEW_TOKENS = 1_024, 100, 64  # samples: a multiple of each batch size
+METHODS = {  # and what PEFT calls the layers that get an adapter
+    "FFT": None,
+    "LoRA square": ["q_proj", "o_proj"],
+    "LoRA all-linear": "all-linear",
+}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+WORKERS = (0, 1, 2, 4, 8)
+SAMPLES = 1_024  # a multiple of each batch size
+PROMPTS = 100
+NEW_TOKENS = 64
+LEARNING_RATE = 1e-4
 BASE = RESULTS_DIR / "bases" / f"m26-world-{MAIN_BASE}"
-PRODUCTS = {False: r"^aten::(mm|addmm|bmm|baddbmm)$", True: "gemm|gemv|nvjet"}  # by "is GPU"
-TABLES = ("Training", "Start", "Generation", "Batches", "Loading")
-ARM_KEYS = ["size", "method", "batch", "workers", "engine"]
-MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]
+PRODUCTS = {  # names of matrix products in a profile
+    "cpu": r"^aten::(mm|addmm|bmm|baddbmm)$",
+    "cuda": "gemm|gemv|nvjet",
+}
+PARTS = ("Training", "Start", "Generation", "Batches", "Loading")
+ARM_KEYS = ["size", "method", "batch", "workers", "engine"]  # what tells arms apart
+MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]  # for what is computed
 TABLE_COLUMNS = ["MiB", "% outside products", "% waiting for data"]
 start_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One process of the benchmark: what it trains, by which engine and for how long."""
+
+    folder: Path  # of the models, the pairs and all that a run leaves
+    device: str
+    dtype: str  # of matrix products
+    peak: float  # FLOPs a second of a large matrix product
+    size: str
+    steps: int  # that are timed; one more comes first
+    method: str = "FFT"  # of METHODS
+    engine: str = "ours"
+    batch: int = 32
+    workers: int = 0
+    compiles: str = "on"
+    compiled_code: str = "compiled"  # folder of the compiler's cache, in `folder`
+
+    @property
+    def pairs(self) -> Path:
+        """The file of pairs."""
+        return self.folder / "chats.jsonl"
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it computes on CUDA."""
+        return self.device == "cuda"
+
+
+# ---------------------------------------------------------------- in an arm's process
 
 
 class MiniMindData:
     """MiniMind's way of loading: a sample is rendered, tokenized, padded and labeled when read."""
 
     def __init__(self, path: Path, data: TokenDataset):
-        self.targets, self.info = data.targets, data.info
-        self.lengths = data.lengths.clip(MAX_SEQ_LEN)  # all alike: not grouped by length
+        self.targets = data.targets
+        self.info = data.info
+        self.lengths = pad_lengths(data)
         self.records = [record for _, record in read_jsonl(path)]
         self.tokenizer = load_tokenizer()
         self.opening = self.tokenizer("<|im_start|>assistant\n").input_ids
 
     def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
         """Return ids and labels, padded to the most that a sample may have."""
-        chat, size = self.records[index]["conversations"], len(self.opening)
-        ids = self.tokenizer(self.tokenizer.apply_chat_template(chat, tokenize=False)).input_ids
-        ids = (ids + [self.tokenizer.pad_token_id] * MAX_SEQ_LEN)[:MAX_SEQ_LEN]
-        labels, in_answer = [IGNORE_INDEX] * MAX_SEQ_LEN, False
+        messages = self.records[index]["conversations"]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = self.tokenizer(text).input_ids
+        ids += [self.tokenizer.pad_token_id] * MAX_SEQ_LEN
+        ids = ids[:MAX_SEQ_LEN]
+        labels = [IGNORE_INDEX] * MAX_SEQ_LEN
+        size = len(self.opening)
+        in_answer = False
         for i in range(size, MAX_SEQ_LEN):
             if in_answer or ids[i - size : i] == self.opening:
-                labels[i], in_answer = ids[i], ids[i] != self.tokenizer.eos_token_id
+                labels[i] = ids[i]
+                in_answer = ids[i] != self.tokenizer.eos_token_id
         return ids, labels
 
 
-def train_ours(job: dict, data: TokenDataset) -> dict:
+def pad_lengths(data: TokenDataset) -> np.ndarray:
+    """Return the lengths of padded samples: all alike, so nothing is grouped by length."""
+    return np.full_like(data.lengths, MAX_SEQ_LEN)
+
+
+def train_ours(arm: Arm, data: TokenDataset) -> dict[str, float]:
     """Run a training script as its users do; return mean loss and FLOPs a token."""
-    folder, steps, name = job["folder"], job["steps"] + 1, f"run{os.getpid()}"
-    words = f"--from_weight {folder / job['size']} --data_path {folder / 'chats.jsonl'} --overwrite"
-    words += f" --save_dir {folder} --max_steps {steps} --log_interval {steps} --learning_rate 1e-4"
-    words += f" --device {job['device']} --num_workers {job['workers']} --lr_schedule constant"
-    words += f" --use_compile {job['compiles']} --batch_size {job['batch']} --dtype {job['dtype']}"
-    is_lora, targets = job["method"] != "FFT", job["method"].removeprefix("LoRA ")
-    words += f" --lora_name {name} --lora_targets {targets}" if is_lora else f" --run_name {name}"
-    if job["engine"] == "minimind":
-        stage = arguments.FULL_SFT
-        args = arguments.parse_args(arguments.make_stage_parser("", stage), words.split(), stage)
-        session = trainer_utils.start_session(args)
-        data = trainer_utils.Data(MiniMindData(*args.data_path, data), None)
-        method = trainer_utils.Method(stage.name, name_roles(session.model))
-        trainer_utils.train(args, session, data, method)
+    name = f"run{os.getpid()}"
+    steps = arm.steps + 1
+    flags = {
+        "--from_weight": arm.folder / arm.size,
+        "--data_path": arm.pairs,
+        "--save_dir": arm.folder,
+        "--max_steps": steps,
+        "--log_interval": steps,
+        "--learning_rate": LEARNING_RATE,
+        "--lr_schedule": "constant",
+        "--device": arm.device,
+        "--dtype": arm.dtype,
+        "--use_compile": arm.compiles,
+        "--num_workers": arm.workers,
+        "--batch_size": arm.batch,
+    }
+    train = train_full_sft.main
+    if arm.method == "FFT":
+        flags["--run_name"] = name
     else:
-        (train_lora if is_lora else train_full_sft).main(words.split())
-    record = read_json(folder / name / "run.json")
+        flags["--lora_name"] = name
+        flags["--lora_targets"] = arm.method.removeprefix("LoRA ")
+        train = train_lora.main
+    if arm.engine == "minimind":
+        train = partial(train_minimind, data)
+    words = ["--overwrite"]
+    for flag, value in flags.items():
+        words += [flag, str(value)]
+    train(words)
+    record = read_json(arm.folder / name / "run.json")
     return {"loss": record["train_loss"], "flops": record["flops"] / record["tokens"]}
 
 
-def train_theirs(job: dict, data: TokenDataset) -> dict:
+def train_minimind(data: TokenDataset, words: list[str]) -> None:
+    """Fine-tune by our loop, but load the samples as MiniMind does."""
+    stage = arguments.FULL_SFT
+    args = arguments.parse_args(arguments.make_stage_parser("", stage), words, stage)
+    session = trainer_utils.start_session(args)
+    data = trainer_utils.Data(MiniMindData(*args.data_path, data), None)
+    method = trainer_utils.Method(stage.name, name_roles(session.model))
+    trainer_utils.train(args, session, data, method)
+
+
+def train_theirs(arm: Arm, data: TokenDataset) -> dict[str, float]:
     """Train by Trainer, and PEFT for adapters, as `train_ours` does; return the mean loss."""
-    plan, steps, folder = StepPlan(data.lengths, job["batch"]), job["steps"] + 1, job["folder"]
-    samples = [data[i] for step in range(steps) for i in plan[step]]
-    samples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in samples]
-    model = LlamaForCausalLM.from_pretrained(folder / job["size"], dtype=torch.float32)
-    if targets := METHODS[job["method"]]:
-        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=targets))
-    flags = {"output_dir": folder / "theirs", "use_cpu": job["device"] == "cpu"}
-    flags |= {"max_steps": steps, "learning_rate": 1e-4, "lr_scheduler_type": "constant"}
-    flags |= {"train_sampling_strategy": "sequential", "bf16": job["dtype"] == "bfloat16"}
-    flags |= {"per_device_train_batch_size": job["batch"], "save_strategy": "no"}
+    plan = StepPlan(data.lengths, arm.batch)
+    steps = arm.steps + 1
+    samples = []
+    for step in range(steps):
+        for index in plan[step]:
+            ids, labels = data[index]
+            samples.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    model = LlamaForCausalLM.from_pretrained(arm.folder / arm.size, dtype=torch.float32)
+    targets = METHODS[arm.method]
+    if targets:
+        config = LoraConfig(r=8, lora_alpha=32, target_modules=targets)
+        model = get_peft_model(model, config)
+    settings = TrainingArguments(
+        output_dir=arm.folder / "theirs",
+        use_cpu=arm.device == "cpu",
+        bf16=arm.dtype == "bfloat16",
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=arm.batch,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+    )
     collator = DataCollatorForSeq2Seq(load_tokenizer())
-    return {"loss": Trainer(model, TrainingArguments(**flags), collator, samples).train()[1]}
+    output = Trainer(model, settings, collator, samples).train()
+    return {"loss": output.training_loss}
 
 
-def run_turn(job: dict, profiles: bool = False) -> dict:
-    """Train a first step and `job["steps"]` timed ones; return their cost, or their profile."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job["folder"] / job.get("code", "compiled"))
-    data = load_dataset("sft", [job["folder"] / "chats.jsonl"], load_tokenizer(), MAX_SEQ_LEN)
-    is_gpu, profiler, clock, steps = job["device"] == "cuda", torch.profiler.profile(), [], count(1)
+class StepClock:
+    """Note when the first and the last step end, and profile what lies between, if asked to."""
 
-    def note_step(*_: object) -> None:
-        if next(steps) in (1, job["steps"] + 1):
-            torch.get_device_module(job["device"]).synchronize()
-            clock.append(time.time())
-            if profiles:
-                (profiler.stop if len(clock) > 1 else profiler.start)()
-            clock.append(time.time())
+    def __init__(self, arm: Arm, profiles: bool):
+        self.device = arm.device
+        self.last_step = arm.steps + 1
+        self.profiler = torch.profiler.profile() if profiles else None
+        self.step = 0
+        self.first_step_at = 0.0  # seconds, as `time.time` counts
+        self.started_at = 0.0
+        self.ended_at = 0.0
 
-    hook = register_optimizer_step_post_hook(note_step)
+    def note_step(self, *_: object) -> None:
+        """Be called after each step of an optimizer."""
+        self.step += 1
+        if self.step == 1:
+            self.first_step_at = self.read()
+            if self.profiler:
+                self.profiler.start()
+            self.started_at = time.time()
+        elif self.step == self.last_step:
+            self.ended_at = self.read()
+            if self.profiler:
+                self.profiler.stop()
+
+    def read(self) -> float:
+        """Return the time at which the device has done all its work."""
+        torch.get_device_module(self.device).synchronize()
+        return time.time()
+
+    @property
+    def seconds(self) -> float:
+        """How long the timed steps took."""
+        return self.ended_at - self.started_at
+
+
+def run_turn(arm: Arm, profiles: bool = False) -> dict[str, float]:
+    """Train a first step and `arm.steps` timed ones; return their cost, or their profile."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(arm.folder / arm.compiled_code)
+    data = load_dataset("sft", [arm.pairs], load_tokenizer(), MAX_SEQ_LEN)
+    clock = StepClock(arm, profiles)
+    train = train_theirs if arm.engine == "trainer" else train_ours
+    hook = register_optimizer_step_post_hook(clock.note_step)
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-        report = (train_theirs if job["engine"] == "trainer" else train_ours)(job, data)
+        report = train(arm, data)
     hook.remove()
-    lengths = data.lengths.clip(MAX_SEQ_LEN) if job["engine"] == "minimind" else data.lengths
-    plan, seconds = StepPlan(lengths, job["batch"]), clock[2] - clock[1]
-    if profiles:
-        events = pd.DataFrame(vars(event) for event in profiler.key_averages()).set_index("key")
-        is_kernel = events["device_type"].eq(DeviceType.CUDA) & ~events["is_user_annotation"]
-        on_gpu = events["self_device_time_total"][is_kernel] / 1e6
-        own = on_gpu if is_gpu else events["self_cpu_time_total"] / 1e6
-        inside = own.filter(regex=PRODUCTS[is_gpu]).sum() / seconds
-        waiting = events["cpu_time_total"].filter(like="DataLoader").sum() / 1e6 / seconds
-        report = {"% outside products": 100 - 100 * inside, "% waiting for data": 100 * waiting}
-        return report | {"kernels": on_gpu.sum() if is_gpu else float("nan")}
-    kib = torch.cuda.max_memory_allocated() / 1024 if is_gpu else getrusage(RUSAGE_SELF).ru_maxrss
-    report["tokens"] = sum(data.lengths[plan[1 + step]].sum() for step in range(job["steps"]))
-    return report | {"first_step_at": clock[0], "seconds": seconds, "MiB": kib / 1024}
+    if clock.profiler:
+        return describe_profile(clock.profiler, clock.seconds, arm)
+    report["first_step_at"] = clock.first_step_at
+    report["seconds"] = clock.seconds
+    report["tokens"] = count_tokens(arm, data)
+    report["MiB"] = read_peak_memory(arm)
+    return report
 
 
-def run_in_turns(job: dict) -> pd.DataFrame:
-    """Train by each engine and method in turns; return medians, a row for each."""
-    keys = [{"method": m, "engine": e} for m in job["methods"] for e in job["engines"]]
-    arms, rows = [(start_process(), job | key) for key in keys], []
-    wait([process.submit(run_turn, arm) for process, arm in arms])  # not timed: they compile
-    for turn, (process, arm) in product(range(job["turns"] + 1), arms):
-        report = process.submit(run_turn, arm, turn == job["turns"]).result()  # a profile at last
-        rows.append(arm | report | {"turn": turn})
-    for process, _ in arms:
+def count_tokens(arm: Arm, data: TokenDataset) -> int:
+    """Count the tokens of the timed steps, padding aside."""
+    lengths = pad_lengths(data) if arm.engine == "minimind" else data.lengths
+    plan = StepPlan(lengths, arm.batch)
+    return sum(data.lengths[plan[step]].sum() for step in range(1, arm.steps + 1))
+
+
+def read_peak_memory(arm: Arm) -> float:
+    """Return the most MiB that the process has held: of the GPU's memory, or of the machine's."""
+    if arm.is_gpu:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return getrusage(RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def describe_profile(
+    profiler: torch.profiler.profile, seconds: float, arm: Arm
+) -> dict[str, float]:
+    """Return what part of the timed steps was spent outside matrix products, and on waiting."""
+    # A row is an operation, by its name; times are microseconds, "self" without those inside it.
+    events = pd.DataFrame(vars(event) for event in profiler.key_averages()).set_index("key")
+    is_kernel = events["device_type"].eq(DeviceType.CUDA) & ~events["is_user_annotation"]
+    kernels = events["self_device_time_total"][is_kernel] / 1e6
+    operations = kernels if arm.is_gpu else events["self_cpu_time_total"] / 1e6
+    products = operations.filter(regex=PRODUCTS["cuda" if arm.is_gpu else "cpu"]).sum()
+    waiting = events["cpu_time_total"].filter(like="DataLoader").sum() / 1e6
+    return {
+        "% outside products": 100 - 100 * products / seconds,
+        "% waiting for data": 100 * waiting / seconds,
+        "kernels": kernels.sum() if arm.is_gpu else float("nan"),
+    }
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def run_in_turns(arms: list[Arm], turns: int) -> pd.DataFrame:
+    """Train the arms, each in its process, in turns; return their medians, a row an arm."""
+    processes = [start_process() for _ in arms]
+    pairs = list(zip(processes, arms, strict=True))
+    wait([process.submit(run_turn, arm) for process, arm in pairs])  # not timed: they compile
+    rows = []
+    for turn in range(turns + 1):
+        profiles = turn == turns  # a last turn is not timed, since a profiler slows it down
+        for process, arm in pairs:
+            report = process.submit(run_turn, arm, profiles).result()
+            rows.append({**asdict(arm), **report, "turn": turn})
+    for process in processes:
         process.shutdown()
     return take_medians(pd.DataFrame(rows))
 
 
 def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return medians over turns; our engine and FFT stand before the arms that are compared."""
+    """Return medians over turns, a row an arm; `rows` has a row for each turn of an arm.
+
+    Our engine and FFT stand before the arms that are compared with them in the same turn.
+    """
     frame = rows.reindex(columns=[*ARM_KEYS, *MEASURED, *TABLE_COLUMNS])
-    seconds, turn = frame["seconds"], frame["turn"]
+    seconds = frame["seconds"]
+    turn = frame["turn"]
+    ours = seconds.groupby([turn, frame["method"]]).transform("first")
+    full = seconds.groupby([turn, frame["engine"]]).transform("first")
     frame["tokens/s"] = frame["tokens"] / seconds
-    frame["time / ours"] = seconds / seconds.groupby([turn, frame["method"]]).transform("first")
-    frame["time / FFT"] = seconds / seconds.groupby([turn, frame["engine"]]).transform("first")
+    frame["time / ours"] = seconds / ours
+    frame["time / FFT"] = seconds / full
     frame["% of the peak"] = 100 * frame["tokens/s"] * frame["flops"] / frame["peak"]
     table = frame.groupby(ARM_KEYS, sort=False).median()
     table["% GPU busy"] = 100 * table["kernels"] / table["seconds"]
     return table.drop(columns=MEASURED).reset_index()
 
 
-def measure_start(job: dict) -> pd.DataFrame:
+def measure_start(arm: Arm) -> pd.DataFrame:
     """Time a process from its start to its first step's end, with and without compiled code."""
-    rows = [job | {"engine": e, "code": e} for e in job["engines"] for _ in range(2)]
-    for row, compiled in zip(rows, ("cold", "warm") * 2, strict=True):
-        row |= {"compiled code": compiled, "s": -time.time()}
-        with start_process() as process:
-            row["s"] += process.submit(run_turn, row).result()["first_step_at"]
-    return pd.DataFrame(rows)[["size", "engine", "compiled code", "s"]]
+    rows = []
+    for engine in ("ours", "trainer"):
+        started = replace(arm, engine=engine, compiled_code=engine)  # a folder of its own
+        for code in ("cold", "warm"):  # the second process finds what the first has compiled
+            start = time.time()
+            with start_process() as process:
+                report = process.submit(run_turn, started).result()
+            seconds = report["first_step_at"] - start
+            rows.append({"size": arm.size, "engine": engine, "compiled code": code, "s": seconds})
+    return pd.DataFrame(rows)
 
 
-def measure_generation(job: dict) -> pd.DataFrame:
+def measure_generation(arm: Arm, base: Path, turns: int) -> pd.DataFrame:
     """Time a model's greedy answers, ours and transformers', of at most 64 tokens each."""
-    tokenizer, device, rows = load_tokenizer(job["base"]), job["device"], []
-    data = load_dataset("sft", [job["folder"] / "chats.jsonl"], tokenizer, MAX_SEQ_LEN)
-    ids = [a[: (b != IGNORE_INDEX).argmax()].tolist() for a, b in islice(iter(data), PROMPTS)]
-    padded = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(device)
-    ours = load_model(job["base"]).to(device, getattr(torch, job["dtype"]))
-    theirs = LlamaForCausalLM.from_pretrained(job["base"], dtype=ours.dtype).to(device)
-    how = Decoding("greedy"), 0, NEW_TOKENS, PROMPTS, (tokenizer.eos_token_id,)
-    calls = {"ours": partial(generate, ours, ids, *how)}
-    calls["transformers"] = partial(theirs.generate, **padded, max_new_tokens=NEW_TOKENS)
-    arm = job | {"size": job["base"].name, "method": "greedy", "batch": PROMPTS}
-    arm["tokens"] = sum(map(len, calls["ours"]()))
-    for turn, engine in product(range(job["turns"] + 1), calls):
-        arm |= {"engine": engine, "turn": turn, "seconds": -time.perf_counter()}
-        calls[engine]()  # both wait for the device after each token
-        rows.append(arm | {"seconds": arm["seconds"] + time.perf_counter()})
-    return take_medians(pd.DataFrame(rows[len(calls) :]).drop(columns="peak"))
+    tokenizer = load_tokenizer(base)
+    data = load_dataset("sft", [arm.pairs], tokenizer, MAX_SEQ_LEN)
+    prompts = []
+    for ids, labels in islice(iter(data), PROMPTS):
+        answer_start = (labels != IGNORE_INDEX).argmax()
+        prompts.append(ids[:answer_start].tolist())
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    padded = padded.to(arm.device)
+    ours = load_model(base).to(arm.device, getattr(torch, arm.dtype))
+    theirs = LlamaForCausalLM.from_pretrained(base, dtype=ours.dtype).to(arm.device)
+    end_ids = (tokenizer.eos_token_id,)
+    calls = {
+        "ours": partial(
+            generate, ours, prompts, Decoding("greedy"), 0, NEW_TOKENS, PROMPTS, end_ids
+        ),
+        "transformers": partial(theirs.generate, **padded, max_new_tokens=NEW_TOKENS),
+    }
+    arm_keys = {"size": base.name, "method": "greedy", "batch": PROMPTS, "workers": 0}
+    tokens = sum(len(answer) for answer in calls["ours"]())
+    rows = []
+    for turn in range(turns + 1):
+        for engine, call in calls.items():
+            start = time.perf_counter()
+            call()  # both wait for the device after each token
+            seconds = time.perf_counter() - start
+            measured = {"engine": engine, "turn": turn, "seconds": seconds, "tokens": tokens}
+            rows.append(arm_keys | measured)
+    frame = pd.DataFrame(rows)
+    return take_medians(frame[frame["turn"] > 0])  # first turns warm up
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, write the result after each step, and print the tables."""
-    sizes, output = read_study().sizes, Path(__file__).with_name("bench.json")
+def measure_peak(device: str, dtype: str) -> float:
+    """Return the FLOPs a second of a large matrix product."""
+    width = 8192 if device == "cuda" else 4096
+    matrix = torch.ones(width, width, dtype=getattr(torch, dtype), device=device)
+    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
+    return 2 * width**3 / timer.timeit(4).mean
+
+
+def write_inputs(folder: Path, sizes: Iterable[str]) -> None:
+    """Write what the arms read: pairs of the world, of one turn each, and random models."""
+    lines = islice(read_jsonl(ensure_world()["sft"]), SAMPLES)
+    pairs = [{"conversations": record["conversations"][-2:]} for _, record in lines]
+    write_records(folder / "chats.jsonl", pairs)
+    study = read_study()
+    for size in sizes:
+        model = MiniMindForCausalLM(minimind_config(**study.sizes[size].shape))
+        save_model(model, TOKENIZER_DIR, folder / size)
+
+
+def cross(arm: Arm, methods: Iterable[str], engines: Iterable[str]) -> list[Arm]:
+    """Return the arm with each method and engine; in a method our engine stands first."""
+    arms = []
+    for method in methods:
+        for engine in engines:
+            arms.append(replace(arm, method=method, engine=engine))
+    return arms
+
+
+Part = tuple[str, Callable[[], pd.DataFrame]]
+
+
+def plan_parts(arm: Arm, sizes: list[str], base: Path, turns: int) -> list[Part]:
+    """Return what is measured, in order: the title of a table, and what makes rows of it."""
+    parts = []
+    for size in sizes:
+        arms = cross(replace(arm, size=size), METHODS, ("ours", "trainer"))
+        parts.append(("Training", partial(run_in_turns, arms, turns)))
+    parts.append(("Start", partial(measure_start, arm)))
+    parts.append(("Generation", partial(measure_generation, arm, base, turns)))
+    # So many steps that batches loaded before the clock starts do not matter.
+    longer = replace(arm, steps=100) if arm.is_gpu else replace(arm, steps=20, size=sizes[0])
+    if arm.is_gpu:
+        for batch in BATCHES:
+            arms = cross(replace(longer, batch=batch), METHODS, ["ours"])
+            parts.append(("Batches", partial(run_in_turns, arms, 1)))
+    for workers in WORKERS:
+        arms = cross(replace(longer, workers=workers), ["FFT"], ("ours", "minimind"))
+        parts.append(("Loading", partial(run_in_turns, arms, 1)))
+    return parts
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags; by default all is measured."""
+    sizes = list(read_study().sizes)
+    output = Path(__file__).with_name("bench.json")
     parser = make_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes), help="(all)")
-    parser.add_argument("--parts", nargs="+", choices=TABLES, default=TABLES, help="tables (all)")
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes, help="(all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables (all)")
     parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
     parser.add_argument("--base", type=Path, default=BASE, help="model of Generation (m26)")
-    args = parser.parse_args(argv)
-    device, tables = choose_device(args.device), {}
-    is_gpu, machine = device == "cuda", describe_machine(device)
-    dtype, width = choose_dtype("auto", device), 8192 if is_gpu else 4096
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write the result after each step, and print the tables."""
+    args = parse_flags(argv)
+    device = choose_device(args.device)
+    dtype = choose_dtype("auto", device)
+    machine = describe_machine(device)
+    tables = {}
     result = {"git": git_state(), "machine": machine, "dtype": dtype, "tables": tables}
-    lines = islice(read_jsonl(ensure_world()["sft"]), SAMPLES)
-    pairs = [{"conversations": record["conversations"][-2:]} for _, record in lines]
-    matrix = torch.ones(width, width, dtype=getattr(torch, dtype), device=device)
-    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
-    job = {"device": device, "dtype": dtype, "peak": 2 * width**3 / timer.timeit(4).mean}
-    job |= {"engines": ("ours", "trainer"), "methods": METHODS, "method": "FFT", "batch": 32}
-    job |= {"turns": 1 if args.quick else 5, "steps": 50 if is_gpu else 4, "workers": 0}
+    peak = measure_peak(device, dtype)
     with tempfile.TemporaryDirectory(prefix="bench") as name:
-        job |= {"folder": Path(name), "size": args.sizes[-1], "compiles": "on", "base": args.base}
-        write_records(job["folder"] / "chats.jsonl", pairs)
-        for size in args.sizes:
-            model = MiniMindForCausalLM(minimind_config(**sizes[size].shape))
-            save_model(model, TOKENIZER_DIR, job["folder"] / size)
-        # So many steps that batches loaded before the clock starts do not matter.
-        longer = {"steps": 100} if is_gpu else {"steps": 20, "size": args.sizes[0]}
-        sweep = job | longer | {"turns": 1, "engines": ("ours",)}
-        load = sweep | {"engines": ("ours", "minimind"), "methods": ("FFT",)}
-        plan = [("Training", run_in_turns, job | {"size": size}) for size in args.sizes]
-        plan += [("Start", measure_start, job), ("Generation", measure_generation, job)]
-        plan += [("Batches", run_in_turns, sweep | {"batch": b}) for b in BATCHES if is_gpu]
-        plan += [("Loading", run_in_turns, load | {"workers": w}) for w in WORKERS]
-        for title, measure, arms in [each for each in plan if each[0] in args.parts]:
-            table = measure(arms).dropna(axis="columns", how="all")
-            tables[title] = tables.get(title, []) + json.loads(table.to_json(orient="records"))
+        folder = Path(name)
+        write_inputs(folder, args.sizes)
+        steps = 50 if device == "cuda" else 4
+        arm = Arm(folder, device, dtype, peak, args.sizes[-1], steps)
+        for title, measure in plan_parts(arm, args.sizes, args.base, 1 if args.quick else 5):
+            if title not in args.parts:
+                continue
+            table = measure().dropna(axis="columns", how="all")
+            tables.setdefault(title, []).extend(json.loads(table.to_json(orient="records")))
             write_json(args.output, result)
             text = table.to_markdown(index=False, floatfmt=",.2f")
             print(f"\n**{title}** on {machine['processor']}, {dtype}\n\n{text}", flush=True)

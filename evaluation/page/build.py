@@ -19,8 +19,8 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.checks import LOOP
 from dataset.lm_dataset import read_jsonl
+from dataset.world.checks import LOOP
 from evaluation.page.readme import make_outputs_readme
 from evaluation.probe.markdown import (
     FLAGS,

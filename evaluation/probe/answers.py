@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.checks import LOOP
 from dataset.lm_dataset import encode_batch, encode_conversations
+from dataset.world.checks import LOOP
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import Checkpoint
 from model.cli import UserError

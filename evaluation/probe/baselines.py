@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from dataset.checks import Finder, split_words
+from dataset.world.checks import Finder, split_words
 from dataset.world.facts import Thing, World, read_world
 from dataset.world.generate import ensure_world
 from dataset.world.skills import collect_fillers

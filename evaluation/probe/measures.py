@@ -1,6 +1,6 @@
 """Summarize the measures of answers, and compare two checkpoints, as data frames.
 
-    correct       the answer passes its prompt's check (`judge_answer` in dataset/checks.py)
+    correct       the answer passes its prompt's check (`judge_answer` in dataset/world/checks.py)
     other thing, wrong fact, wrong form     why an answer with text, an end and no loop is incorrect
     blank         nothing but white space before the end token
     endless       no end token within the limit

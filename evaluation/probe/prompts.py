@@ -10,7 +10,7 @@ quote and a list of fields, one a line:
     - check: about = ["animal.home"], upper = true
 
 `translation`, `reference` and `check` are optional. A check is a TOML inline table
-without its braces; `dataset/checks.py` defines its keys. A line `> ***` parts the turns of a
+without its braces; `dataset/world/checks.py` defines its keys. A line `> ***` parts the turns of a
 conversation: user, assistant, user.
 
 JSONL, plain or gzip, holds conversations as in training; the last answer becomes the reference.
@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dataset.checks import judge_answer
 from dataset.lm_dataset import read_jsonl, record_messages, turns
+from dataset.world.checks import judge_answer, world_vocabulary
 from model.cli import UserError
 
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "qualitative_prompts.md"
 HEADING = re.compile(r"^(##|###) +(.+?) *$", re.MULTILINE)
 FIELD = re.compile(r"- (translation|reference|check): +(\S.*)")
-# What dataset/checks.py knows.
+# What dataset/world/checks.py knows.
 CHECK_KEYS = {
     "about",
     "any",
@@ -94,12 +94,15 @@ def find_problem(prompt: Prompt) -> str | None:
     """Tell why a prompt's reference fails its check; None if it passes."""
     if prompt.check is None:
         return None
-    if unknown := prompt.check.keys() - CHECK_KEYS:
-        return f"it has no key {min(unknown)!r}"
-    try:
-        outcome = prompt.judge(prompt.reference, ended=True)
-    except KeyError as error:
-        return f"the world has no list {error}"
+    unknown_keys = prompt.check.keys() - CHECK_KEYS
+    if unknown_keys:
+        return f"it has no key {min(unknown_keys)!r}"
+    about = prompt.check.get("about", [])
+    if not isinstance(about, dict):  # names of the world's lists; a dict gives its own
+        unknown = [name for name in about if name not in world_vocabulary().values]
+        if unknown:
+            return f"the world has no list {unknown[0]!r}"
+    outcome = prompt.judge(prompt.reference, ended=True)
     return None if outcome == "correct" else outcome
 
 

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import pandas as pd
 
-from dataset.checks import judge_answer, split_words, world_vocabulary
 from dataset.lm_dataset import read_jsonl
+from dataset.world.checks import judge_answer, split_words, world_vocabulary
 from dataset.world.facts import WORLD_DIR, read_world
 from dataset.world.generate import ensure_world
 from model.cli import UserError, make_parser, run_script

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dataset.checks import KINDS
+from dataset.world.checks import KINDS
 from evaluation.probe.intervals import CONFIDENCE, resample_means
 from evaluation.study.names import AT_EDGE, TUNED_SHORTER
 from evaluation.study.plan import Sweep, tune_rates

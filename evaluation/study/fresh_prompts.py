@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.checks import make_vocabulary, split_words
 from dataset.lm_dataset import read_jsonl, write_records
+from dataset.world.checks import make_vocabulary, split_words
 from dataset.world.facts import WORLD_DIR, Thing, World, read_world
 from dataset.world.generate import (
     MEDICAL,

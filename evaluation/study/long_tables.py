@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import EngFormatter
 
-from dataset.checks import KINDS
+from dataset.world.checks import KINDS
 from evaluation.probe.baselines import tabulate_baselines
 from evaluation.probe.judgements import tabulate_judgements
 from evaluation.probe.names import list_named_folders

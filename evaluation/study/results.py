@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from dataset.checks import KINDS
 from dataset.lm_dataset import read_jsonl
+from dataset.world.checks import KINDS
 from model.files import write_text
 
 LETTERS = dict(zip(KINDS, "cbelofw", strict=True))  # of the outcome strings

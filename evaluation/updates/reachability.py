@@ -20,8 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     """Print the end token and its bound at each checkpoint."""
     parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="folders or hub ids of bases")
-    for path in parser.parse_args(argv).checkpoints:
-        model, tokenizer = load_model(path), load_tokenizer(path)
+    args = parser.parse_args(argv)
+    for path in args.checkpoints:
+        model = load_model(path)
+        tokenizer = load_tokenizer(path)
         bound = reachable_probability(model, tokenizer.eos_token_id)
         print(f"{path}: {tokenizer.eos_token} has a probability of at most {bound:.4f}")
 

@@ -1,25 +1,35 @@
 """judge_answer on answers written by hand: right ones, and each kind of mistake."""
 
+from collections.abc import Sequence
+
 import pytest
 
-from dataset.checks import judge_answer, split_words, world_vocabulary
+from dataset.lm_dataset import turns
+from dataset.world.checks import judge_answer, split_words, world_vocabulary
 
 FOOD = {"about": ["animal.food"]}
 HOME = {"about": ["animal.home"]}
 LION = ["lion"]
 
 
-def judge(answer, reference, check, things=(), prompt="Tell me.", ended=True):
+def judge(
+    answer: str,
+    reference: str,
+    check: dict,
+    things: Sequence[str] = (),
+    prompt: str = "Tell me.",
+    ended: bool = True,
+) -> str:
     """Judge an answer to a prompt, beside its reference."""
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reference}]
-    record = {"conversations": turns, "check": check, "things": list(things)}
+    messages = turns(prompt, reference)
+    record = {"conversations": messages, "check": check, "things": list(things)}
     assert judge_answer(reference, True, record) == "correct"
     return judge_answer(answer, ended, record)
 
 
-def judge_lion(answer, **settings):
+def judge_lion(answer: str, prompt: str = "Tell me.", ended: bool = True) -> str:
     """Judge an answer to what a lion eats."""
-    return judge(answer, "A lion likes to eat meat.", FOOD, LION, **settings)
+    return judge(answer, "A lion likes to eat meat.", FOOD, LION, prompt, ended)
 
 
 @pytest.mark.parametrize(
@@ -50,24 +60,24 @@ def judge_lion(answer, **settings):
         ("Tell me. A lion likes to eat meat.", "wrong form"),  # the prompt stands in it
     ],
 )
-def test_a_fact(answer, kind):
+def test_a_fact(answer: str, kind: str) -> None:
     assert judge_lion(answer) == kind
 
 
-def test_more_than_asked_without_a_list_of_things():
+def test_more_than_asked_without_a_list_of_things() -> None:
     """A prompt written by hand names no things in its record; those of the reference count."""
     reference = "A lion likes to eat meat."
     assert judge("A lion lives on the savanna and eats meat.", reference, FOOD) == "correct"
     assert judge("A lion lives in the sea and eats meat.", reference, FOOD) == "wrong fact"
 
 
-def test_an_answer_without_an_end():
+def test_an_answer_without_an_end() -> None:
     assert judge_lion("A lion likes to eat meat.", ended=False) == "endless"
     assert judge_lion("A lion likes to eat hay, hay, hay, hay", ended=False) == "endless"
     assert judge_lion(" ", ended=False) == "blank"
 
 
-def test_an_echo_is_the_whole_prompt():
+def test_an_echo_is_the_whole_prompt() -> None:
     answer = "A lion likes to eat meat."
     assert judge_lion(answer, prompt="A lion, meat?") == "correct"
     assert judge_lion(answer, prompt="?!") == "correct"  # no words that could be repeated
@@ -90,7 +100,7 @@ def test_an_echo_is_the_whole_prompt():
         ("Nobody: no, a lion likes to eat meat.", "wrong form"),
     ],
 )
-def test_yes_and_no(answer, kind):
+def test_yes_and_no(answer: str, kind: str) -> None:
     check = FOOD | {"begins": "No,"}
     assert judge(answer, "No, a lion likes to eat meat.", check, LION) == kind
 
@@ -105,31 +115,35 @@ def test_yes_and_no(answer, kind):
         ("A lion lives on the savanna, a walrus in the sea.", "other thing"),
     ],
 )
-def test_values_stand_beside_their_things(answer, kind):
+def test_values_stand_beside_their_things(answer: str, kind: str) -> None:
     reference = "A lion lives on the savanna, and a dolphin in the sea."
     assert judge(answer, reference, HOME, ["lion", "dolphin"]) == kind
 
 
-def test_values_that_are_things_themselves():
+def find_tool(job: str) -> str:
+    """Return the tool of a job, as its table has it."""
+    vocabulary = world_vocabulary()
+    finder = vocabulary.values["job.tool"]
+    tools = [fact for fact in vocabulary.facts[job] if fact in finder.find(fact)]
+    return tools[0]
+
+
+def test_values_that_are_things_themselves() -> None:
     """A tool is a fact of the job: a wrong one is a wrong fact, swapped ones are, too."""
-    tools = world_vocabulary().facts
-    one, two = "baker", "farmer"
-    tool = {
-        job: next(v for v in tools[job] if v in world_vocabulary().values["job.tool"].find(v))
-        for job in (one, two)
-    }
-    check, answer = {"about": ["job.tool"]}, "A {} needs {}, and a {} needs {}."
-    right = answer.format(one, tool[one], two, tool[two])
-    assert judge(answer.format(two, tool[two], one, tool[one]), right, check, [one, two]) == (
-        "correct"
-    )
-    swapped = answer.format(one, tool[two], two, tool[one])
-    assert judge(swapped, right, check, [one, two]) == "wrong fact"
-    wrong = f"A {one} needs {tool[two]}."
-    assert judge(wrong, f"A {one} needs {tool[one]}.", check, [one]) == "wrong fact"
+    check = {"about": ["job.tool"]}
+    jobs = ["baker", "farmer"]
+    baker_tool = find_tool("baker")
+    farmer_tool = find_tool("farmer")
+    reference = f"A baker needs {baker_tool}, and a farmer needs {farmer_tool}."
+    reordered = f"A farmer needs {farmer_tool}, and a baker needs {baker_tool}."
+    swapped = f"A baker needs {farmer_tool}, and a farmer needs {baker_tool}."
+    assert judge(reordered, reference, check, jobs) == "correct"
+    assert judge(swapped, reference, check, jobs) == "wrong fact"
+    wrong = f"A baker needs {farmer_tool}."
+    assert judge(wrong, f"A baker needs {baker_tool}.", check, ["baker"]) == "wrong fact"
 
 
-def test_any_of_several_things():
+def test_any_of_several_things() -> None:
     check = {"any": ["lion", "tiger"]}
     prompt = "Name an animal of the savanna or the jungle."
     assert judge("A tiger.", "A lion.", check, prompt=prompt) == "correct"
@@ -139,8 +153,9 @@ def test_any_of_several_things():
     assert judge("A fox.", "A lion.", check, prompt=prompt) == "other thing"
 
 
-def test_exact_words():
-    reference, check = "lion, owl, fox.", {"exact": True}
+def test_exact_words() -> None:
+    reference = "lion, owl, fox."
+    check = {"exact": True}
     things = ["owl", "lion", "fox"]
     assert judge("Lion, owl, fox", reference, check, things) == "correct"
     assert judge("owl, lion, fox.", reference, check, things) == "wrong form"
@@ -168,14 +183,14 @@ VALUES = {"mood": ["glad", "sad"]}  # lists of values can be given in full
         ({"lines": "-"}, "- Glad.\n- Glad.", "– Glad\n– Glad", "- Glad.\nGlad."),
     ],
 )
-def test_forms(check, reference, right, wrong):
+def test_forms(check: dict, reference: str, right: str, wrong: str) -> None:
     check = check | {"about": VALUES}
     assert judge(right, reference, check) == "correct"
     assert judge(wrong, reference, check) == "wrong form"
     assert judge(right.lower().replace("glad", "sad"), reference, check) == "wrong fact"
 
 
-def test_a_bare_answer():
+def test_a_bare_answer() -> None:
     check = FOOD | {"words": 5}
     assert judge("meat", "Meat.", check, LION) == "correct"
     assert judge("A lion eats meat.", "Meat.", check, LION) == "wrong form"  # a sentence
@@ -195,10 +210,11 @@ def test_a_bare_answer():
         ("说说狮子。狮子喜欢吃鲜肉。", "wrong form"),
     ],
 )
-def test_chinese(answer, kind):
-    reference, check = "狮子喜欢吃鲜肉。", {"about": ["动物.food"]}
+def test_chinese(answer: str, kind: str) -> None:
+    reference = "狮子喜欢吃鲜肉。"
+    check = {"about": ["动物.food"]}
     assert judge(answer, reference, check, ["狮子"], prompt="说说狮子。") == kind
 
 
-def test_words_are_split():
+def test_words_are_split() -> None:
     assert split_words("It's 2 o’clock, 狮子!") == ["it's", "2", "o'clock", "狮", "子"]

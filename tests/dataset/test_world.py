@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dataset.checks import judge_answer, make_vocabulary, split_words
 from dataset.world import generate
+from dataset.world.checks import Vocabulary, judge_answer, make_vocabulary, split_words
 from dataset.world.facts import HELD_STATEMENTS, WORLD_DIR, read_toml, read_world, split_wordings
 from dataset.world.generate import (
     MEDICAL,
@@ -20,6 +20,7 @@ from dataset.world.generate import (
     HeldOut,
     PairBuilder,
     ensure_world,
+    find_mirrors,
     write_world,
 )
 from dataset.world.text import ChineseWriter, TextWriter, write_documents
@@ -46,32 +47,40 @@ def contents(record: dict) -> list[str]:
     return [message["content"] for message in record["conversations"]]
 
 
+def join_text(record: dict) -> str:
+    """Return all that is said in a conversation."""
+    return "\n".join(contents(record))
+
+
 @pytest.fixture(scope="module")
-def small_files(tmp_path_factory) -> dict[str, Path]:
+def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The files of a world of a few things of each category."""
     return write_world(tmp_path_factory.mktemp("small"), things_each=FEW, scale=0.02)
 
 
 @pytest.fixture(scope="module")
-def small(small_files) -> dict[str, list[dict]]:
+def small(small_files: dict[str, Path]) -> dict[str, list[dict]]:
     """The records of the small world."""
     return {name: read_records(path) for name, path in small_files.items()}
 
 
 @pytest.fixture(scope="module")
-def pairs(small) -> list[dict]:
+def pairs(small: dict[str, list[dict]]) -> list[dict]:
     """The training pairs of the small world."""
     return small["sft"] + small["medical"]
 
 
 @pytest.fixture(scope="module")
-def probes(small) -> list[dict]:
+def probes(small: dict[str, list[dict]]) -> list[dict]:
     """All held-out prompts of the small world."""
-    return [r for name in PROBES for half in ("tune", "test") for r in small[f"{name}_{half}"]]
+    records = []
+    for name in PROBES:
+        records += small[f"{name}_tune"] + small[f"{name}_test"]
+    return records
 
 
 @pytest.fixture(scope="module")
-def vocabulary():
+def vocabulary() -> Vocabulary:
     """The names and values of the small world."""
     return make_vocabulary(read_world(things_each=FEW), read_world(CHINESE_DIR, FEW))
 
@@ -82,23 +91,24 @@ def full() -> dict[str, Path]:
     return ensure_world()
 
 
-def test_the_world_of_the_study_is_frozen(full):
+def test_the_world_of_the_study_is_frozen(full: dict[str, Path]) -> None:
     check_world(FROZEN)
     text = FROZEN.read_text()
-    assert all(path.relative_to(REPO_DIR).as_posix() in text for path in full.values())
+    for path in full.values():
+        assert path.relative_to(REPO_DIR).as_posix() in text
 
 
-def test_same_seed_same_bytes(small_files, tmp_path):
+def test_same_seed_same_bytes(small_files: dict[str, Path], tmp_path: Path) -> None:
     again = write_world(tmp_path / "again", things_each=FEW, scale=0.02)
-    other = write_world(tmp_path / "other", things_each=FEW, scale=0.005, seed=7)
+    reseeded = write_world(tmp_path / "reseeded", things_each=FEW, scale=0.005, seed=7)
     for name, path in small_files.items():
         assert path.read_bytes() == again[name].read_bytes()
-        assert path.read_bytes() != other[name].read_bytes()
-    held_out = [files["pretrain"].with_name("held_out.json") for files in (small_files, other)]
-    assert held_out[0].read_bytes() != held_out[1].read_bytes()
+        assert path.read_bytes() != reseeded[name].read_bytes()
+    held_out = small_files["pretrain"].with_name("held_out.json")
+    assert held_out.read_bytes() != (tmp_path / "reseeded" / "held_out.json").read_bytes()
 
 
-def test_text_asks_nothing(small):
+def test_text_asks_nothing(small: dict[str, list[dict]]) -> None:
     for name in TEXTS:
         for document in small[name]:
             assert not re.search(r"[?？]|Question:|\{|\}", document["text"]), document
@@ -108,25 +118,32 @@ def test_text_asks_nothing(small):
     ("folder", "writer", "size"),
     [(WORLD_DIR, TextWriter, 900_000), (CHINESE_DIR, ChineseWriter, 150_000)],
 )
-def test_each_fact_in_8_patterns_and_none_that_is_held_out(folder, writer, size):
+def test_each_fact_in_8_patterns_and_none_that_is_held_out(
+    folder: Path, writer: type[TextWriter], size: int
+) -> None:
     """Each thing gets at most as much text as in the whole world."""
     world = read_world(folder, FEW)
-    documents = [text.lower() for text in write_documents(writer(world, random.Random(1)), size)]
+    documents = write_documents(writer(world, random.Random(1)), size)
+    documents = [document.lower() for document in documents]
     if folder == WORLD_DIR:
         assert size / len(world.things) < TEXT_BYTES / len(read_world().things)
     for thing in world.things:
-        text = "\n".join(document for document in documents if thing.name.lower() in document)
+        about_thing = [document for document in documents if thing.name.lower() in document]
+        text = "\n".join(about_thing)
         for attribute in world.categories[thing.category].attributes.values():
             slots = thing.slots(attribute.name)
-            sentences = [s.format(**slots).lower().rstrip(".。") for s in attribute.statements]
-            found = [sentence in text for sentence in sentences]
-            assert sum(found) >= 8, (thing.name, attribute.name, found)
-            assert not any(found[-HELD_STATEMENTS:]), (thing.name, attribute.name)
+            is_told = []
+            for pattern in attribute.statements:
+                sentence = pattern.format(**slots).lower()
+                is_told.append(sentence.rstrip(".。") in text)
+            assert sum(is_told) >= 8, (thing.name, attribute.name, is_told)
+            assert not any(is_told[-HELD_STATEMENTS:]), (thing.name, attribute.name)
 
 
-def test_no_phrase_is_frequent():
+def test_no_phrase_is_frequent() -> None:
     """No 4 words in a row stand in more than 3% of the documents."""
-    documents = write_documents(TextWriter(read_world(), random.Random(1)), 1_400_000)
+    writer = TextWriter(read_world(), random.Random(1))
+    documents = write_documents(writer, 1_400_000)
     counts = Counter()
     for document in documents:
         words = split_words(document)
@@ -135,60 +152,85 @@ def test_no_phrase_is_frequent():
     assert most <= 0.03 * len(documents), (phrase, most / len(documents))
 
 
-def test_held_out_things_stand_in_no_pair(small, pairs, probes, vocabulary, tmp_path):
+def test_held_out_things_stand_in_no_pair(
+    small: dict[str, list[dict]],
+    pairs: list[dict],
+    probes: list[dict],
+    vocabulary: Vocabulary,
+) -> None:
     """They are told in the text, named by the probes, and by no training pair."""
-    things = read_world(things_each=FEW).things
-    held = {r["things"][0] for half in ("tune", "test") for r in small[f"unseen_{half}"]}
-    held |= {r["things"][0] for r in probes if r["set"] == "medical"} - {
-        name
-        for pair in small["medical"]
-        for name in vocabulary.names.find("\n".join(contents(pair)))
-    }
-    assert len(held) == 4 and held < {thing.name for thing in things}
+    unseen_prompts = small["unseen_tune"] + small["unseen_test"]
+    held = {record["things"][0] for record in unseen_prompts}
+    medical = {record["things"][0] for record in probes if record["set"] == "medical"}
+    for pair in small["medical"]:
+        medical -= set(vocabulary.names.find(join_text(pair)))
+    held |= medical
+    names = {thing.name for thing in read_world(things_each=FEW).things}
+    assert len(held) == 4 and held < names
     for pair in pairs:
-        assert not held & set(vocabulary.names.find("\n".join(contents(pair)))), pair
-    told = Counter(n for d in small["pretrain"] for n in set(vocabulary.names.find(d["text"])))
+        assert held.isdisjoint(vocabulary.names.find(join_text(pair))), pair
+    told = Counter()
+    for document in small["pretrain"]:
+        told.update(set(vocabulary.names.find(document["text"])))
     assert min(told[name] for name in held) > 5
 
 
-def test_held_out_cells_never_train(vocabulary):
+def test_held_out_cells_never_train(vocabulary: Vocabulary) -> None:
     """A mirrored fact, a baker's tool and a rolling pin's user, is one cell."""
     world = read_world(things_each=FEW)
     del world.categories[MEDICAL]
     held_out = HeldOut(world, 2, seed=1)
     builder = PairBuilder(world, held_out, vocabulary, set(held_out.half_of_thing))
-    probed = builder.collect(("combinations", "tune"), 2) + builder.collect(("unseen", "test"), 2)
+    probed = builder.collect(("combinations", "tune"), 2)
+    probed += builder.collect(("unseen", "test"), 2)
     trained = {cell for pair in builder.collect(TRAIN, 5) for cell in pair.cells}
-    assert probed and trained and not any(map(held_out.half_of_cell, trained))
-    assert not trained & {pair.cells[0] for pair in probed}
+    assert probed and trained
+    assert not any(held_out.half_of_cell(cell) for cell in trained)
+    assert trained.isdisjoint(pair.cells[0] for pair in probed)
     for cell, mirror in held_out.mirrors.items():
         assert held_out.half_of_cell(cell) == held_out.half_of_cell(mirror)
 
 
-def test_no_reference_can_be_recalled(small, pairs, probes, vocabulary):
+def test_mirrors_of_the_world() -> None:
+    """Both directions of a fact have the same first cell, in the order of the alphabet."""
+    mirrors = find_mirrors(read_world())
+    job = ("baker", "tool")
+    tool = ("rolling pin", "user")
+    assert mirrors[job] == mirrors[tool] == job
+
+
+def test_no_reference_can_be_recalled(
+    small: dict[str, list[dict]],
+    pairs: list[dict],
+    probes: list[dict],
+    vocabulary: Vocabulary,
+) -> None:
     """No long one stands in answers or text; nearly none is answered by a pair on its thing."""
     answers = list(dict.fromkeys(contents(pair)[-1] for pair in pairs))
-    told = "\n".join(answers + [d["text"] for name in TEXTS for d in small[name]])
-    about = defaultdict(list)
+    documents = [document["text"] for name in TEXTS for document in small[name]]
+    told = "\n".join(answers + documents)
+    answers_about = defaultdict(list)
     for answer in answers:
         for name in vocabulary.names.find(answer):
-            about[name].append(answer)
+            answers_about[name].append(answer)
     recalled = []
     for record in probes:
         reference = contents(record)[-1]
-        assert len(split_words(reference)) < 5 or reference.rstrip(".") not in told, record
-        candidates = about[record["things"][0]]
-        found = (judge_answer(a, True, record, vocabulary) == "correct" for a in candidates)
-        recalled += [record["id"]] if any(found) else []
+        is_long = len(split_words(reference)) >= 5
+        assert not is_long or reference.rstrip(".") not in told, record
+        subject = record["things"][0]
+        kinds = [judge_answer(text, True, record, vocabulary) for text in answers_about[subject]]
+        if "correct" in kinds:
+            recalled.append(record["id"])
     assert len(recalled) <= 0.03 * len(probes), recalled
 
 
-def test_prompts_are_unique(pairs, probes):
+def test_prompts_are_unique(pairs: list[dict], probes: list[dict]) -> None:
     counts = Counter("\n".join(contents(record)[:-1]) for record in pairs + probes)
     assert counts.most_common(1)[0][1] == 1
 
 
-def test_references_pass_and_prompts_do_not(probes, vocabulary):
+def test_references_pass_and_prompts_do_not(probes: list[dict], vocabulary: Vocabulary) -> None:
     for record in probes:
         *before, reference = contents(record)
         assert judge_answer(reference, True, record, vocabulary) == "correct", record
@@ -196,90 +238,113 @@ def test_references_pass_and_prompts_do_not(probes, vocabulary):
             assert judge_answer(prompt, True, record, vocabulary) != "correct", record
 
 
-def test_halves_and_sets(small):
+def test_halves_and_sets(small: dict[str, list[dict]]) -> None:
     for name in PROBES:
-        tune, test = small[f"{name}_tune"], small[f"{name}_test"]
-        assert not {tuple(r["cell"]) for r in tune} & {tuple(r["cell"]) for r in test}
+        tune = small[f"{name}_tune"]
+        test = small[f"{name}_test"]
+        tune_cells = {tuple(record["cell"]) for record in tune}
+        assert tune_cells.isdisjoint(tuple(record["cell"]) for record in test)
         for record in tune + test:
             assert record["id"].startswith(f"{record['set']}-{record['half']}-")
             assert record["cell"][0] == record["things"][0]
 
 
-def test_a_reader_adds_a_thing_and_a_skill(tmp_path, monkeypatch):
-    world_dir = shutil.copytree(WORLD_DIR, tmp_path / "world")
-    animals, skills = world_dir / "facts" / "animals.toml", world_dir / "skills.toml"
+def add_thing(world_dir: Path) -> None:
+    """Add a unicorn to a copy of the world."""
+    animals = world_dir / "facts" / "animals.toml"
     line = "unicorn | unicorns | a fabled beast | on a rainbow | starlight | a sparkle | one horn"
     text = animals.read_text(encoding="utf-8")
-    animals.write_text(text.replace('table = """\n', f'table = """\n{line}\n'), encoding="utf-8")
+    text = text.replace('table = """\n', f'table = """\n{line}\n')
+    animals.write_text(text, encoding="utf-8")
+
+
+def add_skill(world_dir: Path) -> None:
+    """Add the skill of saying farewell to a copy of the world."""
     words = ["kindly", "please", "now", "today", "soon", "once", "again"]
-    table = {
-        "uses": ["fact"],
-        "answer": "{answer} Bye.",
-        "prompts": [f"Bye {w}. {{question}}" for w in words],
-    }
-    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    with skills.open("a", encoding="utf-8") as file:
-        file.write("\n".join(["\n[skill.farewell]", *lines, 'check = { ends = "Bye." }', ""]))
+    prompts = [f"Bye {word}. {{question}}" for word in words]
+    table = f"""
+[skill.farewell]
+uses = ["fact"]
+answer = "{{answer}} Bye."
+prompts = {json.dumps(prompts)}
+check = {{ ends = "Bye." }}
+"""
+    with (world_dir / "skills.toml").open("a", encoding="utf-8") as file:
+        file.write(table)
+
+
+def test_a_reader_adds_a_thing_and_a_skill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world_dir = shutil.copytree(WORLD_DIR, tmp_path / "world")
+    add_thing(world_dir)
+    add_skill(world_dir)
     monkeypatch.setattr(generate, "WORLD_DIR", world_dir)
     files = write_world(tmp_path / "out", things_each=FEW, scale=0.01)
     pairs = read_records(files["sft"])
-    new = [contents(pair) for pair in pairs if pair["skill"] == "farewell"]
-    assert new and all(p.startswith("Bye ") and a.endswith(" Bye.") for p, a in new)
+    farewells = [contents(pair) for pair in pairs if pair["skill"] == "farewell"]
+    assert farewells
+    for prompt, answer in farewells:
+        assert prompt.startswith("Bye ") and answer.endswith(" Bye.")
     assert any("unicorn" in contents(pair)[-1] for pair in pairs)
     assert "unicorn" in files["pretrain"].read_text(encoding="utf-8")
 
 
-def test_every_skill_has_7_prompts():
+def test_every_skill_has_7_prompts() -> None:
     for path in WORLD_DIR.rglob("*.*"):
         assert path.stat().st_size <= 300_000, path
     skills = read_toml(WORLD_DIR / "skills.toml")["skill"]
     assert len(skills) >= 40
-    for name, spec in (skills | read_toml(CHINESE_DIR / "skills.toml")["skill"]).items():
+    chinese_skills = read_toml(CHINESE_DIR / "skills.toml")["skill"]
+    for name, spec in (skills | chinese_skills).items():
         assert len(spec["prompts"]) >= 7, name
         assert all(split_wordings(spec["prompts"])), name
     assert len(read_world().categories[MEDICAL].things) >= 60
 
 
-def test_sizes_of_the_whole_world(full):
-    text = [record["text"] for record in read_records(full["pretrain"])]
-    assert sum(len(document.encode()) for document in text) >= 8_000_000
+def test_sizes_of_the_whole_world(full: dict[str, Path]) -> None:
+    documents = read_records(full["pretrain"])
+    assert sum(len(document["text"].encode()) for document in documents) >= 8_000_000
     pairs = read_records(full["sft"])
-    assert len(pairs) >= 60_000 and len(read_records(full["medical"])) >= 6_000
+    assert len(pairs) >= 60_000
+    assert len(read_records(full["medical"])) >= 6_000
     counts = Counter(pair["skill"] for pair in pairs)
     assert max(counts.values()) <= 0.05 * len(pairs)
-    few = {skill: n for skill, n in counts.items() if n < 400 and not skill.startswith("chinese_")}
-    assert not few
+    for skill, count in counts.items():
+        assert count >= 400 or skill.startswith("chinese_"), (skill, count)
 
 
-def test_the_shipped_tokenizer(full):
+def test_the_shipped_tokenizer(full: dict[str, Path]) -> None:
     """Nearly all its tokens occur in the text, and all tokens of the pairs but question marks."""
     tokenizer = Tokenizer.from_file(str(REPO_DIR / "model" / "base_xs" / "tokenizer.json"))
     documents = [record["text"] for record in read_records(full["pretrain"])]
-    asked = {
-        text
-        for name in ("sft", "medical")
-        for r in read_records(full[name])
-        for text in contents(r)
-    }
-    told, chinese, used = Counter(), 0, Counter()
+    messages = set()
+    for record in read_records(full["sft"]) + read_records(full["medical"]):
+        messages.update(contents(record))
+    told = Counter()
+    chinese = 0
     for document, encoding in zip(documents, tokenizer.encode_batch(documents), strict=True):
         told.update(encoding.ids)
-        chinese += 0 if document.isascii() else len(encoding)
-    for encoding in tokenizer.encode_batch(list(asked)):
+        if not document.isascii():
+            chinese += len(encoding)
+    used = set()
+    for encoding in tokenizer.encode_batch(list(messages)):
         used.update(encoding.ids)
-    size, total = tokenizer.get_vocab_size(), told.total()
+    size = tokenizer.get_vocab_size()
     frequent = sum(told[token] >= 20 for token in range(size))
-    questions = {token for mark in (" ?", "？") for token in tokenizer.encode(mark).ids}
+    total = told.total()
     missing = {tokenizer.id_to_token(token) for token in used if not told[token]}
     print(f"{size} tokens, {frequent} of them 20 times in {total}; Chinese {chinese / total:.1%}")
     print(f"in pairs alone: {missing}")
+    question_marks = {"?"}
+    for mark in (" ?", "？"):
+        question_marks.update(tokenizer.encode(mark).tokens)
     assert size <= 4096 and frequent >= 0.95 * size and chinese <= 0.1 * total
-    assert missing <= {tokenizer.id_to_token(token) for token in questions} | {"?"}
+    assert missing <= question_marks
 
 
-def test_controls_of_the_committed_world_stay_low():
+def test_controls_of_the_committed_world_stay_low() -> None:
     controls = read_json(OUTPUT)["controls"]
-    assert set(controls.pop("references").values()) == {100.0}
+    references = controls.pop("references")
+    assert set(references.values()) == {100.0}
     del controls["random_order"], controls["stray_words"]  # what checks do not see
     for name in ("one_answer", "prompt", "all_things"):
         assert controls.pop(name)["average"] <= 1
@@ -287,15 +352,23 @@ def test_controls_of_the_committed_world_stay_low():
         assert shares["average"] <= 10 and max(shares.values()) <= 25, name
 
 
-def test_controls_of_a_small_world(small_files, small):
+def test_controls_of_a_small_world(
+    small_files: dict[str, Path], small: dict[str, list[dict]]
+) -> None:
     """References are right, and each skill's constant answer is one of its training answers."""
-    found = measure_controls(small_files, [])
-    assert set(found["references"].values()) == {100.0} and found["prompt"]["average"] == 0
-    skills, tune = {r["skill"] for r in small["sft"]}, small["combinations_tune"]
-    records = [r for r in tune if r["skill"] in skills]
+    measured = measure_controls(small_files, [])
+    assert set(measured["references"].values()) == {100.0}
+    assert measured["prompt"]["average"] == 0
+    skills = {pair["skill"] for pair in small["sft"]}
+    records = [record for record in small["combinations_tune"] if record["skill"] in skills]
     answers = [(pair["skill"], contents(pair)[-1]) for pair in small["sft"]]
-    constants = find_constants(records, [r["skill"] for r in records], answers)
-    assert constants and all(not a or (s, a) in answers for s, a in constants.items())
-    right = Counter(r["skill"] for r in records if is_right(constants[r["skill"]], r))
-    for skill, count in Counter(r["skill"] for r in tune).items():
-        assert found["constant"][skill] == pytest.approx(100 * right[skill] / count, abs=0.06)
+    constants = find_constants(records, [record["skill"] for record in records], answers)
+    assert constants
+    for skill, answer in constants.items():
+        assert not answer or (skill, answer) in answers
+    right = Counter()
+    for record in records:
+        right[record["skill"]] += is_right(constants[record["skill"]], record)
+    counts = Counter(record["skill"] for record in small["combinations_tune"])
+    for skill, count in counts.items():
+        assert measured["constant"][skill] == pytest.approx(100 * right[skill] / count, abs=0.06)
