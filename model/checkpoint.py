@@ -60,7 +60,10 @@ def save_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def save_rounded(source: Path, folder: Path) -> None:
-    """Copy a saved model or adapter with its weights rounded to bfloat16, without its run files."""
+    """Copy a saved model or adapter with its weights rounded to bfloat16, without its run files.
+
+    A base in this repository is named from its root, so that a committed copy fits every clone.
+    """
     if not (source / ADAPTER_CONFIG).is_file():
         save_model(load_model(source).bfloat16(), source, folder)
         return
@@ -69,6 +72,11 @@ def save_rounded(source: Path, folder: Path) -> None:
     fingerprint = weights_fingerprint(model)
     settings = load_lora(model, source)
     save_lora(model, settings, str(base), fingerprint, folder, dtype=torch.bfloat16)
+    path = Path(base).resolve()
+    if path.is_relative_to(REPO_DIR):
+        config = read_json(folder / ADAPTER_CONFIG)
+        config["base_model_name_or_path"] = str(path.relative_to(REPO_DIR))
+        write_json(folder / ADAPTER_CONFIG, config)
     save_tokenizer(source, folder)
 
 
@@ -141,10 +149,17 @@ def load_tokenizer(source: str | Path | None = None, vocab_size: int | None = No
 
 
 def find_base(folder: str | Path) -> str | Path:
-    """Find an adapter's base: a hub id, or a folder from here, from the repository or beside it."""
+    """Find an adapter's base: a hub id, or a folder from here, from the repository or beside it.
+
+    If the repository has moved, the end of a whole path still names a folder in it. `load_lora`
+    refuses that folder if it has other weights than the base had.
+    """
     path = Path(folder) / ADAPTER_CONFIG
     name = read_json(path).get("base_model_name_or_path") or ""
     places = [Path(name), REPO_DIR / name, Path(folder).parent / name] if name else []
+    if Path(name).is_absolute():
+        parts = Path(name).parts
+        places += [REPO_DIR.joinpath(*parts[start:]) for start in range(1, len(parts))]
     for place in places:
         if place.is_dir():
             return place
