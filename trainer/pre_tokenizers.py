@@ -26,20 +26,24 @@ QWEN2 = LLAMA3.replace("{1,3}", "")  # each digit is a word
 RULES = {"gpt-2": (GPT2, False), "llama-bpe": (LLAMA3, True), "qwen2": (QWEN2, False)}
 
 
-def find_differences(tokenizer: PreTrainedTokenizerFast, name: str, texts: list[str]) -> list[str]:
-    """Find the texts that become other tokens by the rules of a name."""
+def follow_rules(tokenizer: PreTrainedTokenizerFast, name: str) -> PreTrainedTokenizerFast:
+    """Make a copy that cuts text by the rules of a name."""
     words, ignore_merges = RULES[name]
     cut = pre_tokenizers.Split(Regex(words), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    named = deepcopy(tokenizer)
-    backend = named.backend_tokenizer
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
-    backend.model.ignore_merges = ignore_merges
-    ids = encode_batch(tokenizer, texts, special=False)
-    named_ids = encode_batch(named, texts, special=False)
-    pairs = zip(texts, ids, named_ids, strict=True)
-    return [text for text, expected, encoded in pairs if expected != encoded]
+    copy = deepcopy(tokenizer)
+    copy.backend_tokenizer.normalizer = None
+    copy.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    copy.backend_tokenizer.model.ignore_merges = ignore_merges
+    return copy
+
+
+def find_differences(tokenizer: PreTrainedTokenizerFast, name: str, texts: list[str]) -> list[str]:
+    """Find the texts that become other tokens by the rules of a name."""
+    expected = encode_batch(tokenizer, texts, special=False)
+    encoded = encode_batch(follow_rules(tokenizer, name), texts, special=False)
+    pairs = zip(texts, expected, encoded, strict=True)
+    return [text for text, ids, other_ids in pairs if ids != other_ids]
 
 
 def choose_pre_tokenizer(
