@@ -1,16 +1,17 @@
 r"""Write a model as one GGUF file: weights, shape, tokenizer and chat template.
 
-    python trainer/export_gguf.py --model out/full_sft --output out/full_sft.gguf
     python trainer/export_gguf.py --model out/lora --output out/lora.gguf \
-        --check_text dataset/data/world/probe_wordings_test.jsonl
+        --check_text dataset/data/world/probe_combinations_tune.jsonl
 
-An adapter is merged into its base first. Transformers reads the result by
-`from_pretrained(folder, gguf_file="lora.gguf")`. The package gguf must be installed.
+An adapter is merged into its base first. llama.cpp runs the file, and transformers reads its
+weights by `from_pretrained(folder, gguf_file="lora.gguf")`. Transformers' own reading of the
+tokenizer in it knows fewer rules than llama.cpp's, so take the tokenizer from the model's folder.
 
-A GGUF file names the rules that cut text into words, and a reader that follows other rules than the
-tokenizer's own makes the model read other tokens. So the texts of --check_text are tokenized by the
-rules of each name that llama.cpp has for such tokenizers. The name that fits best is written, and
-the export is refused if more texts differ than --allow_differences says.
+A GGUF file only names the rules that cut text into words, and the reader has them built in. Under
+other rules than the tokenizer's own, the model reads other tokens than in its training. So the
+texts of --check_text are tokenized by the rules of each name, the name that fits best is written,
+and the export is refused if more texts change than --allow_differences says. English prompts of the
+small world fit, but its Chinese does not. This script needs `pip install gguf`.
 """
 
 import importlib.util
@@ -63,16 +64,18 @@ def write_gguf(checkpoint: Checkpoint, pre_tokenizer: str, path: Path) -> None:
     kinds = dict.fromkeys(tokenizer.get_vocab().values(), gguf.TokenType.NORMAL)
     for token_id, token in tokenizer.added_tokens_decoder.items():
         kinds[token_id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = stored["model"]["merges"]
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list([tokenizer.convert_ids_to_tokens(i) or f"[PAD{i}]" for i in ids])
     writer.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in ids])
     writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)  # the template has it
+    writer.add_add_bos_token(False)  # where a model expects it, the template has it
     # Only transformers knows the tag around what trains, so it becomes one that all Jinja has.
     template = re.sub(r"(\{%-? *)generation\b", r"\1if true", tokenizer.chat_template)
     writer.add_chat_template(re.sub(r"(\{%-? *)endgeneration\b", r"\1endif", template))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from dataset.lm_dataset import encode_batch
 from dataset.world.generate import ensure_world
 from model.checkpoint import TOKENIZER_DIR, load_checkpoint, load_tokenizer, save_model
-from model.files import UserError
+from model.files import UserError, read_json, write_json
 from model.model_lora import LoraSettings, merge_lora
 from tests.elsewhere.tools import ADAPTER, QUESTIONS, TUNED, answer
 from tests.model.small import ROUNDING, compute_logits, make_model, save_adapter
@@ -40,6 +40,9 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     base = tmp_path / "base"
     model = make_model(qk_norm=request.param == "qwen3", vocab_size=6500, noise=0.1)
     save_model(model, TOKENIZER_DIR, base)
+    if request.param == "qwen3":  # Qwen's tokenizers have no first token
+        path = base / "tokenizer_config.json"
+        write_json(path, read_json(path) | {"bos_token": None})
     if request.param != "adapter":
         return base
     settings = LoraSettings(rank=2, targets="all-linear,embedding")

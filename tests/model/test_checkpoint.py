@@ -201,6 +201,15 @@ def test_an_adapter_opens_in_peft_from_any_folder(
     assert config["base_model_name_or_path"] == "model/base_xs"
 
 
+def test_shipped_adapters_name_their_base_from_the_root() -> None:
+    paths = list(REPO_DIR.glob("model/trained/*/adapter_config.json"))
+    assert paths
+    for path in paths:
+        base = json.loads(path.read_text())["base_model_name_or_path"]
+        assert not Path(base).is_absolute(), path
+        assert find_base(path.parent) == REPO_DIR / base or Path(base).is_dir(), path
+
+
 def test_rounded_folders_hold_the_nearest_bfloat16(folder: Path, tmp_path: Path) -> None:
     """A model and an adapter, loaded again, have each weight rounded once."""
     adapted = save_adapter(folder, LoraSettings(targets="square", rank=2), tmp_path / "adapter")
