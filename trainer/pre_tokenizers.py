@@ -12,7 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import encode_batch
-from model.files import UserError, escape_control
+from model.cli import UserError, escape_control
 from trainer.train_tokenizer import read_texts
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"

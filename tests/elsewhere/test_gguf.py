@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from dataset.lm_dataset import encode_batch
 from dataset.world.generate import ensure_world
 from model.checkpoint import TOKENIZER_DIR, load_checkpoint, load_tokenizer, save_model
-from model.files import UserError, read_json, write_json
+from model.cli import UserError
+from model.files import read_json, write_json
 from model.model_lora import LoraSettings, merge_lora
 from tests.elsewhere.tools import ADAPTER, QUESTIONS, TUNED, answer
 from tests.model.small import ROUNDING, compute_logits, make_model, save_adapter

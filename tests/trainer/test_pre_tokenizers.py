@@ -1,13 +1,13 @@
 """Under which rules a tokenizer's texts stay the same tokens, and what is refused."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from dataset.lm_dataset import encode_batch
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer
-from model.files import REPO_DIR, UserError
+from model.cli import UserError
+from model.files import REPO_DIR
 from tests.trainer.runs import write_jsonl
 from trainer import export_gguf
 from trainer.pre_tokenizers import choose_pre_tokenizer, find_differences, follow_rules
@@ -57,6 +57,7 @@ def test_the_name_that_fits_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(export_gguf, "gguf", None)
+    flags = ["--model", WORLD_BASE, "--output", tmp_path / "x.gguf", "--check_text", "x.jsonl"]
     with pytest.raises(UserError, match="pip install gguf"):
-        export_gguf.main(["--model", str(WORLD_BASE), "--output", str(tmp_path / "x.gguf")])
+        export_gguf.main([str(flag) for flag in flags])
