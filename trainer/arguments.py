@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 
+from dataset.lm_dataset import CHAT_FIELDS
 from dataset.world.generate import FILES_DIR, list_files
 from model.cli import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, SIZE, UserError, limit, make_parser
 from model.files import REPO_DIR
@@ -79,7 +80,8 @@ def add_data_flags(parser: ArgumentParser, stage: Stage) -> None:
     """Add flags: what is read."""
     add = parser.add_argument_group("data").add_argument
     paths = {"type": Path, "nargs": "+", "default": []}
-    add("--data_path", **paths, help="JSONL or JSONL.gz (the small world)")
+    fields = CHAT_FIELDS if stage.reads == "sft" else '"text"'
+    add("--data_path", **paths, help=f"JSONL or JSONL.gz of {fields} (the small world)")
     add("--eval_data_path", **paths, help="held-out JSONL for validation")
     add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     if stage.reads == "sft":
