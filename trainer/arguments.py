@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from dataset.lm_dataset import CHAT_FIELDS
 from dataset.world.generate import FILES_DIR, list_files
@@ -112,7 +112,7 @@ def add_logging_flags(parser: ArgumentParser) -> None:
     add("--eval_interval", type=COUNT, default=0, help="validation; 0: at the end only (0)")
     add("--save_interval", type=COUNT, default=500, help="resume.pt; 0: at the end only (500)")
     add("--keep_checkpoints", type=COUNT, default=0, help="sets of weights at equal steps (0)")
-    trackers = ("none", *map(str, get_available_trackers()))
+    trackers = ("none", *LOGGER_TYPE_TO_CLASS)
     add("--report_to", choices=trackers, default="none", help="a tracker of accelerate (none)")
 
 
@@ -151,6 +151,9 @@ def check_flags(args: Namespace, changed: set[str]) -> None:
         raise UserError(f"--min_lr_ratio: {reason}; drop one of both")
     if args.eval_interval and args.data_path and not args.eval_data_path:
         raise UserError("--eval_interval: needs --eval_data_path beside --data_path")
+    tracker = args.report_to
+    if tracker not in ("none", *map(str, get_available_trackers())):
+        raise UserError(f"--report_to {tracker}: is not installed; pip install {tracker}")
     if args.from_weight.endswith(".pth"):
         remedy = "convert it to a folder by trainer/convert_minimind.py"
         raise UserError(f"--from_weight {args.from_weight}: {remedy}")
