@@ -1,5 +1,8 @@
 r"""Probe saved checkpoints with prompts, measure them on held-out data, or chat with one.
 
+    python eval_llm.py                 # the models of this repository
+    python eval_llm.py --no_template   # asked as MiniMind asks a pretrained model
+    python eval_llm.py --interactive   # chat with the best of them
     python eval_llm.py --list
     python eval_llm.py --model out/full_sft
     python eval_llm.py --model out/pretrain --model out/full_sft --model out/lora
@@ -12,7 +15,8 @@ A model is a folder that a training script wrote; an adapter names its base. eva
 outputs.py lists the files in `evaluation/model_outputs/<name>/`, measures.py the measures. The name
 is the model's folder; runs of the study have names in words (names.csv there). What is asked in
 another way has a longer one: `-on-<weights>`, `-without-template`, and with --prompts `-<file>`.
-Several models are compared with the first, prompt by prompt.
+Several models are compared with the first, prompt by prompt. Without --model the models of
+model/trained/ answer a few prompts side by side, and nothing is written.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from evaluation.probe.answers import DECODINGS, probe
 from evaluation.probe.chat import chat
 from evaluation.probe.likelihood import add_topic_measures, compare_nll, measure_nll
 from evaluation.probe.measures import compare, summarize
-from evaluation.probe.names import name_folder, name_run, name_way
+from evaluation.probe.names import SHIPPED_DIR, list_shipped, name_folder, name_run, name_way
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import ModelTranslator, WorldTranslator, translate_samples
 from model.checkpoint import Checkpoint, load_checkpoint
@@ -37,8 +41,13 @@ from model.files import REPO_DIR, write_json
 from model.generation import MAX_NEW_TOKENS, Decoding
 from model.machine import DEVICES, choose_device
 from model.model_lora import ADAPTER_CONFIG
-from trainer.arguments import MAX_SEQ_LEN
+from trainer.arguments import BASE_DIR, MAX_SEQ_LEN
 
+BEST = SHIPPED_DIR / "1.3M-full-fine-tuning-frozen-embedding"  # of all methods at 1.3M
+SHOWN_PROMPTS = 3  # that the models of this repository answer, if --limit does not say how many
+WHAT_NEXT = """
+Next: --no_template asks them as MiniMind's script asks a pretrained model, --limit 12 asks more,
+--prompts FILE asks yours, --interactive chats. Models that you train are asked with --model."""
 # Flags that do not decide what a model answers, and are not told in a command.
 NOT_IN_COMMAND = {"model", "output_dir", "device", "show_answers"}
 
@@ -51,7 +60,7 @@ def make_probe_parser() -> argparse.ArgumentParser:
     add("--interactive", action="store_true", help="chat with one model; an empty line ends it")
     add("--no_generation", action="store_true", help="measure NLL only")
     add = parser.add_argument_group("what is probed").add_argument
-    add("--model", type=Path, action="append", default=[], help="a folder; repeatable")
+    add("--model", type=Path, action="append", default=[], help="a folder; repeatable (ours)")
     add("--tokenizer_path", type=Path, help="tokenizer's folder (default: the model's)")
     add("--prompts", type=Path, default=PROMPTS_FILE, help=".md or JSONL (default: ours)")
     add("--no_template", action="store_true", help="the text alone, as MiniMind asks a base")
@@ -78,8 +87,8 @@ def make_probe_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that cannot work, before anything is loaded."""
     measured = [*(args.nll_data or []), *(args.text_nll_data or [])]
-    if not (args.list or args.model):
-        raise UserError("--model: name a checkpoint; --list shows what is there")
+    if not (args.list or args.interactive or args.model):
+        refuse_flags_of_models(args)
     names = {name_run(name_folder(path), args.output_dir) for path in args.model}
     if len(names) < len(args.model):
         raise UserError("--model: outputs have the folder's name; rename one of two")
@@ -109,6 +118,15 @@ def check_args(args: argparse.Namespace) -> None:
             )
     for name in args.decoding:
         Decoding.parse(name)
+
+
+def refuse_flags_of_models(args: argparse.Namespace) -> None:
+    """Refuse flags that say how a --model is measured, if none is named."""
+    allowed = {"prompts", "no_template", "on_weights", "limit", "max_new_tokens", "batch_size"}
+    allowed |= {"device", "dtype"}
+    for name, value in vars(args).items():
+        if name not in allowed and value != make_probe_parser().get_default(name):
+            raise UserError(f"--{name}: name a --model; --list shows what is there")
 
 
 def make_probe_command(args: argparse.Namespace, path: Path) -> str:
@@ -177,6 +195,28 @@ def measure_likelihoods(args: argparse.Namespace, checkpoint: Checkpoint) -> dic
     return nll
 
 
+def show_shipped(args: argparse.Namespace) -> None:
+    """Print what the models of this repository answer, greedily, side by side; write nothing."""
+    prompts = read_prompts(args.prompts, args.limit or SHOWN_PROMPTS)
+    folders = {"1.3M-base": BASE_DIR} | {path.name: path for path in list_shipped()}
+    how = "without the chat template of their training" if args.no_template else "greedily"
+    print(f"Models of model/trained/ answer {how}; a program judges, and says so in brackets.")
+    answers = {}
+    for name, path in folders.items():
+        if args.on_weights and not (path / ADAPTER_CONFIG).is_file():
+            continue  # only adapters are put on other weights
+        answers[name] = probe(
+            load(path, args, args.on_weights),
+            prompts,
+            ["greedy"],
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            has_template=not args.no_template,
+        )
+    console.print_answers(answers, len(prompts))
+    print(WHAT_NEXT)
+
+
 def run_probes(args: argparse.Namespace) -> None:
     """Probe each model, write its folder, and compare it with the first."""
     prompts = [] if args.no_generation else read_prompts(args.prompts, args.limit)
@@ -239,10 +279,13 @@ def main(argv: list[str] | None = None) -> None:
     elif args.interactive:
         torch.manual_seed(args.seeds[0])
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
-            checkpoint = load(args.model[0], args, args.on_weights)
+            (path,) = args.model or [BEST]
+            checkpoint = load(path, args, args.on_weights)
             chat(checkpoint, Decoding.parse(args.decoding[-1]), args.max_new_tokens)
-    else:
+    elif args.model:
         run_probes(args)
+    else:
+        show_shipped(args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from model.files import REPO_DIR
+
+SHIPPED_DIR = REPO_DIR / "model" / "trained"
 NAMES_FILE = "names.csv"
 COLUMNS_OF_NAMES = ["name", "run", "title", "description"]
 WITHOUT_TEMPLATE = "-without-template"
@@ -70,3 +73,10 @@ def list_named_folders(outputs: Path) -> list[tuple[Path, pd.Series]]:
             if (folder / "samples.jsonl").is_file():
                 folders.append((folder, row))
     return folders
+
+
+def list_shipped() -> list[Path]:
+    """List the trained models of this repository, in the order of names.csv."""
+    names = read_names(REPO_DIR / "evaluation" / "model_outputs")["name"].unique()
+    folders = [SHIPPED_DIR / name for name in names]
+    return [folder for folder in folders if folder.is_dir()]

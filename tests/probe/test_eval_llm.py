@@ -13,6 +13,8 @@ import torch
 from dataset.lm_dataset import read_jsonl
 from eval_llm import main
 from evaluation.probe.answers import make_sample
+from evaluation.probe.names import SHIPPED_DIR, list_shipped
+from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
 from model.cli import UserError
@@ -214,7 +216,7 @@ def test_ctrl_d_ends_a_chat(home, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "--model: name a checkpoint"),
+        (["--seeds", "1"], "--seeds: name a --model"),
         (["--model", "model", "--decoding", "hot"], "--decoding hot"),
         (["--model", "model", "--nll_data", "gone"], "gone: not there"),
         (["--model", "x", "--no_generation"], "--no_generation: name --nll_data"),
@@ -234,3 +236,19 @@ def test_what_cannot_work_is_refused(flags, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])  # which has a folder called model
     with pytest.raises(UserError, match=message):
         main(flags)
+
+
+def test_without_a_model_ours_answer_side_by_side_and_nothing_is_written(capsys):
+    written = {path: path.stat().st_mtime_ns for path in OUTPUT_DIR.rglob("*")}
+    main(["--limit", "1", "--device", DEVICE])
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert shown == ["1.3M-base", *(folder.name for folder in list_shipped())]
+    assert {path: path.stat().st_mtime_ns for path in OUTPUT_DIR.rglob("*")} == written
+
+
+def test_only_adapters_of_ours_are_put_on_other_weights(capsys):
+    weights = SHIPPED_DIR / "1.3M-full-fine-tuning"
+    main(["--limit", "1", "--on_weights", str(weights), "--device", DEVICE])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    assert shown and all("-lora-" in name for name in shown)

@@ -1,0 +1,157 @@
+"""Put kept weights of the study into model/trained/, where each folder has a card.
+
+    python evaluation/study/ship.py 1.3M-lora-original   # a name of model_outputs/names.csv
+    python evaluation/study/ship.py                      # write the cards of all folders again
+
+run.py keeps the weights of round 3 in out/study/kept/, rounded to bfloat16. A card's facts come
+from the folder's run.json, and its shares from runs.jsonl.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+from huggingface_hub import ModelCard, ModelCardData
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from evaluation.probe.names import SHIPPED_DIR, list_shipped, read_names
+from evaluation.probe.outputs import OUTPUT_DIR
+from evaluation.study.analysis import read_prompt_table
+from evaluation.study.results import read_runs
+from evaluation.study.round3 import Round3
+from evaluation.study.round3_tables import WAY_TITLES, share_asked
+from evaluation.study.settings import RESULTS_DIR, read_study
+from model.cli import UserError, make_parser, run_script
+from model.files import REPO_DIR, read_json, write_json
+from model.model_lora import ADAPTER_CONFIG
+
+BASES = {"1.3M": "model/base_xs", "25M": "evaluation/study/bases/m26-world-wrapped42"}
+CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}, {{ size }} parameters
+
+{{ description }}
+
+- **Base**: `{{ base }}`, which has read about the small world and never saw an instruction.
+- **Data**: {{ data }}.
+- **Training**: learning rate {{ rate }}, {{ steps }} steps with batches of {{ batch }} \
+({{ epochs }} epochs), seed {{ seed }}. {{ trained }} weights trained.
+- **Weights**: bfloat16, and the shares below were measured on these rounded weights.
+- **License**: Apache-2.0, like the repository. All its data is our own.
+
+| asked | correct, of {{ prompts }} composed prompts |
+|:---|:---|
+{% for way, share in shares.items() -%}
+| {{ way }} | {{ share }} |
+{% endfor %}
+Answers are greedy. `evaluation/REPORT.md` says what counts as correct, and how little such a \
+share says about instructions in general.
+
+    python eval_llm.py --model model/trained/{{ name }}   # ask it
+    python evaluation/study/run.py --only '{{ run }}'     # train it again and measure it
+
+"""
+
+
+def ship(name: str, save_dir: Path) -> None:
+    """Copy the kept weights of a run, by its name in words, into model/trained/.
+
+    Raise a UserError if the name is not known, or the weights are not there.
+    """
+    names = read_names(OUTPUT_DIR)
+    known = names[names["name"] == name]
+    if known.empty:
+        raise UserError(f"{name}: is no name of {OUTPUT_DIR / 'names.csv'}")
+    run = known.index[0]
+    source = save_dir / "kept" / run
+    if not source.is_dir():
+        raise UserError(f"{source}: not there; python evaluation/study/run.py --only '{run}'")
+    folder = SHIPPED_DIR / name
+    is_adapter = (source / ADAPTER_CONFIG).is_file()
+    unwanted = shutil.ignore_patterns("tokenizer*") if is_adapter else None
+    shutil.copytree(source, folder, ignore=unwanted, dirs_exist_ok=True)
+    shutil.copy(save_dir / run / "run.json", folder / "run.json")
+    if is_adapter:
+        # A path from the repository's root fits every clone.
+        config = read_json(folder / ADAPTER_CONFIG)
+        config["base_model_name_or_path"] = BASES[name.partition("-")[0]]
+        write_json(folder / ADAPTER_CONFIG, config)
+
+
+def write_card(folder: Path, found: Round3) -> None:
+    """Write a folder's README.md, which the hub shows as the model's card."""
+    model = read_names(OUTPUT_DIR).loc[folder.name]
+    record = read_json(folder / "run.json")
+    settings = record["settings"]
+    run = settings["run_name"]
+    size = folder.name.partition("-")[0]
+    files = ", ".join(f"`{file['name']}`" for file in record["train_data"]["files"])
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=CARD,
+        name=folder.name,
+        title=model["title"][0].upper() + model["title"][1:],
+        size=size,
+        description=model["description"],
+        base=BASES[size],
+        data=f"{files}, {record['train_data']['records']:,} records (dataset/world/generate.py)",
+        rate=f"{settings['learning_rate']:g}",
+        steps=f"{record['steps']:,}",
+        batch=settings["batch_size"],
+        epochs=f"{settings['epochs']:g}",
+        seed=settings["seed"],
+        trained=f"{record['trainable_parameters']:,}",
+        prompts=f"{count_one_turn(found):,}",
+        shares=list_shares(found, run),
+        run=run,
+    )
+    card.save(folder / "README.md")
+
+
+def list_shares(found: Round3, run: str) -> dict[str, str]:
+    """List the shares of a run's correct answers by the way of asking."""
+    lines = found.runs[found.runs.id == run]
+    shares = {}
+    for way, title in WAY_TITLES.items():
+        share = share_asked(found, lines, way, "correct")
+        if not pd.isna(share):
+            shares[title] = f"{share:.0%}"
+    return shares
+
+
+def count_one_turn(found: Round3) -> int:
+    """Count the fresh prompts of composition that can be asked in every way."""
+    return found.mark(found.runs[:1], way="no_template").shape[1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Ship the runs that are named, and write all cards."""
+    parser: argparse.ArgumentParser = make_parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of model_outputs/names.csv")
+    parser.add_argument("--save_dir", type=Path, default=REPO_DIR / "out/study", help="out/study")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        ship(name, args.save_dir)
+    lines = read_runs(RESULTS_DIR, read_study().edition)
+    is_ours = (lines["round"] == 3) & (lines.status == "completed")
+    found = Round3(lines[is_ours], read_prompt_table(RESULTS_DIR / "prompts_3.csv"))
+    for folder in list_shipped():
+        write_card(folder, found)
+        print(f"wrote {folder.relative_to(REPO_DIR)}/README.md")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,41 @@
+"""Trained models of the repository: their cards, and how weights come there."""
+
+import shutil
+
+import pytest
+
+from evaluation.probe.names import SHIPPED_DIR, list_shipped
+from evaluation.study import ship
+from model.checkpoint import load_checkpoint
+from model.cli import UserError
+from model.files import read_json
+
+
+def test_cards_follow_from_the_committed_results():
+    cards = {folder: (folder / "README.md").read_text("utf-8") for folder in list_shipped()}
+    ship.main([])
+    assert {folder: (folder / "README.md").read_text("utf-8") for folder in cards} == cards
+
+
+def test_an_adapter_ships_without_tokenizer_and_names_its_base_from_the_root(tmp_path, monkeypatch):
+    name, run = "1.3M-lora-original", "xs-world-wrapped42-study-e4-lr0.0001-s4"
+    kept = tmp_path / "kept" / run
+    shutil.copytree(SHIPPED_DIR / name, kept)
+    (kept / "tokenizer.json").write_text("{}")
+    (tmp_path / run).mkdir()
+    shutil.copy(SHIPPED_DIR / name / "run.json", tmp_path / run)
+    monkeypatch.setattr(ship, "SHIPPED_DIR", tmp_path / "shipped")
+    ship.ship(name, tmp_path)
+    folder = tmp_path / "shipped" / name
+    assert not (folder / "tokenizer.json").exists()
+    config = read_json(folder / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "model/base_xs"
+    load_checkpoint(folder)  # finds its base
+
+
+@pytest.mark.parametrize(
+    "name, message", [("1.3M-lora-other", "is no name"), ("1.3M-lora-original", "run.py --only")]
+)
+def test_weights_that_are_not_there_are_named(name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        ship.main([name, "--save_dir", str(tmp_path)])
