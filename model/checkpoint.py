@@ -60,10 +60,7 @@ def save_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def save_rounded(source: Path, folder: Path) -> None:
-    """Copy a saved model or adapter with its weights rounded to bfloat16, without its run files.
-
-    A base in this repository is named from its root, so that a committed copy fits every clone.
-    """
+    """Copy a saved model or adapter with its weights rounded to bfloat16, without its run files."""
     if not (source / ADAPTER_CONFIG).is_file():
         save_model(load_model(source).bfloat16(), source, folder)
         return
@@ -72,11 +69,6 @@ def save_rounded(source: Path, folder: Path) -> None:
     fingerprint = weights_fingerprint(model)
     settings = load_lora(model, source)
     save_lora(model, settings, str(base), fingerprint, folder, dtype=torch.bfloat16)
-    path = Path(base).resolve()
-    if path.is_relative_to(REPO_DIR):
-        config = read_json(folder / ADAPTER_CONFIG)
-        config["base_model_name_or_path"] = str(path.relative_to(REPO_DIR))
-        write_json(folder / ADAPTER_CONFIG, config)
     save_tokenizer(source, folder)
 
 
