@@ -1,5 +1,5 @@
-# make demo        a short pretraining; from the base that ships: fine-tuning in 3 ways; answers
-# make clean-demo  delete the demo's runs and answers
+# make demo        the models that ship answer, then a LoRA trains and answers beside them
+# make clean-demo  delete the demo's run and answers
 # make install     the virtual environment; targets that need it make it first
 # make test        lint and tests
 # make gpu         the tests that compute on a GPU; DEVICE=cpu make gpu: the same without one
@@ -68,27 +68,19 @@ page: install
 	$(RUN) evaluation/page/build.py
 
 # ---------------------------------------------------------------- the demo
-# A short pretraining shows that stage. Then the base that ships is fine-tuned in 3 ways, and all 4
-# models answer held-out prompts of the tuning half.
-SHAPE := --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 352
-DEMO_RUNS := demo_pretrain demo_full_sft demo_lora_study demo_lora_tuned
-DEMO_MODELS := model/base_xs $(addprefix out/,$(wordlist 2,4,$(DEMO_RUNS)))
+# The models that ship answer; a LoRA trains for 800 steps; all answer prompts of the tuning half.
 WORLD := dataset/data/world
-STEPS := --batch_size 16 --max_steps 2000 --show_answers 0
+DEMO_MODELS := $(addprefix model/trained/1.3M-,lora-original lora-all-layers-r64 full-fine-tuning)
 
 demo: install
-	$(RUN) trainer/train_pretrain.py --run_name demo_pretrain --overwrite $(SHAPE) \
-		--wrap_documents --batch_size 16 --max_seq_len 256 --max_steps 200
-	$(RUN) trainer/train_full_sft.py --run_name demo_full_sft --overwrite $(STEPS) \
-		--learning_rate 1e-3
-	$(RUN) trainer/train_lora.py --lora_name demo_lora_study --overwrite $(STEPS) \
-		--lora_targets square --lora_alpha 8 --lora_init gaussian --learning_rate 1e-4
-	$(RUN) trainer/train_lora.py --lora_name demo_lora_tuned --overwrite $(STEPS) \
-		--learning_rate 3e-3
-	head -qn 100 $(WORLD)/probe_combinations_tune.jsonl $(WORLD)/probe_unseen_tune.jsonl \
-		> out/demo_prompts.jsonl
-	$(RUN) eval_llm.py $(DEMO_MODELS:%=--model %) --prompts out/demo_prompts.jsonl --output_dir out/demo
+	$(RUN) eval_llm.py
+	$(RUN) trainer/train_lora.py --lora_name demo_lora --overwrite --max_steps 800 --lora_rank 64 \
+		--learning_rate 3e-3 --show_answers 0
+	head -qn 100 $(WORLD)/probe_combinations_tune.jsonl > out/demo_prompts.jsonl
+	$(RUN) eval_llm.py $(DEMO_MODELS:%=--model %) --model out/demo_lora --decoding greedy \
+		--prompts out/demo_prompts.jsonl --output_dir out/demo
+	@echo "Next: .venv/bin/python eval_llm.py --no_template   (the same models, asked another way)"
+	@echo "      .venv/bin/python trainer/train_lora.py --help, and WORKFLOW.md for every stage"
 
 clean-demo:
-	rm -rf $(DEMO_RUNS:%=out/%) out/demo
-	rm -f $(DEMO_RUNS:%=out/.%.lock) out/demo_prompts.jsonl
+	rm -rf out/demo_lora out/.demo_lora.lock out/demo out/demo_prompts.jsonl

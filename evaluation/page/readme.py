@@ -46,12 +46,12 @@ folder shows.
 
 ## Folders
 
-The last two columns count correct greedy answers: to the prompts in the forms of words that \
-training uses, which are the first section, and to all prompts that have a check.
+The last two columns count correct greedy answers. *Trained forms* is the first section of the \
+prompts, which uses the wording of training, and *all prompts* are those that have a check.
 """
 STARRED = """\
 Folders with a star were asked with an earlier prompt file, whose prompts were all in free \
-wording. They wait for their models to be trained again."""
+wording. They can be asked the new prompts only when their models have been trained again."""
 EASY_ANSWERS = """\
 The study keeps these answers [apart](../study/answers), and only for some of the models."""
 SIDE_BY_SIDE = f"""\

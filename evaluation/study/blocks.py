@@ -79,14 +79,6 @@ def mark_share(evidence: Evidence, runs: pd.DataFrame, name: str) -> str:
     return text + first["mark"]
 
 
-def describe_run(run: tuple) -> str:
-    """Write a run's title, with its rate if that is not the reported one."""
-    if "*" not in run.cell:
-        return run.title
-    rate = write_rate(run.learning_rate)
-    return f"{run.title}, {rate}"
-
-
 def read_samples(folder: Path) -> pd.DataFrame | None:
     """Read the saved answers of a folder, if it has any. A row is an answer."""
     path = folder / "samples.jsonl"

@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter
 from dataset.checks import KINDS
 from evaluation.probe.baselines import tabulate_baselines
 from evaluation.probe.judgements import tabulate_judgements
+from evaluation.probe.names import list_named_folders
 from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.probe.world_measure import tabulate_controls
 from evaluation.study.analysis import (
@@ -27,7 +28,6 @@ from evaluation.study.analysis import (
 from evaluation.study.blocks import (
     Tables,
     block,
-    describe_run,
     percent,
     read_samples,
     write_gap,
@@ -423,21 +423,22 @@ def tabulate_endings(evidence: Evidence) -> Tables:
 
 @block("free")
 def tabulate_free_wording(evidence: Evidence) -> Tables:
-    """Return correct greedy answers to the prompts in free wording. A row is a model."""
-    names_file = OUTPUT_DIR / "names.csv"
-    folders = pd.read_csv(names_file, index_col="run")["name"] if names_file.is_file() else {}
-    rows = []
-    for run in evidence.final.itertuples():
-        samples = read_samples(OUTPUT_DIR / folders.get(run.id, run.id))
-        if samples is None:
-            continue
+    """Return correct greedy answers to the prompts by hand. A row is a model and way of asking.
+
+    Models that were asked an earlier prompt file have a table of their own.
+    """
+    rows: dict[bool, list[dict[str, str]]] = {False: [], True: []}  # by whether that file was asked
+    for folder, model in list_named_folders(OUTPUT_DIR):
+        samples = read_samples(folder)
         greedy = samples[samples.decoding == "greedy"]
         is_correct = greedy.outcome == "correct"
-        row = {"size": SIZES[run.size], "trained": describe_run(run)}
+        size, _, _ = model["name"].partition("-")
+        way = folder.name.removeprefix(model["name"]).replace("-", " ").strip()
+        row = {"size": size, "trained": model["title"], "asked": way or "as it was trained"}
         for section, marks in is_correct.groupby(greedy.section, sort=False):
             row[section] = f"{marks.sum()} of {len(marks)}"
-        rows.append(row)
-    return [pd.DataFrame(rows)]
+        rows["Trained forms" not in row].append(row)
+    return [pd.DataFrame(group) for group in rows.values() if group]
 
 
 @block("controls")

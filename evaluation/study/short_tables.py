@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from evaluation.probe.outputs import escape_markdown
+from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
 from evaluation.study.analysis import (
     Evidence,
     estimate_gap,
@@ -13,7 +13,6 @@ from evaluation.study.analysis import (
 from evaluation.study.blocks import (
     Tables,
     block,
-    describe_run,
     mark_share,
     percent,
     read_samples,
@@ -33,6 +32,8 @@ from evaluation.study.names import (
 )
 from evaluation.study.settings import RESULTS_DIR
 
+# Names of names.csv whose answers to the tuning half stand side by side, the weakest first.
+ANSWERED = ["25M-lora-original", "25M-lora-all-layers-r8", "25M-full-fine-tuning"]
 KNOWN = {"plain": "facts_combinations", "unseen": "facts_unseen"}  # what the base ranks first
 
 
@@ -361,18 +362,18 @@ def tabulate_ten_answers(evidence: Evidence) -> Tables:
 def collect_answers(evidence: Evidence) -> pd.DataFrame:
     """Return kept answers to the tuning half, wrong ones with their kind.
 
-    A row is a prompt, a column a method, the weakest first.
+    A row is a prompt, a column a model of `ANSWERED`.
     """
+    names = pd.read_csv(OUTPUT_DIR / "names.csv", index_col="name")
     columns = {}
-    for arm in ("study", "all_r8", "fft"):
-        runs = evidence.final[(evidence.final["size"] == "m26") & (evidence.final.arm == arm)]
-        for run in runs.itertuples():
-            samples = read_samples(RESULTS_DIR / "answers" / f"{run.id}-probe_combinations_tune")
-            if samples is None:
-                continue
-            is_wrong = samples.outcome != "correct"
-            kinds = " *(" + samples.outcome + ")*"
-            columns["prompt"] = samples.prompt.map(escape_markdown)
-            answers = samples.output.map(escape_markdown) + kinds.where(is_wrong, "")
-            columns[describe_run(run)] = answers
+    for model in names.loc[ANSWERED].itertuples():
+        samples = read_samples(RESULTS_DIR / "answers" / f"{model.run}-probe_combinations_tune")
+        if samples is None:
+            continue
+        greedy = samples[samples.decoding == "greedy"]
+        is_wrong = greedy.outcome != "correct"
+        kinds = " *(" + greedy.outcome + ")*"
+        columns["prompt"] = greedy.prompt.map(escape_markdown)
+        answers = greedy.output.map(escape_markdown) + kinds.where(is_wrong, "")
+        columns[model.title] = answers
     return pd.DataFrame(columns)
