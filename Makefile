@@ -3,6 +3,7 @@
 # make install     the virtual environment; targets that need it make it first
 # make test        lint and tests
 # make gpu         the tests that compute on a GPU; DEVICE=cpu make gpu: the same without one
+# make elsewhere   other tools on our folders, in a virtual environment of their own
 # make stress      kill training runs at random moments, continue and compare them
 # make study       all runs of evaluation/study/study.toml without a result, then the report
 # make report      tables and figures of README, REPORT and TABLES, from committed results
@@ -16,8 +17,9 @@ PYTHON ?= python3
 DEVICE ?= cuda
 VENV := .venv
 RUN := $(VENV)/bin/python
+ELSEWHERE := .venv-elsewhere
 
-.PHONY: demo test gpu report study stress bench page install clean-demo
+.PHONY: demo test gpu elsewhere report study stress bench page install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -32,11 +34,21 @@ test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	DEVICE=cpu $(MAKE) gpu
-	$(RUN) -m pytest -m "not gpu"
+	$(RUN) -m pytest -m "not gpu and not elsewhere"
 
 # On CUDA only deterministic kernels make runs bitwise equal; cuBLAS needs CUBLAS_WORKSPACE_CONFIG.
 gpu: install
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 DEVICE=$(DEVICE) $(RUN) -m pytest -m gpu
+
+# Apart from $(VENV), so that no version there changes.
+$(ELSEWHERE)/installed: requirements.txt requirements-dev.txt requirements-elsewhere.txt
+	$(PYTHON) -m venv $(ELSEWHERE)
+	$(ELSEWHERE)/bin/pip install --quiet --upgrade pip
+	$(ELSEWHERE)/bin/pip install --quiet -r requirements-elsewhere.txt
+	touch $@
+
+elsewhere: $(ELSEWHERE)/installed
+	OMP_NUM_THREADS=1 $(ELSEWHERE)/bin/python -m pytest -m elsewhere tests/elsewhere
 
 # One thread a process: the models are too small for more.
 stress: install

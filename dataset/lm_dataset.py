@@ -3,6 +3,10 @@
     {"text": "..."}                                          pretraining
     {"conversations": [{"role": "user", "content": "..."},   fine-tuning; "messages" alike
                        {"role": "assistant", "content": "..."}]}
+    {"conversations": [{"from": "human", "value": "..."},    the same as ShareGPT has it
+                       {"from": "gpt", "value": "..."}]}
+    {"prompt": "...", "completion": "..."}                   one turn as TRL has it; each may be a
+                                                             list of messages, too
     {"instruction": "...", "input": "...", "output": "..."}  fine-tuning, one turn
 
 The way of a record: `read_jsonl` yields it, `encode_records` checks it and makes token ids and
@@ -40,6 +44,11 @@ SUBSET_SEED = 0  # draws the samples that --max_train_samples keeps
 GROUP_BATCHES = 50  # length grouping sorts within this many batches, so order stays random
 # Fields that change what a conversation means, and that the chat template does not show.
 UNREAD_FIELDS = ("system", "history", "tools", "tool_calls", "function_call", "reasoning_content")
+CHAT_FIELDS = (
+    '"messages" or "conversations" (also ShareGPT\'s), "prompt" and "completion" (TRL\'s), '
+    'or "instruction" and "output"'
+)
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 CONTENT_SLOT = "\ue000\ue001\ue000"  # private use: stands for a content in the chat template
 Encoded = tuple[list[int], list[bool]]  # token ids, and for each whether loss falls on it
 Sample = tuple[np.ndarray, np.ndarray]  # token ids and labels
@@ -96,11 +105,15 @@ def record_text(record: dict, where: str) -> str:
     return text
 
 
-def find_messages(record: dict) -> object:
+def find_messages(record: dict, where: str) -> object:
     """Find the list of messages in a fine-tuning record of any form; it may be of another type."""
     messages = record.get("conversations", record.get("messages"))
-    if messages is not None or "output" not in record:
+    if messages is not None:
         return messages
+    if "completion" in record:
+        return join_completion(record, where)
+    if "output" not in record:
+        return None
     parts = [record.get("instruction"), record.get("input") or ""]
     question = None
     if all(isinstance(part, str) for part in parts):
@@ -111,12 +124,36 @@ def find_messages(record: dict) -> object:
     ]
 
 
+def join_completion(record: dict, where: str) -> list | None:
+    """Join TRL's prompt and completion, each a string or a list of messages."""
+    prompt = record.get("prompt")
+    completion = record["completion"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        return None
+    if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
+        reason = 'an answer in "prompt" would be trained, too, and TRL trains the completion alone'
+        raise UserError(f'{where}: {reason}; if it may, join both lists as "messages"')
+    return prompt + completion
+
+
+def rename_fields(message: dict) -> dict:
+    """Give a message of ShareGPT the names of ours; any other message stays as it is."""
+    if "from" not in message or "role" in message:
+        return message
+    role = SHAREGPT_ROLES.get(str(message["from"]), message["from"])
+    return message | {"role": role, "content": message.get("value")}
+
+
 def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     """Return the messages of a fine-tuning record, white space around their contents stripped."""
-    messages = find_messages(record)
+    messages = find_messages(record, where)
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        fields = '"conversations", "messages", or "instruction" and "output"'
-        raise UserError(f"{where}: fine-tuning reads a list of messages: {fields}")
+        raise UserError(f"{where}: fine-tuning reads a list of messages: {CHAT_FIELDS}")
+    messages = [rename_fields(message) for message in messages]
     for part in (record, *messages):
         for name in UNREAD_FIELDS:
             if part.get(name):
@@ -126,7 +163,8 @@ def record_messages(record: dict, where: str) -> list[dict[str, str]]:
     for turn, message in enumerate(messages, start=1):
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
-            raise UserError(f'{where}: message {turn} needs a non-empty string "content"')
+            field = "value" if "from" in message else "content"
+            raise UserError(f'{where}: message {turn} needs a non-empty string "{field}"')
     check_roles([message.get("role") for message in messages], where)
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
 

@@ -141,10 +141,17 @@ def load_tokenizer(source: str | Path | None = None, vocab_size: int | None = No
 
 
 def find_base(folder: str | Path) -> str | Path:
-    """Find an adapter's base: a hub id, or a folder from here, from the repository or beside it."""
+    """Find an adapter's base: a hub id, or a folder from here, from the repository or beside it.
+
+    If the repository has moved, the end of a whole path still names a folder in it. `load_lora`
+    refuses that folder if it has other weights than the base had.
+    """
     path = Path(folder) / ADAPTER_CONFIG
     name = read_json(path).get("base_model_name_or_path") or ""
     places = [Path(name), REPO_DIR / name, Path(folder).parent / name] if name else []
+    if Path(name).is_absolute():
+        parts = Path(name).parts
+        places += [REPO_DIR.joinpath(*parts[start:]) for start in range(1, len(parts))]
     for place in places:
         if place.is_dir():
             return place

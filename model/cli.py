@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -33,11 +34,24 @@ class Parser(argparse.ArgumentParser):
         """Raise the message; argparse would print the usage and exit."""
         raise UserError(f"{message}; --help lists the flags")
 
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split a line of a file of flags as a shell would; `#` starts a comment."""
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:  # a quotation without its end
+            raise UserError(f"{arg_line!r} in a file of flags: {error}; mend the line") from error
+
 
 def make_parser(doc: str, **options: str) -> argparse.ArgumentParser:
     """Make a parser whose --help shows a script's docstring as it stands."""
-    keep_lines = argparse.RawDescriptionHelpFormatter
-    return Parser(description=doc, formatter_class=keep_lines, allow_abbrev=False, **options)
+    return Parser(
+        description=doc,
+        epilog="The word @FILE stands for flags in a file, on one line or on several.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        **options,
+    )
 
 
 def limit(kind: type, least: float, most: float = 1e12) -> Callable[[str], float]:

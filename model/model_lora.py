@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model.cli import UserError
-from model.files import REPO_DIR, read_json, write_bytes, write_json
+from model.files import read_json, write_bytes, write_json
 from model.model_minimind import MiniMindForCausalLM, fill_model, list_weights, weights_fingerprint
 
 # The two ends of the vocabulary's matrix, which most models tie: one parameter, two names.
@@ -421,11 +421,12 @@ def find_modules(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
 
 
 def name_base(base: str) -> str:
-    """Name a base's folder so that `find_base` finds it from any folder; a hub id stays."""
+    """Name a base's folder by its whole path; a hub id stays.
+
+    PEFT looks for any other name in the current folder and on the hub.
+    """
     path = Path(base).resolve()
-    if not path.is_dir():
-        return base
-    return str(path.relative_to(REPO_DIR) if path.is_relative_to(REPO_DIR) else path)
+    return str(path) if path.is_dir() else base
 
 
 def save_lora(

@@ -9,6 +9,7 @@ LIBRARIES = {  # of all floors but evaluation
     "accelerate",
     "datasets",
     "filelock",
+    "gguf",  # export_gguf.py asks for it
     "jinja2",
     "numpy",
     "safetensors",

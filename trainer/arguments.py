@@ -4,8 +4,9 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from dataset.lm_dataset import CHAT_FIELDS
 from dataset.world.generate import FILES_DIR, list_files
 from model.cli import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, SIZE, UserError, limit, make_parser
 from model.files import REPO_DIR
@@ -79,7 +80,8 @@ def add_data_flags(parser: ArgumentParser, stage: Stage) -> None:
     """Add flags: what is read."""
     add = parser.add_argument_group("data").add_argument
     paths = {"type": Path, "nargs": "+", "default": []}
-    add("--data_path", **paths, help="JSONL or JSONL.gz (the small world)")
+    fields = CHAT_FIELDS if stage.reads == "sft" else '"text"'
+    add("--data_path", **paths, help=f"JSONL or JSONL.gz of {fields} (the small world)")
     add("--eval_data_path", **paths, help="held-out JSONL for validation")
     add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a sample (340)")
     if stage.reads == "sft":
@@ -110,7 +112,7 @@ def add_logging_flags(parser: ArgumentParser) -> None:
     add("--eval_interval", type=COUNT, default=0, help="validation; 0: at the end only (0)")
     add("--save_interval", type=COUNT, default=500, help="resume.pt; 0: at the end only (500)")
     add("--keep_checkpoints", type=COUNT, default=0, help="sets of weights at equal steps (0)")
-    trackers = ("none", *map(str, get_available_trackers()))
+    trackers = ("none", *LOGGER_TYPE_TO_CLASS)
     add("--report_to", choices=trackers, default="none", help="a tracker of accelerate (none)")
 
 
@@ -149,6 +151,9 @@ def check_flags(args: Namespace, changed: set[str]) -> None:
         raise UserError(f"--min_lr_ratio: {reason}; drop one of both")
     if args.eval_interval and args.data_path and not args.eval_data_path:
         raise UserError("--eval_interval: needs --eval_data_path beside --data_path")
+    tracker = args.report_to
+    if tracker not in ("none", *map(str, get_available_trackers())):
+        raise UserError(f"--report_to {tracker}: is not installed; pip install {tracker}")
     if args.from_weight.endswith(".pth"):
         remedy = "convert it to a folder by trainer/convert_minimind.py"
         raise UserError(f"--from_weight {args.from_weight}: {remedy}")

@@ -4,8 +4,8 @@
 
 The adapter is a folder of ours or of PEFT's. Transformers loads the result without our code.
 llama.cpp's converter refuses it, because the converter knows tokenizers by a fixed list of hashes
-and ours are not in it. An adapter on a tied head alone is refused here, because the merge would
-change the embedding as well.
+and ours are not in it; export_gguf.py writes a file for llama.cpp. An adapter on a tied head alone
+is refused here, because the merge would change the embedding as well.
 """
 
 import sys

@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from dataset.lm_dataset import read_jsonl
 from dataset.world.checks import KINDS
+from model.cli import UserError
 from model.files import write_text
 
 LETTERS = dict(zip(KINDS, "cbelofw", strict=True))  # of the outcome strings
@@ -20,10 +21,20 @@ COLUMNS += ["trainable_parameters"]
 
 
 def read_runs(folder: Path, edition: int) -> pd.DataFrame:
-    """Read the runs of an edition; each scalar and each cost is a column of its own."""
+    """Read the runs of an edition; each scalar and each cost is a column of its own.
+
+    The files of several machines join by concatenation, so a run may stand in it twice by mistake.
+    """
     path = folder / "runs.jsonl"
-    lines = [line for _, line in read_jsonl(path)] if path.is_file() else []
-    lines = [line for line in lines if line["edition"] == edition]
+    lines = []
+    places = {}
+    for where, line in read_jsonl(path) if path.is_file() else []:
+        if line["edition"] != edition:
+            continue
+        first = places.setdefault(line["id"], where)
+        if first != where:
+            raise UserError(f"{where}: {line['id']} is in {first} too; delete one of both lines")
+        lines.append(line)
     # A cost has the run's last step, the line of a kept checkpoint its own.
     table = pd.DataFrame([line.get("cost", {}) | line.get("scalars", {}) | line for line in lines])
     table = table.reindex(columns=[*table, *(name for name in COLUMNS if name not in table)])

@@ -84,6 +84,11 @@ def test_broken_files_are_one_error(
     assert str(caught.value).startswith(f"{tmp_path}/{reason}")
 
 
+def sharegpt(*names: object) -> dict:
+    messages = [{"from": name, "value": f"x{place}"} for place, name in enumerate(names)]
+    return {"id": "a_0", "conversations": messages}
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
@@ -91,6 +96,14 @@ def test_broken_files_are_one_error(
         ({"messages": [m | {"id": 3} for m in DIALOG]}, DIALOG),
         ({"instruction": " Add. ", "input": "1 2", "output": "3\n"}, turns("Add. \n1 2", "3")),
         ({"instruction": "Hi", "output": "Yo"}, turns("Hi", "Yo")),
+        ({"prompt": "The sky is", "completion": " blue.\n"}, turns("The sky is", "blue.")),
+        ({"prompt": DIALOG[:2], "completion": DIALOG[2:3]}, DIALOG[:3]),
+        ({"prompt": "Hi", "completion": turns("", "Yo")[1:]}, turns("Hi", "Yo")),
+        (sharegpt("human", "gpt", "human", "gpt"), turns("x0", "x1", "x2", "x3")),
+        (
+            sharegpt("system", "user", "assistant"),
+            [{"role": "system", "content": "x0"}, *turns("x1", "x2")],
+        ),
     ],
 )
 def test_conversation_forms(record: dict, expected: list[dict[str, str]]) -> None:
@@ -114,6 +127,16 @@ def roles(*names: object) -> dict:
         ({"messages": [DIALOG[1], DIALOG[2] | {"tool_calls": [1]}]}, '"tool_calls" is not read'),
         ({"messages": [DIALOG[1], DIALOG[2] | {"weight": 0}]}, 'a "weight" other than 1'),
         ({"instruction": "x", "output": "y", "weight": 0.5}, 'a "weight" other than 1'),
+        ({"prompt": "x"}, "fine-tuning reads a list of messages"),
+        ({"completion": "x"}, "fine-tuning reads a list of messages"),
+        ({"prompt": ["x"], "completion": "y"}, "fine-tuning reads a list of messages"),
+        ({"prompt": "x", "completion": " "}, 'message 2 needs a non-empty string "content"'),
+        ({"prompt": DIALOG[:3], "completion": DIALOG[3:]}, 'an answer in "prompt" would be'),
+        ({"prompt": "x", "completion": "y", "tools": [1]}, '"tools" is not read'),
+        (sharegpt("human", "function_call"), "the roles are ['user', 'function_call']; expected"),
+        (sharegpt("gpt", "human"), "the roles are ['assistant', 'user']; expected"),
+        (sharegpt("human", ["gpt"]), "the roles are ['user', ['gpt']]; expected"),
+        ({"conversations": [{"from": "human"}]}, 'message 1 needs a non-empty string "value"'),
     ],
 )
 def test_conversations_that_cannot_be_learned_are_refused(record: dict, reason: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
@@ -22,7 +23,7 @@ from model.cli import UserError
 from model.files import REPO_DIR
 from model.model_lora import LoraSettings
 from model.model_minimind import weights_fingerprint
-from tests.model.small import IDS, SMALL, compute_logits, make_model, save_adapter
+from tests.model.small import IDS, ROUNDING, SMALL, compute_logits, make_model, save_adapter
 
 
 @pytest.fixture
@@ -171,6 +172,37 @@ def test_bases_are_found_by_path_or_hub_id(folder: Path, monkeypatch: pytest.Mon
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="../gone/base")
     with pytest.raises(UserError, match="the base '../gone/base' is not there"):
         find_base(adapter)
+
+
+def test_an_adapter_opens_in_peft_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPO_DIR)
+    adapter = tmp_path / "adapter"
+    base = REPO_DIR / "model" / "base_xs"
+    adapted = save_adapter(Path("model/base_xs"), LoraSettings(rank=2), adapter)
+    monkeypatch.chdir(tmp_path)
+    reference = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
+    logits = compute_logits(adapted)
+    assert torch.allclose(compute_logits(reference), logits, rtol=0, atol=ROUNDING)
+    # We find the base from every folder as well, also in a clone that has moved.
+    for named in (base, "model/base_xs", "/gone/clone/model/base_xs"):
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(named))
+        assert find_base(adapter) == base
+        model, _ = load_checkpoint(adapter)
+        assert torch.equal(compute_logits(model), logits)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="/gone/model")
+    with pytest.raises(UserError, match="config.json: missing"):
+        load_checkpoint(adapter)
+
+
+def test_shipped_adapters_name_their_base_from_the_root() -> None:
+    paths = list(REPO_DIR.glob("model/trained/*/adapter_config.json"))
+    assert paths
+    for path in paths:
+        base = json.loads(path.read_text())["base_model_name_or_path"]
+        assert not Path(base).is_absolute(), path
+        assert find_base(path.parent) == REPO_DIR / base or Path(base).is_dir(), path
 
 
 def test_rounded_folders_hold_the_nearest_bfloat16(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Errors as one line, flags that are refused, and text that is safe to print."""
 
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -40,3 +41,20 @@ def test_a_wrong_command_line_is_an_error_like_others(
         with pytest.raises(UserError, match=message):
             parser.parse_args(words)
     assert capsys.readouterr() == ("", "")
+
+
+def test_flags_are_read_from_a_file(tmp_path: Path) -> None:
+    parser = make_parser("Do nothing.")
+    parser.add_argument("--share", type=SHARE, default=0.5)
+    parser.add_argument("--names", nargs="+")
+    path = tmp_path / "flags"
+    path.write_text('--names "two words" é  # of two\n\n--share 0.25\n', encoding="utf-8")
+    args = parser.parse_args([f"@{path}"])
+    assert vars(args) == {"names": ["two words", "é"], "share": 0.25}
+    assert parser.parse_args([f"@{path}", "--share", "1"]).share == 1  # the last one counts
+    assert parser.parse_args(["--names=@b"]).names == ["@b"]
+    path.write_text('--share 0.25\n--names "two words\n', encoding="utf-8")
+    with pytest.raises(UserError, match="'--names \"two words' in a file of flags: No closing"):
+        parser.parse_args([f"@{path}"])
+    with pytest.raises(UserError, match=f"No such file or directory: '{tmp_path}/none'; --help"):
+        parser.parse_args([f"@{tmp_path}/none"])

@@ -566,6 +566,7 @@ REFUSED = {  # flags beside those of a good run -> the error's words
         "--batch_size 0": "argument --batch_size: 0: must lie between 1 and",
         "--max_steps 3 --epochs 2": "--epochs and --max_steps: contradict each other; give one",
         "--eval_interval 5": "--eval_interval: needs --eval_data_path",
+        "--report_to wandb": "--report_to wandb: is not installed; pip install wandb",
         "--from_resume --overwrite": "contradict each other; give one",
         "--lr_schedule constant --min_lr_ratio 0.5": "--min_lr_ratio: --lr_schedule constant has",
         "--run_name ../x": "--run_name or --lora_name '../x': must be a plain folder name",
