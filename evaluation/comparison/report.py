@@ -13,11 +13,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from evaluation.compare_page import Block, draw_chart, render_html, render_markdown
+from evaluation.comparison.page import Block, draw_chart, render_html, render_markdown
 from evaluation.probe.statistics import paired_bootstrap
 from model.files import escape_control, write_text
 
-LEAST_PAIRS = 100  # of each held-out half; fewer order nothing
 SHOWN_PROMPTS = 5
 COLORS = {  # of a method in every figure
     "lora-all-r8": "#1f5a99",
@@ -32,57 +31,14 @@ Interval = tuple[float, float, float]  # a mean difference, and its lower and up
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report says about the data and the runs."""
+    """What a report says about the comparison itself."""
 
-    base: str
-    data: str
-    train: int  # pairs
-    choose: int
-    judge: int
-    note: str
-    steps: int
-    epochs: float
-    batch_size: int
-    seed: int
-    checked: int  # prompts whose answers choose the learning rates, if there are enough
-    text: str | None  # name of the file that measures forgetting
-    end_bound: float
-
-    @property
-    def key(self) -> str:
-        """Return the measure that chooses and judges: share of wrong answers, or NLL."""
-        return "wrong" if self.checked else "nll"
-
-    @property
-    def is_too_few(self) -> bool:
-        """Decide whether a half is too small to order methods."""
-        return not self.checked and min(self.choose, self.judge) < LEAST_PAIRS
-
-    def describe_data(self) -> list[str]:
-        """Say in sentences what trains, what judges, and how long a run is."""
-        lines = [
-            f"{self.train:,} pairs train, {self.choose:,} held-out pairs choose the learning "
-            f"rates, and {self.judge:,} others judge.",
-            self.note,
-            f"Each run takes {self.steps:,} steps of {self.batch_size} pairs, which is "
-            f"{self.epochs:.2g} epochs, with seed {self.seed}.",
-        ]
-        if self.checked:
-            lines.append("Correct answers to the checked prompts choose and judge, not NLL.")
-        if self.is_too_few:
-            lines.append(
-                f"Fewer than {LEAST_PAIRS} pairs a half are too few to order the methods, so "
-                "treat the numbers as a first look, or hold out more by --eval_data_path."
-            )
-        return lines
-
-    def describe_end(self) -> str:
-        """Say how probable the end token can become while the embedding is frozen."""
-        text = "With a frozen embedding, as in LoRA, the end token's probability can reach "
-        text += f"{self.end_bound:.3f}."
-        if self.end_bound < 0.5:
-            text += " Sampled answers may therefore never end; --train_tokens may help."
-        return text
+    title: str
+    sentences: list[str]  # about data and runs
+    key: str  # the measure that chooses and judges: "nll", or "wrong", the share of wrong answers
+    is_too_few: bool  # pairs to order methods
+    text: str | None  # name of the file that measures forgetting; None: the base's own answers
+    failures: dict[str, str]  # why a method was left out
 
 
 @dataclass(frozen=True)
@@ -371,13 +327,12 @@ def write_report(
     facts: Facts,
     results: dict[str, Result],
     base: dict,
-    failures: dict[str, str],
     write_command: Callable[[str], str],
 ) -> None:
     """Write report.md with its figures, and index.html; print the verdict and the table.
 
-    `base` is what the base measured, `failures` says why a method was left out, and `write_command`
-    returns the command that trains a method on all data.
+    `base` is what the base measured; `write_command` returns the command that trains a method on
+    all data.
     """
     table = tabulate_results(results, base)
     taken, rival = choose_method(table, facts.key)
@@ -386,14 +341,15 @@ def write_report(
     shown = format_table(table, results, base)
     command = write_command(taken)
 
-    blocks: list[Block] = [("title", f"How to fine-tune {facts.base} on {facts.data}")]
-    blocks += [("verdict", verdict), ("text", " ".join(facts.describe_data()))]
-    blocks += [("text", f"{name} was left out: {reason}.") for name, reason in failures.items()]
-    blocks += [("text", f"This trains {results[taken].title} on all of the data:")]
+    blocks: list[Block] = [("title", facts.title), ("verdict", verdict)]
+    blocks.append(("text", " ".join(facts.sentences)))
+    for name, reason in facts.failures.items():
+        blocks.append(("text", f"{name} was left out: {reason}."))
+    blocks.append(("text", f"This trains {results[taken].title} on all of the data:"))
     blocks += [("code", command), *draw_figures(facts, results, table)]
     blocks += [("heading", "All numbers"), ("table", shown), ("text", explain_table(facts))]
-    blocks += [("text", text) for text in find_edges(results)]
-    blocks += [("text", facts.describe_end()), *list_answer_blocks(results, base)]
+    blocks += [("text", sentence) for sentence in find_edges(results)]
+    blocks += list_answer_blocks(results, base)
 
     (folder / "figures").mkdir(exist_ok=True)
     for kind, content in blocks:
