@@ -236,16 +236,17 @@ def print_plan(
 ) -> None:
     """Print what will be trained, and how long it takes."""
     total = 0.0
+    extension = 0.0  # if the best rate of every method lies at an edge twice
     for name in comparison.list_remaining():
         step_seconds, other_seconds = seconds[name]
         minutes = (comparison.steps * step_seconds + other_seconds) / 60
-        total += minutes * len(rates[name]) / comparison.jobs + seconds["measuring"] / 60
-        listed = ", ".join(format_rate(rate) for rate in rates[name])
+        todo = [rate for rate in rates[name] if not comparison.has_ended(name, rate)]
+        total += minutes * len(todo) / comparison.jobs + seconds["measuring"] / 60
+        extension += minutes * (MOST_RATES - len(FIRST_RATES)) / comparison.jobs
+        listed = ", ".join(format_rate(rate) for rate in todo) or "no rate is left"
         cost = f"{1000 * step_seconds:.0f} ms a step, {minutes:.1f} minutes a run"
-        print(f"  {comparison.methods[name].title} at {listed}: {cost}")
-    # At the worst every method's best rate lies at an edge twice.
-    most = total * MOST_RATES / len(FIRST_RATES)
-    print(f"about {total:.0f} minutes, at most {most:.0f} if all rates are extended", flush=True)
+        print(f"  {comparison.methods[name].title}: {listed} ({cost})")
+    print(f"about {total:.0f} minutes, {total + extension:.0f} if all rates are extended twice")
 
 
 # ---------------------------------------------------------------- results
@@ -296,14 +297,14 @@ def main(argv: list[str] | None = None) -> None:
     """Plan, train, measure and report by the flags on the command line."""
     args = make_compare_parser().parse_args(argv)
     check_compare_args(args)
-    base = args.from_weight
-    if Path(base).is_dir():
-        base = str(Path(base).resolve())  # the scripts run in another folder
+    is_folder = Path(args.from_weight).is_dir()
+    # The scripts run in another folder.
+    base = str(Path(args.from_weight).resolve()) if is_folder else args.from_weight
     checkpoint = load_checkpoint(base)
     model, tokenizer = checkpoint
-    methods = define_methods(model.config.hidden_size)
-    methods = {name: methods[name] for name in args.methods}
-    rates = {name: m.list_first_rates(model.config.hidden_size) for name, m in methods.items()}
+    width = model.config.hidden_size
+    methods = {name: define_methods(width)[name] for name in args.methods}
+    rates = {name: method.list_first_rates(width) for name, method in methods.items()}
     pairs = split_pairs(args.data_path, args.eval_data_path)
     steps = count_steps(len(pairs.train), args.batch_size, args.epochs, args.max_steps)
     epochs = steps * args.batch_size / len(pairs.train)
@@ -312,8 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = list_settings(args, weights_fingerprint(model), steps)
     plan = open_folder(folder, settings, args.from_resume)
     write_pairs(pairs, folder / "data")
-    flags = list_common_flags(args)
-    comparison = Comparison(folder, base, methods, flags, steps, args.jobs)
+    comparison = Comparison(folder, base, methods, list_common_flags(args), steps, args.jobs)
     yardstick = make_yardstick(args, folder, checkpoint)
     checked = len(yardstick.choosing)
     bound = reachable_probability(model, tokenizer.eos_token_id)
@@ -332,6 +332,11 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"stopped; the same command with --from_resume continues ({folder})")
         raise
+
+    def write_command(name: str) -> str:
+        """Write the command for a method at its best rate."""
+        return write_final_command(args, methods[name], results[name].rate, epochs)
+
     facts = Facts(
         title=f"How to fine-tune {args.from_weight} on {args.data_path[0].name}",
         sentences=sentences,
@@ -340,11 +345,6 @@ def main(argv: list[str] | None = None) -> None:
         text=args.text_data.name if args.text_data else None,
         failures=comparison.failures,
     )
-
-    def write_command(name: str) -> str:
-        """Write the command for a method at its best rate."""
-        return write_final_command(args, methods[name], results[name].rate, epochs)
-
     write_report(folder, facts, results, yardstick.measure("base", base), write_command)
 
 

@@ -7,6 +7,7 @@ each method, so the intervals say nothing about other seeds.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,16 @@ COLORS = {  # of a method in every figure
     "full": "#d1712a",
     "full-frozen-embedding": "#8a8a3a",
 }
-Interval = tuple[float, float, float]  # a mean difference, and its lower and upper bound
+BASE_TITLE = "the base, before training"
+HELD_OUT = "judge"  # the section of held-out prompts: their file is judge.jsonl
+
+
+class Gap(NamedTuple):
+    """By how much one loss exceeds another on average, with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -89,40 +99,44 @@ def average_losses(measured: dict, key: str) -> float:
     return float((losses * weights).sum() / weights.sum())
 
 
-def subtract_losses(after: dict, before: dict, key: str) -> Interval:
-    """Return by how much the losses of one model exceed those of another, with an interval."""
+def subtract_losses(after: dict, before: dict, key: str) -> Gap:
+    """Return by how much the losses of one model exceed those of another."""
     losses, weights = list_losses(after, key)
-    return paired_bootstrap((losses - list_losses(before, key)[0])[None], weights[None])
+    losses_before, _ = list_losses(before, key)
+    differences = (losses - losses_before)[None]  # one seed
+    return Gap(*paired_bootstrap(differences, weights[None]))
 
 
 def tabulate_results(results: dict[str, Result], base: dict) -> pd.DataFrame:
-    """Return a frame with a row a method; `nll_minus` and its like are against the best method."""
+    """Return a frame with a row a method.
+
+    `nll_gap`, and `wrong_gap` where answers are checked, are against the best method, `forgot`
+    against the base.
+    """
+    has_checks = any(sample["outcome"] is not None for sample in base["samples"])
+    keys = ["nll", "wrong"] if has_checks else ["nll"]
     rows = []
     for name, result in results.items():
-        row = {"method": name, "title": result.title, "rate": result.rate, "bytes": result.size}
-        row["seconds"] = result.record["train_seconds"]
-        row["memory"] = result.record["peak_memory_bytes"]
-        row["weights"] = result.record["trainable_parameters"]
-        row["gained"] = average_losses(base, "nll") - average_losses(result.measured, "nll")
-        row |= name_interval("forgot", subtract_losses(result.measured, base, "text"))
+        row = {
+            "method": name,
+            "title": result.title,
+            "rate": result.rate,
+            "bytes": result.size,
+            "seconds": result.record["train_seconds"],
+            "memory": result.record["peak_memory_bytes"],
+            "weights": result.record["trainable_parameters"],
+            "forgot": subtract_losses(result.measured, base, "text"),
+        }
+        for key in keys:
+            row[key] = average_losses(result.measured, key)
         rows.append(row)
     table = pd.DataFrame(rows).set_index("method")
-    has_checks = any(sample["outcome"] is not None for sample in base["samples"])
-    for key in ["nll", "wrong"] if has_checks else ["nll"]:
-        means = {name: average_losses(result.measured, key) for name, result in results.items()}
-        best = results[min(means, key=means.get)].measured
-        table[key] = pd.Series(means)
-        differences = {
-            name: name_interval(key, subtract_losses(result.measured, best, key))
-            for name, result in results.items()
-        }
-        table = table.join(pd.DataFrame(differences).T)
+    for key in keys:
+        best = results[table[key].idxmin()]
+        table[f"{key}_gap"] = [
+            subtract_losses(result.measured, best.measured, key) for result in results.values()
+        ]
     return table
-
-
-def name_interval(key: str, interval: Interval) -> dict[str, float]:
-    """Name the columns of a difference and its interval."""
-    return dict(zip((f"{key}_minus", f"{key}_low", f"{key}_high"), interval, strict=True))
 
 
 # ---------------------------------------------------------------- the verdict
@@ -134,54 +148,56 @@ def choose_method(table: pd.DataFrame, key: str) -> tuple[str, str]:
     The cheapest is taken (bytes on disk, then seconds) of those that the paired interval does not
     tell from the best. It is compared with the best of the others.
     """
-    ordered = table.sort_values(f"{key}_minus", kind="stable")
-    tied = ordered[ordered[f"{key}_low"] <= 0]
-    taken = tied.sort_values(["bytes", "seconds"], kind="stable").index[0]
+    ordered = table.sort_values(key, kind="stable")
+    is_tied = [gap.low <= 0 for gap in ordered[f"{key}_gap"]]
+    cheapest = ordered[is_tied].sort_values(["bytes", "seconds"], kind="stable")
+    taken = cheapest.index[0]
     others = ordered.index.drop(taken)
     return taken, others[0] if len(others) else taken
 
 
 def write_verdict(
-    table: pd.DataFrame, facts: Facts, taken: str, rival: str, forgetting: Interval
+    table: pd.DataFrame, facts: Facts, taken: str, rival: str, forgetting: Gap
 ) -> str:
     """Write the first sentence of a report; `forgetting` is of the taken method minus its rival."""
-    key = facts.key
     first = table.loc[taken]
     second = table.loc[rival]
     place = f"{first.title} at {format_rate(first.rate)}"
     if taken == rival:
         return f"Only {place} ran to its end, so there is nothing to compare it with."
     if facts.is_too_few:
-        best = table.loc[table[key].idxmin()]
-        has_least = f"{best.title} at {format_rate(best.rate)} has the lowest NLL so far"
-        return f"Your held-out pairs are too few to order the methods; {has_least}."
-    is_tied = table[f"{key}_low"] <= 0
-    if is_tied.all():
+        best = table.loc[table[facts.key].idxmin()]
+        lead = f"{best.title} at {format_rate(best.rate)} has the lowest NLL so far"
+        return f"Your held-out pairs are too few to order the methods; {lead}."
+    gaps = table[f"{facts.key}_gap"]
+    if all(gap.low <= 0 for gap in gaps):
         size = f"{format_size(first.bytes)} MB"
         return f"These do not differ on your data; take the cheapest, {place} ({size})."
-
-    def show(value: float) -> str:
-        return f"{100 * value:.0f} points" if key == "wrong" else f"{value:.2g} nats"
-
-    # One of both is the best method, so the interval of the other one is between the two.
-    other = second if first[f"{key}_minus"] == 0 else first
-    low = other[f"{key}_low"]
-    high = other[f"{key}_high"]
-    if is_tied[rival]:
-        parts = [f"as good as {second.title} within {show(max(-low, high))}"]
-    else:
-        gap = f"{show(other[f'{key}_minus'])} ({show(low)} to {show(high)})"
-        parts = [f"{gap} better than {second.title}"]
+    # One of the two is the best of all, so the gap of the other one is between them.
+    is_best = first[facts.key] <= second[facts.key]
+    parts = [describe_gap(gaps[rival if is_best else taken], facts.key, second.title)]
     if first.bytes != second.bytes:
         parts.append(f"{format_size(first.bytes)} MB in place of {format_size(second.bytes)}")
-    less, more = "forgets less", "forgets more"
-    if facts.text is None:
-        less, more = "stays nearer to the base", "moves further from the base"
-    if forgetting[2] < 0:
-        parts.append(less)
-    elif forgetting[1] > 0:
-        parts.append(more)
+    has_text = facts.text is not None
+    if forgetting.high < 0:
+        parts.append("forgets less" if has_text else "stays nearer to the base")
+    elif forgetting.low > 0:
+        parts.append("forgets more" if has_text else "moves further from the base")
     return f"Take {place}: {', '.join(parts)}."
+
+
+def describe_gap(gap: Gap, key: str, title: str) -> str:
+    """Say that a method is as good as the one with this title, or by how much it is better."""
+
+    def show(value: float) -> str:
+        """Write a difference with its unit."""
+        return f"{100 * value:.0f} points" if key == "wrong" else f"{value:.2g} nats"
+
+    if gap.low <= 0:
+        bound = max(-gap.low, gap.high)
+        return f"as good as {title} within {show(bound)}"
+    interval = f"{show(gap.low)} to {show(gap.high)}"
+    return f"{show(gap.mean)} ({interval}) better than {title}"
 
 
 # ---------------------------------------------------------------- figures and the table
@@ -196,10 +212,14 @@ def draw_rates(axes: Axes, results: dict[str, Result]) -> None:
         axes.plot(rates, finite, "o-", markersize=4, color=COLORS[name], label=result.title)
         chosen = result.nll_by_rate[result.rate]
         axes.plot(result.rate, chosen, "o", markersize=10, color=COLORS[name])
-        for rate, value in zip(rates, values, strict=True):
-            if not np.isfinite(value):
+        for rate in rates:
+            if not np.isfinite(result.nll_by_rate[rate]):
                 axes.annotate(
-                    "diverged", (rate, 0.95), xycoords=("data", "axes fraction"), ha="center"
+                    "diverged",
+                    (rate, 0.95),
+                    xycoords=("data", "axes fraction"),
+                    color=COLORS[name],
+                    ha="center",
                 )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -209,56 +229,64 @@ def draw_rates(axes: Axes, results: dict[str, Result]) -> None:
 
 def draw_points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """Draw a point a method."""
-    for name, row in table.iterrows():
-        axes.plot(row[x], row[y], "o", markersize=9, color=COLORS[name], label=row.title)
+    for row in table.to_dict("records"):
+        axes.plot(
+            row[x],
+            row[y],
+            "o",
+            markersize=9,
+            color=COLORS[row["name"]],
+            label=row["title"],
+        )
 
 
-def format_interval(row: pd.Series, key: str) -> str:
-    """Write a difference with its interval; the best one has none."""
-    if row[f"{key}_minus"] == row[f"{key}_low"] == row[f"{key}_high"] == 0:
+def format_gap(gap: Gap, scale: float, digits: int) -> str:
+    """Write a difference with its interval; the best method has none to itself."""
+    if gap == (0, 0, 0):
         return "the best"
-    scale = 100 if key == "wrong" else 1
-    digits = 0 if key == "wrong" else 3
-    minus, low, high = (
-        f"{scale * row[f'{key}_{part}']:+.{digits}f}" for part in ("minus", "low", "high")
-    )
-    return f"{minus} [{low}, {high}]"
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in gap)
+    return f"{mean} [{low}, {high}]"
 
 
-def describe_answers(samples: list[dict]) -> dict[str, str]:
+def count_answers(samples: list[dict]) -> dict[str, str]:
     """Count answers that are correct, blank, loop or never end."""
-    checked = [sample for sample in samples if sample["outcome"] is not None]
-    right = sum(sample["outcome"] == "correct" for sample in checked)
-    counts = {"correct": f"{right} of {len(checked)}"} if checked else {}
+    counts = {}
+    outcomes = [sample["outcome"] for sample in samples if sample["outcome"] is not None]
+    if outcomes:
+        counts[f"correct, of {len(outcomes)}"] = str(outcomes.count("correct"))
     for flag, title in {"blank": "blank", "loop": "loop", "endless": "never end"}.items():
-        counts[title] = f"{sum(sample[flag] for sample in samples)} of {len(samples)}"
+        count = sum(sample[flag] for sample in samples)
+        counts[f"{title}, of {len(samples)}"] = str(count)
     return counts
 
 
 def format_table(table: pd.DataFrame, results: dict[str, Result], base: dict) -> pd.DataFrame:
-    """Return the table as text, a row a model; the first one is the base."""
-    rows = [
-        {"method": "the base, untrained", "NLL": f"{average_losses(base, 'nll'):.3f}"}
-        | describe_answers(base["samples"])
-    ]
+    """Return the table as text, a row a model; the last one is the base."""
+    rows = []
     for name, row in table.iterrows():
         shown = {
             "method": row.title,
             "rate": format_rate(row.rate),
             "NLL": f"{row.nll:.3f}",
-            "NLL - best [95%]": format_interval(row, "nll"),
+            "NLL - best [95%]": format_gap(row.nll_gap, scale=1, digits=3),
         }
-        shown |= describe_answers(results[name].measured["samples"])
-        if "wrong" in table:
-            shown["% wrong - best [95%]"] = format_interval(row, "wrong")
-        shown["forgotten [95%]"] = format_interval(row, "forgot")
-        shown["trained weights"] = f"{row.weights:,}"
-        shown["MB on disk"] = format_size(row.bytes)
-        shown["seconds"] = f"{row.seconds:.0f}"
-        shown["peak MB"] = f"{row.memory / 1e6:.0f}"
+        shown |= count_answers(results[name].measured["samples"])
+        if "wrong_gap" in table:
+            shown["% wrong - best [95%]"] = format_gap(row.wrong_gap, scale=100, digits=0)
+        shown |= {
+            "forgotten [95%]": format_gap(row.forgot, scale=1, digits=3),
+            "trained weights": f"{row.weights:,}",
+            "MB on disk": format_size(row.bytes),
+            "seconds": f"{row.seconds:.0f}",
+            "peak MB": f"{row.memory / 1e6:.0f}",
+        }
         rows.append(shown)
-    columns = max(rows, key=len).keys()
-    return pd.DataFrame(rows, columns=list(columns)).fillna("")
+    of_base = {
+        "method": BASE_TITLE,
+        "NLL": f"{average_losses(base, 'nll'):.3f}",
+        **count_answers(base["samples"]),
+    }
+    return pd.DataFrame([*rows, of_base]).fillna("")
 
 
 # ---------------------------------------------------------------- the report
@@ -266,16 +294,18 @@ def format_table(table: pd.DataFrame, results: dict[str, Result], base: dict) ->
 
 def list_answer_blocks(results: dict[str, Result], base: dict) -> list[Block]:
     """Return blocks of a few held-out prompts, and as many of the user's own, with all answers."""
-    answers = {"the base, untrained": base["samples"]}
-    answers |= {result.title: result.measured["samples"] for result in results.values()}
-    is_held_out = [sample["section"] == "judge" for sample in base["samples"]]
-    places = np.flatnonzero(is_held_out)[:SHOWN_PROMPTS].tolist()
-    places += np.flatnonzero(np.invert(is_held_out))[:SHOWN_PROMPTS].tolist()
-    blocks: list[Block] = [("heading", "What they answer")]
-    for place in places:
-        said = [(title, samples[place]) for title, samples in answers.items()]
-        blocks.append(("answers", said))
-    return blocks
+    titles = [BASE_TITLE]
+    models = [base["samples"]]
+    for result in results.values():
+        titles.append(result.title)
+        models.append(result.measured["samples"])
+    held_out = []
+    others = []
+    for answers in zip(*models, strict=True):  # all answers to one prompt
+        is_held_out = answers[0]["section"] == HELD_OUT
+        (held_out if is_held_out else others).append(answers)
+    shown = [*held_out[:SHOWN_PROMPTS], *others[:SHOWN_PROMPTS]]
+    return [("answers", list(zip(titles, answers, strict=True))) for answers in shown]
 
 
 def find_edges(results: dict[str, Result]) -> list[str]:
@@ -300,25 +330,33 @@ def explain_table(facts: Facts) -> str:
     return text + "so the intervals do not cover what another seed would change."
 
 
-def draw_figures(facts: Facts, results: dict[str, Result], table: pd.DataFrame) -> list[Block]:
+def draw_figures(results: dict[str, Result], table: pd.DataFrame, facts: Facts) -> list[Block]:
     """Draw the three figures as blocks: a name, a title that says what is drawn, and SVG."""
+    points = table.assign(name=table.index)
+    points["forgotten"] = [gap.mean for gap in table["forgot"]]
+    nll = "NLL of the pairs that judge"
     rates = draw_chart(
-        lambda axes: draw_rates(axes, results), "learning rate", "NLL of the pairs that choose"
+        lambda axes: draw_rates(axes, results),
+        x="learning rate",
+        y="NLL of the pairs that choose",
     )
     costs = draw_chart(
-        lambda axes: draw_points(axes, table, "seconds", "nll"),
-        "seconds of training",
-        "NLL of the pairs that judge",
+        lambda axes: draw_points(axes, points, "seconds", "nll"),
+        x="seconds",
+        y=nll,
     )
     forgetting = draw_chart(
-        lambda axes: draw_points(axes, table, "forgot_minus", "gained"),
-        f"forgotten: rise of NLL, {facts.text or 'answers of the base'}",
-        "learned: fall of NLL",
+        lambda axes: draw_points(axes, points, "forgotten", "nll"),
+        x=f"forgotten: rise of NLL, {facts.text or 'answers of the base'}",
+        y=nll,
     )
     return [
         ("figure", ("rates", "Held-out NLL against learning rate; chosen rates are large", rates)),
         ("figure", ("seconds", "Held-out NLL against seconds of training", costs)),
-        ("figure", ("forgetting", "Learned against forgotten", forgetting)),
+        (
+            "figure",
+            ("forgetting", "What is learned (low NLL) against what is forgotten", forgetting),
+        ),
     ]
 
 
@@ -341,15 +379,22 @@ def write_report(
     shown = format_table(table, results, base)
     command = write_command(taken)
 
-    blocks: list[Block] = [("title", facts.title), ("verdict", verdict)]
-    blocks.append(("text", " ".join(facts.sentences)))
-    for name, reason in facts.failures.items():
-        blocks.append(("text", f"{name} was left out: {reason}."))
-    blocks.append(("text", f"This trains {results[taken].title} on all of the data:"))
-    blocks += [("code", command), *draw_figures(facts, results, table)]
-    blocks += [("heading", "All numbers"), ("table", shown), ("text", explain_table(facts))]
-    blocks += [("text", sentence) for sentence in find_edges(results)]
-    blocks += list_answer_blocks(results, base)
+    failures = [f"{name} was left out: {reason}." for name, reason in facts.failures.items()]
+    blocks: list[Block] = [
+        ("title", facts.title),
+        ("verdict", verdict),
+        ("text", " ".join(facts.sentences)),
+        *(("text", sentence) for sentence in failures),
+        ("text", f"This trains {results[taken].title} on all of the data:"),
+        ("code", command),
+        *draw_figures(results, table, facts),
+        ("heading", "All numbers"),
+        ("table", shown),
+        ("text", explain_table(facts)),
+        *(("text", sentence) for sentence in find_edges(results)),
+        ("heading", "What they answer"),
+        *list_answer_blocks(results, base),
+    ]
 
     (folder / "figures").mkdir(exist_ok=True)
     for kind, content in blocks:

@@ -51,18 +51,39 @@ def define_methods(width: int) -> dict[str, Method]:
     """
     all_layers = ["--lora_targets", "all-linear", "--lora_alpha", "32", "--lora_rank"]
     original = ["--lora_targets", "square", "--lora_alpha", "8", "--lora_rank", "8"]
-    original += ["--lora_init", "gaussian"]
     high_rank = min(64, width // 2)
-    frozen = ["--trainable", "frozen-embeddings"]
-    title = "LoRA on all layers, r="
     return {
-        "lora-all-r8": Method(f"{title}8", "lora", [*all_layers, "8"]),
-        "lora-all-high-rank": Method(f"{title}{high_rank}", "lora", [*all_layers, str(high_rank)]),
-        "full": Method("full fine-tuning", "full_sft", []),
-        "full-frozen-embedding": Method("full fine-tuning, embedding frozen", "full_sft", frozen),
-        # Its updates count alpha / r = 1 times, a quarter of those of r=8 above.
-        "lora-original": Method("the original LoRA", "lora", original, rate_factor=4),
-        "lora-all-r8-dora": Method(f"{title}8, DoRA", "lora", [*all_layers, "8", "--use_dora"]),
+        "lora-all-r8": Method(
+            title="LoRA on all layers, r=8",
+            stage="lora",
+            flags=[*all_layers, "8"],
+        ),
+        "lora-all-high-rank": Method(
+            title=f"LoRA on all layers, r={high_rank}",
+            stage="lora",
+            flags=[*all_layers, str(high_rank)],
+        ),
+        "full": Method(
+            title="full fine-tuning",
+            stage="full_sft",
+            flags=[],
+        ),
+        "full-frozen-embedding": Method(
+            title="full fine-tuning, embedding frozen",
+            stage="full_sft",
+            flags=["--trainable", "frozen-embeddings"],
+        ),
+        "lora-original": Method(
+            title="the original LoRA",
+            stage="lora",
+            flags=[*original, "--lora_init", "gaussian"],
+            rate_factor=4,  # its updates count alpha / r = 1 times, those of r=8 above 4 times
+        ),
+        "lora-all-r8-dora": Method(
+            title="LoRA on all layers, r=8, DoRA",
+            stage="lora",
+            flags=[*all_layers, "8", "--use_dora"],
+        ),
     }
 
 
@@ -79,8 +100,9 @@ def choose_start_rate(stage: str, width: int) -> float:
     if width > max(tuned):
         rate = 5e-5 * (2000 / width) ** 0.781
         return 10 * rate if stage == "lora" else rate
-    logarithms = np.interp(np.log(width), np.log(list(tuned)), np.log(list(tuned.values())))
-    return float(np.exp(logarithms))
+    widths = np.log(list(tuned.keys()))
+    rates = np.log(list(tuned.values()))
+    return float(np.exp(np.interp(np.log(width), widths, rates)))
 
 
 def round_rate(rate: float) -> float:
@@ -118,16 +140,34 @@ class Comparison:
         """Return the folder of a run."""
         return self.folder / "runs" / f"{name}-lr{rate:g}"
 
+    def has_ended(self, name: str, rate: float) -> bool:
+        """Decide whether a run needs no more training."""
+        return read_status(self.find_run(name, rate)) in ENDED
+
     def make_command(self, name: str, rate: float, run: Path, steps: int) -> list[str]:
         """Return the script that trains a method at a rate, and its flags."""
         method = self.methods[name]
-        data = self.folder / "data"
-        words = [f"trainer/train_{method.stage}.py", *method.flags]
-        words += ["--lora_name" if method.stage == "lora" else "--run_name", run.name]
-        words += ["--save_dir", str(run.parent), "--from_weight", self.base]
-        words += ["--data_path", str(data / "train.jsonl")]
-        words += ["--eval_data_path", str(data / "choose.jsonl"), "--show_answers", "0"]
-        return [*words, "--max_steps", str(steps), "--learning_rate", f"{rate:g}", *self.flags]
+        return [
+            f"trainer/train_{method.stage}.py",
+            *method.flags,
+            "--lora_name" if method.stage == "lora" else "--run_name",
+            run.name,
+            "--save_dir",
+            str(run.parent),
+            "--from_weight",
+            self.base,
+            "--data_path",
+            str(self.folder / "data" / "train.jsonl"),
+            "--eval_data_path",
+            str(self.folder / "data" / "choose.jsonl"),
+            "--show_answers",
+            "0",
+            "--max_steps",
+            str(steps),
+            "--learning_rate",
+            f"{rate:g}",
+            *self.flags,
+        ]
 
     async def call(self, name: str, rate: float, run: Path, steps: int) -> str:
         """Train a run to its end, from its saved state if there is one; return its status."""
@@ -177,9 +217,9 @@ class Comparison:
 
     async def train(self, name: str, rate: float, slots: asyncio.Semaphore) -> None:
         """Train a method at a rate once a slot is free, unless it ended or the method failed."""
-        run = self.find_run(name, rate)
-        if read_status(run) in ENDED:
+        if self.has_ended(name, rate):
             return
+        run = self.find_run(name, rate)
         async with slots:
             if name in self.failures:
                 return
