@@ -9,7 +9,7 @@ the other half judges. out/compare/NAME/ then holds report.md and index.html, a 
 network. Beside them are figures/, data/ (your pairs in three parts), runs/ (ordinary run folders
 with logs) and measured/. Methods, the first four by default:
 
-    lora-all-r8            LoRA on all linear layers, r=8
+    lora-all-r8            LoRA on all linear layers, rank 8
     lora-all-high-rank     the same with half the base's width as its rank, at most 64
     full                   full fine-tuning
     full-frozen-embedding  full fine-tuning of all but the embedding
@@ -22,7 +22,6 @@ import math
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,18 +48,10 @@ from evaluation.comparison.train import (
     define_methods,
 )
 from model.checkpoint import load_checkpoint, weights_fingerprint
-from model.files import (
-    REPO_DIR,
-    UserError,
-    escape_control,
-    file_sha256,
-    make_parser,
-    read_json,
-    run_script,
-    write_json,
-)
+from model.cli import POSITIVE, SIZE, UserError, escape_control, limit, make_parser, run_script
+from model.files import REPO_DIR, file_sha256, read_json, write_json
 from model.reachability import reachable_probability
-from trainer.arguments import MAX_SEQ_LEN, POSITIVE, SIZE, limit
+from trainer.arguments import MAX_SEQ_LEN
 
 LEAST_STEPS = 300  # by default, unless they are more than so many epochs
 MOST_EPOCHS = 10
@@ -118,11 +109,6 @@ def check_compare_args(args: argparse.Namespace) -> None:
     if Path(args.name).name != args.name or args.name == ".." or not args.name.isprintable():
         raise UserError(f"--name {args.name!r}: must be a plain folder name")
     args.methods = list(dict.fromkeys(args.methods))
-    if "lora-all-r8-dora" in args.methods:
-        script = REPO_DIR / "trainer" / "train_lora.py"
-        shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-        if "--use_dora" not in shown.stdout:
-            raise UserError("--methods lora-all-r8-dora: train_lora.py has no --use_dora; drop it")
 
 
 def count_steps(pairs: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:

@@ -19,8 +19,9 @@ from evaluation.probe.answers import encode_prompts, probe
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import Prompt, read_prompts
 from model.checkpoint import Checkpoint, load_checkpoint
-from model.files import UserError, escape_control, read_json, write_json, write_text
-from trainer.arguments import choose_device
+from model.cli import UserError, escape_control
+from model.files import read_json, write_json, write_text
+from model.machine import choose_device
 
 MOST_HELD_OUT = 500  # pairs that are split off where no held-out file is given
 LEAST_PAIRS = 100  # of each held-out half, and of checked prompts; fewer order nothing

@@ -3,33 +3,23 @@
 A block is a kind and its content. The page is one file: it runs no script and asks no network.
 
     title, heading, verdict, text, code    a text
-    figure     a name, a title and SVG
+    figure     a name and SVG
     table      a data frame of texts
     answers    a list of (model, sample): all answers to one prompt
 """
 
-import io
 from collections.abc import Callable
 from html import escape
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from evaluation.probe.outputs import escape_markdown, fence
-from model.files import escape_control
+from evaluation.probe.markdown import escape_markdown, fence
+from evaluation.study.figures import STYLE, start_figure, write_svg
+from model.cli import escape_control
 
 Block = tuple[str, object]
-CHART_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "compare",  # the same bytes from the same data
-    "font.family": "sans-serif",
-    "font.size": 9.5,  # points: 12 pixels or more on the page
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'"
 PAGE_STYLE = """
 body { max-width: 60rem; margin: 1rem auto; padding: 0 1rem; background: #fff; color: #1b1f24;
@@ -53,18 +43,14 @@ article h3 { font-size: .9rem; margin: .6rem 0 0; }
 """
 
 
-def draw_chart(draw: Callable[[Axes], None], x: str, y: str) -> str:
-    """Draw a figure with a legend below it; return SVG text."""
-    with mpl.rc_context(CHART_STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.9), layout="constrained")
+def draw_chart(title: str, draw: Callable[[Axes], None], x: str, y: str) -> str:
+    """Draw a figure of one panel with a legend below it; return SVG text."""
+    with mpl.rc_context(STYLE):
+        figure, (axes,) = start_figure(title, height=4.2)
         draw(axes)
         axes.set(xlabel=x, ylabel=y)
         figure.legend(loc="outside lower center", ncols=2)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    svg = file.getvalue()
-    return svg[svg.index("<svg") :]  # without the head of an XML file
+        return write_svg(figure)
 
 
 def note_flags(sample: dict) -> str:
@@ -81,8 +67,8 @@ def render_markdown(blocks: list[Block]) -> str:
     lines = []
     for kind, content in blocks:
         if kind == "figure":
-            name, title, _ = content
-            lines.append(f"![{title}](figures/{name}.svg)")
+            name, _ = content
+            lines.append(f"![{name}](figures/{name}.svg)")
         elif kind == "table":
             lines.append(content.to_markdown(index=False, disable_numparse=True))
         elif kind == "code":
@@ -135,8 +121,9 @@ def render_html(blocks: list[Block]) -> str:
     title = ""
     for kind, content in blocks:
         if kind == "figure":
-            _, caption, svg = content
-            parts.append(f"<figure><figcaption>{clean(caption)}</figcaption>{svg}</figure>")
+            _, svg = content
+            svg = svg[svg.index("<svg") :]  # without the head of an XML file
+            parts.append(f"<figure>{svg}</figure>")
         elif kind == "table":
             parts.append(render_table(content))
         elif kind == "answers":

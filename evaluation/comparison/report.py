@@ -15,17 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from evaluation.comparison.page import Block, draw_chart, render_html, render_markdown
-from evaluation.probe.statistics import paired_bootstrap
-from model.files import escape_control, write_text
+from evaluation.probe.intervals import paired_bootstrap
+from evaluation.study.names import BLACK, BLUE, GREEN, GREY
+from model.cli import escape_control
+from model.files import write_text
 
 SHOWN_PROMPTS = 5
-COLORS = {  # of a method in every figure
-    "lora-all-r8": "#1f5a99",
-    "lora-all-high-rank": "#5fa3d9",
+COLORS = {  # of a method in every figure, here and in the study
+    "lora-all-r8": BLUE,
+    "lora-all-high-rank": "#6aa9e0",
     "lora-all-r8-dora": "#7b5ea7",
-    "lora-original": "#444444",
-    "full": "#d1712a",
-    "full-frozen-embedding": "#8a8a3a",
+    "lora-original": GREY,
+    "full": BLACK,
+    "full-frozen-embedding": GREEN,
 }
 BASE_TITLE = "the base, before training"
 HELD_OUT = "judge"  # the section of held-out prompts: their file is judge.jsonl
@@ -330,34 +332,30 @@ def explain_table(facts: Facts) -> str:
     return text + "so the intervals do not cover what another seed would change."
 
 
-def draw_figures(results: dict[str, Result], table: pd.DataFrame, facts: Facts) -> list[Block]:
-    """Draw the three figures as blocks: a name, a title that says what is drawn, and SVG."""
+def draw_figures(results: dict[str, Result], table: pd.DataFrame, facts: Facts) -> dict[str, str]:
+    """Draw the three figures as SVG, by name."""
     points = table.assign(name=table.index)
     points["forgotten"] = [gap.mean for gap in table["forgot"]]
-    nll = "NLL of the pairs that judge"
+    judged = "NLL of the pairs that judge"
     rates = draw_chart(
+        "Held-out NLL against learning rate; the chosen rates are large",
         lambda axes: draw_rates(axes, results),
         x="learning rate",
         y="NLL of the pairs that choose",
     )
     costs = draw_chart(
+        "Held-out NLL against seconds of training",
         lambda axes: draw_points(axes, points, "seconds", "nll"),
         x="seconds",
-        y=nll,
+        y=judged,
     )
     forgetting = draw_chart(
+        "What is learned (low NLL) against what is forgotten",
         lambda axes: draw_points(axes, points, "forgotten", "nll"),
         x=f"forgotten: rise of NLL, {facts.text or 'answers of the base'}",
-        y=nll,
+        y=judged,
     )
-    return [
-        ("figure", ("rates", "Held-out NLL against learning rate; chosen rates are large", rates)),
-        ("figure", ("seconds", "Held-out NLL against seconds of training", costs)),
-        (
-            "figure",
-            ("forgetting", "What is learned (low NLL) against what is forgotten", forgetting),
-        ),
-    ]
+    return {"rates": rates, "seconds": costs, "forgetting": forgetting}
 
 
 def write_report(
@@ -378,6 +376,7 @@ def write_report(
     verdict = write_verdict(table, facts, taken, rival, forgetting)
     shown = format_table(table, results, base)
     command = write_command(taken)
+    figures = draw_figures(results, table, facts)
 
     failures = [f"{name} was left out: {reason}." for name, reason in facts.failures.items()]
     blocks: list[Block] = [
@@ -387,7 +386,7 @@ def write_report(
         *(("text", sentence) for sentence in failures),
         ("text", f"This trains {results[taken].title} on all of the data:"),
         ("code", command),
-        *draw_figures(results, table, facts),
+        *(("figure", figure) for figure in figures.items()),
         ("heading", "All numbers"),
         ("table", shown),
         ("text", explain_table(facts)),
@@ -397,10 +396,8 @@ def write_report(
     ]
 
     (folder / "figures").mkdir(exist_ok=True)
-    for kind, content in blocks:
-        if kind == "figure":
-            name, _, svg = content
-            write_text(folder / "figures" / f"{name}.svg", svg)
+    for name, svg in figures.items():
+        write_text(folder / "figures" / f"{name}.svg", svg)
     write_text(folder / "report.md", render_markdown(blocks))
     write_text(folder / "index.html", render_html(blocks))
     print(shown.to_markdown(index=False, disable_numparse=True))

@@ -13,7 +13,8 @@ from dataset.lm_dataset import read_jsonl
 from evaluation.comparison.measure import Loss, print_progress
 from evaluation.comparison.report import format_rate
 from evaluation.runs import ENDED, call_script, choose_start_flags, read_status
-from model.files import UserError, read_json
+from model.cli import UserError
+from model.files import read_json
 
 # Learning rates that were best in our three sizes, by stage and width.
 TUNED_RATES = {
@@ -54,12 +55,12 @@ def define_methods(width: int) -> dict[str, Method]:
     high_rank = min(64, width // 2)
     return {
         "lora-all-r8": Method(
-            title="LoRA on all layers, r=8",
+            title="all-layer LoRA, rank 8",
             stage="lora",
             flags=[*all_layers, "8"],
         ),
         "lora-all-high-rank": Method(
-            title=f"LoRA on all layers, r={high_rank}",
+            title=f"all-layer LoRA, rank {high_rank}",
             stage="lora",
             flags=[*all_layers, str(high_rank)],
         ),
@@ -77,10 +78,10 @@ def define_methods(width: int) -> dict[str, Method]:
             title="the original LoRA",
             stage="lora",
             flags=[*original, "--lora_init", "gaussian"],
-            rate_factor=4,  # its updates count alpha / r = 1 times, those of r=8 above 4 times
+            rate_factor=4,  # its updates count alpha / r = 1 times, those of lora-all-r8 4 times
         ),
         "lora-all-r8-dora": Method(
-            title="LoRA on all layers, r=8, DoRA",
+            title="all-layer LoRA, rank 8, with DoRA",
             stage="lora",
             flags=[*all_layers, "8", "--use_dora"],
         ),
@@ -183,9 +184,6 @@ class Comparison:
             *_, last = [line for line in log.read_text("utf-8").splitlines() if line.strip()]
             place = log.relative_to(self.folder)
             self.give_up(name, f"{run.name} failed ({last.strip()}); see {place}")
-        elif status == "completed":
-            # What a run continues from is three times as large as its weights.
-            (run / "resume.pt").unlink(missing_ok=True)
         return status
 
     def give_up(self, name: str, reason: str) -> None:
