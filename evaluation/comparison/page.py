@@ -105,7 +105,8 @@ def clean(text: str) -> str:
 
 def render_table(table: pd.DataFrame) -> str:
     """Write a data frame as HTML."""
-    return f"<div class='wide'>{table.to_html(index=False, border=0)}</div>"
+    html = escape_control(table.to_html(index=False, border=0))
+    return f"<div class='wide'>{html}</div>"
 
 
 def render_html(blocks: list[Block]) -> str:

@@ -190,16 +190,17 @@ def write_verdict(
 
 def describe_gap(gap: Gap, key: str, title: str) -> str:
     """Say that a method is as good as the one with this title, or by how much it is better."""
+    unit = "points" if key == "wrong" else "nats"
 
     def show(value: float) -> str:
-        """Write a difference with its unit."""
-        return f"{100 * value:.0f} points" if key == "wrong" else f"{value:.2g} nats"
+        """Write a difference in its unit."""
+        return f"{100 * value:.0f}" if key == "wrong" else f"{value:.2g}"
 
     if gap.low <= 0:
         bound = max(-gap.low, gap.high)
-        return f"as good as {title} within {show(bound)}"
+        return f"as good as {title} within {show(bound)} {unit}"
     interval = f"{show(gap.low)} to {show(gap.high)}"
-    return f"{show(gap.mean)} ({interval}) better than {title}"
+    return f"{show(gap.mean)} {unit} ({interval}) better than {title}"
 
 
 # ---------------------------------------------------------------- figures and the table

@@ -55,12 +55,12 @@ def define_methods(width: int) -> dict[str, Method]:
     high_rank = min(64, width // 2)
     return {
         "lora-all-r8": Method(
-            title="all-layer LoRA, rank 8",
+            title="rank-8 LoRA on all layers",
             stage="lora",
             flags=[*all_layers, "8"],
         ),
         "lora-all-high-rank": Method(
-            title=f"all-layer LoRA, rank {high_rank}",
+            title=f"rank-{high_rank} LoRA on all layers",
             stage="lora",
             flags=[*all_layers, str(high_rank)],
         ),
@@ -70,7 +70,7 @@ def define_methods(width: int) -> dict[str, Method]:
             flags=[],
         ),
         "full-frozen-embedding": Method(
-            title="full fine-tuning, embedding frozen",
+            title="full fine-tuning with a frozen embedding",
             stage="full_sft",
             flags=["--trainable", "frozen-embeddings"],
         ),
@@ -81,7 +81,7 @@ def define_methods(width: int) -> dict[str, Method]:
             rate_factor=4,  # its updates count alpha / r = 1 times, those of lora-all-r8 4 times
         ),
         "lora-all-r8-dora": Method(
-            title="all-layer LoRA, rank 8, with DoRA",
+            title="rank-8 DoRA on all layers",
             stage="lora",
             flags=[*all_layers, "8", "--use_dora"],
         ),
