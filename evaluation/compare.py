@@ -47,6 +47,7 @@ from evaluation.comparison.train import (
     Method,
     define_methods,
 )
+from evaluation.probe.prompts import read_prompts
 from model.checkpoint import load_checkpoint, weights_fingerprint
 from model.cli import POSITIVE, SIZE, UserError, escape_control, limit, make_parser, run_script
 from model.files import REPO_DIR, file_sha256, read_json, write_json
@@ -111,9 +112,8 @@ def check_compare_args(args: argparse.Namespace) -> None:
     args.methods = list(dict.fromkeys(args.methods))
 
 
-def count_steps(pairs: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
+def count_steps(per_epoch: int, epochs: float | None, max_steps: int | None) -> int:
     """Return the steps of a run: an epoch, at least 300 steps, but at most 10 epochs."""
-    per_epoch = math.ceil(pairs / batch_size)
     if max_steps:
         return max_steps
     if epochs:
@@ -125,27 +125,33 @@ def count_steps(pairs: int, batch_size: int, epochs: float | None, max_steps: in
 
 
 def open_folder(folder: Path, settings: dict, from_resume: bool) -> dict:
-    """Return the plan of an earlier call, or a new one; refuse what is of another comparison.
+    """Return the plan of an earlier call, or start one; refuse what is of another comparison.
 
-    Without runs a folder is as good as new: a dry run leaves one.
+    Before its first run a comparison can still change, because a dry run leaves a folder, too.
     """
     path = folder / "plan.json"
     has_runs = (folder / "runs").is_dir()
+    is_planned = path.is_file()
+    if from_resume and not is_planned:
+        raise UserError(f"--from_resume: no {path}; drop it")
     if has_runs and not from_resume:
         raise UserError(f"{folder} exists: give another --name, or --from_resume to continue")
-    if from_resume and not path.is_file():
-        raise UserError(f"--from_resume: no {path}; drop it")
-    plan = read_json(path) if path.is_file() else {"settings": None, "seconds": {}}
+    if not is_planned and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds other files; give another --name")
+    plan = read_json(path) if is_planned else {"settings": None, "seconds": {}}
     if plan["settings"] == settings:
         return plan
     if has_runs:
         changed = [key for key in settings if plan["settings"].get(key) != settings[key]]
         what = f"{', '.join(changed)} changed"
         raise UserError(f"--from_resume: {what}; restore it, or give another --name")
-    for made in ("measured", "timing"):
-        shutil.rmtree(folder / made, ignore_errors=True)
-    (folder / "data" / "base_answers.jsonl").unlink(missing_ok=True)
-    return {"settings": settings, "seconds": {}}
+    if is_planned:
+        shutil.rmtree(folder / "measured", ignore_errors=True)
+        (folder / "data" / "base_answers.jsonl").unlink(missing_ok=True)
+    plan = {"settings": settings, "seconds": {}}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan)
+    return plan
 
 
 def list_settings(args: argparse.Namespace, fingerprint: str, steps: int) -> dict:
@@ -158,19 +164,18 @@ def list_settings(args: argparse.Namespace, fingerprint: str, steps: int) -> dic
 
 
 def describe_comparison(
-    pairs: Pairs, steps: int, batch_size: int, seed: int, checked: int, end_bound: float
+    pairs: Pairs, run_length: str, has_checks: bool, is_too_few: bool, end_bound: float
 ) -> list[str]:
     """Say in sentences what trains, what judges, and how long a run is."""
     sentences = [
         f"{len(pairs.train):,} pairs train, {len(pairs.choose):,} held-out pairs choose the "
         f"learning rates, and {len(pairs.judge):,} others judge.",
         pairs.note,
-        f"Each run takes {steps:,} steps of {batch_size} pairs, which is "
-        f"{steps * batch_size / len(pairs.train):.2g} epochs, with seed {seed}.",
+        f"Each run takes {run_length}.",
     ]
-    if checked:
+    if has_checks:
         sentences.append("Correct answers to the checked prompts choose and judge, not NLL.")
-    elif len(pairs.judge) < LEAST_PAIRS:
+    elif is_too_few:
         sentences.append(
             f"Fewer than {LEAST_PAIRS} pairs a half are too few to order the methods, so the "
             "numbers are a first look; --eval_data_path can hold out more."
@@ -203,7 +208,6 @@ def time_all(
             if name not in comparison.failures:
                 seconds[name] = timed
                 write_json(path, plan)
-    shutil.rmtree(comparison.folder / "timing", ignore_errors=True)
     if not comparison.list_remaining():
         raise UserError("no method is left; the lines above say why")
 
@@ -251,6 +255,7 @@ def collect_results(
         run = comparison.find_run(name, best)
         results[name] = Result(
             title=comparison.methods[name].title,
+            color=comparison.methods[name].color,
             rate=best,
             nll_by_rate={rate: nll for rate, (_, nll) in by_rate.items()},
             record=read_json(run / "run.json"),
@@ -292,18 +297,22 @@ def main(argv: list[str] | None = None) -> None:
     methods = {name: define_methods(width)[name] for name in args.methods}
     rates = {name: method.list_first_rates(width) for name, method in methods.items()}
     pairs = split_pairs(args.data_path, args.eval_data_path)
-    steps = count_steps(len(pairs.train), args.batch_size, args.epochs, args.max_steps)
-    epochs = steps * args.batch_size / len(pairs.train)
+    prompts = read_prompts(args.prompts) if args.prompts else []
+    steps_per_epoch = math.ceil(len(pairs.train) / args.batch_size)
+    steps = count_steps(steps_per_epoch, args.epochs, args.max_steps)
+    epochs = steps / steps_per_epoch
 
     folder = args.save_dir.resolve() / args.name
     settings = list_settings(args, weights_fingerprint(model), steps)
     plan = open_folder(folder, settings, args.from_resume)
     write_pairs(pairs, folder / "data")
     comparison = Comparison(folder, base, methods, list_common_flags(args), steps, args.jobs)
-    yardstick = make_yardstick(args, folder, checkpoint)
-    checked = len(yardstick.choosing)
-    bound = reachable_probability(model, tokenizer.eos_token_id)
-    sentences = describe_comparison(pairs, steps, args.batch_size, args.seed, checked, bound)
+    yardstick = make_yardstick(args, folder, checkpoint, prompts)
+    has_checks = bool(yardstick.choosing)
+    is_too_few = not has_checks and len(pairs.judge) < LEAST_PAIRS
+    run_length = f"{steps:,} steps of {args.batch_size} pairs, or {epochs:.2g} epochs"
+    end_bound = reachable_probability(model, tokenizer.eos_token_id)
+    sentences = describe_comparison(pairs, run_length, has_checks, is_too_few, end_bound)
     print(escape_control("\n".join(sentences)))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -326,8 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     facts = Facts(
         title=f"How to fine-tune {args.from_weight} on {args.data_path[0].name}",
         sentences=sentences,
-        key="wrong" if checked else "nll",
-        is_too_few=not checked and len(pairs.judge) < LEAST_PAIRS,
+        key="wrong" if has_checks else "nll",
+        is_too_few=is_too_few,
         text=args.text_data.name if args.text_data else None,
         failures=comparison.failures,
     )

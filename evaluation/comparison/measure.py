@@ -182,7 +182,9 @@ class Yardstick:
         write_conversations(self.text, pairs)
 
 
-def make_yardstick(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> Yardstick:
+def make_yardstick(
+    args: argparse.Namespace, folder: Path, checkpoint: Checkpoint, prompts: list[Prompt]
+) -> Yardstick:
     """Choose what is asked and measured; the pairs that judge are in `folder` already."""
     model, tokenizer = checkpoint
     asked = read_prompts(folder / "data" / "judge.jsonl", MOST_PROMPTS)
@@ -190,10 +192,8 @@ def make_yardstick(args: argparse.Namespace, folder: Path, checkpoint: Checkpoin
     # Twice the longest held-out answer: what is longer will hardly end.
     longest = max(len(ids) for ids in references)
     max_new_tokens = min(args.max_seq_len, max(SHORTEST_LIMIT, 2 * longest))
-    choosing: list[Prompt] = []
-    if args.prompts:
-        choosing, others = split_prompts(read_prompts(args.prompts))
-        asked += others
+    choosing, others = split_prompts(prompts)
+    asked += others
     room = min(args.max_seq_len, model.config.max_position_embeddings - max_new_tokens)
     text_kind = "sft"
     if args.text_data:

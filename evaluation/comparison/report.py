@@ -16,19 +16,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from evaluation.comparison.page import Block, draw_chart, render_html, render_markdown
 from evaluation.probe.intervals import paired_bootstrap
-from evaluation.study.names import BLACK, BLUE, GREEN, GREY
 from model.cli import escape_control
 from model.files import write_text
 
 SHOWN_PROMPTS = 5
-COLORS = {  # of a method in every figure, here and in the study
-    "lora-all-r8": BLUE,
-    "lora-all-high-rank": "#6aa9e0",
-    "lora-all-r8-dora": "#7b5ea7",
-    "lora-original": GREY,
-    "full": BLACK,
-    "full-frozen-embedding": GREEN,
-}
 BASE_TITLE = "the base, before training"
 HELD_OUT = "judge"  # the section of held-out prompts: their file is judge.jsonl
 
@@ -58,6 +49,7 @@ class Result:
     """What a method reached at its best learning rate."""
 
     title: str
+    color: str
     rate: float
     nll_by_rate: dict[float, float]  # on the half that chooses; infinite where a run diverged
     record: dict  # run.json
@@ -122,6 +114,7 @@ def tabulate_results(results: dict[str, Result], base: dict) -> pd.DataFrame:
         row = {
             "method": name,
             "title": result.title,
+            "color": result.color,
             "rate": result.rate,
             "bytes": result.size,
             "seconds": result.record["train_seconds"],
@@ -144,16 +137,17 @@ def tabulate_results(results: dict[str, Result], base: dict) -> pd.DataFrame:
 # ---------------------------------------------------------------- the verdict
 
 
-def choose_method(table: pd.DataFrame, key: str) -> tuple[str, str]:
+def choose_method(table: pd.DataFrame, key: str, is_too_few: bool) -> tuple[str, str]:
     """Return the method to take, and the one that it is compared with.
 
     The cheapest is taken (bytes on disk, then seconds) of those that the paired interval does not
-    tell from the best. It is compared with the best of the others.
+    tell from the best; the best itself, if too few pairs judge. It is compared with the best of
+    the others.
     """
     ordered = table.sort_values(key, kind="stable")
     is_tied = [gap.low <= 0 for gap in ordered[f"{key}_gap"]]
     cheapest = ordered[is_tied].sort_values(["bytes", "seconds"], kind="stable")
-    taken = cheapest.index[0]
+    taken = ordered.index[0] if is_too_few else cheapest.index[0]
     others = ordered.index.drop(taken)
     return taken, others[0] if len(others) else taken
 
@@ -168,9 +162,8 @@ def write_verdict(
     if taken == rival:
         return f"Only {place} ran to its end, so there is nothing to compare it with."
     if facts.is_too_few:
-        best = table.loc[table[facts.key].idxmin()]
-        lead = f"{best.title} at {format_rate(best.rate)} has the lowest NLL so far"
-        return f"Your held-out pairs are too few to order the methods; {lead}."
+        few = "Your held-out pairs are too few to order the methods"
+        return f"{few}; {place} has the lowest NLL so far."
     gaps = table[f"{facts.key}_gap"]
     if all(gap.low <= 0 for gap in gaps):
         size = f"{format_size(first.bytes)} MB"
@@ -208,20 +201,20 @@ def describe_gap(gap: Gap, key: str, title: str) -> str:
 
 def draw_rates(axes: Axes, results: dict[str, Result]) -> None:
     """Draw NLL against learning rate: a line a method, its chosen rate large."""
-    for name, result in results.items():
+    for result in results.values():
         rates = sorted(result.nll_by_rate)
         values = [result.nll_by_rate[rate] for rate in rates]
         finite = [value if np.isfinite(value) else np.nan for value in values]
-        axes.plot(rates, finite, "o-", markersize=4, color=COLORS[name], label=result.title)
+        axes.plot(rates, finite, "o-", markersize=4, color=result.color, label=result.title)
         chosen = result.nll_by_rate[result.rate]
-        axes.plot(result.rate, chosen, "o", markersize=10, color=COLORS[name])
+        axes.plot(result.rate, chosen, "o", markersize=10, color=result.color)
         for rate in rates:
             if not np.isfinite(result.nll_by_rate[rate]):
                 axes.annotate(
                     "diverged",
                     (rate, 0.95),
                     xycoords=("data", "axes fraction"),
-                    color=COLORS[name],
+                    color=result.color,
                     ha="center",
                 )
     axes.set_xscale("log")
@@ -238,7 +231,7 @@ def draw_points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
             row[y],
             "o",
             markersize=9,
-            color=COLORS[row["name"]],
+            color=row["color"],
             label=row["title"],
         )
 
@@ -335,8 +328,7 @@ def explain_table(facts: Facts) -> str:
 
 def draw_figures(results: dict[str, Result], table: pd.DataFrame, facts: Facts) -> dict[str, str]:
     """Draw the three figures as SVG, by name."""
-    points = table.assign(name=table.index)
-    points["forgotten"] = [gap.mean for gap in table["forgot"]]
+    points = table.assign(forgotten=[gap.mean for gap in table["forgot"]])
     judged = "NLL of the pairs that judge"
     rates = draw_chart(
         "Held-out NLL against learning rate; the chosen rates are large",
@@ -372,7 +364,7 @@ def write_report(
     all data.
     """
     table = tabulate_results(results, base)
-    taken, rival = choose_method(table, facts.key)
+    taken, rival = choose_method(table, facts.key, facts.is_too_few)
     forgetting = subtract_losses(results[taken].measured, results[rival].measured, "text")
     verdict = write_verdict(table, facts, taken, rival, forgetting)
     shown = format_table(table, results, base)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dataset.lm_dataset import read_jsonl
 from evaluation.comparison.measure import Loss, print_progress
 from evaluation.comparison.report import format_rate
 from evaluation.runs import ENDED, call_script, choose_start_flags, read_status
+from evaluation.study.names import BLACK, BLUE, GREEN, GREY
 from model.cli import UserError
 from model.files import read_json
 
@@ -34,6 +36,7 @@ class Method:
     """A way of fine-tuning: a training script, and its flags."""
 
     title: str
+    color: str  # in the figures, as in the study's
     stage: str  # of the script: lora or full_sft
     flags: list[str]
     rate_factor: float = 1.0  # times the stage's learning rate
@@ -56,32 +59,38 @@ def define_methods(width: int) -> dict[str, Method]:
     return {
         "lora-all-r8": Method(
             title="rank-8 LoRA on all layers",
+            color=BLUE,
             stage="lora",
             flags=[*all_layers, "8"],
         ),
         "lora-all-high-rank": Method(
             title=f"rank-{high_rank} LoRA on all layers",
+            color="#6aa9e0",
             stage="lora",
             flags=[*all_layers, str(high_rank)],
         ),
         "full": Method(
             title="full fine-tuning",
+            color=BLACK,
             stage="full_sft",
             flags=[],
         ),
         "full-frozen-embedding": Method(
             title="full fine-tuning with a frozen embedding",
+            color=GREEN,
             stage="full_sft",
             flags=["--trainable", "frozen-embeddings"],
         ),
         "lora-original": Method(
             title="the original LoRA",
+            color=GREY,
             stage="lora",
             flags=[*original, "--lora_init", "gaussian"],
             rate_factor=4,  # its updates count alpha / r = 1 times, those of lora-all-r8 4 times
         ),
         "lora-all-r8-dora": Method(
             title="rank-8 DoRA on all layers",
+            color="#7b5ea7",
             stage="lora",
             flags=[*all_layers, "8", "--use_dora"],
         ),
@@ -199,13 +208,16 @@ class Comparison:
         """Return the seconds of a step and those around the steps, by a short run."""
         print_progress(f"timing {TIMED_STEPS} steps of {name}")
         run = self.folder / "timing" / name
+        shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
         steps = min(TIMED_STEPS, self.steps)
         start = time.perf_counter()
         asyncio.run(self.call(name, rate, run, steps))
         seconds = time.perf_counter() - start
         if name in self.failures:
+            shutil.rmtree(run, ignore_errors=True)  # a full disk is to be free for the others
             return 0.0, 0.0
         rows = [row for _, row in read_jsonl(run / "metrics.jsonl") if "tokens_per_second" in row]
+        shutil.rmtree(run)
         if not rows:  # it diverged at once
             return seconds / steps, 0.0
         # The last line is about the second half of the steps: loading is over.

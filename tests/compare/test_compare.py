@@ -75,11 +75,11 @@ def test_rates_start_from_the_width() -> None:
 
 
 def test_steps_by_default() -> None:
-    assert compare.count_steps(450, 32, None, None) == 150  # 10 epochs
-    assert compare.count_steps(6758, 32, None, None) == 300
-    assert compare.count_steps(74_654, 32, None, None) == 2333  # an epoch
-    assert compare.count_steps(450, 32, 2.5, None) == 38
-    assert compare.count_steps(450, 32, None, 7) == 7
+    assert compare.count_steps(15, None, None) == 150  # 10 epochs
+    assert compare.count_steps(212, None, None) == 300
+    assert compare.count_steps(2333, None, None) == 2333  # an epoch
+    assert compare.count_steps(15, 2.5, None) == 38
+    assert compare.count_steps(15, None, 7) == 7
 
 
 def test_checked_prompts_choose_if_they_are_enough() -> None:
@@ -154,7 +154,7 @@ def test_a_whole_comparison(user: User, capsys: pytest.CaptureFixture) -> None:
     count = len(user.trained)
     assert 6 <= count <= 10 and len({*user.trained}) == count
     printed = capsys.readouterr().out
-    assert "too few to order the methods" in printed and "--epochs 1.78" in printed
+    assert "too few to order the methods" in printed and "--epochs 1.71" in printed
     report = (folder / "report.md").read_text()
     page = (folder / "index.html").read_text()
     for title in ("rank-8 LoRA on all layers", "full fine-tuning", "the base, before training"):
@@ -227,6 +227,15 @@ def test_no_method_is_left(user: User) -> None:
     user.before_run = break_run
     with pytest.raises(UserError, match="no method is left"):
         user.compare("--methods full")
+
+
+def test_a_folder_with_other_files_is_left_alone(user: User) -> None:
+    notes = user.save_dir / "here" / "data" / "train.jsonl"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="holds other files; give another --name"):
+        user.compare("--methods full")
+    assert notes.read_text() == "mine"
 
 
 def remove_template(base: Path, folder: Path) -> None:

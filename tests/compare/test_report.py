@@ -41,7 +41,7 @@ def say(
 ) -> str:
     """Write the first sentence."""
     facts = Facts("title", [], key, is_too_few, text, {})
-    taken, rival = choose_method(table, key)
+    taken, rival = choose_method(table, key, is_too_few)
     return write_verdict(table, facts, taken, rival, forgetting)
 
 
@@ -94,7 +94,7 @@ def test_methods_that_do_not_differ_are_not_ordered() -> None:
 
 
 def test_too_few_pairs_order_nothing() -> None:
-    table = make_table({"full": (1.0, BEST), "small": (1.5, Gap(0.5, 0.4, 0.6))})
+    table = make_table({"small": (1.5, Gap(0.5, -0.1, 1.1)), "full": (1.0, BEST)})
     assert say(table, is_too_few=True) == (
         "Your held-out pairs are too few to order the methods; "
         "full fine-tuning at 1e-3 has the lowest NLL so far."
