@@ -48,7 +48,7 @@ from evaluation.comparison.train import (
     define_methods,
 )
 from evaluation.probe.prompts import read_prompts
-from model.checkpoint import load_checkpoint, weights_fingerprint
+from model.checkpoint import load_model, load_tokenizer, weights_fingerprint
 from model.cli import POSITIVE, SIZE, UserError, escape_control, limit, make_parser, run_script
 from model.files import REPO_DIR, file_sha256, read_json, write_json
 from model.reachability import reachable_probability
@@ -291,8 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     is_folder = Path(args.from_weight).is_dir()
     # The scripts run in another folder.
     base = str(Path(args.from_weight).resolve()) if is_folder else args.from_weight
-    checkpoint = load_checkpoint(base)
-    model, tokenizer = checkpoint
+    model = load_model(base)  # which refuses an adapter
+    tokenizer = load_tokenizer(base, model.config.vocab_size)
     width = model.config.hidden_size
     methods = {name: define_methods(width)[name] for name in args.methods}
     rates = {name: method.list_first_rates(width) for name, method in methods.items()}
@@ -303,11 +303,11 @@ def main(argv: list[str] | None = None) -> None:
     epochs = steps / steps_per_epoch
 
     folder = args.save_dir.resolve() / args.name
+    yardstick = make_yardstick(args, folder, (model, tokenizer), pairs.judge, prompts)
     settings = list_settings(args, weights_fingerprint(model), steps)
     plan = open_folder(folder, settings, args.from_resume)
     write_pairs(pairs, folder / "data")
     comparison = Comparison(folder, base, methods, list_common_flags(args), steps, args.jobs)
-    yardstick = make_yardstick(args, folder, checkpoint, prompts)
     has_checks = bool(yardstick.choosing)
     is_too_few = not has_checks and len(pairs.judge) < LEAST_PAIRS
     run_length = f"{steps:,} steps of {args.batch_size} pairs, or {epochs:.2g} epochs"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from dataset.lm_dataset import read_jsonl, record_messages
 from evaluation.probe.answers import encode_prompts, probe
 from evaluation.probe.likelihood import measure_nll
-from evaluation.probe.prompts import Prompt, read_prompts
+from evaluation.probe.prompts import Prompt, parse_record
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.cli import UserError, escape_control
 from model.files import read_json, write_json, write_text
@@ -26,6 +26,7 @@ from model.machine import choose_device
 MOST_HELD_OUT = 500  # pairs that are split off where no held-out file is given
 LEAST_PAIRS = 100  # of each held-out half, and of checked prompts; fewer order nothing
 MOST_PROMPTS = 200  # of the held-out ones that are asked
+HELD_OUT = "judge"  # the section of held-out prompts
 SHORTEST_LIMIT = 32  # tokens of an answer
 DIVERGED = (math.inf, math.inf)
 Loss = tuple[float, float]  # share of wrong answers (0 without checks), then NLL
@@ -78,7 +79,7 @@ def split_pairs(data_paths: list[Path], eval_paths: list[Path]) -> Pairs:
     # Sorted by hash, so that neither half depends on the order in the file.
     halves = [held_out[digest] for digest in sorted(held_out)]
     if len(halves) < 2 or not train:
-        count = f"{len(train)} pairs to train on and {len(halves)} held out"
+        count = f"{len(train)} to train on and {len(halves)} held out"
         remedy = "give at least 20 pairs, or 1 and --eval_data_path with 2 or more others"
         raise UserError(f"{data_paths[0]}: too few examples ({count}); {remedy}")
     if eval_paths:
@@ -183,11 +184,15 @@ class Yardstick:
 
 
 def make_yardstick(
-    args: argparse.Namespace, folder: Path, checkpoint: Checkpoint, prompts: list[Prompt]
+    args: argparse.Namespace,
+    folder: Path,
+    checkpoint: Checkpoint,
+    judging: list[list[dict]],
+    prompts: list[Prompt],
 ) -> Yardstick:
-    """Choose what is asked and measured; the pairs that judge are in `folder` already."""
+    """Choose what is asked and measured: the pairs that judge, and the user's own prompts."""
     model, tokenizer = checkpoint
-    asked = read_prompts(folder / "data" / "judge.jsonl", MOST_PROMPTS)
+    asked = make_prompts(judging[:MOST_PROMPTS])
     references = [tokenizer.encode(p.reference, add_special_tokens=False) for p in asked]
     # Twice the longest held-out answer: what is longer will hardly end.
     longest = max(len(ids) for ids in references)
@@ -208,6 +213,15 @@ def make_yardstick(
         text=args.text_data or folder / "data" / "base_answers.jsonl",
         text_kind=text_kind,
     )
+
+
+def make_prompts(conversations: list[list[dict]]) -> list[Prompt]:
+    """Make prompts of conversations; their section tells them from the user's own prompts."""
+    path = Path(f"{HELD_OUT}.jsonl")
+    prompts = []
+    for number, messages in enumerate(conversations, start=1):
+        prompts.append(parse_record(f"{path}:{number}", {"conversations": messages}, path))
+    return prompts
 
 
 def split_prompts(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from evaluation.comparison.measure import HELD_OUT
 from evaluation.comparison.page import Block, draw_chart, render_html, render_markdown
 from evaluation.probe.intervals import paired_bootstrap
 from model.cli import escape_control
@@ -21,7 +22,6 @@ from model.files import write_text
 
 SHOWN_PROMPTS = 5
 BASE_TITLE = "the base, before training"
-HELD_OUT = "judge"  # the section of held-out prompts: their file is judge.jsonl
 
 
 class Gap(NamedTuple):

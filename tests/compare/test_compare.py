@@ -14,7 +14,7 @@ import pytest
 from dataset import lm_dataset
 from evaluation import compare
 from evaluation.comparison import train
-from evaluation.comparison.measure import choose_held_out, split_pairs, split_prompts
+from evaluation.comparison.measure import Pairs, choose_held_out, split_pairs, split_prompts
 from evaluation.comparison.train import choose_start_rate, define_methods, find_next_rate
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, save_model
@@ -32,18 +32,27 @@ def test_the_lowest_hashes_are_held_out() -> None:
     assert len(choose_held_out([f"{i:04}" for i in range(6000)])) == 500
 
 
+def count_parts(pairs: Pairs) -> tuple[int, int, int]:
+    """Return how many pairs train, choose and judge."""
+    return len(pairs.train), len(pairs.choose), len(pairs.judge)
+
+
 def test_the_same_conversation_never_stands_on_both_sides(tmp_path: Path) -> None:
     data = [{"instruction": f"Say {i % 30}.", "output": str(i % 30)} for i in range(60)]
     path = write_jsonl(tmp_path / "mine.jsonl", data)
     pairs = split_pairs([path], [])
-    held_out = [messages[0]["content"] for messages in pairs.choose + pairs.judge]
-    trained = [messages[0]["content"] for messages in pairs.train]
-    assert [len(part) for part in (pairs.train, pairs.choose, pairs.judge)] == [54, 2, 1]
-    assert len({*held_out}) == 3 and not {*held_out} & {*trained}
+    assert count_parts(pairs) == (54, 2, 1)  # 3 of 30 different ones, each of them twice
+    held_out = {messages[0]["content"] for messages in pairs.choose + pairs.judge}
+    trained = {messages[0]["content"] for messages in pairs.train}
+    assert len(held_out) == 3
+    assert not held_out & trained
+
     shuffled = write_jsonl(tmp_path / "shuffled.jsonl", data[::-1])
     assert split_pairs([shuffled], []).judge == pairs.judge
-    given = split_pairs([path], [write_jsonl(tmp_path / "held.jsonl", data[:4])])
-    assert [len(part) for part in (given.train, given.choose, given.judge)] == [52, 2, 2]
+
+    held = write_jsonl(tmp_path / "held.jsonl", data[:4])
+    given = split_pairs([path], [held])
+    assert count_parts(given) == (52, 2, 2)
     assert "8 pairs stand in both files" in given.note
 
 
@@ -86,7 +95,9 @@ def test_checked_prompts_choose_if_they_are_enough() -> None:
     prompts = [Prompt(str(i), "s", [], check={"exact": True}) for i in range(200)]
     prompts.append(Prompt("free", "s", []))
     choosing, others = split_prompts(prompts)
-    assert [len(choosing), len(others)] == [100, 101] and others[-1].id == "free"
+    assert len(choosing) == 100
+    assert len(others) == 101
+    assert others[-1].id == "free"
     assert split_prompts(prompts[1:]) == ([], prompts[1:])
 
 
@@ -145,25 +156,36 @@ def user(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> User:
     return user
 
 
-def test_a_whole_comparison(user: User, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_trains_nothing(user: User, capsys: pytest.CaptureFixture) -> None:
     user.compare("--methods lora-all-r8 --dry_run")
     printed = capsys.readouterr().out
-    assert not user.trained and "a step" in printed and printed.count("python trainer/") == 3
+    assert not user.trained
+    assert "a step" in printed
+    assert printed.count("python trainer/train_lora.py") == 3
+    user.compare("--methods lora-all-r8 --dry_run --seed 1")  # no run binds the settings yet
 
+
+def test_a_whole_comparison(user: User, capsys: pytest.CaptureFixture) -> None:
     folder = user.compare("--methods lora-all-r8 full --jobs 2")
     count = len(user.trained)
-    assert 6 <= count <= 10 and len({*user.trained}) == count
+    assert 6 <= count <= 10
+    assert len({*user.trained}) == count
     printed = capsys.readouterr().out
-    assert "too few to order the methods" in printed and "--epochs 1.71" in printed
+    assert "too few to order the methods" in printed
+    assert "--epochs 1.71" in printed  # 12 steps, 7 of them an epoch of 54 pairs
     report = (folder / "report.md").read_text()
     page = (folder / "index.html").read_text()
     for title in ("rank-8 LoRA on all layers", "full fine-tuning", "the base, before training"):
-        assert title in report and title in page
+        assert title in report
+        assert title in page
     assert report.count("### Prompt") == 3  # all that judge
-    assert page.count("<svg") == 3 and "<script" not in page and 'src="' not in page
+    assert page.count("<svg") == 3
+    assert "<script" not in page
+    assert 'src="' not in page
     assert len([*folder.glob("figures/*.svg")]) == 3
     run = json.loads((folder / "runs" / user.trained[0] / "run.json").read_text())
-    assert run["status"] == "completed" and run["steps"] == 12
+    assert run["status"] == "completed"
+    assert run["steps"] == 12
 
     with pytest.raises(UserError, match="exists: give another --name, or --from_resume"):
         user.compare("--methods full")
@@ -183,8 +205,10 @@ def test_ctrl_c_in_the_second_method(user: User, capsys: pytest.CaptureFixture) 
     with pytest.raises(KeyboardInterrupt):
         user.compare("--methods lora-all-r8 full")
     assert "--from_resume continues" in capsys.readouterr().out
-    done = user.trained[:3]
-    assert user.trained[3] == "full-lr0.0005" and not [*user.save_dir.glob("here/*.md")]
+    *done, stopped = user.trained
+    assert len(done) == 3
+    assert stopped == "full-lr0.0005"
+    assert not (user.save_dir / "here" / "report.md").exists()
     user.before_run = lambda log: None
     folder = user.compare("--methods lora-all-r8 full --from_resume")
     assert (folder / "index.html").is_file()
@@ -211,11 +235,14 @@ def test_a_method_that_fails_or_diverges_is_left_out(
     folder = user.compare(f"--methods full full-frozen-embedding lora-all-r8 {given}")
     printed = capsys.readouterr().out
     failure = "left out: full: full-lr0.0005 failed (error: resume.pt: not written (No space"
-    assert printed.count(failure) == 1 and "full-lr0.001" not in user.trained
+    assert printed.count(failure) == 1
+    assert "full-lr0.001" not in user.trained
     assert printed.count("diverged, loss nan") == 6  # frozen full fine-tuning tried lower rates
     report = (folder / "report.md").read_text()
-    assert "full was left out" in report and "diverged at every learning rate" in report
-    assert "Only rank-8 LoRA on all layers at" in report and "Count to 3, please." in report
+    assert "full was left out" in report
+    assert "diverged at every learning rate" in report
+    assert "Only rank-8 LoRA on all layers at" in report
+    assert "Count to 3, please." in report
     assert "by how much the NLL of other.jsonl rose" in report
     assert "diverged" in (folder / "figures" / "rates.svg").read_text()
 
@@ -253,11 +280,16 @@ def test_what_cannot_work_is_refused_in_one_line(
     (home / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     write_jsonl(home / "one.jsonl", [{"instruction": "a", "output": "b"}])
     remove_template(home / "base", home / "plain")
+    (home / "adapter").mkdir()
+    adapter = {"base_model_name_or_path": str(home / "base")}
+    (home / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     cases = {
         "no JSON object": {"flags": "", "data": "broken.jsonl"},
-        "too few examples (1 pairs": {"flags": "", "data": "one.jsonl"},
+        "too few examples (1 to train on": {"flags": "", "data": "one.jsonl"},
         "a chat template, end or padding token is missing": {"flags": "", "base": "plain"},
-        "config.json: missing": {"flags": "", "base": "nowhere"},
+        "nowhere/config.json: missing": {"flags": "", "base": "nowhere"},
+        "or merge the adapter": {"flags": "", "base": "adapter"},
+        "no held-out prompt has 4 tokens": {"flags": "--max_seq_len 4"},
         "contradict each other": {"flags": "--epochs 2"},
         "no such file": {"flags": "--prompts nowhere.md"},
         "is of --text_data": {"flags": "--wrap_documents"},
@@ -267,5 +299,6 @@ def test_what_cannot_work_is_refused_in_one_line(
     for message, given in cases.items():
         assert exit_code(lambda given: user.compare(**given), given) == 2
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
-    assert not user.trained and not [*user.save_dir.glob("here/runs")]
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (user.save_dir / "here").exists()
