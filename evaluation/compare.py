@@ -195,7 +195,6 @@ def time_all(
     """Measure the base, and steps of each method; add to the plan what both take, in seconds."""
     seconds = plan["seconds"]
     path = comparison.folder / "plan.json"
-    write_json(path, plan)
     if "measuring" not in seconds:
         start = time.perf_counter()
         yardstick.write_base_answers(comparison.base)
@@ -233,7 +232,7 @@ def print_plan(
         todo = [rate for rate in rates[name] if not comparison.has_ended(name, rate)]
         total += minutes * len(todo) / comparison.jobs + seconds["measuring"] / 60
         extension += minutes * (MOST_RATES - len(FIRST_RATES)) / comparison.jobs
-        listed = ", ".join(format_rate(rate) for rate in todo) or "no rate is left"
+        listed = ", ".join(format_rate(rate) for rate in todo) or "the first rates have run"
         cost = f"{1000 * step_seconds:.0f} ms a step, {minutes:.1f} minutes a run"
         print(f"  {comparison.methods[name].title}: {listed} ({cost})")
     print(f"about {total:.0f} minutes, {total + extension:.0f} if all rates are extended twice")

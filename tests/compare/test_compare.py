@@ -15,7 +15,12 @@ from dataset import lm_dataset
 from evaluation import compare
 from evaluation.comparison import train
 from evaluation.comparison.measure import Pairs, choose_held_out, split_pairs, split_prompts
-from evaluation.comparison.train import choose_start_rate, define_methods, find_next_rate
+from evaluation.comparison.train import (
+    Comparison,
+    choose_start_rate,
+    define_methods,
+    find_next_rate,
+)
 from evaluation.probe.prompts import Prompt
 from model.checkpoint import TOKENIZER_DIR, save_model
 from model.cli import UserError
@@ -89,6 +94,28 @@ def test_steps_by_default() -> None:
     assert compare.count_steps(2333, None, None) == 2333  # an epoch
     assert compare.count_steps(15, 2.5, None) == 38
     assert compare.count_steps(15, None, 7) == 7
+
+
+def test_the_plan_tells_minutes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    methods = {"full": define_methods(128)["full"]}
+    rates = {"full": methods["full"].list_first_rates(128)}
+    seconds = {"measuring": 60.0, "full": [0.2, 60.0]}
+    comparison = Comparison(tmp_path, "base", methods, [], steps=300, jobs=1)
+    compare.print_plan(comparison, seconds, rates)
+    printed = capsys.readouterr().out
+    assert "full fine-tuning: 5e-4, 1e-3, 2e-3 (200 ms a step, 2.0 minutes a run)" in printed
+    assert "about 7 minutes, 11 if all rates are extended twice" in printed  # 3 runs, then 2
+
+
+def test_the_final_command_trains_on_all_data(tmp_path: Path) -> None:
+    flags = f"--from_weight org/base --data_path a.jsonl b.jsonl --save_dir {tmp_path} --name mine"
+    args = compare.make_compare_parser().parse_args(flags.split())
+    method = define_methods(128)["lora-all-r8"]
+    assert compare.write_final_command(args, method, 1.5e-3, epochs=10 / 3) == (
+        "python trainer/train_lora.py --lora_targets all-linear --lora_alpha 32 --lora_rank 8 "
+        "--lora_name mine --from_weight org/base --data_path a.jsonl b.jsonl --epochs 3.33 "
+        "--learning_rate 0.0015 --seed 42 --batch_size 32 --max_seq_len 340"
+    )
 
 
 def test_checked_prompts_choose_if_they_are_enough() -> None:

@@ -7,7 +7,10 @@ from evaluation.comparison.page import render_html, render_markdown
 from evaluation.comparison.report import (
     Facts,
     Gap,
+    Result,
+    average_losses,
     choose_method,
+    find_edges,
     format_rate,
     format_size,
     subtract_losses,
@@ -120,6 +123,20 @@ def test_losses_are_paired_and_weighted_by_tokens() -> None:
     ends = {"end_nats": [0.5, 5.0], "ends": [0, 5]}
     texts = [{"text": found["nll"] | ends} for found in (after, before)]
     assert subtract_losses(*texts, "text").mean == pytest.approx((1 - 10) / 6)
+
+
+def test_wrong_answers_count_checked_prompts_alone() -> None:
+    outcomes = ["correct", "other thing", None, "correct", "blank"]
+    measured = {"samples": [{"outcome": outcome} for outcome in outcomes]}
+    assert average_losses(measured, "wrong") == 0.5
+
+
+def test_a_best_rate_at_the_edge_is_named() -> None:
+    nll = {5e-4: 2.0, 1e-3: 1.0, 2e-3: 1.5}
+    inside = Result("inner", "black", 1e-3, nll, record={}, size=0, measured={})
+    edge = Result("outer", "black", 2e-3, nll, record={}, size=0, measured={})
+    (sentence,) = find_edges({"a": inside, "b": edge})
+    assert sentence.startswith("The best rate of outer, 2e-3, is at the edge")
 
 
 def test_nothing_on_a_page_can_act() -> None:
