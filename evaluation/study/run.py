@@ -11,7 +11,6 @@ Diverged and failed runs have lines, too; the next call repeats failed ones.
 """
 
 import asyncio
-import os
 import shlex
 import shutil
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.world.generate import ensure_world, list_files
+from evaluation.runs import ENDED, call_script, choose_start_flags, read_status
 from evaluation.study.data import check_world, find_data
 from evaluation.study.plan import Run, make_command, plan_runs
 from evaluation.study.results import append_run, read_runs
@@ -33,7 +33,6 @@ from model.cli import SIZE, UserError, make_parser, run_script
 from model.files import REPO_DIR, read_json, write_json
 
 ORIGIN = ("base_fingerprint", "train_data", "git", "machine")
-ENDED = ("completed", "diverged")
 
 
 @dataclass
@@ -56,18 +55,7 @@ class Runner:
 
         When the runner is stopped, the script is as well; a training script saves its state first.
         """
-        command = [sys.executable, *map(str, words)]
-        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-        with (self.save_dir / f"{run_id}.log").open("a", encoding="utf-8") as log:
-            print("$", shlex.join(command), file=log, flush=True)
-            how = {"stdout": log, "stderr": log, "env": environment, "cwd": REPO_DIR}
-            process = await asyncio.create_subprocess_exec(*command, **how)
-            try:
-                return await process.wait() == 0
-            except asyncio.CancelledError:
-                process.terminate()
-                await process.wait()
-                raise
+        return await call_script(words, self.save_dir / f"{run_id}.log", folder=REPO_DIR)
 
     async def train(self, run: Run, folder: Path) -> dict:
         """Train from the saved state, if there is one, and return run.json.
@@ -83,11 +71,9 @@ class Runner:
             return read_json(base / "run.json")
         trained = folder.with_name(f"{run.id}-float32") if run.arm == "base" else folder
         path = trained / "run.json"
-        if not path.is_file() or read_json(path)["status"] not in ENDED:
-            resumes = (trained / "resume.pt").is_file()
-            how = ["--from_resume"] if resumes else ["--overwrite"] if trained.exists() else []
+        if read_status(trained) not in ENDED:
             command = make_command(self.study, run, self.find, self.save_dir)
-            await self.call([*command, *how], run.id)
+            await self.call([*command, *choose_start_flags(trained)], run.id)
         record = read_json(path) if path.is_file() else {"status": "failed"}
         if record["status"] not in ENDED:
             raise UserError(f"{run.id}: training failed; see {self.save_dir / run.id}.log")
