@@ -106,7 +106,7 @@ class Arm:
 class MiniMindData:
     """MiniMind's way of loading: a sample is rendered, tokenized, padded and labeled when read."""
 
-    def __init__(self, path: Path, data: TokenDataset):
+    def __init__(self, path: Path, data: TokenDataset) -> None:
         self.targets = data.targets
         self.info = data.info
         self.lengths = pad_lengths(data)
@@ -214,7 +214,7 @@ def train_theirs(arm: Arm, data: TokenDataset) -> dict[str, float]:
 class StepClock:
     """Note when the first and the last step end, and profile what lies between, if asked to."""
 
-    def __init__(self, arm: Arm, profiles: bool):
+    def __init__(self, arm: Arm, profiles: bool) -> None:
         self.device = arm.device
         self.last_step = arm.steps + 1
         self.profiler = torch.profiler.profile() if profiles else None
