@@ -19,7 +19,7 @@ from dataset.lm_dataset import encode_batch, read_jsonl
 from dataset.world.facts import HELD_STATEMENTS, Attribute, Thing, World, read_world
 from dataset.world.generate import ensure_world
 from evaluation.probe.likelihood import sum_nats
-from evaluation.probe.world_measure import THINGS
+from evaluation.probe.world_measure import read_things
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.cli import make_parser, run_script
 
@@ -27,9 +27,10 @@ from model.cli import make_parser, run_script
 def list_facts(paths: list[Path]) -> list[tuple[Thing, Attribute]]:
     """Return what the prompts of probe files ask for: facts of their first things, each once."""
     categories = read_world().categories
+    things = read_things()
     facts = {}
     for _, record in chain.from_iterable(map(read_jsonl, paths)):
-        thing = THINGS[record["things"][0]]
+        thing = things[record["things"][0]]
         for vocabulary in record["check"].get("about", []):  # such as "animal.home", or "category"
             category, _, name = vocabulary.partition(".")
             is_attribute = name and category in categories

@@ -20,6 +20,7 @@ reference in random order, `stray_words` has "in of and which the" after the ref
 import re
 import sys
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,9 +36,14 @@ from model.cli import UserError, make_parser, run_script
 from model.files import read_json, write_json
 
 OUTPUT = Path(__file__).with_suffix(".json")
-WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))
-THINGS = {thing.name: thing for world in WORLDS for thing in world.things}
-NAMES = world_vocabulary().names
+
+
+@cache
+def read_things() -> dict[str, Thing]:
+    """Read all things of the world, by name, once."""
+    english = read_world()
+    chinese = read_world(WORLD_DIR / "chinese")
+    return {thing.name: thing for thing in (*english.things, *chinese.things)}
 
 
 def read_records(path: Path) -> list[dict]:
@@ -64,14 +70,15 @@ def find_constants(
     `groups` has the group of each record. `answers` are (group, text) of training answers; only one
     that names the same things as a reference can be right.
     """
+    names = world_vocabulary().names
     alike = defaultdict(list)  # answers, by their group and the things that they name
     for group, answer in dict.fromkeys(answers):
-        things = frozenset(NAMES.find(answer))
+        things = frozenset(names.find(answer))
         alike[group, things].append(answer)
     votes = defaultdict(Counter)  # how often an answer is right, by its group
     for record, group in zip(records, groups, strict=True):
         _, reference = split_answer(record)
-        things = frozenset(NAMES.find(reference))
+        things = frozenset(names.find(reference))
         for answer in alike[group, things]:
             votes[group][answer] += is_right(answer, record)
     return {group: max(votes[group], key=votes[group].get, default="") for group in groups}
@@ -106,8 +113,8 @@ def find_nearest(prompts: list[str], training: list[str]) -> list[int]:
 
 def find_first_thing(text: str) -> Thing | None:
     """Return the thing that a text names first; None if it names none."""
-    names = NAMES.find(text)
-    return THINGS.get(names[0]) if names else None
+    names = world_vocabulary().names.find(text)
+    return read_things().get(names[0]) if names else None
 
 
 def replace_thing(answer: str, old_prompt: str, new_prompt: str) -> str:
@@ -177,7 +184,7 @@ def write_controls(records: list[dict], pairs: list[dict]) -> dict[str, list[str
         "nearest": nearest,
         "one_answer": [one_answer] * count,
         "prompt": prompts,
-        "all_things": [", ".join(THINGS)] * count,
+        "all_things": [", ".join(read_things())] * count,
         "random_order": in_random_order,
         "stray_words": [f"{reference} in of and which the" for reference in references],
     }

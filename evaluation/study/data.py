@@ -8,17 +8,12 @@ import random
 from itertools import permutations, product
 from pathlib import Path
 
-import numpy as np
-
 from dataset.lm_dataset import read_jsonl, turns, write_records
 from dataset.world.facts import read_world
-from evaluation.probe.answers import probe
-from evaluation.probe.likelihood import measure_nll
-from evaluation.probe.prompts import read_prompts
-from model.checkpoint import Checkpoint, load_tokenizer
+from model.checkpoint import load_tokenizer
 from model.cli import UserError
 from model.files import REPO_DIR, file_sha256
-from trainer.arguments import BASE_DIR, MAX_SEQ_LEN
+from trainer.arguments import BASE_DIR
 
 TEXT_SHARE = 0.2  # of all characters of `sft_mixed`
 TEXT_PROMPT = "Write a text."  # in front of a document; no instruction of the world says this
@@ -105,17 +100,3 @@ def draw_facts(count: int) -> list[dict]:
         messages = turns(pair, rng.choice(values))
         facts.append({"id": f"fact-{i}", "conversations": messages, "check": {"exact": True}})
     return facts
-
-
-def measure_random_facts(checkpoint: Checkpoint, path: Path, trained: int) -> dict[str, float]:
-    """Return the share of random facts that greedy answers give, and the bits a trained parameter.
-
-    A fact's bits are those that its value had before, less those of its NLL.
-    """
-    nll = measure_nll(checkpoint, "sft", [path], MAX_SEQ_LEN, 64)
-    sequences = nll["sequences"]  # a fact each
-    nats = np.subtract(sequences["nats"], sequences["end_nats"])
-    answers = probe(checkpoint, read_prompts(path), ["greedy"], max_new_tokens=16, batch_size=256)
-    stored = np.mean([answer["outcome"] == "correct" for answer in answers])
-    bits = FACT_BITS * len(nats) - nats.sum() / np.log(2)
-    return {"bits_per_parameter": float(bits / trained), "stored": float(stored)}

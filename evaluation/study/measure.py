@@ -27,7 +27,7 @@ from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import Prompt, read_prompts
 from evaluation.probe.world_facts import rank_facts
 from evaluation.probe.world_measure import is_right, replace_thing, split_answer
-from evaluation.study.data import measure_random_facts
+from evaluation.study.data import FACT_BITS
 from evaluation.study.fresh_prompts import FRESH_FILE
 from evaluation.study.results import LETTERS, append_run
 from evaluation.study.settings import RESULTS_DIR, Study, read_study
@@ -36,6 +36,7 @@ from model.cli import UserError, make_parser, run_script
 from model.files import read_json, write_json, write_text
 from model.model_minimind import weights_fingerprint
 from model.reachability import reachable_probability
+from trainer.arguments import MAX_SEQ_LEN
 
 NOT_ASKED = "-"  # in the place of an outcome's letter
 ROUND3_SETS = ["combinations", "unseen"]  # the old sets that round 3 asks
@@ -208,6 +209,20 @@ def measure_facts(checkpoint: Checkpoint, data: dict[str, Path]) -> dict[str, fl
         ranked = rank_facts(checkpoint, list_halves(data, name))
         scalars[f"facts_{name}"] = ranked["share"]
     return scalars
+
+
+def measure_random_facts(checkpoint: Checkpoint, path: Path, trained: int) -> dict[str, float]:
+    """Return the share of random facts that greedy answers give, and the bits a trained parameter.
+
+    A fact's bits are those that its value had before, less those of its NLL.
+    """
+    nll = measure_nll(checkpoint, "sft", [path], MAX_SEQ_LEN, 64)
+    sequences = nll["sequences"]  # a fact each
+    nats = np.subtract(sequences["nats"], sequences["end_nats"])
+    answers = probe(checkpoint, read_prompts(path), ["greedy"], max_new_tokens=16, batch_size=256)
+    stored = np.mean([answer["outcome"] == "correct" for answer in answers])
+    bits = FACT_BITS * len(nats) - nats.sum() / np.log(2)
+    return {"bits_per_parameter": float(bits / trained), "stored": float(stored)}
 
 
 def measure_round3(
