@@ -1,0 +1,1 @@
+"""Ask models, measure their answers, and compare them."""

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -283,13 +284,28 @@ def write_final_command(
     return shlex.join([*words, *list_common_flags(args)])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Plan, train, measure and report by the flags on the command line."""
-    args = make_compare_parser().parse_args(argv)
-    check_compare_args(args)
-    is_folder = Path(args.from_weight).is_dir()
-    # The scripts run in another folder.
-    base = str(Path(args.from_weight).resolve()) if is_folder else args.from_weight
+@dataclass
+class Prepared:
+    """What is known before the first run: what is compared, how, and what the report begins with."""
+
+    comparison: Comparison
+    yardstick: Yardstick
+    plan: dict
+    rates: dict[str, list[float]]  # the first ones of each method
+    epochs: float  # of a run
+    has_checks: bool  # correct answers choose and judge, in place of likelihood
+    is_too_few: bool  # the held-out pairs cannot order the methods
+    sentences: list[str]
+
+
+def resolve_base(name: str) -> str:
+    """Return a base's folder by its whole path, since the scripts run elsewhere; a hub id stays."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def prepare(args: argparse.Namespace) -> Prepared:
+    """Read the base, the pairs and the prompts, and open the comparison's folder."""
+    base = resolve_base(args.from_weight)
     model = load_model(base)  # which refuses an adapter
     tokenizer = load_tokenizer(base, model.config.vocab_size)
     width = model.config.hidden_size
@@ -297,49 +313,68 @@ def main(argv: list[str] | None = None) -> None:
     rates = {name: method.list_first_rates(width) for name, method in methods.items()}
     pairs = split_pairs(args.data_path, args.eval_data_path)
     prompts = read_prompts(args.prompts) if args.prompts else []
-    steps_per_epoch = math.ceil(len(pairs.train) / args.batch_size)
-    steps = count_steps(steps_per_epoch, args.epochs, args.max_steps)
-    epochs = steps / steps_per_epoch
+    per_epoch = math.ceil(len(pairs.train) / args.batch_size)
+    steps = count_steps(per_epoch, args.epochs, args.max_steps)
+    epochs = steps / per_epoch
 
     folder = args.save_dir.resolve() / args.name
     yardstick = make_yardstick(args, folder, (model, tokenizer), pairs.judge, prompts)
     settings = list_settings(args, weights_fingerprint(model), steps)
     plan = open_folder(folder, settings, args.from_resume)
     write_pairs(pairs, folder / "data")
-    comparison = Comparison(folder, base, methods, list_common_flags(args), steps, args.jobs)
+
     has_checks = bool(yardstick.choosing)
     is_too_few = not has_checks and len(pairs.judge) < LEAST_PAIRS
     run_length = f"{steps:,} steps of {args.batch_size} pairs, or {epochs:.2g} epochs"
     end_bound = reachable_probability(model, tokenizer.eos_token_id)
-    sentences = describe_comparison(pairs, run_length, has_checks, is_too_few, end_bound)
-    print(escape_control("\n".join(sentences)))
+    return Prepared(
+        comparison=Comparison(folder, base, methods, list_common_flags(args), steps, args.jobs),
+        yardstick=yardstick,
+        plan=plan,
+        rates=rates,
+        epochs=epochs,
+        has_checks=has_checks,
+        is_too_few=is_too_few,
+        sentences=describe_comparison(pairs, run_length, has_checks, is_too_few, end_bound),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Plan, train, measure and report by the flags on the command line."""
+    args = make_compare_parser().parse_args(argv)
+    check_compare_args(args)
+    prepared = prepare(args)
+    comparison, yardstick = prepared.comparison, prepared.yardstick
+    print(escape_control("\n".join(prepared.sentences)))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        time_all(comparison, yardstick, plan, rates)
-        print_plan(comparison, plan["seconds"], rates)
+        time_all(comparison, yardstick, prepared.plan, prepared.rates)
+        print_plan(comparison, prepared.plan["seconds"], prepared.rates)
         if args.dry_run:
-            print_commands(comparison, rates)
+            print_commands(comparison, prepared.rates)
             return
-        losses = comparison.tune(rates, yardstick.score)
+        losses = comparison.tune(prepared.rates, yardstick.score)
         results = collect_results(comparison, yardstick, losses)
     except KeyboardInterrupt:
-        print(f"stopped; the same command with --from_resume continues ({folder})")
+        print(f"stopped; the same command with --from_resume continues ({comparison.folder})")
         raise
 
     def write_command(name: str) -> str:
         """Write the command for a method at its best rate."""
-        return write_final_command(args, methods[name], results[name].rate, epochs)
+        method = comparison.methods[name]
+        return write_final_command(args, method, results[name].rate, prepared.epochs)
 
     facts = Facts(
         title=f"How to fine-tune {args.from_weight} on {args.data_path[0].name}",
-        sentences=sentences,
-        key="wrong" if has_checks else "nll",
-        is_too_few=is_too_few,
+        sentences=prepared.sentences,
+        key="wrong" if prepared.has_checks else "nll",
+        is_too_few=prepared.is_too_few,
         text=args.text_data.name if args.text_data else None,
         failures=comparison.failures,
     )
-    write_report(folder, facts, results, yardstick.measure("base", base), write_command)
+    base_measured = yardstick.measure("base", comparison.base)
+    write_report(comparison.folder, facts, results, base_measured, write_command)
 
 
 if __name__ == "__main__":

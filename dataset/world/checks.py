@@ -42,7 +42,7 @@ class Finder:
         meaning: what each phrase, in lower case, stands for.
     """
 
-    def __init__(self, meaning: dict[str, str]):
+    def __init__(self, meaning: dict[str, str]) -> None:
         self.meaning = meaning
         # One branch for each first letter: an engine that tries 600 phrases at each place in turn
         # takes 5 times as long. Within a branch the longest stands first.
@@ -85,7 +85,7 @@ class Vocabulary:
         names: dict[str, list[str]],
         values: dict[str, list[str]],
         facts: dict[str, list[str]],
-    ):
+    ) -> None:
         meaning = {}
         for name, phrases in names.items():
             meaning |= {phrase.lower(): name for phrase in phrases}

@@ -85,7 +85,7 @@ class HeldOut:
     A hash of its name decides about a thing or a cell, so it stays where it is if others join.
     """
 
-    def __init__(self, world: World, unseen: int, seed: int):
+    def __init__(self, world: World, unseen: int, seed: int) -> None:
         self.seed = seed
         self.halves: dict[Cell, str | None] = {}  # of the cells that were asked for
         names = [thing.name for thing in world.things]
@@ -143,7 +143,9 @@ def find_mirrors(world: World) -> dict[Cell, Cell]:
 class PairBuilder:
     """Draw pairs of all skills for training and for the probes of one part of the world."""
 
-    def __init__(self, world: World, held_out: HeldOut, vocabulary: Vocabulary, unseen: set[str]):
+    def __init__(
+        self, world: World, held_out: HeldOut, vocabulary: Vocabulary, unseen: set[str]
+    ) -> None:
         self.held_out = held_out
         self.vocabulary = vocabulary
         self.unseen = unseen  # names of the held-out things of all parts

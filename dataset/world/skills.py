@@ -73,7 +73,9 @@ class Writer:
         held: whether to take the question forms that never train.
     """
 
-    def __init__(self, world: World, rng: random.Random, things: list[Thing], held: bool = False):
+    def __init__(
+        self, world: World, rng: random.Random, things: list[Thing], held: bool = False
+    ) -> None:
         self.world = world
         self.words = world.stories
         self.rng = rng

@@ -26,7 +26,7 @@ GAME_ROUNDS = 4
 class TextWriter(Writer):
     """Write documents; remember which patterns stated a fact, to use all of them."""
 
-    def __init__(self, world: World, rng: random.Random, held: bool = False):
+    def __init__(self, world: World, rng: random.Random, held: bool = False) -> None:
         super().__init__(world, rng, world.things, held)
         self.decks: dict[tuple, list[str]] = defaultdict(list)  # patterns that are still to come
 

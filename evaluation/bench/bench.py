@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -43,7 +42,14 @@ from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_mod
 from model.cli import make_parser, run_script
 from model.files import read_json, write_json
 from model.generation import Decoding, generate
-from model.machine import DEVICES, choose_device, choose_dtype, describe_machine, git_state
+from model.machine import (
+    DEVICES,
+    choose_device,
+    choose_dtype,
+    describe_machine,
+    git_state,
+    peak_memory,
+)
 from model.model_lora import name_roles
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
 from trainer import arguments, train_full_sft, train_lora, trainer_utils
@@ -106,7 +112,7 @@ class Arm:
 class MiniMindData:
     """MiniMind's way of loading: a sample is rendered, tokenized, padded and labeled when read."""
 
-    def __init__(self, path: Path, data: TokenDataset):
+    def __init__(self, path: Path, data: TokenDataset) -> None:
         self.targets = data.targets
         self.info = data.info
         self.lengths = pad_lengths(data)
@@ -214,7 +220,7 @@ def train_theirs(arm: Arm, data: TokenDataset) -> dict[str, float]:
 class StepClock:
     """Note when the first and the last step end, and profile what lies between, if asked to."""
 
-    def __init__(self, arm: Arm, profiles: bool):
+    def __init__(self, arm: Arm, profiles: bool) -> None:
         self.device = arm.device
         self.last_step = arm.steps + 1
         self.profiler = torch.profiler.profile() if profiles else None
@@ -262,7 +268,7 @@ def run_turn(arm: Arm, profiles: bool = False) -> dict[str, float]:
     report["first_step_at"] = clock.first_step_at
     report["seconds"] = clock.seconds
     report["tokens"] = count_tokens(arm, data)
-    report["MiB"] = read_peak_memory(arm)
+    report["MiB"] = peak_memory(arm.device) / 2**20
     return report
 
 
@@ -271,13 +277,6 @@ def count_tokens(arm: Arm, data: TokenDataset) -> int:
     lengths = pad_lengths(data) if arm.engine == "minimind" else data.lengths
     plan = StepPlan(lengths, arm.batch)
     return sum(data.lengths[plan[step]].sum() for step in range(1, arm.steps + 1))
-
-
-def read_peak_memory(arm: Arm) -> float:
-    """Return the most MiB that the process has held: of the GPU's memory, or of the machine's."""
-    if arm.is_gpu:
-        return torch.cuda.max_memory_allocated() / 2**20
-    return getrusage(RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def describe_profile(

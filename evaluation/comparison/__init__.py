@@ -1,0 +1,1 @@
+"""Parts of compare.py: its runs, what is measured of them, the report and its page."""

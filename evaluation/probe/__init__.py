@@ -1,0 +1,1 @@
+"""Prompts, answers to them, and what is measured of these."""

@@ -37,10 +37,15 @@ def probe(
         if len(ids) > limit:
             what = f"{prompt.id}: the prompt has {len(ids)} tokens, more than the {limit} that fit"
             raise UserError(f"{what}; shorten it or lower --max_new_tokens")
-    rounds = dict.fromkeys((d, None if d == "greedy" else s) for d in decodings for s in seeds)
+    rounds = []
+    for name in decodings:
+        seeds_of_decoding = [None] if name == "greedy" else seeds
+        rounds += [(name, seed) for seed in seeds_of_decoding]
+    rounds = dict.fromkeys(rounds)  # each once, even if its flag names it twice
+    ends = (tokenizer.eos_token_id,)
     samples = []
     for name, seed in tqdm(rounds, desc="probing", unit="round", disable=None, leave=False):
-        decoding, ends = Decoding.parse(name), (tokenizer.eos_token_id,)
+        decoding = Decoding.parse(name)
         answers = generate(model, encoded, decoding, seed or 0, max_new_tokens, batch_size, ends)
         for prompt, prompt_ids, ids in zip(prompts, encoded, answers, strict=True):
             samples.append(make_sample(tokenizer, prompt, prompt_ids, ids, name, seed))

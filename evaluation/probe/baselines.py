@@ -87,7 +87,7 @@ class Filler:
     "The <name 1> belongs to <person 1>."
     """
 
-    def __init__(self, things: list[Thing], persons: list[str]):
+    def __init__(self, things: list[Thing], persons: list[str]) -> None:
         self.things = {thing.name: thing for thing in things}
         names = {}
         for thing in things:

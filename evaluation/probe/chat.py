@@ -25,21 +25,26 @@ class SafeStreamer(TextStreamer):
 def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> None:
     """Answer line by line and remember the conversation."""
     model, tokenizer = checkpoint
-    streamer, ends = SafeStreamer(tokenizer, skip_special_tokens=True), (tokenizer.eos_token_id,)
-    system, turns = [], []
+    streamer = SafeStreamer(tokenizer, skip_special_tokens=True)
+    ends = (tokenizer.eos_token_id,)
+    system = []
+    turns = []
     print(HELP)
     while line := input("> ").strip():
-        command, _, rest = line.partition(" ")
+        command, _, text = line.partition(" ")
         if command == "/reset":
             turns = []
         elif command == "/system":
-            system, turns = [{"role": "system", "content": rest}] if rest else [], []
+            system = [{"role": "system", "content": text}] if text else []
+            turns = []
         elif command.startswith("/"):
             print(HELP)
         else:
             turns.append({"role": "user", "content": line})
-            ((ids, _),) = encode_conversations(tokenizer, [[*system, *turns]], True)
-            answer, draws = [], torch.rand(1, max_new_tokens)
+            encoded = encode_conversations(tokenizer, [[*system, *turns]], True)
+            ids, _ = encoded[0]
+            draws = torch.rand(1, max_new_tokens)  # one prompt; a number decides each token
+            answer = []
             for ((_, token),) in continue_prompts(model, [ids], decoding, draws, ends):
                 streamer.put(torch.tensor([token]))
                 answer.append(token)

@@ -28,18 +28,30 @@ def resampling_counts(units: int, draws: int, seed: int) -> np.ndarray:
 
 
 def resample_means(sums: np.ndarray, weights: np.ndarray, seeds: tuple[int, int]) -> np.ndarray:
-    """Return the mean in each draw: sums over weights of the rows and columns that it takes.
+    """Return the mean in each draw, (draws,): sums over weights of what the draw takes.
 
     Each draw takes rows (training or sampling seeds) and columns (prompts or clusters) with
     replacement, the same columns for every row: they are crossed (Owen 2007, "The pigeonhole
-    bootstrap", arXiv 0712.1111). A draw without weight is nan. `sums` and `weights` are (rows,
-    columns), `seeds` those of the resampling of rows and of columns.
+    bootstrap", arXiv 0712.1111). Columns drawn anew for each row would hide that a prompt which is
+    hard for one seed is hard for all, and the interval would be too narrow.
+
+    Args:
+        sums: (rows, columns), what is added up in each cell.
+        weights: (rows, columns), such as the number of answers or tokens in each cell.
+        seeds: of the resampling of rows and of columns. They differ, so that rows and columns are
+            drawn apart where there are as many of both.
     """
-    of_rows, of_columns = (
-        resampling_counts(units, DRAWS, seed) for units, seed in zip(sums.shape, seeds, strict=True)
-    )
-    total, weight = ((of_rows * (of_columns @ one.T)).sum(axis=1) for one in (sums, weights))
-    return np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
+    row_count, column_count = sums.shape
+    row_seed, column_seed = seeds
+    row_counts = resampling_counts(row_count, DRAWS, row_seed)
+    column_counts = resampling_counts(column_count, DRAWS, column_seed)
+    # (draws, rows) each: the columns of a draw first, then its rows.
+    sums_of_rows = column_counts @ sums.T
+    weights_of_rows = column_counts @ weights.T
+    totals = (row_counts * sums_of_rows).sum(axis=1)
+    total_weights = (row_counts * weights_of_rows).sum(axis=1)
+    means = np.full(DRAWS, np.nan)  # stays nan in a draw without weight
+    return np.divide(totals, total_weights, out=means, where=total_weights > 0)
 
 
 def paired_bootstrap(differences: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
@@ -47,12 +59,19 @@ def paired_bootstrap(differences: np.ndarray, weights: np.ndarray) -> tuple[floa
 
     With one seed, the interval says nothing about other seeds. A draw without weight is left out.
 
-    `differences`, arm B minus A, and `weights`, such as tokens for a mean per token, are (seeds,
-    prompts). Weight 0 leaves a cell out, but not all of them.
+    Args:
+        differences: (seeds, prompts), arm B minus A, in the unit of the measure.
+        weights: (seeds, prompts), such as tokens for a mean per token. Weight 0 leaves a cell out,
+            but not all of them.
     """
-    rows, columns = weights.any(axis=1), weights.any(axis=0)  # an empty one could be drawn alone
-    weights = weights[rows][:, columns]
-    sums = differences[rows][:, columns] * weights
+    # A seed or a prompt without any weight could be drawn alone.
+    is_row_used = weights.any(axis=1)
+    is_column_used = weights.any(axis=0)
+    differences = differences[is_row_used][:, is_column_used]
+    weights = weights[is_row_used][:, is_column_used]
+    sums = differences * weights
     means = resample_means(sums, weights, SEEDS)
-    low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(sums.sum() / weights.sum()), float(low), float(high)
+    ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    low, high = np.nanquantile(means, ends)
+    mean = sums.sum() / weights.sum()
+    return float(mean), float(low), float(high)

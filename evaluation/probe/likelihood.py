@@ -28,17 +28,29 @@ CANDIDATES = 10  # the prompt of an answer and 9 others
 def sum_nats(
     model: MiniMindForCausalLM, samples: list[Sample], batch_size: int, end_id: int = -1
 ) -> np.ndarray:
-    """Sum NLL over each sample's labeled tokens, in nats: (samples, 2), of all and of `end_id`."""
-    by_length = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
+    """Sum NLL over each sample's labeled tokens, in nats: (samples, 2), of all and of `end_id`.
+
+    A sample is a pair of ids and labels, (tokens,) each. Samples of similar lengths share a batch,
+    so that little of it is padding.
+    """
+    by_length = sorted(range(len(samples)), key=lambda index: len(samples[index][0]))
+    batches = [*chunks(by_length, batch_size)]
     nats = np.zeros((len(samples), 2))
-    for rows in tqdm([*chunks(by_length, batch_size)], desc="NLL", leave=False, disable=None):
-        batch = collate([samples[i] for i in rows])
-        hidden = model.model(batch["input_ids"].to(model.device))[:, :-1]
-        targets = batch["labels"][:, 1:].to(model.device)
-        for i, states, ids in zip(rows, hidden, targets, strict=True):
-            states, ids = states[ids != IGNORE_INDEX], ids[ids != IGNORE_INDEX]
-            losses = F.cross_entropy(model.lm_head(states).float(), ids, reduction="none")
-            nats[i] = losses.sum().item(), losses[ids == end_id].sum().item()
+    for indices in tqdm(batches, desc="NLL", leave=False, disable=None):
+        batch = collate([samples[index] for index in indices])
+        input_ids = batch["input_ids"].to(model.device)
+        labels = batch["labels"].to(model.device)
+        # The state at a token predicts the next one: (samples, tokens - 1, width).
+        hidden = model.model(input_ids)[:, :-1]
+        targets = labels[:, 1:]
+        for index, states, ids in zip(indices, hidden, targets, strict=True):
+            is_labeled = ids != IGNORE_INDEX
+            ids = ids[is_labeled]
+            # Logits of labeled tokens alone: those of a whole batch are large.
+            logits = model.lm_head(states[is_labeled]).float()
+            losses = F.cross_entropy(logits, ids, reduction="none")
+            nats[index, 0] = losses.sum().item()
+            nats[index, 1] = losses[ids == end_id].sum().item()
     return nats
 
 
@@ -56,12 +68,13 @@ def measure_nll(
     end_id = tokenizer.eos_token_id if kind == "sft" else -1  # no label
     nats = sum_nats(model, samples, batch_size, end_id)
     tokens = dataset.targets.tolist()
+    total = sum(tokens)
     ends = [int((labels[1:] == end_id).sum()) for _, labels in samples]
     return {
         "data": dataset.info["files"],
         "max_seq_len": max_seq_len,
-        "tokens": sum(tokens),
-        "nats_per_token": round(nats[:, 0].sum() / sum(tokens), 6),
+        "tokens": total,
+        "nats_per_token": round(nats[:, 0].sum() / total, 6),
         "sequences": {
             "nats": nats[:, 0].round(6).tolist(),
             "tokens": tokens,
@@ -72,30 +85,54 @@ def measure_nll(
 
 
 def compare_nll(a: dict[str, dict], b: dict[str, dict]) -> pd.DataFrame:
-    """Compare B's NLLs with A's, sequence by sequence, in the columns of `measures.compare`."""
+    """Compare B's NLLs with A's, sequence by sequence, in the columns of `measures.compare`.
+
+    `a` and `b` have what `measure_nll` returns, by the name of the data. The difference is in nats
+    per token.
+    """
     rows = []
     for name in a:
-        one, other = a[name]["sequences"], b[name]["sequences"]
-        if one["tokens"] != other["tokens"]:
+        sequences_a = a[name]["sequences"]
+        sequences_b = b[name]["sequences"]
+        if sequences_a["tokens"] != sequences_b["tokens"]:
             raise UserError(f"--{name}_data: two models have other tokenizers; measure them apart")
-        tokens = np.array([one["tokens"]])
-        found = paired_bootstrap(np.subtract([other["nats"]], [one["nats"]]) / tokens, tokens)
+        # One row, since nothing was drawn: (1, sequences).
+        tokens = np.array([sequences_a["tokens"]])
+        nats = np.subtract([sequences_b["nats"]], [sequences_a["nats"]])
+        difference = paired_bootstrap(nats / tokens, tokens)
         means = (a[name]["nats_per_token"], b[name]["nats_per_token"])
-        rows.append(["-", name, *means, *found])
+        rows.append(["-", name, *means, *difference])
     return pd.DataFrame(rows, columns=COMPARISON)
 
 
 def draw_candidates(prompts: list[Prompt]) -> list[list[int]]:
     """Draw for each prompt its own index and 9 others', of the same script where there are 9."""
-    if len({prompt.text for prompt in prompts}) < CANDIDATES:
+    texts = [prompt.text for prompt in prompts]
+    if len(set(texts)) < CANDIDATES:
         raise UserError(f"--judge: needs {CANDIDATES} different prompts; ask more")
-    is_latin, candidates = [CJK.search(prompt.text) is None for prompt in prompts], []
-    for own, prompt in enumerate(prompts):
-        others = [i for i, other in enumerate(prompts) if other.text != prompt.text]
+    is_latin = [CJK.search(text) is None for text in texts]
+    candidates = []
+    for own, own_text in enumerate(texts):
+        others = [index for index, text in enumerate(texts) if text != own_text]
         np.random.default_rng([0, own]).shuffle(others)
-        others.sort(key=lambda i: is_latin[i] != is_latin[own])  # stable
+        # Those of the same script first; the sort is stable, so they stay in random order.
+        others.sort(key=lambda index: is_latin[index] != is_latin[own])
         candidates.append([own, *others[: CANDIDATES - 1]])
     return candidates
+
+
+def label_answer(ids: list[int], is_answer: list[bool]) -> Sample:
+    """Return ids and labels, (tokens,) each, where only the last answer's text has labels.
+
+    Its end token has none, because not all answers have one.
+    """
+    last = np.flatnonzero(is_answer)[-1]  # the end token
+    before = np.flatnonzero(np.invert(is_answer[:last]))
+    start = before[-1] + 1
+    input_ids = np.array(ids)
+    labels = np.full(len(ids), IGNORE_INDEX)
+    labels[start:last] = input_ids[start:last]
+    return input_ids, labels
 
 
 def add_topic_measures(
@@ -103,18 +140,20 @@ def add_topic_measures(
 ) -> None:
     """Set `off_topic` of each sample; a blank answer is likely under all prompts, so off topic."""
     model, tokenizer = judge
-    candidates = {prompts[own[0]].id: own for own in draw_candidates(prompts)}
+    candidates = {}
+    for indices in draw_candidates(prompts):
+        own = prompts[indices[0]]
+        candidates[own.id] = indices
+    # An answer may spell a special token, which would end the turn.
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
-    pairs = []
+    labeled = []
     for sample in samples:
-        answer = {"role": "assistant", "content": special.sub("", sample["output"])}
-        talks = [[*prompts[i].messages, answer] for i in candidates[sample["id"]]]
-        for ids, labeled in encode_conversations(tokenizer, talks):
-            ids, labels = np.array(ids), np.full(len(ids), IGNORE_INDEX)
-            end = np.flatnonzero(labeled)[-1]  # left out: not all answers have an end token
-            start = np.flatnonzero(np.invert(labeled[:end]))[-1] + 1  # of the last answer
-            labels[start:end] = ids[start:end]
-            pairs.append((ids, labels))
-    scores = sum_nats(model, pairs, batch_size)[:, 0].reshape(-1, CANDIDATES)
-    for sample, nats in zip(samples, scores, strict=True):
-        sample["off_topic"] = bool(nats[0] >= nats[1:].min())
+        text = special.sub("", sample["output"])
+        answer = {"role": "assistant", "content": text}
+        talks = [[*prompts[index].messages, answer] for index in candidates[sample["id"]]]
+        for ids, is_answer in encode_conversations(tokenizer, talks):
+            labeled.append(label_answer(ids, is_answer))
+    nats = sum_nats(model, labeled, batch_size)[:, 0]
+    scores = nats.reshape(-1, CANDIDATES)  # a row an answer; its own prompt comes first
+    for sample, of_prompts in zip(samples, scores, strict=True):
+        sample["off_topic"] = bool(of_prompts[0] >= of_prompts[1:].min())

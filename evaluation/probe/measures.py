@@ -25,12 +25,14 @@ COMPARISON = ["decoding", "measure", "a", "b", "difference", "low", "high"]
 
 def tabulate_measures(samples: list[dict]) -> pd.DataFrame:
     """List the measures of samples, a line each: decoding, seed, section, id, measure, value."""
-    frame = pd.DataFrame(samples)
+    frame = pd.DataFrame(samples)  # a row a sample, a column a measure
+    outcome = frame["outcome"]
     for name in CHECKED:
-        frame[name] = frame["outcome"].eq(name).where(frame["outcome"].notna())
+        frame[name] = outcome.eq(name).where(outcome.notna())
     frame["seed"] = frame["seed"].fillna(0).astype(int)  # greedy decoding draws nothing
     keys = ["decoding", "seed", "section", "id", "prompt_sha256"]
-    long = frame.melt(keys, list(MEASURES), "measure").dropna(subset="value")
+    long = frame.melt(keys, list(MEASURES), "measure")  # a row a measure of a sample
+    long = long.dropna(subset="value")
     return long.astype({"value": float})
 
 
@@ -41,15 +43,23 @@ def summarize(samples: list[dict]) -> pd.DataFrame:
     counts the answers that have the measure.
     """
     long = tabulate_measures(samples)
-    long = pd.concat([long.assign(section="all"), long[long["section"] != "all"]])
-    groups = long.groupby(["decoding", "section", "measure"], sort=False)["value"]
-    table = groups.agg(value="mean", total="sum", n="count").reset_index()
-    intervals = [
-        share_interval(round(row.total), row.n) if row.measure in SHARES else (None, None)
-        for row in table.itertuples()
-    ]
+    all_sections = long.assign(section="all")
+    sections = long[long["section"] != "all"]
+    long = pd.concat([all_sections, sections])  # each measure of a sample twice
+    keys = ["decoding", "section", "measure"]
+    groups = long.groupby(keys, sort=False)["value"]
+    # A row for each decoding, section and measure.
+    table = groups.agg(value="mean", total="sum", n="count")
+    table = table.reset_index()
+    intervals = []
+    for row in table.itertuples():
+        if row.measure in SHARES:
+            intervals.append(share_interval(round(row.total), row.n))
+        else:
+            intervals.append((None, None))
     table[["low", "high"]] = pd.DataFrame(intervals, dtype=float)
-    return table[["decoding", "section", "measure", "value", "low", "high", "n"]].round(6)
+    table = table[[*keys, "value", "low", "high", "n"]]
+    return table.round(6)
 
 
 def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
@@ -59,19 +69,39 @@ def compare(samples_a: list[dict], samples_b: list[dict]) -> pd.DataFrame:
     seeds are refused.
     """
     keys = ["decoding", "measure", "seed", "id", "prompt_sha256"]
-    a, b = (tabulate_measures(s).set_index(keys)["value"] for s in (samples_a, samples_b))
-    asked_a, asked_b = (set(values.xs("tokens", level="measure").index) for values in (a, b))
+    values_a = tabulate_measures(samples_a).set_index(keys)["value"]
+    values_b = tabulate_measures(samples_b).set_index(keys)["value"]
+    # Each answer has tokens, so they tell what was asked.
+    asked_a = set(values_a.xs("tokens", level="measure").index)
+    asked_b = set(values_b.xs("tokens", level="measure").index)
     if asked_a != asked_b:
         raise UserError("not comparable: other prompts, decodings, seeds or chat templates")
-    both = pd.concat({"a": a, "b": b}, axis=1, join="inner")
+    # A row a measure of a sample, columns a and b.
+    both = pd.concat({"a": values_a, "b": values_b}, axis="columns", join="inner")
     rows = []
     for (decoding, measure), group in both.groupby(["decoding", "measure"], sort=False):
+        # A row a seed; a column a prompt of a, then of b.
         tables = group.reset_index().pivot(index="seed", columns="id", values=["a", "b"])
-        a, b = tables["a"].to_numpy(), tables["b"].to_numpy()  # (seeds, prompts), with gaps
-        there = ~np.isnan(a) & ~np.isnan(b)
-        mean, low, high = paired_bootstrap(np.where(there, b - a, 0), there.astype(float))
-        if measure in SHARES and not (a != b)[there].any():  # each resample says 0
-            _, high = share_interval(0, int(there.any(axis=0).sum()), "exact")
-            low = -high
-        rows.append([decoding, measure, a[there].mean(), b[there].mean(), mean, low, high])
+        a = tables["a"].to_numpy()
+        b = tables["b"].to_numpy()
+        compared = compare_tables(measure, a, b)
+        rows.append([decoding, measure, *compared])
     return pd.DataFrame(rows, columns=COMPARISON)
+
+
+def compare_tables(measure: str, a: np.ndarray, b: np.ndarray) -> list[float]:
+    """Return the means of A and B, their difference B minus A, and its interval's ends.
+
+    `a` and `b` are values of the measure, (seeds, prompts); nan where a sample lacks it.
+    """
+    is_measured = ~np.isnan(a) & ~np.isnan(b)
+    differences = np.where(is_measured, b - a, 0)
+    mean, low, high = paired_bootstrap(differences, is_measured.astype(float))
+    if measure in SHARES and not differences.any():
+        # Each resample says 0, but so many prompts do not show that no prompt ever differs.
+        prompts = int(is_measured.any(axis=0).sum())
+        _, high = share_interval(0, prompts, "exact")
+        low = -high
+    mean_a = a[is_measured].mean()
+    mean_b = b[is_measured].mean()
+    return [mean_a, mean_b, mean, low, high]

@@ -59,7 +59,7 @@ class WorldTranslator:
 
     name = "world"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.words = {"____": "____"} | read_words()  # Chinese words and English ones
         pairs = []  # patterns, Chinese and English
         for chinese, english in read_twins():
@@ -85,8 +85,9 @@ class WorldTranslator:
 
     def translate(self, text: str) -> str:
         """Translate a whole text, or else sentence by sentence; gloss other Chinese in brackets."""
-        if whole := self.translate_exactly(text.strip()):
-            return whole
+        translation = self.translate_exactly(text.strip())
+        if translation:
+            return translation
         parts = []
         for mark, sentence in PARTS.findall(text):
             if CJK.search(sentence):
@@ -135,7 +136,7 @@ class WorldTranslator:
 class ModelTranslator:
     """Translate with a sequence-to-sequence model; code that comes with a model is not run."""
 
-    def __init__(self, path: str, device: str):
+    def __init__(self, path: str, device: str) -> None:
         self.name = Path(path).name
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -167,7 +168,8 @@ def translate_samples(
     """
     store = read_store(folder)
     for sample, field in product(samples, ("prompt", "output")):
-        text, slot = sample[field], f"{field}_translation"
+        text = sample[field]
+        slot = f"{field}_translation"
         if not sample[slot]:
             if translator and text not in store and CJK.search(text):
                 english = translator.translate(text)
@@ -179,11 +181,15 @@ def translate_samples(
 
 def read_store(folder: Path) -> dict[str, dict[str, str]]:
     """Read `folder`'s translations by text; a slot changed in samples.jsonl is by hand."""
-    path, samples = folder / STORE_FILE, folder / "samples.jsonl"
-    kept = {line["text"]: line for _, line in read_jsonl(path)} if path.is_file() else {}
+    path = folder / STORE_FILE
+    lines = read_jsonl(path) if path.is_file() else ()
+    kept = {line["text"]: line for _, line in lines}
     store = dict(kept)
-    for _, sample in read_jsonl(samples) if samples.is_file() else ():
-        text, english = sample["output"], sample["output_translation"]
+    samples_path = folder / "samples.jsonl"
+    samples = read_jsonl(samples_path) if samples_path.is_file() else ()
+    for _, sample in samples:
+        text = sample["output"]
+        english = sample["output_translation"]
         if english and english != kept.get(text, {}).get("translation"):
             store[text] = {"text": text, "translation": english, "by": "hand"}
     return store

@@ -20,6 +20,7 @@ reference in random order, `stray_words` has "in of and which the" after the ref
 import re
 import sys
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,15 +30,20 @@ import pandas as pd
 
 from dataset.lm_dataset import read_jsonl
 from dataset.world.checks import judge_answer, split_words, world_vocabulary
-from dataset.world.facts import WORLD_DIR, read_world
+from dataset.world.facts import WORLD_DIR, Thing, read_world
 from dataset.world.generate import ensure_world
 from model.cli import UserError, make_parser, run_script
 from model.files import read_json, write_json
 
 OUTPUT = Path(__file__).with_suffix(".json")
-WORLDS = (read_world(), read_world(WORLD_DIR / "chinese"))
-THINGS = {thing.name: thing for world in WORLDS for thing in world.things}
-NAMES = world_vocabulary().names
+
+
+@cache
+def read_things() -> dict[str, Thing]:
+    """Read all things of the world, by name, once."""
+    english = read_world()
+    chinese = read_world(WORLD_DIR / "chinese")
+    return {thing.name: thing for thing in (*english.things, *chinese.things)}
 
 
 def read_records(path: Path) -> list[dict]:
@@ -47,7 +53,7 @@ def read_records(path: Path) -> list[dict]:
 
 def split_answer(record: dict) -> tuple[str, str]:
     """Part a conversation into all text before the answer, and the answer."""
-    *before, answer = (turn["content"] for turn in record["conversations"])
+    *before, answer = [turn["content"] for turn in record["conversations"]]
     return "\n".join(before), answer
 
 
@@ -61,98 +67,170 @@ def find_constants(
 ) -> dict[str, str]:
     """Return for each group of prompts the answer of that group that is right most often.
 
-    `answers` are (group, text) of training answers; only one that names the same things as a
-    reference can be right.
+    `groups` has the group of each record. `answers` are (group, text) of training answers; only one
+    that names the same things as a reference can be right.
     """
-    alike, votes = defaultdict(list), defaultdict(Counter)
+    names = world_vocabulary().names
+    alike = defaultdict(list)  # answers, by their group and the things that they name
     for group, answer in dict.fromkeys(answers):
-        alike[group, frozenset(NAMES.find(answer))].append(answer)
+        things = frozenset(names.find(answer))
+        alike[group, things].append(answer)
+    votes = defaultdict(Counter)  # how often an answer is right, by its group
     for record, group in zip(records, groups, strict=True):
-        for answer in alike[group, frozenset(NAMES.find(split_answer(record)[1]))]:
+        _, reference = split_answer(record)
+        things = frozenset(names.find(reference))
+        for answer in alike[group, things]:
             votes[group][answer] += is_right(answer, record)
     return {group: max(votes[group], key=votes[group].get, default="") for group in groups}
 
 
 def find_nearest(prompts: list[str], training: list[str]) -> list[int]:
-    """Return the place of the most similar training prompt of each prompt."""
-    bags, lists = [set(split_words(text)) for text in training], defaultdict(list)
-    for i, bag in enumerate(bags):
+    """Return the place of the most similar training prompt of each prompt.
+
+    Similar is the cosine of TF-IDF vectors, with a term frequency of 0 or 1.
+    """
+    bags = [set(split_words(text)) for text in training]
+    lists = defaultdict(list)  # places of the training prompts that have a word
+    for place, bag in enumerate(bags):
         for word in bag:
-            lists[word].append(i)
-    places = {word: np.array(found) for word, found in lists.items()}
-    weights = {word: np.log(len(bags) / len(found)) ** 2 for word, found in lists.items()}
-    norms = np.sqrt([sum(weights[word] for word in bag) for bag in bags]) + 1e-9
+            lists[word].append(place)
+    places = {}
+    weights = {}  # what a word that two prompts share adds to their product
+    for word, with_word in lists.items():
+        places[word] = np.array(with_word)
+        weights[word] = np.log(len(bags) / len(with_word)) ** 2
+    squares = [sum(weights[word] for word in bag) for bag in bags]
+    norms = np.sqrt(squares) + 1e-9  # no division by 0; the prompt's own norm changes no order
     nearest = []
     for prompt in prompts:
         scores = np.zeros(len(bags))
         for word in places.keys() & split_words(prompt):
             scores[places[word]] += weights[word]
-        nearest.append(int(np.argmax(scores / norms)))
+        best = np.argmax(scores / norms)
+        nearest.append(int(best))
     return nearest
+
+
+def find_first_thing(text: str) -> Thing | None:
+    """Return the thing that a text names first; None if it names none."""
+    names = world_vocabulary().names.find(text)
+    return read_things().get(names[0]) if names else None
 
 
 def replace_thing(answer: str, old_prompt: str, new_prompt: str) -> str:
     """Put the first thing of one prompt, if both name any, in place of that of another."""
-    old, new = ([*map(THINGS.get, NAMES.find(text)), None][0] for text in (old_prompt, new_prompt))
+    old = find_first_thing(old_prompt)
+    new = find_first_thing(new_prompt)
     if old is None or new is None:
         return answer
-    slots = new.slots()
-    forms = {form: slots.get(slot, slots["a"]) for slot, form in old.slots().items()}
-    longest_first = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
-    return re.sub(rf"\b(?:{longest_first})\b", lambda match: forms[match.group()], answer)
+    new_slots = new.slots()
+    forms = {}  # each form of the old name, and that of the new one
+    for slot, form in old.slots().items():
+        forms[form] = new_slots.get(slot, new_slots["a"])
+    # The longest first, so that "lions" is not read as "lion".
+    longest_first = sorted(forms, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.sub(rf"\b(?:{pattern})\b", lambda match: forms[match.group()], answer)
 
 
 def measure_controls(files: dict[str, Path], answer_files: list[Path]) -> dict:
     """Judge all controls; return percent by skill and on average."""
-    records, pairs = read_records(files["combinations_tune"]), read_records(files["sft"])
-    prompts, references = zip(*map(split_answer, records), strict=True)
-    training, answers = zip(*map(split_answer, pairs), strict=True)
-    skills, count = [record["skill"] for record in records], len(records)
-    of_skill = [(pair["skill"], answer) for pair, answer in zip(pairs, answers, strict=True)]
+    records = read_records(files["combinations_tune"])
+    pairs = read_records(files["sft"])
+    skills = [record["skill"] for record in records]
+    rights = {}  # by control, whether each of its answers is right
+    for name, texts in write_controls(records, pairs).items():
+        rights[name] = [is_right(text, record) for text, record in zip(texts, records, strict=True)]
+    references = {record["id"]: split_answer(record)[1] for record in records}
+    shuffled = {"references": references}
+    for path in answer_files:
+        shuffled[path.parent.name] = read_greedy_answers(path, records)
+    for name, texts in shuffled.items():
+        rights[f"shuffled {name}"] = [find_shuffled_share(texts, r, records) for r in records]
+    return {name: average_by_skill(shares, skills) for name, shares in rights.items()}
+
+
+def write_controls(records: list[dict], pairs: list[dict]) -> dict[str, list[str]]:
+    """Return the answers of each control to the prompts of `records`; `pairs` train."""
+    prompts = []
+    references = []
+    for record in records:
+        prompt, reference = split_answer(record)
+        prompts.append(prompt)
+        references.append(reference)
+    training = [split_answer(pair) for pair in pairs]  # prompt and answer
+    count = len(records)
+    skills = [record["skill"] for record in records]
+    of_skill = []
+    of_all = []  # one group of all prompts
+    for pair, (_, answer) in zip(pairs, training, strict=True):
+        of_skill.append((pair["skill"], answer))
+        of_all.append(("", answer))
     constants = find_constants(records, skills, of_skill)
-    one = find_constants(records, [""] * count, [("", answer) for answer in answers])
-    near = find_nearest(prompts, training)
+    one_answer = find_constants(records, [""] * count, of_all)[""]
+    places = find_nearest(prompts, [prompt for prompt, _ in training])
+    nearest = []
+    for place, new_prompt in zip(places, prompts, strict=True):
+        old_prompt, answer = training[place]
+        nearest.append(replace_thing(answer, old_prompt, new_prompt))
     generator = np.random.default_rng(0)
-    old = [(answers[place], training[place]) for place in near]
-    controls = {
+    in_random_order = []
+    for reference in references:
+        words = generator.permutation(reference.split())
+        in_random_order.append(" ".join(words))
+    return {
         "references": references,
         "constant": [constants[skill] for skill in skills],
-        "nearest": [replace_thing(*pair, new) for pair, new in zip(old, prompts, strict=True)],
-        "one_answer": [one[""]] * count,
+        "nearest": nearest,
+        "one_answer": [one_answer] * count,
         "prompt": prompts,
-        "all_things": [", ".join(THINGS)] * count,
-        "random_order": [" ".join(generator.permutation(text.split())) for text in references],
-        "stray_words": [f"{text} in of and which the" for text in references],
+        "all_things": [", ".join(read_things())] * count,
+        "random_order": in_random_order,
+        "stray_words": [f"{reference} in of and which the" for reference in references],
     }
-    found = {name: [*map(is_right, texts, records)] for name, texts in controls.items()}
-    shuffled = {"references": {r["id"]: a for r, a in zip(records, references, strict=True)}}
-    for path in answer_files:
-        lines = [line for line in read_records(path) if line["decoding"] == "greedy"]
-        texts = {line["id"]: "" if line["endless"] else line["output"] for line in lines}
-        if missing := [record["id"] for record in records if record["id"] not in texts]:
-            raise UserError(f"{path}: no greedy answer to {missing[0]}; ask the whole tuning half")
-        shuffled[path.parent.name] = texts
-    for name, texts in shuffled.items():
-        found[f"shuffled {name}"] = shares = []
-        for record in records:
-            others = [r for r in records if r["skill"] == record["skill"] and r is not record]
-            right = [is_right(texts[other["id"]], record) for other in others]
-            shares.append(sum(right) / max(1, len(others)))
-    return {name: average_by_skill(shares, skills) for name, shares in found.items()}
+
+
+def read_greedy_answers(path: Path, records: list[dict]) -> dict[str, str]:
+    """Return a model's greedy answers by the prompt's id; an endless one counts as empty."""
+    texts = {}
+    for line in read_records(path):
+        if line["decoding"] == "greedy":
+            texts[line["id"]] = "" if line["endless"] else line["output"]
+    missing = [record["id"] for record in records if record["id"] not in texts]
+    if missing:
+        raise UserError(f"{path}: no greedy answer to {missing[0]}; ask the whole tuning half")
+    return texts
+
+
+def find_shuffled_share(texts: dict[str, str], record: dict, records: list[dict]) -> float:
+    """Return the share of the answers to other prompts of the skill that are right here."""
+    right = []
+    for donor in records:
+        if donor["skill"] == record["skill"] and donor is not record:
+            right.append(is_right(texts[donor["id"]], record))
+    return sum(right) / max(1, len(right))
 
 
 def average_by_skill(shares: list[float], skills: list[str]) -> dict[str, float]:
-    """Return the percentage over all prompts, and that of each skill."""
-    percent, skill = 100 * np.array(shares), np.array(skills)
-    means = {name: round(float(percent[skill == name].mean()), 1) for name in sorted(set(skills))}
-    return {"average": round(float(percent.mean()), 2)} | means
+    """Return the percentage over all prompts, and that of each skill.
+
+    `shares` has a number from 0 to 1 for each prompt, `skills` its skill.
+    """
+    percent = 100 * np.array(shares)
+    skill_names = np.array(skills)
+    averages = {"average": round(float(percent.mean()), 2)}
+    for skill in sorted(set(skills)):
+        mean = percent[skill_names == skill].mean()
+        averages[skill] = round(float(mean), 1)
+    return averages
 
 
 def tabulate_controls(path: Path = OUTPUT) -> pd.DataFrame:
     """Return the controls of a JSON file: correct answers to all prompts, and the highest skill."""
     rows = []
     for name, shares in read_json(path)["controls"].items():
-        average, highest = shares.pop("average"), max(shares.values())
+        average = shares.pop("average")  # what stays is by skill
+        highest = max(shares.values())
         skill = max(shares, key=shares.get) if 0 < highest < 100 else "any"
         rows.append((name.replace("_", " "), f"{average}%", f"{highest}% ({skill})"))
     return pd.DataFrame(rows, columns=["control", "all prompts", "highest skill"])

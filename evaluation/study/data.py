@@ -8,17 +8,12 @@ import random
 from itertools import permutations, product
 from pathlib import Path
 
-import numpy as np
-
 from dataset.lm_dataset import read_jsonl, turns, write_records
 from dataset.world.facts import read_world
-from evaluation.probe.answers import probe
-from evaluation.probe.likelihood import measure_nll
-from evaluation.probe.prompts import read_prompts
-from model.checkpoint import Checkpoint, load_tokenizer
+from model.checkpoint import load_tokenizer
 from model.cli import UserError
 from model.files import REPO_DIR, file_sha256
-from trainer.arguments import BASE_DIR, MAX_SEQ_LEN
+from trainer.arguments import BASE_DIR
 
 TEXT_SHARE = 0.2  # of all characters of `sft_mixed`
 TEXT_PROMPT = "Write a text."  # in front of a document; no instruction of the world says this
@@ -31,14 +26,15 @@ def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
 
     The name is that of a world's file, or such as `sft_mixed`, `facts16000` or `tokenizer64`.
     """
-    stem = name.rstrip("0123456789")
-    count, path = int(name[len(stem) :] or 0), folder / f"{name}.jsonl"
     if name in world:
         return world[name]
+    stem = name.rstrip("0123456789")
+    count = int(name.removeprefix(stem) or 0)
     folder.mkdir(parents=True, exist_ok=True)
     if stem == "tokenizer":
         tokenizer = load_tokenizer(BASE_DIR)
-        tokenizer.add_tokens([f"<|unused{i}|>" for i in range(count)], special_tokens=True)
+        unused = [f"<|unused{i}|>" for i in range(count)]
+        tokenizer.add_tokens(unused, special_tokens=True)
         tokenizer.save_pretrained(folder / name)
         return folder / name
     makers = {
@@ -48,14 +44,15 @@ def find_data(name: str, world: dict[str, Path], folder: Path) -> Path:
     }
     if stem not in makers:
         raise UserError(f"the study has no data {name!r}; mend study.toml")
-    records = makers[stem]()
-    write_records(path, records)
+    path = folder / f"{name}.jsonl"
+    write_records(path, makers[stem]())
     return path
 
 
 def check_world(frozen: Path) -> None:
     """Refuse a world that is not the frozen one: hashes and paths, as `sha256sum -c` reads them."""
-    for digest, name in map(str.split, frozen.read_text(encoding="utf-8").splitlines()):
+    for line in frozen.read_text(encoding="utf-8").splitlines():
+        digest, name = line.split()
         if file_sha256(REPO_DIR / name) != digest:
             raise UserError(f"{name}: not the file that {frozen} names; restore the study's world")
 
@@ -66,7 +63,9 @@ def mix_text(world: dict[str, Path]) -> list[dict]:
     A document answers one fixed prompt, so loss falls on all of it.
     """
     records = [record for _, record in read_jsonl(world["sft"])]
-    size = sum(len(turn["content"]) for one in records for turn in one["conversations"])
+    size = 0  # in characters
+    for record in records:
+        size += sum(len(turn["content"]) for turn in record["conversations"])
     budget = size * TEXT_SHARE / (1 - TEXT_SHARE)
     for _, document in read_jsonl(world["pretrain"]):
         budget -= len(document["text"])
@@ -91,24 +90,13 @@ def add_pairs(world: dict[str, Path]) -> list[dict]:
 
 def draw_facts(count: int) -> list[dict]:
     """Draw random facts: a pair of nouns, no two alike, has one of 256 values with equal odds."""
-    nouns = [t.name for t in read_world().things if t.plural and t.name.isalpha()]
-    rng, pairs = random.Random(count), [*map(" ".join, permutations(nouns[FACT_WORDS:], 2))]
-    values = [*map(" ".join, product(nouns[:FACT_WORDS], repeat=2))]
+    nouns = [thing.name for thing in read_world().things if thing.plural and thing.name.isalpha()]
+    # Values and what they are values of share no noun.
+    values = [" ".join(words) for words in product(nouns[:FACT_WORDS], repeat=2)]
+    pairs = [" ".join(words) for words in permutations(nouns[FACT_WORDS:], 2)]
+    rng = random.Random(count)
     facts = []
     for i, pair in enumerate(rng.sample(pairs, count)):
         messages = turns(pair, rng.choice(values))
         facts.append({"id": f"fact-{i}", "conversations": messages, "check": {"exact": True}})
     return facts
-
-
-def measure_random_facts(checkpoint: Checkpoint, path: Path, trained: int) -> dict[str, float]:
-    """Return the share of random facts that greedy answers give, and the bits a trained parameter.
-
-    A fact's bits are those that its value had before, less those of its NLL.
-    """
-    found = measure_nll(checkpoint, "sft", [path], MAX_SEQ_LEN, 64)["sequences"]
-    nats = np.subtract(found["nats"], found["end_nats"])
-    answers = probe(checkpoint, read_prompts(path), ["greedy"], max_new_tokens=16, batch_size=256)
-    stored = np.mean([answer["outcome"] == "correct" for answer in answers])
-    bits = FACT_BITS * len(nats) - nats.sum() / np.log(2)
-    return {"bits_per_parameter": float(bits / trained), "stored": float(stored)}

@@ -89,7 +89,8 @@ def read_known(old: Iterable[Path], trained: Iterable[Path]) -> Known:
         for _, record in read_jsonl(path):
             prompt = "\n".join(turn["content"] for turn in record["conversations"][:-1])
             old_prompts.add((join_cell(record["cell"]), normalize(prompt)))
-    prompts, answers = set(), set()
+    prompts = set()
+    answers = set()
     for path in trained:
         for _, record in read_jsonl(path):
             turns = [turn["content"] for turn in record["conversations"]]
@@ -164,10 +165,12 @@ def draw_set(
                 raise UserError(f"fresh prompts: only {len(pairs)} were found before {skill!r}")
             pairs.append(pair)
     builder.rng.shuffle(pairs)
-    return [
-        make_record(pair, id=f"fresh_{name}-{number:04}", set=f"fresh_{name}", half="test")
-        for number, pair in enumerate(pairs, start=1)
-    ]
+    set_name = f"fresh_{name}"
+    records = []
+    for number, pair in enumerate(pairs, start=1):
+        record = make_record(pair, id=f"{set_name}-{number:04}", set=set_name, half="test")
+        records.append(record)
+    return records
 
 
 def draw_fresh_prompts(world: dict[str, Path]) -> list[dict[str, object]]:

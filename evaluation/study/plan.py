@@ -6,6 +6,7 @@ largest share of correct answers on the tuning half of the combinations wins. Am
 `tie` of it, the lower NLL without end tokens wins. Other seeds run the best rate (C9: all).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -47,10 +48,16 @@ class Run:
         if self.arm == "base":
             return f"{self.base_id}-round3" if self.round == 3 else self.base_id
         words = [self.base_id, self.arm]
-        words += [f"from_{self.start}"] if self.start != "base" else []
-        words += [self.data] if self.data != "sft" else []
-        words += [f"e{self.epochs:g}"] + ([f"n{self.samples}"] if self.samples else [])
-        return "-".join([*words, f"lr{self.learning_rate:g}", f"s{self.seed}"])
+        if self.start != "base":
+            words.append(f"from_{self.start}")
+        if self.data != "sft":
+            words.append(self.data)
+        words.append(f"e{self.epochs:g}")
+        if self.samples:
+            words.append(f"n{self.samples}")
+        words.append(f"lr{self.learning_rate:g}")
+        words.append(f"s{self.seed}")
+        return "-".join(words)
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,38 @@ class Sweep:
 
 def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
     """Return the run by which a rate of an arm is judged."""
-    shape, spec = study.sizes[size], study.arms[arm]
+    shape = study.sizes[size]
+    spec = study.arms[arm]
     epochs = spec.tuning_epochs.get(size, shape.tuning_epochs)
     run = Run(size, MAIN_BASE, arm, rate, shape.seeds[0], epochs, spec.data)
     return replace(run, start_id=run.base_id)
+
+
+def extend_grid(grid: list[float]) -> tuple[list[float], list[float]]:
+    """Return the rates that may follow below and above a grid, the nearest first."""
+    ratio = grid[1] / grid[0]
+    below = []
+    above = []
+    for step in range(1, MOST_EXTENSIONS + 1):
+        lower = grid[0] / ratio**step
+        higher = grid[-1] * ratio**step
+        below.append(float(f"{lower:.3g}"))  # as it stands in the run's name
+        above.append(float(f"{higher:.3g}"))
+    return below, above
+
+
+def choose_rate(table: pd.DataFrame, tie: float) -> float | None:
+    """Return the best of the rates that ran; None if none did.
+
+    `table` has a row a rate, its index, with `tune_correct`, a share, and `tune_nll`, in nats a
+    token. A run that diverged has neither, so it loses to each that did not.
+    """
+    if table.empty:
+        return None
+    shares = table["tune_correct"].fillna(-1)
+    is_tied = shares >= shares.max() - tie - 1e-9  # for the rounding of a difference of shares
+    nll = table["tune_nll"][is_tied].fillna(float("inf"))
+    return float(nll.idxmin())
 
 
 def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
@@ -79,26 +114,38 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     grid = sorted(study.arms[arm].rates.get(size, []))
     if not grid:
         return Sweep(study.arms[arm].fixed, [])
-    ratio, steps = grid[1] / grid[0], range(1, MOST_EXTENSIONS + 1)
-    below = [float(f"{grid[0] / ratio**step:.3g}") for step in steps]
-    above = [float(f"{grid[-1] * ratio**step:.3g}") for step in steps]
-    ids = {make_tuning_run(study, size, arm, r).id: r for r in sorted(grid + below + above)}
-    ended = done[done.id.isin(ids) & (done.status != "failed")]
-    table = ended.set_index(ended.id.map(ids))[["tune_correct", "tune_nll"]].sort_index()
-    shares = table.tune_correct.astype(float)
-    ties = table[shares.fillna(-1) >= shares.fillna(-1).max() - study.tie - 1e-9]
-    best = float(ties.tune_nll.astype(float).fillna(float("inf")).idxmin()) if len(ties) else None
+    below, above = extend_grid(grid)
+    rates = {}  # by the id of the run that tries them
+    for rate in [*below, *grid, *above]:
+        run = make_tuning_run(study, size, arm, rate)
+        rates[run.id] = rate
+    # A run that failed says nothing of its rate, and runs again.
+    ended = done[done["id"].isin(rates) & (done["status"] != "failed")]
+    # A row a rate, from low to high.
+    table = ended.set_index(ended["id"].map(rates))[["tune_correct", "tune_nll"]]
+    table = table.astype(float).sort_index()
+    shares = table["tune_correct"].to_dict()
+    best = choose_rate(table, study.tie)
     missing = [rate for rate in grid if rate not in table.index]
     if not missing:
-        beyond = {shares.index[0]: below, shares.index[-1]: above}.get(best, [])
+        # A best rate at an end of what ran may have a better one beyond.
+        beyond = []
+        if best == table.index[-1]:
+            beyond = above
+        elif best == table.index[0]:
+            beyond = below
         missing = [rate for rate in beyond if rate not in table.index][:1]
-    known = {"reported": [], "leading": best} if missing else {"reported": [best]}
-    return Sweep(**known, missing=missing, shares=shares.to_dict())
+    if missing:
+        return Sweep([], missing, shares, leading=best)
+    return Sweep([best], [], shares)
 
 
 def tune_rates(study: Study, done: pd.DataFrame) -> dict[tuple[str, str], Sweep]:
     """Return what is known of the learning rates of all arms by (size, arm)."""
-    return {(s, a): tune_rate(study, s, a, done) for a, s in product(study.arms, study.sizes)}
+    sweeps = {}
+    for arm, size in product(study.arms, study.sizes):
+        sweeps[size, arm] = tune_rate(study, size, arm, done)
+    return sweeps
 
 
 def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Iterator[Run]:
@@ -108,21 +155,34 @@ def plan_experiment(study: Study, experiment: Experiment, sweeps: dict) -> Itera
         return
     places = list(product(experiment.sizes, experiment.arms))
     for size, arm in places:
-        for rate in (*sweeps[size, arm].missing, *sweeps[size, arm].shares):
+        sweep = sweeps[size, arm]
+        for rate in (*sweep.missing, *sweep.shares):
             run = make_tuning_run(study, size, arm, rate)
             yield replace(run, checkpoints=experiment.checkpoints)
     for (size, arm), base, start in product(places, experiment.bases, experiment.starts):
-        shape, data = study.sizes[size], experiment.data or study.arms[arm].data
-        epochs, rates = experiment.epochs or shape.epochs, sweeps[size, arm].reported
-        if experiment.grid and rates:
-            rates = [r for r, share in sweeps[size, arm].shares.items() if share == share]
+        sweep = sweeps[size, arm]
+        rates = sweep.reported
+        if experiment.grid and rates:  # each rate whose run did not diverge
+            rates = [rate for rate, share in sweep.shares.items() if not math.isnan(share)]
+        shape = study.sizes[size]
+        data = experiment.data or study.arms[arm].data
+        epochs = experiment.epochs or shape.epochs
         for seed, rate in product(experiment.seeds or shape.seeds, rates):
             run = Run(size, base, arm, rate, seed, epochs, data, start, experiment.samples)
-            run = replace(run, checkpoints=experiment.checkpoints, start_id=run.base_id)
-            if start == "base":
-                yield run
-            elif first := sweeps[size, start].reported:
-                yield replace(run, start_id=Run(size, base, start, *first, seed, shape.epochs).id)
+            start_id = name_start(study, run, sweeps)
+            if start_id:
+                yield replace(run, checkpoints=experiment.checkpoints, start_id=start_id)
+
+
+def name_start(study: Study, run: Run, sweeps: dict) -> str | None:
+    """Return the id of the run whose weights a run starts from; None while its rate is unknown."""
+    if run.start == "base":
+        return run.base_id
+    rates = sweeps[run.size, run.start].reported
+    if not rates:
+        return None
+    epochs = study.sizes[run.size].epochs
+    return Run(run.size, run.base, run.start, *rates, run.seed, epochs).id
 
 
 def plan_given_rates(study: Study, experiment: Experiment) -> Iterator[Run]:
@@ -153,32 +213,64 @@ def plan_runs(study: Study, done: pd.DataFrame) -> list[Run]:
         for run in plan_experiment(study, experiment, sweeps):
             base = Run(run.size, run.base)
             runs.setdefault(base.id, base)
-            most = max(run.checkpoints, runs.get(run.id, run).checkpoints)
+            planned = runs.get(run.id, run)
+            most = max(run.checkpoints, planned.checkpoints)
             runs[run.id] = replace(run, checkpoints=most)
     return list(runs.values())
 
 
 def make_command(study: Study, run: Run, find: Callable[[str], Path], save_dir: Path) -> list[str]:
     """Return the script that trains a run, and its flags; `find` gives paths of data by name."""
-    flags = {**study.common, "dtype": study.sizes[run.size].dtype, "save_dir": save_dir}
-    flags["learning_rate"] = run.learning_rate
+    flags = {
+        **study.common,
+        "dtype": study.sizes[run.size].dtype,
+        "save_dir": save_dir,
+        "learning_rate": run.learning_rate,
+    }
     if run.arm == "base":
-        name, size = run.base.rstrip("0123456789"), study.sizes[run.size]
-        flags.pop("show_answers")  # a base has none
-        stage, seed = "pretrain", int(run.base[len(name) :])
-        flags |= {**size.shape, **study.bases[name], "learning_rate": size.learning_rate}
-        data = flags.pop("data", "pretrain")
-        flags |= {"run_name": f"{run.id}-float32", "seed": seed, "data_path": find(data)}
-        flags["tokenizer_path"] = find(flags["tokenizer_path"])
+        stage = "pretrain"
+        set_base_flags(flags, study, run, find)
     else:
-        arm = study.arms[run.arm]
-        stage, name = arm.stage, "lora_name" if arm.stage == "lora" else "run_name"
-        flags |= {**arm.flags, name: run.id, "from_weight": save_dir / run.start_id}
-        flags |= {"seed": run.seed, "epochs": run.epochs, "data_path": find(run.data)}
-        flags |= {"max_train_samples": run.samples} if run.samples else {}
-        flags |= {"keep_checkpoints": run.checkpoints} if run.checkpoints else {}
+        stage = study.arms[run.arm].stage
+        set_arm_flags(flags, study, run, find, save_dir)
     words = [f"trainer/train_{stage}.py"]
     for name, value in flags.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{name}", *map(str, values)]
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += map(str, value)
+        elif value is not True:  # a switch has no value
+            words.append(str(value))
     return words
+
+
+def set_base_flags(flags: dict, study: Study, run: Run, find: Callable[[str], Path]) -> None:
+    """Set the flags that pretrain a base."""
+    kind = run.base.rstrip("0123456789")
+    seed = int(run.base.removeprefix(kind))
+    size = study.sizes[run.size]
+    del flags["show_answers"]  # a base has none
+    flags |= size.shape
+    flags |= study.bases[kind]
+    flags["learning_rate"] = size.learning_rate
+    data = flags.pop("data", "pretrain")
+    flags["run_name"] = f"{run.id}-float32"
+    flags["seed"] = seed
+    flags["data_path"] = find(data)
+    flags["tokenizer_path"] = find(flags["tokenizer_path"])
+
+
+def set_arm_flags(
+    flags: dict, study: Study, run: Run, find: Callable[[str], Path], save_dir: Path
+) -> None:
+    """Set the flags that train an arm from the weights of another run."""
+    arm = study.arms[run.arm]
+    flags |= arm.flags
+    flags["lora_name" if arm.stage == "lora" else "run_name"] = run.id
+    flags["from_weight"] = save_dir / run.start_id
+    flags["seed"] = run.seed
+    flags["epochs"] = run.epochs
+    flags["data_path"] = find(run.data)
+    if run.samples:
+        flags["max_train_samples"] = run.samples
+    if run.checkpoints:
+        flags["keep_checkpoints"] = run.checkpoints

@@ -47,7 +47,7 @@ class Estimate:
 class Round3:
     """The completed runs of this round, and their fresh prompts."""
 
-    def __init__(self, runs: pd.DataFrame, prompts: pd.DataFrame):
+    def __init__(self, runs: pd.DataFrame, prompts: pd.DataFrame) -> None:
         self.runs = runs
         self.prompts = prompts
 

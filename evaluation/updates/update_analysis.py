@@ -43,10 +43,13 @@ def measure_ranks(singular_values: Tensor) -> dict[str, float]:
     p = s / s.sum()
     energy = s.square().cumsum(0)
     enough = (0.9 - 1e-9) * energy[-1]  # rounding aside
+    r90 = int((energy < enough).sum()) + 1
+    effective_rank = torch.special.entr(p).sum().exp()
+    stable_rank = energy[-1] / s[0] ** 2
     return {
-        "r90": int((energy < enough).sum()) + 1,
-        "effective_rank": torch.special.entr(p).sum().exp().item(),
-        "stable_rank": (energy[-1] / s[0] ** 2).item(),
+        "r90": r90,
+        "effective_rank": effective_rank.item(),
+        "stable_rank": stable_rank.item(),
     }
 
 

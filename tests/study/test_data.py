@@ -11,8 +11,13 @@ from dataset.lm_dataset import encode_batch, read_jsonl, turns
 from dataset.world.generate import ensure_world
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.world_facts import list_facts, rank_facts
-from evaluation.study.data import TEXT_PROMPT, draw_facts, find_data, measure_random_facts
-from evaluation.study.measure import check_prompts, find_chance, measure_checkpoint
+from evaluation.study.data import TEXT_PROMPT, draw_facts, find_data
+from evaluation.study.measure import (
+    check_prompts,
+    find_chance,
+    measure_checkpoint,
+    measure_random_facts,
+)
 from evaluation.study.results import read_runs
 from evaluation.study.settings import RESULTS_DIR, read_study
 from model.checkpoint import load_checkpoint, load_tokenizer
