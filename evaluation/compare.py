@@ -286,7 +286,7 @@ def write_final_command(
 
 @dataclass
 class Prepared:
-    """What is known before the first run: what is compared, how, and what the report begins with."""
+    """What is known before the first run: what is compared, how, and how the report begins."""
 
     comparison: Comparison
     yardstick: Yardstick
