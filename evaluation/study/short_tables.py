@@ -366,8 +366,8 @@ def collect_answers(evidence: Evidence) -> pd.DataFrame:
     """
     names = pd.read_csv(OUTPUT_DIR / "names.csv", index_col="name")
     columns = {}
-    for model in names.loc[ANSWERED].itertuples():
-        samples = read_samples(RESULTS_DIR / "answers" / f"{model.run}-probe_combinations_tune")
+    for name, model in names.loc[ANSWERED].iterrows():
+        samples = read_samples(RESULTS_DIR / "answers" / f"{name}-probe_combinations_tune")
         if samples is None:
             continue
         greedy = samples[samples.decoding == "greedy"]
@@ -375,5 +375,5 @@ def collect_answers(evidence: Evidence) -> pd.DataFrame:
         kinds = " *(" + greedy.outcome + ")*"
         columns["prompt"] = greedy.prompt.map(escape_markdown)
         answers = greedy.output.map(escape_markdown) + kinds.where(is_wrong, "")
-        columns[model.title] = answers
+        columns[model["title"]] = answers
     return pd.DataFrame(columns)
