@@ -252,6 +252,8 @@ def should_compile(use_compile: str, device: str, flops: float) -> bool:
 def compile_loss(model: MiniMindForCausalLM, device: str, gradients_add_up: bool) -> None:
     """Compile forward pass and loss as one graph, for training alone.
 
+    A method's own loss that takes the model's logits does not pass through it and stays uncompiled.
+
     On a CPU one graph is for all shapes. On CUDA few shapes are planned, with a graph for each,
     which is launched as a whole. Such a launch overwrites gradients in place, so it is not for
     runs whose gradients add up over micro-batches.

@@ -136,14 +136,17 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     """Read study.toml, the prompts, and the runs of its edition in its order."""
     study = read_study(folder)
     lines = read_runs(folder, study.edition)
+    # Lines of round 2 were written without a round, and a study may have no others.
     is_round3 = lines.get("round", pd.Series(2, lines.index)).fillna(2) == 3
     runs = sort_runs(study, lines[~is_round3])
     sweeps = tune_rates(study, runs)
-    runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)  # of the update; none: whole
+    # After an @ stands a part of the update, a word, or the step of a kept checkpoint.
+    runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)
     names = [name_cell(study, sweeps, run) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
     runs["mark"] = [mark_rate(study, sweeps, run) for run in runs.itertuples()]
     runs["usual"] = runs.cell.str.replace(r"\*[^/~@^#+]*", "", regex=True)  # without the rate
+    # The fewest are the base's own: a model with an adapter has more.
     base_parameters = runs.groupby("base").parameters.transform("min")
     runs["fraction"] = runs.trainable_parameters / base_parameters
     is_end = ~runs.id.str.contains("@")

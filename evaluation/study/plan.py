@@ -1,9 +1,10 @@
 """The second edition's plan: study.toml -> runs, with learning rates tuned on the way.
 
 A run is one training: a base, or an arm from a base with a learning rate and a seed. The first seed
-runs each rate of an arm's grid, which grows until the best rate lies inside. The rate with the
-largest share of correct answers on the tuning half of the combinations wins. Among shares within
-`tie` of it, the lower NLL without end tokens wins. Other seeds run the best rate (C9: all).
+runs each rate of an arm's grid, which grows until the best rate lies inside, by at most 3 rates on
+a side. The rate with the largest share of correct answers on the tuning half of the combinations
+wins. Among shares within `tie` of it, the lower NLL without end tokens wins. Other seeds run the
+best rate (C9: all).
 """
 
 import math

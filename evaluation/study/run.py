@@ -109,8 +109,8 @@ class Runner:
 
     async def file(self, run: Run, folder: Path, record: dict, step: int | None = None) -> None:
         """Measure a checkpoint of a run, if it completed, and append its line."""
-        name, settings = f"{run.id}@{step}" if step else run.id, record["settings"]
-        size = self.study.sizes[run.size]
+        name = f"{run.id}@{step}" if step else run.id
+        settings = record["settings"]
         line = describe_run(self.study, run, record["status"])
         line |= {"id": name, "step": step or record.get("step")}
         line |= {key: settings[key] for key in ("learning_rate", "seed", "dtype", "device")}
@@ -120,24 +120,38 @@ class Runner:
         if record["status"] == "completed":
             output = self.save_dir / "measured" / f"{name}.json"
             output.parent.mkdir(exist_ok=True)
-            words = ["evaluation/study/measure.py", folder, "--output", output]
-            words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
-            words += ["--base", run.base]
-            second = "medical" if run.data == "medical" else "unseen"
-            words += ["--sets", "combinations", second] if step else []
-            only_tune = run.data == "sft" and run.epochs == size.tuning_epochs != size.epochs
-            words += ["--only_tune"] * only_tune
-            words += ["--facts", self.find(run.data)] if run.data.startswith("facts") else []
-            if run.round == 3:
-                place = self.save_dir / run.base_id if run.arm == "base" else self.find_kept(run)
-                words = ["evaluation/study/measure.py", place, "--output", output]
-                words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
-                words += ["--base", run.base, *self.list_questions(run)]
-            if not await self.call(words, run.id):
+            command = self.make_measure_command(run, folder, output, is_checkpoint=bool(step))
+            if not await self.call(command, run.id):
                 raise UserError(f"{name}: measuring failed; see {self.save_dir / run.id}.log")
             measured = read_json(output)
             line |= {key: measured[key] for key in ("weights", "scalars", "outcomes")}
         append_run(self.results_dir, line)
+
+    def make_measure_command(
+        self, run: Run, folder: Path, output: Path, is_checkpoint: bool
+    ) -> list[str | Path]:
+        """Return the words of measure.py for a run's weights in `folder`, or for a checkpoint's.
+
+        A run of round 3 is measured on its kept weights, and asked the questions of that round.
+        """
+        size = self.study.sizes[run.size]
+        place = folder
+        questions: list[str | Path] = []
+        if run.round == 3:
+            is_base = run.arm == "base"
+            place = self.save_dir / run.base_id if is_base else self.find_kept(run)
+            questions = self.list_questions(run)
+        elif is_checkpoint:
+            second = "medical" if run.data == "medical" else "unseen"
+            questions = ["--sets", "combinations", second]
+        only_tunes = run.epochs == size.tuning_epochs != size.epochs
+        if run.round == 2 and run.data == "sft" and only_tunes:
+            questions.append("--only_tune")
+        if run.round == 2 and run.data.startswith("facts"):
+            questions += ["--facts", self.find(run.data)]
+        words = ["evaluation/study/measure.py", place, "--output", output]
+        words += ["--study_dir", self.results_dir, "--world", self.world["sft"].parent]
+        return [*words, "--base", run.base, *questions]
 
     async def perform(self, run: Run) -> None:
         """Train a run, and file its kept checkpoints and itself; a failure is filed as well."""
@@ -163,13 +177,19 @@ class Runner:
         """
         done = read_runs(self.results_dir, self.study.edition)
         ended = set(done.id[done.status != "failed"])
-        plan = [r for r in plan_runs(self.study, done) if any(fnmatch(r.id, n) for n in self.only)]
+        plan = []
+        for run in plan_runs(self.study, done):
+            if any(fnmatch(run.id, name) for name in self.only):
+                plan.append(run)
         if not plan:
             raise UserError(f"--only {' '.join(self.only)}: no run has such a name; see --dry_run")
         missing = [run for run in plan if run.id not in ended]
-        places = self.save_dir, self.results_dir / "bases"
-        completed = done.id[done.status == "completed"]
-        return missing, {None, *(i for i in completed if any((p / i).is_dir() for p in places))}
+        starts: set[str | None] = {None}
+        for run_id in done.id[done.status == "completed"]:
+            places = [self.save_dir / run_id, self.results_dir / "bases" / run_id]
+            if any(place.is_dir() for place in places):
+                starts.add(run_id)
+        return missing, starts
 
     async def run_all(self, jobs: int) -> None:
         """Start runs, `jobs` at once and each once, until none is missing that can start."""
@@ -223,7 +243,8 @@ def main() -> None:
     runner = Runner(study, world, args.save_dir.resolve(), args.study_dir.resolve(), args.only)
     runner.save_dir.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
-        missing, place = runner.list_missing()[0], args.study_dir / "bases"
+        missing, _ = runner.list_missing()
+        place = args.study_dir / "bases"
         print(f"# {len(missing)} runs; bases that ship: cp -rL '{place}'/* '{args.save_dir}'")
         for run in missing:
             command = make_command(study, run, runner.find, args.save_dir)
