@@ -35,9 +35,9 @@ from evaluation.probe.measures import compare, summarize
 from evaluation.probe.names import SHIPPED_DIR, list_shipped, name_folder, name_run, name_way
 from evaluation.probe.prompts import PROMPTS_FILE, read_prompts
 from evaluation.probe.translations import ModelTranslator, WorldTranslator, translate_samples
-from model.checkpoint import Checkpoint, load_checkpoint
+from model.checkpoint import Checkpoint, find_base, load_checkpoint
 from model.cli import COUNT, SIZE, UserError, escape_control, limit, make_parser, run_script
-from model.files import REPO_DIR, write_json
+from model.files import REPO_DIR, read_json, write_json
 from model.generation import MAX_NEW_TOKENS, Decoding
 from model.machine import DEVICES, choose_device
 from model.model_lora import ADAPTER_CONFIG
@@ -195,6 +195,16 @@ def measure_likelihoods(args: argparse.Namespace, checkpoint: Checkpoint) -> dic
     return nll
 
 
+def can_be_put_on(path: Path, weights: Path) -> bool:
+    """Say whether a folder holds an adapter whose base has the shape of other weights."""
+    if not (path / ADAPTER_CONFIG).is_file():
+        return False
+    base = read_json(Path(find_base(path)) / "config.json")
+    other = read_json(weights / "config.json")
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    return all(base[name] == other[name] for name in names)
+
+
 def show_shipped(args: argparse.Namespace) -> None:
     """Print what the models of this repository answer, greedily, side by side; write nothing."""
     prompts = read_prompts(args.prompts, args.limit or SHOWN_PROMPTS)
@@ -203,8 +213,8 @@ def show_shipped(args: argparse.Namespace) -> None:
     print(f"Models of model/trained/ answer {how}; a program judges, and says so in brackets.")
     answers = {}
     for name, path in folders.items():
-        if args.on_weights and not (path / ADAPTER_CONFIG).is_file():
-            continue  # only adapters are put on other weights
+        if args.on_weights and not can_be_put_on(path, args.on_weights):
+            continue
         answers[name] = probe(
             load(path, args, args.on_weights),
             prompts,

@@ -347,7 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     comparison, yardstick = prepared.comparison, prepared.yardstick
     print(escape_control("\n".join(prepared.sentences)))
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A stop from outside saves the state as Ctrl-C does.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         time_all(comparison, yardstick, prepared.plan, prepared.rates)
         print_plan(comparison, prepared.plan["seconds"], prepared.rates)
@@ -359,6 +360,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"stopped; the same command with --from_resume continues ({comparison.folder})")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
     def write_command(name: str) -> str:
         """Write the command for a method at its best rate."""

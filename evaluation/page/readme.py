@@ -36,8 +36,17 @@ INTRODUCTION = """\
 This folder holds what small language models answered to the same prompts, word for word, before \
 and after they were fine-tuned in several ways. Each folder is one model, named by its size and by \
 what was trained: open its `samples.md` to read, or `samples.jsonl` to count. The models know a \
-[small artificial world](../../dataset/world), so a program decides whether an answer is correct, \
-and nobody chose which answers are shown.
+[small world](../../dataset/world) of true facts, so a program decides whether an answer is \
+correct, and nobody chose which answers are shown.
+
+In short, LoRA on all layers and full fine-tuning answer most prompts in trained forms, and the \
+original LoRA, as MiniMind's scripts have it, answers none. Asked without the chat template of \
+their training all of them fail. Each folder is one run, so small differences mean nothing; the \
+[report](../REPORT.md) says how sure the rest is.
+
+To ask one yourself, type `make install` and then `.venv/bin/python eval_llm.py --interactive` in \
+the root of the repository. Of these models `model/trained/` has all that are small, and \
+`--model model/trained/NAME` chooses one.
 
 Most of the [prompts](../qualitative_prompts.md) are harder than the 1,200 that the study counts, \
 whose numbers stand in [its tables](../study/TABLES.md). `make page` puts all answers on one page \
@@ -47,7 +56,10 @@ folder shows.
 ## Folders
 
 The last two columns count correct greedy answers. *Trained forms* is the first section of the \
-prompts, which uses the wording of training, and *all prompts* are those that have a check.
+prompts, which uses the wording of training, and *all prompts* are those that have a check. A base \
+that goes on and on can pass a check by chance, and the rows of the bases show how often. An \
+answer that is not correct is *blank*, repeats itself (*loop*), never ends (*endless*), names \
+*another thing*, or has a *wrong fact* or a *wrong form*.
 """
 STARRED = """\
 Folders with a star were asked with an earlier prompt file, whose prompts were all in free \
