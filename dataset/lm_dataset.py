@@ -235,9 +235,10 @@ def encode_template(
     )
     pieces = encode_batch(tokenizer, text.split(CONTENT_SLOT), special=True)
     is_usable = len(pieces) == len(roles) + 1
-    for role, closing in zip(roles, pieces[1:], strict=False):
-        if role == "assistant" and closing[:1] != [tokenizer.eos_token_id]:
-            is_usable = False
+    if is_usable:
+        for role, closing in zip(roles, pieces[1:], strict=True):
+            if role == "assistant" and closing[:1] != [tokenizer.eos_token_id]:
+                is_usable = False
     if not is_usable:
         rule = f"hold each content once and close an assistant turn with {tokenizer.eos_token}"
         raise UserError(f"{tokenizer.name_or_path}: the chat template must {rule}")

@@ -270,7 +270,7 @@ def collect_results(
 def list_common_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags that all runs share, and the training on all data after them."""
     names = ("seed", "batch_size", "max_seq_len")
-    return [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    return [word for name in names for word in (f"--{name}", str(vars(args)[name]))]
 
 
 def write_final_command(

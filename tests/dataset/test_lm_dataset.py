@@ -2,6 +2,7 @@
 
 import gzip
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -382,7 +383,7 @@ def test_epochs_differ_and_batches_are_shuffled(spread: int) -> None:
     assert starts != sorted(starts)
     if spread:
         longest = [int(lengths[batch].max()) for batch in first]
-        rises = sum(a <= b for a, b in zip(longest, longest[1:], strict=False))
+        rises = sum(a <= b for a, b in pairwise(longest))
         assert 10 < rises < 40  # of 49: about half
         assert max(int(np.ptp(lengths[batch])) for batch in first) <= 2  # but alike in a batch
 
