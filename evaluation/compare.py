@@ -29,6 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from filelock import FileLock, Timeout
+
 from evaluation.comparison.measure import (
     DIVERGED,
     LEAST_PAIRS,
@@ -340,9 +342,21 @@ def prepare(args: argparse.Namespace) -> Prepared:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Plan, train, measure and report by the flags on the command line."""
+    """Compare by the flags on the command line, unless another process does so under this name."""
     args = make_compare_parser().parse_args(argv)
     check_compare_args(args)
+    args.save_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(args.save_dir / f".{args.name}.lock", timeout=0):
+            compare(args)
+    except Timeout as error:
+        folder = args.save_dir / args.name
+        remedy = "wait for it, or give another --name"
+        raise UserError(f"{folder}: another compare.py works there; {remedy}") from error
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Plan, train, measure and report."""
     prepared = prepare(args)
     comparison, yardstick = prepared.comparison, prepared.yardstick
     print(escape_control("\n".join(prepared.sentences)))

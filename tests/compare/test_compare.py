@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from dataset import lm_dataset
 from evaluation import compare
@@ -290,6 +291,15 @@ def test_a_folder_with_other_files_is_left_alone(user: User) -> None:
     with pytest.raises(UserError, match="holds other files; give another --name"):
         user.compare("--methods full")
     assert notes.read_text() == "mine"
+
+
+def test_a_folder_that_another_process_uses_is_refused(user: User) -> None:
+    with (
+        FileLock(user.save_dir / ".here.lock"),
+        pytest.raises(UserError, match="another compare.py works there"),
+    ):
+        user.compare("--methods full --dry_run")
+    assert not (user.save_dir / "here").exists()
 
 
 def remove_template(base: Path, folder: Path) -> None:
