@@ -4,7 +4,7 @@
 # make test        lint and tests
 # make gpu         the tests that compute on a GPU; DEVICE=cpu make gpu: the same without one
 # make elsewhere   other tools on our folders, in a virtual environment of their own
-# make stress      kill training runs at random moments, continue and compare them
+# make stress      kill training runs at random moments, continue and compare them; README's commands
 # make study       all runs of evaluation/study/study.toml without a result, then the report
 # make report      tables and figures of README, REPORT and TABLES, from committed results
 # make page        all saved answers side by side: evaluation/model_outputs/index.html
@@ -53,6 +53,7 @@ elsewhere: $(ELSEWHERE)/installed
 # One thread a process: the models are too small for more.
 stress: install
 	OMP_NUM_THREADS=1 $(RUN) tests/trainer/stress_resume.py
+	$(RUN) tests/run_readme.py
 
 study: install
 	$(RUN) evaluation/study/run.py $(STUDY)

@@ -88,12 +88,14 @@ def find_file(source: str | Path, name: str) -> Path:
             raise UserError(f"{source}: neither a folder nor on the hub ({reason})") from error
     path = Path(source) / name
     if not path.is_file():
-        raise UserError(f"{path}: missing; mend the path, finish the run, or merge the adapter")
+        raise UserError(f"{path}: missing; mend the path, or finish the run")
     return path
 
 
 def read_config(source: str | Path) -> Config:
     """Read a config, refused unless model_minimind.py computes what it describes."""
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{source}: is an adapter; merge it by trainer/merge_lora.py first")
     path = find_file(source, "config.json")
     content = read_json(path)
     model_type = content.get("model_type")
@@ -128,12 +130,18 @@ def load_tokenizer(source: str | Path | None = None, vocab_size: int | None = No
     """Load a tokenizer that cuts and pads nothing; refuse one that lacks a part or is too large."""
     source = source or TOKENIZER_DIR
     for name in TOKENIZER_FILES[:2]:
-        find_file(source, name)
+        read_json(find_file(source, name))  # transformers does not name a broken file
     tokenizer = Tokenizer.from_pretrained(source, padding_side="right")
     tokenizer.backend_tokenizer.no_truncation()  # long texts would lose their ends in silence
     tokenizer.backend_tokenizer.no_padding()
-    if None in (tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token):
-        raise UserError(f"{source}: a chat template, end or padding token is missing; add it")
+    parts = {
+        "chat_template": tokenizer.chat_template,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+    }
+    for name, part in parts.items():
+        if part is None:
+            raise UserError(f"{source}: the tokenizer has no {name}; add it to its config")
     if vocab_size is not None and len(tokenizer) > vocab_size:
         sizes = f"{len(tokenizer)} tokens, the model {vocab_size}"
         raise UserError(f"{source}: the tokenizer has {sizes}; give the model's own")

@@ -134,7 +134,7 @@ def parse_args(parser: ArgumentParser, argv: list[str] | None, stage: Stage) -> 
         if args.from_weight == "none" and args.tokenizer_path is None:
             args.tokenizer_path = BASE_DIR
     elif args.from_weight == str(BASE_DIR) and "from_weight" not in changed:
-        print("note: no --from_weight, so this starts from the small world's base")
+        print("note: this starts from the small world's base; --from_weight names another")
     return args
 
 

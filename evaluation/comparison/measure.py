@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dataset.lm_dataset import read_jsonl, record_messages
+from dataset.lm_dataset import load_dataset, read_jsonl, record_messages
 from evaluation.probe.answers import encode_prompts, probe
 from evaluation.probe.likelihood import measure_nll
 from evaluation.probe.prompts import Prompt, parse_record
@@ -203,6 +203,8 @@ def make_yardstick(
     text_kind = "sft"
     if args.text_data:
         text_kind = "pretrain_wrapped" if args.wrap_documents else "pretrain"
+        # Every line is read now, so that a broken one is refused before anything trains.
+        load_dataset(text_kind, [args.text_data], tokenizer, args.max_seq_len)
     return Yardstick(
         folder=folder,
         batch_size=args.batch_size,

@@ -19,6 +19,11 @@ WAY_TITLES = {
     "on_fft": "on the weights of full fine-tuning",
 }
 KINDS_SHOWN = ["correct", "blank", "other thing"]
+OUTCOME_TITLES = {
+    "composition": "composition",
+    "plain": "plain questions",
+    "unseen": "unseen things",
+}
 
 
 def get_round3(evidence: Evidence) -> Round3:
@@ -64,6 +69,28 @@ def tabulate_asking(evidence: Evidence) -> Tables:
             row["end token first"] = f"{group[first].mean():.2f}"
             row["runs"] = len(group)
             rows.append(row)
+    return [pd.DataFrame(rows)]
+
+
+@block("outcomes_3")
+def tabulate_outcomes(evidence: Evidence) -> Tables:
+    """Return a row a method: its outcomes on the fresh prompts, in percent with 95% intervals."""
+    if evidence.round3.empty:
+        return [pd.DataFrame()]
+    found = get_round3(evidence)
+    keys = ["size", "arm", "learning_rate", "epochs", "data"]
+    rows = []
+    for (size, arm, rate, epochs, _), group in found.runs.groupby(keys, sort=False):
+        name = "base" if arm == "base" else evidence.study.arms[arm].title
+        row = {"size": SIZES[size], "trained": name, "rate": f"{rate:g}", "epochs": f"{epochs:g}"}
+        if arm == "base":
+            row["rate"] = "-"  # pretraining's is another matter
+        for outcome, title in OUTCOME_TITLES.items():
+            estimate = found.estimate(found.mark(group, outcome))
+            interval = f"({percent(estimate.low)} to {percent(estimate.high)})"
+            row[title] = f"{percent(estimate.value)} {interval}"
+        row["runs"] = len(group)
+        rows.append(row)
     return [pd.DataFrame(rows)]
 
 

@@ -306,6 +306,8 @@ def test_what_cannot_work_is_refused_in_one_line(
 ) -> None:
     (home / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     write_jsonl(home / "one.jsonl", [{"instruction": "a", "output": "b"}])
+    (home / "empty.jsonl").write_text("\n")
+    write_jsonl(home / "no_text.jsonl", [{"text": "a"}, {"texts": "b"}])
     remove_template(home / "base", home / "plain")
     (home / "adapter").mkdir()
     adapter = {"base_model_name_or_path": str(home / "base")}
@@ -313,12 +315,14 @@ def test_what_cannot_work_is_refused_in_one_line(
     cases = {
         "no JSON object": {"flags": "", "data": "broken.jsonl"},
         "too few examples (1 to train on": {"flags": "", "data": "one.jsonl"},
-        "a chat template, end or padding token is missing": {"flags": "", "base": "plain"},
+        "plain: the tokenizer has no chat_template; add it": {"flags": "", "base": "plain"},
         "nowhere/config.json: missing": {"flags": "", "base": "nowhere"},
-        "or merge the adapter": {"flags": "", "base": "adapter"},
+        "adapter: is an adapter; merge it": {"flags": "", "base": "adapter"},
         "no held-out prompt has 4 tokens": {"flags": "--max_seq_len 4"},
         "contradict each other": {"flags": "--epochs 2"},
         "no such file": {"flags": "--prompts nowhere.md"},
+        "no_text.jsonl:2: pretraining reads": {"flags": f"--text_data {home}/no_text.jsonl"},
+        "empty.jsonl: holds no record": {"flags": f"--text_data {home}/empty.jsonl"},
         "is of --text_data": {"flags": "--wrap_documents"},
         "must be a plain folder name": {"flags": "--name a/b"},
         "drop it": {"flags": "--from_resume"},
@@ -328,4 +332,15 @@ def test_what_cannot_work_is_refused_in_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    assert not (user.save_dir / "here").exists()
+
+
+@pytest.mark.parametrize("flag", ["--eval_data_path", "--prompts", "--text_data"])
+def test_a_broken_line_is_refused_before_the_base_is_asked(
+    user: User, tmp_path: Path, flag: str
+) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"instruction": "a", "output": "b", "text": "a"}\n{"instruction": \n')
+    with pytest.raises(UserError, match=r"broken\.jsonl:2: no JSON object"):
+        user.compare(f"{flag} {path}")
     assert not (user.save_dir / "here").exists()
