@@ -258,8 +258,9 @@ def compile_model(
     """Compile what a training step computes: on CUDA as one graph, elsewhere in parts.
 
     The layers are alike but for their weights, so one graph serves all of them and compiling takes
-    the time of one layer, however deep the model is. The loss is a second graph. Both are for all
-    shapes, and a method's own loss passes through the layers, too.
+    the time of one layer, however deep the model is. Of two, if the embedding is frozen, because
+    the first layer then needs no gradient of its input. The loss has a graph of its own. All are
+    for all shapes, and a method's own loss passes through the layers, too.
 
     On CUDA few shapes are planned, with a graph for each, which is launched as a whole. Such a
     launch overwrites gradients in place, so it is not for runs whose gradients add up over

@@ -159,7 +159,7 @@ def test_gradients_of_rows_and_factors_come_from_both_ends(base: Path) -> None:
 
 @pytest.mark.parametrize("name", ["none", *SETTINGS])
 def test_one_compiled_graph_serves_all_layers_and_shapes(name: str) -> None:
-    """One graph is for all layers, a second one for the loss."""
+    """One graph is for all layers above the first trained part, another one for the loss."""
     torch.compiler.reset()
     plain = make_model(noise=0.1, num_hidden_layers=3)
     if name in SETTINGS:
@@ -179,7 +179,9 @@ def test_one_compiled_graph_serves_all_layers_and_shapes(name: str) -> None:
         with torch.compiler.set_stance(stance):
             model(**batch).loss.backward()
         plain(**batch).loss.backward()
-    assert len(graphs) == 2
+    # Nothing below the first layer trains in most LoRAs, so its graph has less to do backward.
+    trains_below = plain.model.embed_tokens(IDS).requires_grad
+    assert len(graphs) == (2 if trains_below else 3)
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
             assert torch.allclose(model.get_parameter(name).grad, parameter.grad, atol=1e-5), name
