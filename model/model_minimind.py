@@ -279,6 +279,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if label_positions is not None:
             states = states.index_select(0, label_positions)
             targets = targets.index_select(0, label_positions)
+        return self.sum_target_nats(states, targets)
+
+    def sum_target_nats(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Sum the loss of the head: (N, D) states and (N,) int64 tokens that follow -> scalar."""
         # Exponentials of half precision would lose digits; autocast knows, other callers do not.
         logits = self.lm_head(states).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")

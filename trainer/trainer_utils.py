@@ -249,19 +249,31 @@ def should_compile(use_compile: str, device: str, flops: float) -> bool:
     return use_compile == "on" or (use_compile == "auto" and earns and is_able)
 
 
-def compile_loss(model: MiniMindForCausalLM, device: str, gradients_add_up: bool) -> None:
-    """Compile forward pass and loss as one graph, for training alone.
+def compile_model(
+    model: MiniMindForCausalLM,
+    device: str,
+    gradients_add_up: bool,
+    backend: str | Callable = "inductor",
+) -> None:
+    """Compile what a training step computes: on CUDA as one graph, elsewhere in parts.
 
-    A method's own loss that takes the model's logits does not pass through it and stays uncompiled.
+    The layers are alike but for their weights, so one graph serves all of them and compiling takes
+    the time of one layer, however deep the model is. Of two, if the embedding is frozen, because
+    the first layer then needs no gradient of its input. The loss has a graph of its own. All are
+    for all shapes, and a method's own loss passes through the layers, too.
 
-    On a CPU one graph is for all shapes. On CUDA few shapes are planned, with a graph for each,
-    which is launched as a whole. Such a launch overwrites gradients in place, so it is not for
-    runs whose gradients add up over micro-batches.
+    On CUDA few shapes are planned, with a graph for each, which is launched as a whole. Such a
+    launch overwrites gradients in place, so it is not for runs whose gradients add up over
+    micro-batches. A method's own loss that takes logits does not pass through it.
     """
-    replays = device == "cuda" and not gradients_add_up
-    mode = "reduce-overhead" if replays else None
-    compiled = torch.compile(model.sum_nats, fullgraph=True, dynamic=device != "cuda", mode=mode)
-    model.sum_nats = compiled
+    if device == "cuda":
+        mode = None if gradients_add_up else "reduce-overhead"
+        model.sum_nats = torch.compile(model.sum_nats, fullgraph=True, dynamic=False, mode=mode)
+        return
+    options = {"fullgraph": True, "dynamic": True, "backend": backend}
+    for layer in model.model.layers:
+        layer.compile(**options)
+    model.sum_target_nats = torch.compile(model.sum_target_nats, **options)
 
 
 @dataclass
@@ -292,7 +304,7 @@ def plan_job(args: argparse.Namespace, session: Session, data: Data, method: Met
     )
     shapes = []
     if is_compiled:
-        compile_loss(model, args.device, args.accumulation_steps * processes > 1)
+        compile_model(model, args.device, args.accumulation_steps * processes > 1)
         if args.device == "cuda":
             shapes = plan_shapes(plan, data.train.targets, steps)
     facts = {
@@ -371,16 +383,17 @@ def set_up(
         micro_batches=iter(loader),
     )
     if job.is_compiled and not job.shapes:
-        warm_up(loop, rows=min(args.batch_size, 8))
+        warm_up(loop, rows=min(args.batch_size, 7))
     return loop
 
 
 def warm_up(loop: Loop, rows: int) -> None:
     """Compile now, on a batch whose sizes differ, so that Dynamo makes each of them dynamic.
 
-    A resumed run would else meet another batch first, and get other code and other last bits.
+    A resumed run would else meet another batch first, and get other code and other last bits. The
+    length is odd, as no width is: Dynamo takes equal sizes for one, and those of weights are fixed.
     """
-    ids = np.zeros(256, np.int64)
+    ids = np.zeros(255, np.int64)
     batch = send_to_device(collate([(ids, ids)], rows=rows), loop.accelerator.device)
     loop.accelerator.backward(loop.compute_loss(loop.model, batch, 1))
     loop.optimizer.zero_grad()
@@ -675,6 +688,7 @@ def complete(session: Session, data: Data, method: Method) -> None:
     run.end("completed")
 
 
+@torch.compiler.set_stance("force_eager")  # answers grow a token at a time
 def answer_held_out(
     run: RunFolder, model: MiniMindForCausalLM, tokenizer: Tokenizer, valid: TokenDataset | None
 ) -> None:

@@ -364,9 +364,9 @@ def is_inside(event: object, name: str) -> bool:
 
 @pytest.mark.gpu
 def test_compiled_run_equals_a_plain_one(home: Path, tmp_path: Path) -> None:
-    """On a CPU one graph is for all batches; a run that was stopped goes on to the same bits."""
+    """On a CPU the graphs are for all batches; a run that was stopped goes on to the same bits."""
     forbid = partial(torch.compiler.set_stance, "fail_on_recompile")
-    model = f"--from_weight none {SHAPE_FLAGS} --num_hidden_layers 1"
+    model = f"--from_weight none {SHAPE_FLAGS} --num_hidden_layers 2"
     for mode in ("on", "off"):
         flags = f"{sft_flags(home, tmp_path / mode)} {model} --use_compile {mode}"
         try:
