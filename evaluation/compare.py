@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -345,14 +346,19 @@ def main(argv: list[str] | None = None) -> None:
     """Compare by the flags on the command line, unless another process does so under this name."""
     args = make_compare_parser().parse_args(argv)
     check_compare_args(args)
-    args.save_dir.mkdir(parents=True, exist_ok=True)
+    with lock_comparison(args.save_dir, args.name):
+        compare(args)
+
+
+def lock_comparison(save_dir: Path, name: str) -> AbstractContextManager:
+    """Take the lock of a comparison until its context ends; it lies beside the folder."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(save_dir / f".{name}.lock")
     try:
-        with FileLock(args.save_dir / f".{args.name}.lock", timeout=0):
-            compare(args)
+        return lock.acquire(timeout=0)
     except Timeout as error:
-        folder = args.save_dir / args.name
         remedy = "wait for it, or give another --name"
-        raise UserError(f"{folder}: another compare.py works there; {remedy}") from error
+        raise UserError(f"{save_dir / name}: another compare.py works there; {remedy}") from error
 
 
 def compare(args: argparse.Namespace) -> None:

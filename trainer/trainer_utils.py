@@ -249,27 +249,27 @@ def should_compile(use_compile: str, device: str, flops: float) -> bool:
     return use_compile == "on" or (use_compile == "auto" and earns and is_able)
 
 
-def compile_model(
-    model: MiniMindForCausalLM,
-    device: str,
-    gradients_add_up: bool,
-    backend: str | Callable = "inductor",
-) -> None:
+def compile_model(model: MiniMindForCausalLM, device: str, gradients_add_up: bool) -> None:
     """Compile what a training step computes: on CUDA as one graph, elsewhere in parts.
-
-    The layers are alike but for their weights, so one graph serves all of them and compiling takes
-    the time of one layer, however deep the model is. Of two, if the embedding is frozen, because
-    the first layer then needs no gradient of its input. The loss has a graph of its own. All are
-    for all shapes, and a method's own loss passes through the layers, too.
 
     On CUDA few shapes are planned, with a graph for each, which is launched as a whole. Such a
     launch overwrites gradients in place, so it is not for runs whose gradients add up over
     micro-batches. A method's own loss that takes logits does not pass through it.
     """
-    if device == "cuda":
-        mode = None if gradients_add_up else "reduce-overhead"
-        model.sum_nats = torch.compile(model.sum_nats, fullgraph=True, dynamic=False, mode=mode)
+    if device != "cuda":
+        compile_parts(model)
         return
+    mode = None if gradients_add_up else "reduce-overhead"
+    model.sum_nats = torch.compile(model.sum_nats, fullgraph=True, dynamic=False, mode=mode)
+
+
+def compile_parts(model: MiniMindForCausalLM, backend: str | Callable = "inductor") -> None:
+    """Compile a layer and the loss, each as one graph for all shapes.
+
+    The layers are alike but for their weights, so the graph of one serves all, and compiling takes
+    no longer in a deep model. If the embedding is frozen there are two, because the first layer
+    then needs no gradient of its input. A method's own loss passes through the layers, too.
+    """
     options = {"fullgraph": True, "dynamic": True, "backend": backend}
     for layer in model.model.layers:
         layer.compile(**options)

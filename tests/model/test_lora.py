@@ -37,7 +37,7 @@ from tests.model.small import (
     move_parameters,
     save_adapter,
 )
-from trainer.trainer_utils import compile_model
+from trainer.trainer_utils import compile_parts
 
 SETTINGS = {
     "all-linear": LoraSettings(rank=4, alpha=12),
@@ -159,7 +159,7 @@ def test_gradients_of_rows_and_factors_come_from_both_ends(base: Path) -> None:
 
 @pytest.mark.parametrize("name", ["none", *SETTINGS])
 def test_one_compiled_graph_serves_all_layers_and_shapes(name: str) -> None:
-    """One graph is for all layers above the first trained part, another one for the loss."""
+    """One graph serves all layers whose input needs a gradient, another one the loss."""
     torch.compiler.reset()
     plain = make_model(noise=0.1, num_hidden_layers=3)
     if name in SETTINGS:
@@ -172,7 +172,7 @@ def test_one_compiled_graph_serves_all_layers_and_shapes(name: str) -> None:
         graphs.append(graph)
         return graph.forward
 
-    compile_model(model, "cpu", gradients_add_up=False, backend=keep_graph)
+    compile_parts(model, backend=keep_graph)
     for rows, stance in ((2, "default"), (3, "fail_on_recompile")):
         ids = IDS.repeat(rows, rows)[:, 1:]  # an odd length, as no width is, see `warm_up`
         batch = {"input_ids": ids, "labels": ids, "label_positions": torch.arange(4 * rows + 1)}
