@@ -371,8 +371,9 @@ PEFT_PREFIX = "base_model.model."
 # their difference from the base's.
 ROWS = f"{HEAD}.rows"
 PEFT_ROWS = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
-FACTOR = ".lora_"  # between the name of an adapted module and that of its tensor
-EMBEDDING_FACTOR = ".lora_embedding_"  # of an adapted embedding: (r, in) and (out, r), transposed
+ADAPTER_INFIX = ".lora_"  # between the name of an adapted module and that of its tensor
+# The same for an adapted embedding, whose matrices are transposed: (r, in) and (out, r).
+EMBEDDING_INFIX = ".lora_embedding_"
 BASE_COPY = ".base_layer.weight"  # PEFT saves the base's matrix beside an adapted embedding
 # Values of PEFT's settings that are computed here. Settings not listed change nothing, or show in
 # the tensors' names and shapes. PiSSA and other initializations change the base's weights.
@@ -398,6 +399,7 @@ def collect_tensors(
         tensors[f"{EMBEDDING}.lora_embedding_A"] = head.lora_B.weight.T
         tensors[f"{EMBEDDING}.lora_embedding_B"] = head.lora_A.weight.T
     elif embedding.weight.requires_grad:
+        # The tied head is the embedding's own tensor; safetensors refuses 2 names of one memory.
         tensors[f"{HEAD}.weight"] = head.weight.clone()
     collected = {}
     for name, tensor in tensors.items():
@@ -411,8 +413,8 @@ def find_modules(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     whole = []
     for peft_name in tensors:
         name = peft_name.removeprefix(PEFT_PREFIX)
-        if FACTOR in name:
-            targets[name.partition(FACTOR)[0]] = None
+        if ADAPTER_INFIX in name:
+            targets[name.partition(ADAPTER_INFIX)[0]] = None
         elif name != PEFT_ROWS:
             whole.append(name.removesuffix(".weight"))
     if EMBEDDING in targets:  # one update, which PEFT saves for both ends
@@ -499,7 +501,7 @@ def load_lora(
     except UserError as error:  # the message names a flag, not the file
         raise UserError(f"{path}: does not fit this model: {error}") from error
     for name, tensor in tensors.items():
-        if EMBEDDING_FACTOR not in name:  # the head's update, compared below
+        if EMBEDDING_INFIX not in name:  # the head's update, compared below
             weights[name.removeprefix(PEFT_PREFIX).replace(PEFT_ROWS, ROWS)] = tensor
     fill_model(model, weights, path)
     for name, tensor in collect_tensors(model).items():

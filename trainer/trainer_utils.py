@@ -466,11 +466,11 @@ def run_step(loop: Loop, step: int, labeled: int) -> Tensor:
         # Processes exchange gradients once, after the last part.
         is_last = part == parts
         with contextlib.nullcontext() if is_last else accelerator.no_sync(loop.model):
-            nats = loop.compute_loss(loop.model, batch, labeled)
+            part_loss = loop.compute_loss(loop.model, batch, labeled)
             # accelerate averages gradients over the processes. Each loss is already divided by the
             # labels of all of them, so a sum is wanted, and the average is undone.
-            accelerator.backward(nats * accelerator.num_processes)
-        loss += nats.detach()
+            accelerator.backward(part_loss * accelerator.num_processes)
+        loss += part_loss.detach()
     norm = accelerator.clip_grad_norm_(loop.model.parameters(), loop.grad_clip)
     loop.optimizer.step()
     loop.optimizer.zero_grad()

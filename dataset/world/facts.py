@@ -130,14 +130,14 @@ def with_article(noun: str) -> str:
 
 def split_wordings(forms: list[str]) -> tuple[list[str], list[str]]:
     """Part question forms into those that train and those that are held out, the last 15%."""
-    held = max(1, round(HELD_WORDINGS * len(forms)))
-    return forms[:-held], forms[-held:]
+    held_count = max(1, round(HELD_WORDINGS * len(forms)))
+    return forms[:-held_count], forms[-held_count:]
 
 
-def choose_wordings(forms: list[str], held: bool) -> list[str]:
+def choose_wordings(forms: list[str], use_held_out: bool) -> list[str]:
     """Return the question forms that train, or those that are held out."""
     trained, held_out = split_wordings(forms)
-    return held_out if held else trained
+    return held_out if use_held_out else trained
 
 
 def read_toml(path: Path) -> dict:

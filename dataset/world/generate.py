@@ -85,12 +85,15 @@ class HeldOut:
     A hash of its name decides about a thing or a cell, so it stays where it is if others join.
     """
 
-    def __init__(self, world: World, unseen: int, seed: int) -> None:
+    def __init__(self, world: World, unseen_count: int, seed: int) -> None:
         self.seed = seed
         self.halves: dict[Cell, str | None] = {}  # of the cells that were asked for
         names = [thing.name for thing in world.things]
         ranked = sorted(names, key=lambda name: place(seed, "thing", name))
-        self.things = {"tune": ranked[:unseen], "test": ranked[unseen : 2 * unseen]}
+        self.things = {
+            "tune": ranked[:unseen_count],
+            "test": ranked[unseen_count : 2 * unseen_count],
+        }
         self.half_of_thing = {}
         for half, held_names in self.things.items():
             self.half_of_thing |= dict.fromkeys(held_names, half)
@@ -117,8 +120,8 @@ class HeldOut:
             if self.half_of_cell(cell):
                 return None
         if held_wording:
-            is_seen = cell_half and not unseen_half
-            return ("wordings", cell_half) if is_seen else None
+            fits_wordings = cell_half and not unseen_half
+            return ("wordings", cell_half) if fits_wordings else None
         if unseen_half:  # its cells must train in general: the thing alone is new
             return None if cell_half else ("unseen", unseen_half)
         return ("combinations", cell_half) if cell_half else TRAIN
@@ -144,11 +147,11 @@ class PairBuilder:
     """Draw pairs of all skills for training and for the probes of one part of the world."""
 
     def __init__(
-        self, world: World, held_out: HeldOut, vocabulary: Vocabulary, unseen: set[str]
+        self, world: World, held_out: HeldOut, vocabulary: Vocabulary, unseen_names: set[str]
     ) -> None:
         self.held_out = held_out
         self.vocabulary = vocabulary
-        self.unseen = unseen  # names of the held-out things of all parts
+        self.unseen_names = unseen_names  # of the held-out things of all parts
         self.things = world.things
         self.makers = collect_makers(world)
         self.fillers = collect_fillers(world)
@@ -165,9 +168,10 @@ class PairBuilder:
         self.rng = random.Random(held_out.seed)
         seen = [thing for thing in world.things if thing.name not in held_out.half_of_thing]
         self.writers = {}  # by whether they take the held-out question forms
-        for held in (False, True):
-            self.writers[held] = Writer(world, self.rng, seen, held)
-            self.writers[held].nouns += self.fillers
+        for held_wording in (False, True):
+            writer = Writer(world, self.rng, seen, held_wording)
+            writer.nouns += self.fillers
+            self.writers[held_wording] = writer
 
     def draw(self, skill: str, things: list[Thing], wanted: Purpose) -> Pair | None:
         """Draw one new pair for a purpose; None if none turns up."""
@@ -202,7 +206,7 @@ class PairBuilder:
         """Say whether the reference is correct, and no unseen thing stands beside the subject."""
         subject, _ = pair.cells[0]
         named = self.vocabulary.names.find(f"{pair.prompt}\n{pair.answer}")
-        if self.unseen.intersection(named) - {subject}:
+        if self.unseen_names.intersection(named) - {subject}:
             return False
         return judge_answer(pair.answer, True, make_record(pair), self.vocabulary) == "correct"
 
@@ -258,11 +262,11 @@ def write_pretraining(
     documents = write_documents(TextWriter(world, rng), round(TEXT_BYTES * scale))
     documents += write_documents(ChineseWriter(chinese, rng), round(CHINESE_BYTES * scale))
     rng.shuffle(documents)
-    held = round(VALIDATION_SHARE * len(documents))
-    pattern_writer = TextWriter(world, rng, held=True)
+    valid_count = round(VALIDATION_SHARE * len(documents))
+    pattern_writer = TextWriter(world, rng, use_held_out=True)
     files = {
-        "pretrain_world": documents[held:],
-        "pretrain_world_valid": documents[:held],
+        "pretrain_world": documents[valid_count:],
+        "pretrain_world_valid": documents[:valid_count],
         "pretrain_world_patterns": [pattern_writer.entry(thing) for thing in world.things],
     }
     for name, texts in files.items():
@@ -310,14 +314,15 @@ def write_world(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_pretraining(output_dir, world, chinese, seed, scale)
     parts = split_world(world, chinese)
-    held = {}
-    for part, things in parts.items():
-        unseen = UNSEEN[part] if things_each is None else min(UNSEEN[part], 1)
-        held[part] = HeldOut(things, unseen, seed)
-    names = {name for held_out in held.values() for name in held_out.half_of_thing}
+    held_by_part = {}
+    unseen_names = set()
+    for part, part_world in parts.items():
+        unseen_count = UNSEEN[part] if things_each is None else min(UNSEEN[part], 1)
+        held_by_part[part] = HeldOut(part_world, unseen_count, seed)
+        unseen_names |= held_by_part[part].half_of_thing.keys()
     train = {}
-    for part, things in parts.items():
-        builder = PairBuilder(things, held[part], vocabulary, names)
+    for part, part_world in parts.items():
+        builder = PairBuilder(part_world, held_by_part[part], vocabulary, unseen_names)
         write_probes(output_dir, part, builder, scale)  # first: training avoids their references
         quota = max(4, round(PAIRS[part] * scale))
         train[part] = builder.collect(TRAIN, quota)
@@ -325,8 +330,8 @@ def write_world(
     random.Random(seed).shuffle(mixed)
     write_pairs(output_dir / "sft_world.jsonl", mixed)
     write_pairs(output_dir / "lora_medical_world.jsonl", train["medical"])
-    held_things = {part: held_out.things for part, held_out in held.items()}
-    write_json(output_dir / "held_out.json", held_things)
+    unseen_things = {part: held_out.things for part, held_out in held_by_part.items()}
+    write_json(output_dir / "held_out.json", unseen_things)
     return list_files(output_dir)
 
 

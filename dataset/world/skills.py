@@ -70,17 +70,17 @@ class Writer:
         world: where facts and words come from.
         rng: the generator of all draws.
         things: those that may stand beside the one that is asked about.
-        held: whether to take the question forms that never train.
+        use_held_out: whether to take the question forms that never train.
     """
 
     def __init__(
-        self, world: World, rng: random.Random, things: list[Thing], held: bool = False
+        self, world: World, rng: random.Random, things: list[Thing], use_held_out: bool = False
     ) -> None:
         self.world = world
         self.words = world.stories
         self.rng = rng
         self.things = things
-        self.held = held
+        self.use_held_out = use_held_out
         self.nouns = [thing for thing in things if thing.plural is not None]
         self.members: dict[str, list[Thing]] = defaultdict(list)  # of each category
         for thing in things:
@@ -90,16 +90,16 @@ class Writer:
         """Return the category of a thing."""
         return self.world.categories[thing.category]
 
-    def question(self, thing: Thing, attribute: Attribute, held: bool = False) -> str:
+    def question(self, thing: Thing, attribute: Attribute, use_held_out: bool = False) -> str:
         """Ask for a fact in one of the attribute's question forms."""
-        forms = choose_wordings(attribute.questions, held)
+        forms = choose_wordings(attribute.questions, use_held_out)
         return self.rng.choice(forms).format_map(thing.slots())
 
     def answer(self, thing: Thing, attribute: Attribute) -> str:
         """Answer with a fact, in the one form of words that no pretraining text holds."""
         return attribute.answer.format_map(thing.slots(attribute.name))
 
-    def attributes(self, thing: Thing) -> list[Attribute]:
+    def shuffle_attributes(self, thing: Thing) -> list[Attribute]:
         """Return the attributes of a thing in random order."""
         attributes = list(self.category(thing).attributes.values())
         return self.rng.sample(attributes, len(attributes))
@@ -109,12 +109,12 @@ class Writer:
         members = self.members[thing.category]
         return [member for member in members if member.name != thing.name]
 
-    def companions(self, thing: Thing, count: int) -> list[Thing]:
+    def draw_companions(self, thing: Thing, count: int) -> list[Thing]:
         """Draw other things that have a plural."""
         drawn = self.rng.sample(self.nouns, count + 1)  # one more, for the thing may be among them
         return [noun for noun in drawn if noun.name != thing.name][:count]
 
-    def persons(self, count: int) -> list[str]:
+    def draw_first_names(self, count: int) -> list[str]:
         """Draw first names."""
         people = self.rng.sample(self.words["people"], count)
         return [person[0] for person in people]
@@ -151,7 +151,7 @@ class Draw:
 def draw_fact(draw: Draw) -> None:
     """Draw an attribute: its question and answer, in several forms."""
     thing = draw.thing
-    attribute = draw.writer.attributes(thing)[0]
+    attribute = draw.writer.shuffle_attributes(thing)[0]
     answer = draw.writer.answer(thing, attribute)
     small_answer = uncapitalize(answer, thing)
     draw.slots.update(
@@ -172,14 +172,14 @@ def draw_second(draw: Draw) -> None:
     """Draw a second attribute of the thing; the pair is about it where its question follows."""
     thing = draw.thing
     writer = draw.writer
-    attribute = next(drawn for drawn in writer.attributes(thing) if drawn not in draw.facts)
+    attribute = next(drawn for drawn in writer.shuffle_attributes(thing) if drawn not in draw.facts)
     answer = writer.answer(thing, attribute)
     draw.slots.update(
         label2=attribute.name,
         answer2=answer,
         small_answer2=uncapitalize(answer, thing),
         question2=writer.question(thing, attribute),
-        follow2=writer.rng.choice(choose_wordings(attribute.follow, writer.held)),
+        follow2=writer.rng.choice(choose_wordings(attribute.follow, writer.use_held_out)),
     )
     draw.facts.append(attribute)
     draw.add_cells(attribute.name, thing)
@@ -233,7 +233,7 @@ def draw_wrong(draw: Draw) -> None:
 def draw_clues(draw: Draw) -> None:
     """Draw 3 facts that no other thing shares."""
     thing = draw.thing
-    clues = draw.writer.attributes(thing)[:3]
+    clues = draw.writer.shuffle_attributes(thing)[:3]
     fitting = draw.writer.category(thing).things
     for clue in clues:
         value = thing.values[clue.name]
@@ -274,7 +274,7 @@ def draw_list(draw: Draw) -> None:
     """Draw a list of 3 or 4 things with the thing among them, and what can be said of its order."""
     rng = draw.writer.rng
     words = draw.writer.words
-    companions = draw.writer.companions(draw.thing, rng.randint(2, 3))
+    companions = draw.writer.draw_companions(draw.thing, rng.randint(2, 3))
     place = rng.randint(0, len(companions))
     items = [*companions[:place], draw.thing, *companions[place:]]
     last = len(items) - 1
@@ -301,7 +301,7 @@ def draw_scene(draw: Draw) -> None:
     rng = draw.writer.rng
     words = draw.writer.words
     numbers = words["numbers"]
-    companion = draw.writer.companions(draw.thing, 1)[0]
+    companion = draw.writer.draw_companions(draw.thing, 1)[0]
     few, many = sorted(rng.sample(range(2, 11), 2))
     first_number = rng.randint(2, 5)
     second_number = rng.randint(2, 5)
@@ -360,9 +360,9 @@ def find_slots(pattern: str) -> set[str]:
 
 def ask_fact(skill: str, writer: Writer, thing: Thing) -> Draft | None:
     """Ask for an attribute of this skill, in the attribute's own question forms."""
-    for attribute in writer.attributes(thing):
+    for attribute in writer.shuffle_attributes(thing):
         if attribute.skill == skill:
-            question = writer.question(thing, attribute, writer.held)
+            question = writer.question(thing, attribute, writer.use_held_out)
             messages = turns(question, writer.answer(thing, attribute))
             cells = [(thing.name, attribute.name)]
             check = {"about": [attribute.vocabulary]}
@@ -378,7 +378,7 @@ def ask_skill(skill: str, spec: dict, writer: Writer, thing: Thing) -> Draft | N
     if thing.plural is None and not NOUN_DRAWS.keys().isdisjoint(spec["uses"]):
         return None
     draw = Draw(writer, thing, spec.get("key", skill), thing.slots())
-    draw.slots["p"], draw.slots["q"] = writer.persons(2)
+    draw.slots["p"], draw.slots["q"] = writer.draw_first_names(2)
     draw.add_cells(draw.key, thing)
     draw.slots["word"] = writer.rng.choice(spec.get("words", [""]))
     if thing.category:  # fillers have none
@@ -389,7 +389,7 @@ def ask_skill(skill: str, spec: dict, writer: Writer, thing: Thing) -> Draft | N
     except LookupError:  # clues that fit 2 things, no other thing to draw, or no plural
         return None
     draw.slots["case"] = draw.fill(case.get("case", ""))
-    forms = draw.find_fitting(choose_wordings(spec["prompts"], writer.held))
+    forms = draw.find_fitting(choose_wordings(spec["prompts"], writer.use_held_out))
     if not forms or not draw.find_fitting([case["answer"]]):
         return None
     form = writer.rng.choice(forms)

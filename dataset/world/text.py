@@ -26,8 +26,8 @@ GAME_ROUNDS = 4
 class TextWriter(Writer):
     """Write documents; remember which patterns stated a fact, to use all of them."""
 
-    def __init__(self, world: World, rng: random.Random, held: bool = False) -> None:
-        super().__init__(world, rng, world.things, held)
+    def __init__(self, world: World, rng: random.Random, use_held_out: bool = False) -> None:
+        super().__init__(world, rng, world.things, use_held_out)
         self.decks: dict[tuple, list[str]] = defaultdict(list)  # patterns that are still to come
 
     def draw(self, key: tuple, patterns: list[str]) -> str:
@@ -42,10 +42,10 @@ class TextWriter(Writer):
 
     def state(self, thing: Thing, attribute: Attribute, it: bool = False) -> str:
         """State a fact in a sentence that names the thing, or says "it" of one named before."""
-        says_it = it and not self.held
+        says_it = it and not self.use_held_out
         if says_it:
             patterns = attribute.it
-        elif self.held:
+        elif self.use_held_out:
             patterns = attribute.statements[-HELD_STATEMENTS:]
         else:
             patterns = attribute.statements[:-HELD_STATEMENTS]
@@ -54,7 +54,7 @@ class TextWriter(Writer):
 
     def state_any(self, thing: Thing, person: str) -> str:
         """Let a person say any fact of a thing."""
-        return self.quote(thing, self.attributes(thing)[0], person)
+        return self.quote(thing, self.shuffle_attributes(thing)[0], person)
 
     def quote(self, thing: Thing, attribute: Attribute, person: str) -> str:
         """Let a person say a fact."""
@@ -71,8 +71,8 @@ class TextWriter(Writer):
 
     def scene(self) -> str:
         """Show two people with things, numbers or boxes."""
-        first_person, second_person = self.persons(2)
-        first, second = self.companions(self.rng.choice(self.things), 2)
+        first_person, second_person = self.draw_first_names(2)
+        first, second = self.draw_companions(self.rng.choice(self.things), 2)
         numbers = self.rng.sample(range(2, 11), 2)
         return self.frame(
             "scenes",
@@ -89,7 +89,7 @@ class TextWriter(Writer):
 
     def list_names(self) -> str:
         """Read out a short list of things."""
-        items = self.companions(self.rng.choice(self.things), self.rng.randint(3, 4))
+        items = self.draw_companions(self.rng.choice(self.things), self.rng.randint(3, 4))
         names = [item.name for item in items]
         entries = names
         if self.rng.random() < SCORES:
@@ -122,7 +122,7 @@ class TextWriter(Writer):
 
     def entry(self, thing: Thing) -> str:
         """State all facts of a thing, as a small encyclopedia does."""
-        facts = self.attributes(thing)
+        facts = self.shuffle_attributes(thing)
         title = self.frame("titles", topic=self.topic(thing))
         if self.rng.random() < CAPITALS:
             title = title.upper()
@@ -142,8 +142,8 @@ class TextWriter(Writer):
 
     def story(self, thing: Thing) -> str:
         """Let two people talk of a thing, and of another one, within a small scene."""
-        first, second = self.persons(2)
-        facts = self.attributes(thing)[:3]
+        first, second = self.draw_first_names(2)
+        facts = self.shuffle_attributes(thing)[:3]
         new_thing = self.rng.choice(self.things)
         sentences = [
             self.frame("openings", p=first, q=second),
@@ -153,7 +153,7 @@ class TextWriter(Writer):
         ]
         if len(facts) > 2 and self.rng.random() < THIRD_FACT:
             sentences.append(self.quote(thing, facts[2], first))
-        new_fact = self.attributes(new_thing)[0]
+        new_fact = self.shuffle_attributes(new_thing)[0]
         speaker = self.rng.choice([first, second])
         sentences.append(self.quote(new_thing, new_fact, speaker))
         if self.rng.random() < SCENES:
@@ -163,8 +163,8 @@ class TextWriter(Writer):
 
     def dialogue(self, thing: Thing) -> str:
         """Let two people exchange facts, a line each."""
-        first, second = self.persons(2)
-        facts = self.attributes(thing)
+        first, second = self.draw_first_names(2)
+        facts = self.shuffle_attributes(thing)
         lines = [self.frame("talks", p=first, topic=self.topic(thing))]
         for i, fact in enumerate(facts[:DIALOGUE_FACTS]):
             is_reply = i % 2 == 0
@@ -178,14 +178,14 @@ class TextWriter(Writer):
 
     def lesson(self, thing: Thing) -> str:
         """Show a classroom: what is asked for, lists, numbers and a few facts."""
-        first, second = self.persons(2)
+        first, second = self.draw_first_names(2)
         lines = [
             self.frame("classroom", p=first, q=second),
             self.list_names(),
             self.scene(),
             self.frame("classroom", p=second, q=first),
             self.state_any(thing, first),
-            capitalize(self.classify(self.companions(thing, 1)[0])),
+            capitalize(self.classify(self.draw_companions(thing, 1)[0])),
             self.scene(),
         ]
         self.rng.shuffle(lines)
@@ -193,14 +193,14 @@ class TextWriter(Writer):
 
     def game(self, thing: Thing) -> str:
         """Let two people play with words: each thing is named more than once."""
-        first, second = self.persons(2)
+        first, second = self.draw_first_names(2)
         lines = [self.play(thing, first, second) for _ in range(GAME_ROUNDS)]
         lines.append(self.state_any(thing, first))
         return " ".join(lines)
 
     def play(self, thing: Thing, first_person: str, second_person: str) -> str:
         """Play a round of a game with 3 or 4 things."""
-        items = self.companions(thing, self.rng.randint(3, 4))
+        items = self.draw_companions(thing, self.rng.randint(3, 4))
         line = self.frame(
             "games",
             list=join_names(items),
@@ -241,11 +241,11 @@ class ChineseWriter(TextWriter):
     def write_round(self) -> Iterator[str]:
         """Write an entry and a story for each thing."""
         for thing in self.rng.sample(self.things, len(self.things)):
-            first_fact, *facts = self.attributes(thing)
+            first_fact, *facts = self.shuffle_attributes(thing)
             sentences = [self.state(thing, first_fact)]
             sentences += [self.state(thing, fact, it=True) for fact in facts]
             yield "".join(sentences)
-            first, second = self.persons(2)
+            first, second = self.draw_first_names(2)
             new_thing = self.rng.choice(self.things)
             sentences = [
                 self.frame("openings", p=first, q=second),
