@@ -90,10 +90,10 @@ class Estimate:
     by_seed: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, by_seed: np.ndarray, draws: np.ndarray) -> "Estimate":
-        """Summarize the values of seeds, (seeds,), and of bootstrap draws, (draws,)."""
+    def of(cls, by_seed: np.ndarray, by_resample: np.ndarray) -> "Estimate":
+        """Summarize the values of seeds, (seeds,), and of bootstrap resamples, (resamples,)."""
         tail = (1 - CONFIDENCE) / 2
-        low, high = np.nanquantile(draws, [tail, 1 - tail])
+        low, high = np.nanquantile(by_resample, [tail, 1 - tail])
         return cls(
             value=float(np.mean(by_seed)),
             low=float(low),
@@ -144,7 +144,7 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)
     names = [name_cell(study, sweeps, run) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
-    runs["mark"] = [mark_rate(study, sweeps, run) for run in runs.itertuples()]
+    runs["mark"] = [find_rate_marks(study, sweeps, run) for run in runs.itertuples()]
     runs["usual"] = runs.cell.str.replace(r"\*[^/~@^#+]*", "", regex=True)  # without the rate
     # The fewest are the base's own: a model with an adapter has more.
     base_parameters = runs.groupby("base").parameters.transform("min")
@@ -182,7 +182,7 @@ def read_prompt_table(path: Path) -> pd.DataFrame:
 def find_rates(sweep: Sweep) -> list[float]:
     """Return the rates that an arm is reported at: the best one, or fixed ones.
 
-    While a best rate lies at the edge of its grid, it stands for the arm, and is marked.
+    While the best rate is unknown, the best of those that ran stands for the arm.
     """
     if sweep.reported or sweep.leading is None:
         return sweep.reported
@@ -228,7 +228,7 @@ def find_tuning_epochs(study: Study, size: str, arm: str) -> float:
     return study.arms[arm].tuning_epochs.get(size, usual)
 
 
-def mark_rate(study: Study, sweeps: dict, run: tuple) -> str:
+def find_rate_marks(study: Study, sweeps: dict, run: tuple) -> str:
     """Return the marks of a run's learning rate: chosen after fewer epochs, or at an edge."""
     if run.arm == "base" or run.size not in study.arms[run.arm].rates:
         return ""
@@ -268,7 +268,10 @@ def describe_data(data: dict) -> str:
 
 
 def read_letters(outcomes: dict, prompts: pd.DataFrame, decoding: str, way: str = "") -> np.ndarray:
-    """Return a run's letters of `LETTERS`, (draws, prompts); `way` is another way of asking."""
+    """Return a run's letters of `LETTERS`; `way` is another way of asking.
+
+    A row is one answer to each prompt: the greedy one, or one of several sampled ones.
+    """
     (name,) = prompts["set"].unique()
     if way:
         name = f"{name}/{way}"
@@ -277,27 +280,28 @@ def read_letters(outcomes: dict, prompts: pd.DataFrame, decoding: str, way: str 
     return letters[:, prompts.index]
 
 
-def mark_answers(
+def compute_prompt_shares(
     runs: pd.DataFrame, prompts: pd.DataFrame, decoding: str, kind: str = "correct"
 ) -> np.ndarray:
-    """Return the share of draws whose answer is of a kind of `KINDS`: (runs, prompts)."""
-    marks = []
+    """Return the share of each prompt's answers that are of a kind of `KINDS`: (runs, prompts)."""
+    prompt_shares = []
     for outcomes in runs.outcomes:
         letters = read_letters(outcomes, prompts, decoding)
-        marks.append((letters == LETTERS[kind]).mean(axis=0))
-    return np.array(marks)
+        is_kind = letters == LETTERS[kind]
+        prompt_shares.append(is_kind.mean(axis=0))
+    return np.array(prompt_shares)
 
 
-def draw_shares(marks: np.ndarray, prompts: pd.DataFrame, size: str) -> np.ndarray:
-    """Return the share in each bootstrap draw, (draws,), of marks (seeds, prompts).
+def resample_shares(prompt_shares: np.ndarray, prompts: pd.DataFrame, size: str) -> np.ndarray:
+    """Return the mean in each bootstrap resample, (resamples,), of (seeds, prompts).
 
     The same seeds and clusters are drawn for all runs of a size, so differences are paired.
     """
     codes, clusters = pd.factorize(prompts.cluster)
     members = np.eye(len(clusters))[codes]  # (prompts, clusters)
-    sums = marks @ members
+    sums = prompt_shares @ members
     cluster_sizes = members.sum(axis=0)
-    counts = np.tile(cluster_sizes, (len(marks), 1))
+    counts = np.tile(cluster_sizes, (len(prompt_shares), 1))
     seed_stream = hash_text(f"seeds {size}")
     prompt_stream = hash_text(prompts["set"].iloc[0])
     return resample_means(sums, counts, (seed_stream, prompt_stream))
@@ -314,8 +318,9 @@ def estimate_share(
     """Estimate the share of answers of a kind over runs of one cell; None without runs."""
     if runs.empty or prompts.empty:
         return None
-    marks = mark_answers(runs, prompts, decoding, kind)
-    return Estimate.of(marks.mean(axis=1), draw_shares(marks, prompts, runs["size"].iloc[0]))
+    prompt_shares = compute_prompt_shares(runs, prompts, decoding, kind)
+    by_resample = resample_shares(prompt_shares, prompts, runs["size"].iloc[0])
+    return Estimate.of(prompt_shares.mean(axis=1), by_resample)
 
 
 def estimate_gap(
@@ -328,13 +333,13 @@ def estimate_gap(
     seeds = set(above.seed) & set(below.seed)
     if not seeds or prompts.empty:
         return None
-    marks = []
+    prompt_shares = []
     for runs in (above, below):
         shared = runs[runs.seed.isin(seeds)].sort_values("seed")
-        marks.append(mark_answers(shared, prompts, decoding))
-    differences = marks[0] - marks[1]  # (seeds, prompts)
-    draws = draw_shares(differences, prompts, above["size"].iloc[0])
-    return Estimate.of(differences.mean(axis=1), draws)
+        prompt_shares.append(compute_prompt_shares(shared, prompts, decoding))
+    differences = prompt_shares[0] - prompt_shares[1]  # (seeds, prompts)
+    by_resample = resample_shares(differences, prompts, above["size"].iloc[0])
+    return Estimate.of(differences.mean(axis=1), by_resample)
 
 
 def select_reported(evidence: Evidence) -> pd.DataFrame:
@@ -389,6 +394,6 @@ def tabulate_cells(evidence: Evidence, runs: pd.DataFrame, sets: list[str]) -> p
                 "above_chance": (estimate.value - chance) / (1 - chance),
             }
             for kind in KINDS:
-                row[kind] = mark_answers(seeds, prompts, decoding, kind).mean()
+                row[kind] = compute_prompt_shares(seeds, prompts, decoding, kind).mean()
             rows.append(row)
     return pd.DataFrame(rows)

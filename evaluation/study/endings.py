@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from evaluation.study.analysis import Evidence, mark_answers
+from evaluation.study.analysis import Evidence, compute_prompt_shares
 from evaluation.study.settings import RESULTS_DIR
 
 SAMPLED = "t0.85p0.85"
@@ -25,7 +25,7 @@ def list_own_endings(evidence: Evidence) -> pd.DataFrame:
         runs = evidence.find_cell(cell, base.size)
         if runs.empty:
             continue
-        endless = mark_answers(runs, prompts, SAMPLED, "endless").mean()
+        endless = compute_prompt_shares(runs, prompts, SAMPLED, "endless").mean()
         rows.append(
             {
                 "base": base.id,

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from evaluation.study.analysis import Evidence, mark_answers
+from evaluation.study.analysis import Evidence, compute_prompt_shares
 from evaluation.study.plan import Run
 from evaluation.study.settings import MAIN_BASE
 
@@ -45,8 +45,8 @@ def list_points(
     shared = runs[runs.seed.isin(seeds)]
     columns = {}
     for title, name in zip(("taught", "kept"), sets, strict=True):
-        marks = mark_answers(shared, evidence.choose_prompts(name), decoding)
-        columns[title] = marks.mean(axis=1) if len(shared) else []
+        prompt_shares = compute_prompt_shares(shared, evidence.choose_prompts(name), decoding)
+        columns[title] = prompt_shares.mean(axis=1) if len(shared) else []
     points = shared[["arm", "learning_rate", "step"]].assign(**columns)
     return points.groupby(["arm", "learning_rate", "step"], as_index=False).mean()
 

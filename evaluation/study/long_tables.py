@@ -16,10 +16,10 @@ from evaluation.probe.world_measure import tabulate_controls
 from evaluation.study.analysis import (
     PLAIN_SKILLS,
     Evidence,
+    compute_prompt_shares,
     estimate_gap,
     estimate_share,
     find_tuning_epochs,
-    mark_answers,
     select_reported,
     select_usual,
     tabulate_cells,
@@ -241,8 +241,8 @@ def share_by_skill(evidence: Evidence, runs: pd.DataFrame, half: str = "test") -
     columns = {}
     for names, seeds in label_rows(runs).groupby(CELL, sort=False):
         for decoding in DECODINGS if half == "test" else ["greedy"]:
-            marks = mark_answers(seeds, prompts, decoding).mean(axis=0)
-            shares = pd.Series(marks, prompts.index)
+            prompt_shares = compute_prompt_shares(seeds, prompts, decoding).mean(axis=0)
+            shares = pd.Series(prompt_shares, prompts.index)
             head = pd.Series({"composition": shares[is_composition].mean()})
             by_group = shares.groupby(groups).mean()
             by_skill = shares.groupby(prompts.skill).mean()

@@ -9,10 +9,10 @@ import pytest
 from evaluation.study.analysis import (
     Estimate,
     Evidence,
+    compute_prompt_shares,
     estimate_gap,
     estimate_share,
     load_evidence,
-    mark_answers,
     select_reported,
     tabulate_cells,
 )
@@ -63,7 +63,7 @@ def test_shares_are_means_over_runs(evidence: Evidence) -> None:
     assert estimate_share(runs, unseen, "greedy").value == 0.5
     nothing = runs.iloc[:0]
     assert estimate_share(nothing, plain, "greedy") is None
-    wrong = mark_answers(runs, plain, "greedy", "wrong fact")
+    wrong = compute_prompt_shares(runs, plain, "greedy", "wrong fact")
     assert wrong.tolist() == [[0, 1, 1, 1]] * 3
 
 
