@@ -239,7 +239,7 @@ def find_rate_marks(study: Study, sweeps: dict, run: tuple) -> str:
     marks = ""
     if tuning_epochs < run.epochs:
         marks += TUNED_SHORTER
-    if not sweep.reported:
+    if sweep.is_at_edge:
         marks += AT_EDGE
     return marks
 

@@ -69,6 +69,7 @@ class Sweep:
     missing: list[float]  # must run to know the best
     shares: dict[float, float] = field(default_factory=dict)  # correct, by rate; nan: diverged
     leading: float | None = None  # the best of those that ran, while the best is unknown
+    is_at_edge: bool = False  # the best of those that ran is the lowest or the highest of them
 
 
 def make_tuning_run(study: Study, size: str, arm: str, rate: float) -> Run:
@@ -136,9 +137,10 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
         elif best == table.index[0]:
             beyond = below
         missing = [rate for rate in beyond if rate not in table.index][:1]
+    is_at_edge = best is not None and best in (table.index[0], table.index[-1])
     if missing:
-        return Sweep([], missing, shares, leading=best)
-    return Sweep([best], [], shares)
+        return Sweep([], missing, shares, leading=best, is_at_edge=is_at_edge)
+    return Sweep([best], [], shares, is_at_edge=is_at_edge)
 
 
 def tune_rates(study: Study, done: pd.DataFrame) -> dict[tuple[str, str], Sweep]:

@@ -156,6 +156,18 @@ def test_a_rate_at_the_edge_stands_for_its_arm_and_is_marked(tmp_path: Path) -> 
     assert full.learning_rate.tolist() == [1e-4]
 
 
+def test_a_rate_stays_marked_once_its_grid_may_grow_no_more(tmp_path: Path) -> None:
+    """After 3 extensions the highest of 6 rates is the best, so a better one may lie beyond."""
+    lines = []
+    for rate, tune in ((5e-4, 0), (1e-3, 0), (2e-3, 1), (4e-3, 2), (8e-3, 3), (1.6e-2, 4)):
+        run = make_run("xs", "fft", rate, 1)
+        lines.append(make_line(run, {"combinations": spell(tune, 4)}))
+    write_lines(tmp_path, lines)
+    marks = load_evidence(tmp_path).runs.set_index("cell")["mark"]
+    assert marks["fft"] == "‡"
+    assert marks["fft*0.008"] == ""
+
+
 def test_round_3_stands_apart(tmp_path: Path) -> None:
     """Its lines are neither runs nor rates of the second edition."""
     fresh = make_line(make_run("xs", "fft", 1e-3, 4), {}, round=3)

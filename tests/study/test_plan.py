@@ -12,6 +12,8 @@ from model.cli import UserError
 STUDY = read_study()
 BASE = "xs-world-wrapped42"
 MIDDLE = {5e-4: (0.6, 1.0), 1e-3: (0.8, 0.9), 2e-3: (0.7, 0.9)}  # (share correct, NLL) by rate
+FALLING = {5e-4: (0.9, 1), 1e-3: (0.8, 1), 2e-3: (0.7, 1)}
+RISING = {5e-4: (0.7, 1), 1e-3: (0.8, 1), 2e-3: (0.9, 1)}
 
 
 def make_done(results: dict[float, tuple[float, float]]) -> pd.DataFrame:
@@ -39,6 +41,25 @@ def test_rates_are_tuned(results: dict, best: float | None, missing: list[float]
     assert (sweep.reported, sweep.missing) == ([best] if best else [], missing)
     two = make_done({1e-3: (0.8, 0.9), 2e-3: (0.81, 0.95)})  # a tie before the grid has ended
     assert tune_rate(STUDY, "xs", "fft", two).leading == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("results", "best", "is_at_edge"),
+    [
+        (MIDDLE, 1e-3, False),
+        (FALLING | {2.5e-4: (0.92, 1), 1.25e-4: (0.95, 1), 6.25e-5: (0.98, 1)}, 6.25e-5, True),
+        (FALLING | {2.5e-4: (0.92, 1), 1.25e-4: (0.95, 1), 6.25e-5: (0.5, 1)}, 1.25e-4, False),
+        (RISING | {4e-3: (0.92, 1), 8e-3: (0.95, 1), 1.6e-2: (0.98, 1)}, 1.6e-2, True),
+        (RISING | {4e-3: (0.92, 1), 8e-3: (0.95, 1), 1.6e-2: (0.5, 1)}, 8e-3, False),
+    ],
+)
+def test_a_best_rate_at_the_edge_stays_one_after_3_extensions(
+    results: dict, best: float, is_at_edge: bool
+) -> None:
+    """No further rate follows the third; the best is reported, and known to lie at the edge."""
+    sweep = tune_rate(STUDY, "xs", "fft", make_done(results))
+    assert (sweep.reported, sweep.missing) == ([best], [])
+    assert sweep.is_at_edge == is_at_edge
 
 
 def test_runs_wait_for_their_rate_and_start() -> None:
