@@ -1,24 +1,27 @@
-"""Batched greedy and nucleus decoding with the model's own forward pass and a cache.
+"""Batched greedy and nucleus decoding by transformers' `generate`, each answer with its own draws.
 
-Prompts are padded on the left. Greedy answers equal those of transformers' `generate`. Each sampled
-answer has its own random numbers. An answer depends on its batch only by floating-point rounding.
+Prompts are padded on the left. An answer depends on its batch only by floating-point rounding.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
 
 from model.cli import UserError
 from model.model_minimind import MiniMindForCausalLM
 
 MAX_NEW_TOKENS = 96  # of an answer, where no flag says otherwise
-LIKELY_TOKENS = 256  # a nucleus is looked for among so many first: faster than to sort all
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def generate(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
-    end_ids: tuple[int, ...] = (),
+    end_ids: Sequence[int],
 ) -> list[list[int]]:
     """Answer each prompt with new token ids; an end token that was produced is last.
 
@@ -63,11 +66,11 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        chosen = [prompts[place] for place in batch]
-        for step in continue_prompts(model, chosen, decoding, draws[batch], end_ids):
-            for index, token in step:
-                answers[batch[index]].append(token)
+        places = order[start : start + batch_size]
+        batch = [prompts[place] for place in places]
+        ended = answer_batch(model, batch, decoding, draws[places], end_ids)
+        for place, answer in zip(places, ended, strict=True):
+            answers[place] = answer
     return answers
 
 
@@ -78,41 +81,38 @@ def draw_numbers(prompts: int, steps: int, seed: int) -> Tensor:
     return torch.from_numpy(np.array(rows, np.float32).reshape(prompts, steps))
 
 
-@torch.inference_mode()
-def continue_prompts(
+def answer_batch(
     model: MiniMindForCausalLM,
     prompts: list[list[int]],
     decoding: Decoding,
     draws: Tensor,
-    end_ids: tuple[int, ...] = (),
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield, step by step, (index, token) of each prompt whose answer has not ended.
+    end_ids: Sequence[int],
+    streamer: TextStreamer | None = None,
+) -> list[list[int]]:
+    """Answer the prompts in one batch, up to their end tokens or as many tokens as draws.
 
-    Leaves the model in evaluation mode; `draws` is (B, steps), see `choose_tokens`.
+    Leaves the model in evaluation mode. `draws` is (B, steps), see `DrawnToken`; a streamer takes
+    the tokens of one prompt as they come.
     """
     model.eval()
-    device = model.device
-    draws = draws.to(device)
-    ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     ids, mask = pad_left(prompts)
-    ids = ids.to(device)
-    mask = mask.to(device)
-    rows = torch.arange(len(prompts), device=device)  # prompts whose answers go on
-    cache = DynamicCache(config=model.config)
-    for step in range(draws.shape[1]):
-        logits = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
-        tokens = choose_tokens(logits.float(), decoding, draws[rows, step])
-        yield list(zip(rows.tolist(), tokens.tolist(), strict=True))
-        going = ~torch.isin(tokens, ends)
-        if not going.any():
-            return
-        if not going.all():  # answers that have ended leave the batch
-            rows = rows[going]
-            tokens = tokens[going]
-            mask = mask[going]
-            cache.batch_select_indices(going)
-        ids = tokens[:, None]
-        mask = F.pad(mask, (0, 1), value=True)
+    processors = LogitsProcessorList()
+    if decoding.temperature > 0:
+        processors.append(TemperatureLogitsWarper(decoding.temperature))
+        processors.append(TopPLogitsWarper(decoding.top_p))
+        processors.append(DrawnToken(draws.to(model.device), prompt_length=ids.shape[1]))
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        logits_processor=processors,
+        do_sample=False,  # the most likely token, or the only one that the last processor leaves
+        max_new_tokens=draws.shape[1],
+        eos_token_id=list(end_ids),
+        pad_token_id=0,
+        streamer=streamer,
+    )
+    answers = output[:, ids.shape[1] :].tolist()
+    return [cut_at_end(answer, end_ids) for answer in answers]
 
 
 def pad_left(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -127,39 +127,42 @@ def pad_left(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def choose_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
-    """Choose the next tokens, (B,) int64, from (B, V) logits.
+def cut_at_end(answer: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Return an answer up to its first end token; what follows is padding of the batch."""
+    for index, token in enumerate(answer):
+        if token in end_ids:
+            return answer[: index + 1]
+    return answer
 
-    A token is where the cumulated probabilities reach its row's draw, (B,), uniform in [0, 1): so
-    an answer depends on its own draws only.
+
+class DrawnToken(LogitsProcessor):
+    """Leave each row one next token: the one at which its random number stands.
+
+    `generate` draws by one generator for a whole batch, so that an answer would depend on its
+    neighbors. Here it depends on its own draws alone, (B, steps), uniform in [0, 1).
     """
-    if decoding.temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = (logits / decoding.temperature).softmax(dim=-1)
-    if decoding.top_p < 1:
-        probabilities = cut_to_nucleus(probabilities, decoding.top_p)
-    cumulated = probabilities.cumsum(dim=-1)
+
+    def __init__(self, draws: Tensor, prompt_length: int) -> None:
+        self.draws = draws
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, T) ids so far and (B, V) scores -> (B, V) scores, -inf but for one token a row."""
+        step = input_ids.shape[1] - self.prompt_length
+        tokens = choose_tokens(scores, self.draws[:, step])
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter(1, tokens[:, None], 0.0)
+
+
+def choose_tokens(scores: Tensor, draws: Tensor) -> Tensor:
+    """Choose the tokens, (B,) int64, where cumulated probabilities reach their rows' draws, (B,).
+
+    Scores are (B, V) logits; a token of -inf is never chosen.
+    """
+    cumulated = scores.softmax(dim=-1).cumsum(dim=-1)
     reached = draws[:, None] * cumulated[:, -1:]
     # To the right of equal values: a token of probability 0 is never chosen.
     tokens = torch.searchsorted(cumulated, reached.contiguous(), right=True)[:, 0]
     # Rounding may bring the product up to the sum itself: then the last possible token is chosen.
     last_possible = (cumulated < cumulated[:, -1:]).sum(dim=-1)
     return tokens.minimum(last_possible)
-
-
-def cut_to_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the most likely tokens that together reach `top_p` (ties with the last, too); else 0.
-
-    Not renormalized. Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, eq. 3).
-    """
-    vocab_size = probabilities.shape[-1]
-    for count in (min(LIKELY_TOKENS, vocab_size), vocab_size):
-        likely = probabilities.topk(count).values
-        cumulated = likely.cumsum(dim=-1)
-        if (cumulated[:, -1] >= top_p).all():
-            break
-    # A token is kept if the more likely ones fall short of `top_p`; so is the most likely one.
-    more_likely = cumulated - likely
-    kept = (more_likely < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    least = likely.gather(-1, kept - 1)
-    return probabilities.where(probabilities >= least, 0.0)

@@ -6,7 +6,7 @@ from transformers import TextStreamer
 from dataset.lm_dataset import encode_conversations
 from model.checkpoint import Checkpoint
 from model.cli import escape_control
-from model.generation import Decoding, continue_prompts
+from model.generation import Decoding, answer_batch
 
 HELP = """\
 /reset          forget the conversation; a system message stays
@@ -25,7 +25,7 @@ class SafeStreamer(TextStreamer):
 def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> None:
     """Answer line by line and remember the conversation."""
     model, tokenizer = checkpoint
-    streamer = SafeStreamer(tokenizer, skip_special_tokens=True)
+    streamer = SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ends = (tokenizer.eos_token_id,)
     system = []
     turns = []
@@ -44,10 +44,6 @@ def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> Non
             encoded = encode_conversations(tokenizer, [[*system, *turns]], True)
             ids, _ = encoded[0]
             draws = torch.rand(1, max_new_tokens)  # one prompt; a number decides each token
-            answer = []
-            for ((_, token),) in continue_prompts(model, [ids], decoding, draws, ends):
-                streamer.put(torch.tensor([token]))
-                answer.append(token)
-            streamer.end()
+            (answer,) = answer_batch(model, [ids], decoding, draws, ends, streamer)
             text = tokenizer.decode(answer, skip_special_tokens=True).strip()
             turns.append({"role": "assistant", "content": text})

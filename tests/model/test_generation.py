@@ -1,17 +1,18 @@
 """Decoding against transformers' `generate`, and its pieces against known values."""
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Qwen3ForCausalLM, TopPLogitsWarper
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
-from model import generation
 from model.cli import UserError
-from model.generation import Decoding, choose_tokens, cut_to_nucleus, generate
+from model.generation import Decoding, choose_tokens, draw_numbers, generate
 from tests import DEVICE
 from tests.model.small import make_model
 
 PROMPTS = [[1, 9, 50, 60], [1, 9, 90, 91, 92, 93, 94, 95, 96], [9], [1, 9, 70], [1, 9, 50, 61]]
 GREEDY, SAMPLED = Decoding.parse("greedy"), Decoding.parse("t0.85p0.85")
+NEVER = (100,)  # no token of the small model
 
 
 def answer_alone(model: torch.nn.Module, prompt: list[int], steps: int) -> list[int]:
@@ -30,12 +31,12 @@ def test_greedy_answers_equal_those_of_transformers(qk_norm: bool) -> None:
     expected = [answer_alone(reference, prompt, 12) for prompt in PROMPTS]
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
     for batch_size in (1, 2, 5):
-        assert generate(model, PROMPTS, GREEDY, 0, 12, batch_size) == expected
+        assert generate(model, PROMPTS, GREEDY, 0, 12, batch_size, NEVER) == expected
 
 
-def test_answers_end_at_an_end_token_and_leave_the_batch() -> None:
+def test_answers_end_at_an_end_token() -> None:
     model = make_model()
-    free = generate(model, PROMPTS, GREEDY, 0, 20, 5)
+    free = generate(model, PROMPTS, GREEDY, 0, 20, 5, NEVER)
     ends = (free[1][2], free[3][7])
     cut = [next((a[: i + 1] for i, t in enumerate(a) if t in ends), a) for a in free]
     assert {len(answer) for answer in cut} >= {3, 20}
@@ -44,42 +45,57 @@ def test_answers_end_at_an_end_token_and_leave_the_batch() -> None:
 
 def test_a_sampled_answer_depends_on_seed_and_place_not_on_its_batch() -> None:
     model = make_model()
-    together = generate(model, PROMPTS, SAMPLED, 3, 12, 5)
-    assert generate(model, PROMPTS, SAMPLED, 3, 12, 2) == together
-    assert generate(model, PROMPTS[:2], SAMPLED, 3, 12, 5) == together[:2]
-    assert generate(model, PROMPTS, SAMPLED, 4, 12, 5) != together
+    together = generate(model, PROMPTS, SAMPLED, 3, 12, 5, NEVER)
+    assert generate(model, PROMPTS, SAMPLED, 3, 12, 2, NEVER) == together
+    assert generate(model, PROMPTS[:2], SAMPLED, 3, 12, 5, NEVER) == together[:2]
+    assert generate(model, PROMPTS, SAMPLED, 4, 12, 5, NEVER) != together
 
 
 def test_a_sampled_answer_does_not_depend_on_the_most_tokens() -> None:
     model = make_model()
-    most = generate(model, PROMPTS, SAMPLED, 3, 40, 5)
+    most = generate(model, PROMPTS, SAMPLED, 3, 40, 5, NEVER)
     for fewer in (1, 9, 16):
-        assert generate(model, PROMPTS, SAMPLED, 3, fewer, 5) == [a[:fewer] for a in most]
-    alike = generate(model, PROMPTS[:1] * 2, SAMPLED, 3, 9, 5)
+        assert generate(model, PROMPTS, SAMPLED, 3, fewer, 5, NEVER) == [a[:fewer] for a in most]
+    alike = generate(model, PROMPTS[:1] * 2, SAMPLED, 3, 9, 5, NEVER)
     assert alike[0] != alike[1]  # each place has numbers of its own
 
 
-@pytest.mark.parametrize("likely", [4, 256])  # enough for some rows, or for all
-@pytest.mark.parametrize("top_p", [0.3, 0.85, 0.999])
-def test_nucleus(top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "LIKELY_TOKENS", likely)
-    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
-    expected = TopPLogitsWarper(top_p)(None, logits).softmax(dim=-1)
-    found = cut_to_nucleus(logits.softmax(dim=-1), top_p)
-    assert torch.allclose(found / found.sum(dim=-1, keepdim=True), expected, atol=1e-6)
+def sample_alone(model: torch.nn.Module, prompt: list[int], draws: np.ndarray) -> list[int]:
+    """Sample one answer at temperature 0.85 from a nucleus of 0.85, in plain numpy."""
+    ids = list(prompt)
+    for draw in draws:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double().numpy()
+        weights = np.exp(logits / 0.85)
+        probabilities = weights / weights.sum()
+        from_likely = np.argsort(-probabilities)
+        reached = probabilities[from_likely].cumsum()
+        nucleus = from_likely[: np.searchsorted(reached, 0.85) + 1]
+        kept = np.zeros_like(probabilities)
+        kept[nucleus] = probabilities[nucleus]
+        cumulated = kept.cumsum()
+        ids.append(int(np.searchsorted(cumulated, draw * cumulated[-1], side="right")))
+    return ids[len(prompt) :]
+
+
+def test_sampled_answers_equal_those_of_plain_numpy() -> None:
+    model = make_model().eval()
+    reference = LlamaForCausalLM(model.config).eval()
+    reference.load_state_dict(model.state_dict())
+    draws = draw_numbers(len(PROMPTS), 12, seed=3).numpy()
+    expected = [sample_alone(reference, *pair) for pair in zip(PROMPTS, draws, strict=True)]
+    assert generate(model, PROMPTS, SAMPLED, 3, 12, 5, NEVER) == expected
 
 
 def test_draws_choose_tokens_by_cumulated_probability() -> None:
-    # By hand: logits / 0.5 give probabilities .5, 0, .3, .2 in this order.
-    logits = torch.tensor([0.5, 0.0, 0.3, 0.2]).log() * 0.5
+    # By hand: probabilities .5, 0, .3, .2 in this order.
+    scores = torch.tensor([0.5, 0.0, 0.3, 0.2]).log()
     draws = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2**-24])
-    chosen = choose_tokens(logits.expand(6, 4), Decoding.parse("t0.5"), draws)
-    assert chosen.tolist() == [0, 0, 2, 2, 3, 3]
-    # A nucleus of .7 holds the first and the third, .625 and .375 of it.
+    assert choose_tokens(scores.expand(6, 4), draws).tolist() == [0, 0, 2, 2, 3, 3]
+    # Where a nucleus leaves the first and the third, .625 and .375 of it.
+    scores = torch.tensor([0.5, 0.0, 0.3, 0.0]).log()
     draws = torch.tensor([0.62, 0.63, 1 - 2**-24])
-    chosen = choose_tokens(logits.expand(3, 4), Decoding.parse("t0.5p0.7"), draws)
-    assert chosen.tolist() == [0, 2, 2]
-    assert choose_tokens(logits.expand(3, 4), GREEDY, draws).tolist() == [0, 0, 0]
+    assert choose_tokens(scores.expand(3, 4), draws).tolist() == [0, 2, 2]
 
 
 def test_decodings_by_name() -> None:
