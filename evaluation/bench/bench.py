@@ -3,308 +3,72 @@
     python evaluation/bench/bench.py                     # or: make bench
     python evaluation/bench/bench.py --sizes xs --quick --output quick.json   # does it run?
 
-An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", the same with
-MiniMind's loading; "trainer", Trainer with PEFT, not compiled. Arms take turns, so that a machine
-which slows down or speeds up does so for all. Numbers are medians without first steps. MFU is
-"% of the peak", of a large product. "Batches" needs a GPU.
+An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", MiniMind's
+own step and loading; "trainer", Trainer with PEFT. The last two are not compiled, as their users
+run them. MiniMind's computes in float32 on every CPU. Arms take turns, so that a machine which
+slows down or speeds up does so for all. Numbers are medians without first steps, and tokens/s are
+those of real tokens, padding aside. MFU is "% of the peak", of a large product. "Batches" needs a
+GPU, and "Threads" a CPU.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import pandas as pd
 import torch
-from peft import LoraConfig, get_peft_model
-from torch.autograd import DeviceType
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.benchmark import Timer
-from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM
 
-from dataset.lm_dataset import StepPlan, TokenDataset, load_dataset, read_jsonl, write_records
+from dataset.lm_dataset import load_dataset, read_jsonl, write_records
 from dataset.world.generate import ensure_world
+from evaluation.bench.engines import METHODS, Arm, run_turn
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
 from model.cli import make_parser, run_script
-from model.files import read_json, write_json
+from model.files import write_json
 from model.generation import Decoding, generate
-from model.machine import (
-    DEVICES,
-    choose_device,
-    choose_dtype,
-    describe_machine,
-    git_state,
-    peak_memory,
-)
-from model.model_lora import name_roles
+from model.machine import DEVICES, choose_device, choose_dtype, describe_machine, git_state
 from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
-from trainer import arguments, train_full_sft, train_lora, trainer_utils
 from trainer.arguments import MAX_SEQ_LEN
 
-METHODS = {  # and what PEFT calls the layers that get an adapter
-    "FFT": None,
-    "LoRA square": ["q_proj", "o_proj"],
-    "LoRA all-linear": "all-linear",
-}
+# What each engine has by default. MiniMind's load some batches before the clock starts: a favor.
+TRAINING_WORKERS = {"ours": 0, "minimind": 8, "trainer": 0}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 WORKERS = (0, 1, 2, 4, 8)
+THREADS = (1, 2)
 SAMPLES = 1_024  # a multiple of each batch size
 PROMPTS = 100
 NEW_TOKENS = 64
-LEARNING_RATE = 1e-4
 BASE = RESULTS_DIR / "bases" / f"m26-world-{MAIN_BASE}"
-PRODUCTS = {  # names of matrix products in a profile
-    "cpu": r"^aten::(mm|addmm|bmm|baddbmm)$",
-    "cuda": "gemm|gemv|nvjet",
-}
-PARTS = ("Training", "Start", "Generation", "Batches", "Loading")
+PARTS = ("Training", "Start", "Generation", "Batches", "Loading", "Threads")
 ARM_KEYS = ["size", "method", "batch", "workers", "engine"]  # what tells arms apart
 MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]  # for what is computed
+THREADS_KEYS = ["size", "threads", "beside"]
 TABLE_COLUMNS = ["MiB", "% outside products", "% waiting for data"]
-start_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One process of the benchmark: what it trains, by which engine and for how long."""
-
-    folder: Path  # of the models, the pairs and all that a run leaves
-    device: str
-    dtype: str  # of matrix products
-    peak: float  # FLOPs a second of a large matrix product
-    size: str
-    steps: int  # that are timed; one more comes first
-    method: str = "FFT"  # of METHODS
-    engine: str = "ours"
-    batch: int = 32
-    workers: int = 0
-    compiles: str = "on"
-    compiled_code: str = "compiled"  # folder of the compiler's cache, in `folder`
-
-    @property
-    def pairs(self) -> Path:
-        """The file of pairs."""
-        return self.folder / "chats.jsonl"
-
-    @property
-    def is_gpu(self) -> bool:
-        """Whether it computes on CUDA."""
-        return self.device == "cuda"
-
-
-# ---------------------------------------------------------------- in an arm's process
-
-
-class MiniMindData:
-    """MiniMind's way of loading: a sample is rendered, tokenized, padded and labeled when read."""
-
-    def __init__(self, path: Path, data: TokenDataset) -> None:
-        self.targets = data.targets
-        self.info = data.info
-        self.lengths = pad_lengths(data)
-        self.records = [record for _, record in read_jsonl(path)]
-        self.tokenizer = load_tokenizer()
-        self.opening = self.tokenizer("<|im_start|>assistant\n").input_ids
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
-        """Return ids and labels, padded to the most that a sample may have."""
-        messages = self.records[index]["conversations"]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        ids = self.tokenizer(text).input_ids
-        ids += [self.tokenizer.pad_token_id] * MAX_SEQ_LEN
-        ids = ids[:MAX_SEQ_LEN]
-        labels = [IGNORE_INDEX] * MAX_SEQ_LEN
-        size = len(self.opening)
-        in_answer = False
-        for i in range(size, MAX_SEQ_LEN):
-            if in_answer or ids[i - size : i] == self.opening:
-                labels[i] = ids[i]
-                in_answer = ids[i] != self.tokenizer.eos_token_id
-        return ids, labels
-
-
-def pad_lengths(data: TokenDataset) -> np.ndarray:
-    """Return the lengths of padded samples: all alike, so nothing is grouped by length."""
-    return np.full_like(data.lengths, MAX_SEQ_LEN)
-
-
-def train_ours(arm: Arm, data: TokenDataset) -> dict[str, float]:
-    """Run a training script as its users do; return mean loss and FLOPs a token."""
-    name = f"run{os.getpid()}"
-    steps = arm.steps + 1
-    flags = {
-        "--from_weight": arm.folder / arm.size,
-        "--data_path": arm.pairs,
-        "--save_dir": arm.folder,
-        "--max_steps": steps,
-        "--log_interval": steps,
-        "--learning_rate": LEARNING_RATE,
-        "--lr_schedule": "constant",
-        "--device": arm.device,
-        "--dtype": arm.dtype,
-        "--use_compile": arm.compiles,
-        "--num_workers": arm.workers,
-        "--batch_size": arm.batch,
-    }
-    train = train_full_sft.main
-    if arm.method == "FFT":
-        flags["--run_name"] = name
-    else:
-        flags["--lora_name"] = name
-        flags["--lora_targets"] = arm.method.removeprefix("LoRA ")
-        train = train_lora.main
-    if arm.engine == "minimind":
-        train = partial(train_minimind, data)
-    words = ["--overwrite"]
-    for flag, value in flags.items():
-        words += [flag, str(value)]
-    train(words)
-    record = read_json(arm.folder / name / "run.json")
-    return {"loss": record["train_loss"], "flops": record["flops"] / record["tokens"]}
-
-
-def train_minimind(data: TokenDataset, words: list[str]) -> None:
-    """Fine-tune by our loop, but load the samples as MiniMind does."""
-    stage = arguments.FULL_SFT
-    args = arguments.parse_args(arguments.make_stage_parser("", stage), words, stage)
-    session = trainer_utils.start_session(args)
-    data = trainer_utils.Data(MiniMindData(*args.data_path, data), None)
-    method = trainer_utils.Method(stage.name, name_roles(session.model))
-    trainer_utils.train(args, session, data, method)
-
-
-def train_theirs(arm: Arm, data: TokenDataset) -> dict[str, float]:
-    """Train by Trainer, and PEFT for adapters, as `train_ours` does; return the mean loss."""
-    plan = StepPlan(data.lengths, arm.batch)
-    steps = arm.steps + 1
-    samples = []
-    for step in range(steps):
-        for index in plan[step]:
-            ids, labels = data[index]
-            samples.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
-    model = LlamaForCausalLM.from_pretrained(arm.folder / arm.size, dtype=torch.float32)
-    targets = METHODS[arm.method]
-    if targets:
-        config = LoraConfig(r=8, lora_alpha=32, target_modules=targets)
-        model = get_peft_model(model, config)
-    settings = TrainingArguments(
-        output_dir=arm.folder / "theirs",
-        use_cpu=arm.device == "cpu",
-        bf16=arm.dtype == "bfloat16",
-        max_steps=steps,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=arm.batch,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-    )
-    collator = DataCollatorForSeq2Seq(load_tokenizer())
-    output = Trainer(model, settings, collator, samples).train()
-    return {"loss": output.training_loss}
-
-
-class StepClock:
-    """Note when the first and the last step end, and profile what lies between, if asked to."""
-
-    def __init__(self, arm: Arm, profiles: bool) -> None:
-        self.device = arm.device
-        self.last_step = arm.steps + 1
-        self.profiler = torch.profiler.profile() if profiles else None
-        self.step = 0
-        self.first_step_at = 0.0  # seconds, as `time.time` counts
-        self.started_at = 0.0
-        self.ended_at = 0.0
-
-    def note_step(self, *_: object) -> None:
-        """Be called after each step of an optimizer."""
-        self.step += 1
-        if self.step == 1:
-            self.first_step_at = self.read()
-            if self.profiler:
-                self.profiler.start()
-            self.started_at = time.time()
-        elif self.step == self.last_step:
-            self.ended_at = self.read()
-            if self.profiler:
-                self.profiler.stop()
-
-    def read(self) -> float:
-        """Return the time at which the device has done all its work."""
-        torch.get_device_module(self.device).synchronize()
-        return time.time()
-
-    @property
-    def seconds(self) -> float:
-        """How long the timed steps took."""
-        return self.ended_at - self.started_at
-
-
-def run_turn(arm: Arm, profiles: bool = False) -> dict[str, float]:
-    """Train a first step and `arm.steps` timed ones; return their cost, or their profile."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(arm.folder / arm.compiled_code)
-    data = load_dataset("sft", [arm.pairs], load_tokenizer(), MAX_SEQ_LEN)
-    clock = StepClock(arm, profiles)
-    train = train_theirs if arm.engine == "trainer" else train_ours
-    hook = register_optimizer_step_post_hook(clock.note_step)
-    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-        report = train(arm, data)
-    hook.remove()
-    if clock.profiler:
-        return describe_profile(clock.profiler, clock.seconds, arm)
-    report["first_step_at"] = clock.first_step_at
-    report["seconds"] = clock.seconds
-    report["tokens"] = count_tokens(arm, data)
-    report["MiB"] = peak_memory(arm.device) / 2**20
-    return report
-
-
-def count_tokens(arm: Arm, data: TokenDataset) -> int:
-    """Count the tokens of the timed steps, padding aside."""
-    lengths = pad_lengths(data) if arm.engine == "minimind" else data.lengths
-    plan = StepPlan(lengths, arm.batch)
-    return sum(data.lengths[plan[step]].sum() for step in range(1, arm.steps + 1))
-
-
-def describe_profile(
-    profiler: torch.profiler.profile, seconds: float, arm: Arm
-) -> dict[str, float]:
-    """Return what part of the timed steps was spent outside matrix products, and on waiting."""
-    # A row is an operation, by its name; times are microseconds, "self" without those inside it.
-    events = pd.DataFrame(vars(event) for event in profiler.key_averages()).set_index("key")
-    is_kernel = events["device_type"].eq(DeviceType.CUDA) & ~events["is_user_annotation"]
-    kernels = events["self_device_time_total"][is_kernel] / 1e6
-    operations = kernels if arm.is_gpu else events["self_cpu_time_total"] / 1e6
-    products = operations.filter(regex=PRODUCTS["cuda" if arm.is_gpu else "cpu"]).sum()
-    waiting = events["cpu_time_total"].filter(like="DataLoader").sum() / 1e6
-    return {
-        "% outside products": 100 - 100 * products / seconds,
-        "% waiting for data": 100 * waiting / seconds,
-        "kernels": kernels.sum() if arm.is_gpu else float("nan"),
-    }
-
-
-# ---------------------------------------------------------------- the tables
+SPAWN = multiprocessing.get_context("spawn")
+start_process = partial(ProcessPoolExecutor, 1, SPAWN)
 
 
 def run_in_turns(arms: list[Arm], turns: int) -> pd.DataFrame:
     """Train the arms, each in its process, in turns; return their medians, a row an arm."""
     processes = [start_process() for _ in arms]
     pairs = list(zip(processes, arms, strict=True))
-    wait([process.submit(run_turn, arm) for process, arm in pairs])  # not timed: they compile
+    for process, arm in pairs:  # not timed: they compile; one by one, for the memory
+        process.submit(run_turn, arm).result()
     rows = []
     for turn in range(turns + 1):
         profiles = turn == turns  # a last turn is not timed, since a profiler slows it down
@@ -347,6 +111,55 @@ def measure_start(arm: Arm) -> pd.DataFrame:
             seconds = report["first_step_at"] - start
             rows.append({"size": arm.size, "engine": engine, "compiled code": code, "s": seconds})
     return pd.DataFrame(rows)
+
+
+def multiply_forever(sender: Connection) -> None:
+    """Multiply matrices with one thread; send a word after the first product."""
+    torch.set_num_threads(1)
+    matrix = torch.ones(1024, 1024)
+    torch.mm(matrix, matrix)
+    sender.send("computing")
+    while True:
+        torch.mm(matrix, matrix)
+
+
+@contextmanager
+def run_busy_process() -> Iterator[None]:
+    """Let another process compute, from before the block until its end."""
+    receiver, sender = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=multiply_forever, args=(sender,), daemon=True)
+    process.start()
+    sender.close()  # the process has its own; if it fails, the next line ends with an error
+    try:
+        receiver.recv()
+        yield
+    finally:
+        process.terminate()
+        process.join()
+
+
+NEIGHBORS = {"nothing": nullcontext, "one busy process": run_busy_process}
+
+
+def measure_threads(arm: Arm, turns: int) -> pd.DataFrame:
+    """Time our training with 1 and 2 threads, alone and beside a process that computes."""
+    processes = {}
+    for threads in THREADS:
+        processes[replace(arm, threads=threads)] = start_process()
+    for timed, process in processes.items():  # not timed: they compile
+        process.submit(run_turn, timed).result()
+    rows = []
+    for _ in range(turns):
+        for timed, process in processes.items():
+            for beside, neighbor in NEIGHBORS.items():
+                with neighbor():
+                    report = process.submit(run_turn, timed).result()
+                speed = report["tokens"] / report["seconds"]
+                rows.append([arm.size, timed.threads, beside, speed])
+    for process in processes.values():
+        process.shutdown()
+    frame = pd.DataFrame(rows, columns=[*THREADS_KEYS, "tokens/s"])
+    return frame.groupby(THREADS_KEYS, sort=False).median().reset_index()
 
 
 def measure_generation(arm: Arm, base: Path, turns: int) -> pd.DataFrame:
@@ -401,12 +214,15 @@ def write_inputs(folder: Path, sizes: Iterable[str]) -> None:
         save_model(model, TOKENIZER_DIR, folder / size)
 
 
-def cross(arm: Arm, methods: Iterable[str], engines: Iterable[str]) -> list[Arm]:
-    """Return the arm with each method and engine; in a method our engine stands first."""
+def cross(arm: Arm, methods: Iterable[str], engines: Mapping[str, int]) -> list[Arm]:
+    """Return the arm with each method and engine, and the engine's workers.
+
+    In a method our engine stands first.
+    """
     arms = []
     for method in methods:
-        for engine in engines:
-            arms.append(replace(arm, method=method, engine=engine))
+        for engine, workers in engines.items():
+            arms.append(replace(arm, method=method, engine=engine, workers=workers))
     return arms
 
 
@@ -417,7 +233,7 @@ def plan_parts(arm: Arm, sizes: list[str], base: Path, turns: int) -> list[Part]
     """Return what is measured, in order: the title of a table, and what makes rows of it."""
     parts = []
     for size in sizes:
-        arms = cross(replace(arm, size=size), METHODS, ("ours", "trainer"))
+        arms = cross(replace(arm, size=size), METHODS, TRAINING_WORKERS)
         parts.append(("Training", partial(run_in_turns, arms, turns)))
     parts.append(("Start", partial(measure_start, arm)))
     parts.append(("Generation", partial(measure_generation, arm, base, turns)))
@@ -425,11 +241,14 @@ def plan_parts(arm: Arm, sizes: list[str], base: Path, turns: int) -> list[Part]
     longer = replace(arm, steps=100) if arm.is_gpu else replace(arm, steps=20, size=sizes[0])
     if arm.is_gpu:
         for batch in BATCHES:
-            arms = cross(replace(longer, batch=batch), METHODS, ["ours"])
+            arms = cross(replace(longer, batch=batch), METHODS, {"ours": 0})
             parts.append(("Batches", partial(run_in_turns, arms, 1)))
     for workers in WORKERS:
-        arms = cross(replace(longer, workers=workers), ["FFT"], ("ours", "minimind"))
+        arms = cross(longer, ["FFT"], dict.fromkeys(("ours", "minimind"), workers))
         parts.append(("Loading", partial(run_in_turns, arms, 1)))
+    if not arm.is_gpu:
+        for size in dict.fromkeys((sizes[0], sizes[-1])):  # once, if there is one
+            parts.append(("Threads", partial(measure_threads, replace(arm, size=size), turns)))
     return parts
 
 

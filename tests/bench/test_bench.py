@@ -1,23 +1,26 @@
-"""The benchmark at a tiny size: arms train alike, MiniMind's loading is right, medians by hand."""
+"""The benchmark at a tiny size: engines train alike, parts have their arms, medians by hand."""
 
+import multiprocessing
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from dataset import lm_dataset
 from dataset.lm_dataset import turns
-from evaluation.bench import bench
+from evaluation.bench import bench, engines
 from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from tests.model.small import make_model
 from tests.trainer.runs import write_jsonl
 
 
 @pytest.fixture
-def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bench.Arm:
+def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> engines.Arm:
     """A tiny model and 8 conversations of different lengths, one of them of two turns."""
     save_model(make_model(), TOKENIZER_DIR, tmp_path / "tiny")
     chats = []
@@ -28,42 +31,60 @@ def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bench.Arm:
     write_jsonl(tmp_path / "chats.jsonl", [{"conversations": chat} for chat in chats])
     monkeypatch.setattr(lm_dataset, "CACHE_DIR", tmp_path / "cache")
     AcceleratorState._reset_state(True)
-    return bench.Arm(tmp_path, "cpu", "float32", 1e9, "tiny", steps=2, batch=4, compiles="off")
+    return engines.Arm(tmp_path, "cpu", "float32", 1e9, "tiny", steps=2, batch=4, compiles="off")
 
 
-def test_minimind_way_gives_the_tokens_and_labels_of_ours(arm: bench.Arm) -> None:
+def test_minimind_way_gives_the_tokens_and_labels_of_ours(arm: engines.Arm) -> None:
     tokens = lm_dataset.load_dataset("sft", [arm.pairs], load_tokenizer(), 340)
-    theirs = bench.MiniMindData(arm.pairs, tokens)
+    theirs = engines.MiniMindData(arm.pairs)
     assert len(tokens) == 8
     for index, (ids, labels) in enumerate(tokens):
         padding = 340 - len(ids)
         padded_ids, padded_labels = theirs[index]
-        assert padded_ids == [*ids, *[0] * padding]
-        assert padded_labels == [*labels, *[-100] * padding]
+        assert padded_ids.tolist() == [*ids, *[0] * padding]
+        assert padded_labels.tolist() == [*labels, *[-100] * padding]
 
 
-def test_ours_and_trainer_train_alike(arm: bench.Arm) -> None:
-    for method in ("FFT", "LoRA all-linear"):
-        ours, theirs = bench.cross(arm, [method], ["ours", "trainer"])
-        loss = bench.run_turn(ours)["loss"]
-        assert loss == pytest.approx(bench.run_turn(theirs)["loss"], rel=0.02)
+def train_together(arm: engines.Arm, method: str) -> list[float]:
+    """Train by each engine; return the mean losses of ours, MiniMind's step and Trainer.
+
+    All samples are in each batch, so that neither their order nor padding may change a loss.
+    """
+    arms = bench.cross(replace(arm, batch=8), [method], {"ours": 0, "minimind": 0, "trainer": 0})
+    return [engines.run_turn(arm)["loss"] for arm in arms]
 
 
-def test_a_profiled_turn_gives_shares_of_its_time(arm: bench.Arm) -> None:
+def test_engines_train_alike(arm: engines.Arm) -> None:
+    ours, minimind, trainer = train_together(arm, "FFT")
+    assert minimind == pytest.approx(ours, rel=1e-5)
+    assert trainer == pytest.approx(ours, rel=1e-5)
+
+
+def test_engines_train_adapters(arm: engines.Arm) -> None:
+    """They start at random: as the base, of which more layers and a higher scale learn more."""
+    tokens = lm_dataset.load_dataset("sft", [arm.pairs], load_tokenizer(), 340)
+    base = engines.train_minimind(replace(arm, batch=8, steps=0), tokens)["loss"]
+    ours, minimind, trainer = train_together(arm, "LoRA all-linear")
+    _, square, _ = train_together(arm, "LoRA square")
+    assert trainer == pytest.approx(ours, rel=2e-3)
+    assert ours < minimind < square < base
+
+
+def test_a_profiled_turn_gives_shares_of_its_time(arm: engines.Arm) -> None:
     minimind = replace(arm, engine="minimind", workers=1)
-    shares = bench.run_turn(minimind, profiles=True)
+    shares = engines.run_turn(minimind, profiles=True)
     assert 0 < shares["% outside products"] < 100
     assert 0 < shares["% waiting for data"] < 100
 
 
-def test_tokens_of_the_timed_steps_by_hand(arm: bench.Arm) -> None:
+def test_tokens_of_the_timed_steps_by_hand(arm: engines.Arm) -> None:
     """Of 8 samples in batches of 4, the second batch is timed; padding counts for no engine."""
     data = lm_dataset.load_dataset("sft", [arm.pairs], load_tokenizer(), 340)
     timed = replace(arm, steps=1)
     for engine, is_grouped in (("ours", True), ("minimind", False)):
         batches = lm_dataset.StepPlan(data.lengths if is_grouped else np.full(8, 340), 4)
         tokens = sum(len(data[index][0]) for index in batches[1])
-        assert bench.count_tokens(replace(timed, engine=engine), data) == tokens
+        assert engines.count_tokens(replace(timed, engine=engine), data) == tokens
 
 
 def test_medians_by_hand() -> None:
@@ -86,3 +107,62 @@ def test_medians_by_hand() -> None:
     assert ours["time / ours"] == 1
     assert trainer["tokens/s"] == 22.5
     assert trainer["time / ours"] == 2
+
+
+def test_a_busy_process_runs_as_long_as_its_block() -> None:
+    before = multiprocessing.active_children()
+    with bench.run_busy_process():
+        assert len(multiprocessing.active_children()) == len(before) + 1
+    assert multiprocessing.active_children() == before
+
+
+def test_threads_are_timed_alone_and_beside_a_busy_process(arm: engines.Arm) -> None:
+    table = bench.measure_threads(arm, turns=1)
+    assert table[bench.THREADS_KEYS].to_numpy().tolist() == [
+        ["tiny", 1, "nothing"],
+        ["tiny", 1, "one busy process"],
+        ["tiny", 2, "nothing"],
+        ["tiny", 2, "one busy process"],
+    ]
+    assert (table["tokens/s"] > 0).all()
+
+
+def test_an_arm_computes_with_its_threads(arm: engines.Arm) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            engines.run_turn(replace(arm, threads=count))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_spawned_arm_starts_workers_in_the_way_of_the_platform(arm: engines.Arm) -> None:
+    way = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)  # as in a process that was spawned
+    try:
+        engines.run_turn(arm)
+        assert multiprocessing.get_start_method() == way
+    finally:
+        multiprocessing.set_start_method(None, force=True)
+
+
+def test_parts_of_a_processor_and_of_a_gpu(arm: engines.Arm) -> None:
+    """Each size has its arms; threads are for a processor, and batches of many sizes for a GPU."""
+    base = arm.folder / "tiny"
+    on_cpu = [title for title, _ in bench.plan_parts(arm, ["xs", "s", "m26"], base, 1)]
+    on_gpu = [title for title, _ in bench.plan_parts(replace(arm, device="cuda"), ["xs"], base, 1)]
+    assert Counter(on_cpu) == {
+        "Training": 3,
+        "Start": 1,
+        "Generation": 1,
+        "Loading": 5,
+        "Threads": 2,
+    }
+    assert Counter(on_gpu) == {
+        "Training": 1,
+        "Start": 1,
+        "Generation": 1,
+        "Batches": 8,
+        "Loading": 5,
+    }
