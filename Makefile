@@ -3,6 +3,7 @@
 # make install     the virtual environment; targets that need it make it first
 # make test        lint and tests
 # make gpu         the tests that compute on a GPU; DEVICE=cpu make gpu: the same without one
+# make gpu-tree    out/gpu-tree: the last commit for a machine with a GPU, less than 64 MiB
 # make elsewhere   other tools on our folders, in a virtual environment of their own
 # make stress      kill training runs at random moments, continue and compare them; README's commands
 # make study       all runs of evaluation/study/study.toml without a result, then the report
@@ -19,7 +20,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ELSEWHERE := .venv-elsewhere
 
-.PHONY: demo test gpu elsewhere report study stress bench page install clean-demo
+.PHONY: demo test gpu gpu-tree elsewhere report study stress bench page install clean-demo
 
 # Touched after an installation that succeeded; a change of the requirements installs again.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -39,6 +40,17 @@ test: install
 # On CUDA only deterministic kernels make runs bitwise equal; cuBLAS needs CUBLAS_WORKSPACE_CONFIG.
 gpu: install
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 DEVICE=$(DEVICE) $(RUN) -m pytest -m gpu
+
+# Without what neither the GPU's tests nor the benchmark read: the bases of 1.3M and 5.5M of the
+# study, its likelihoods and tests, the saved answers and the shipped models.
+gpu-tree:
+	rm -rf out/gpu-tree
+	mkdir -p out/gpu-tree
+	git archive HEAD -- . ':!evaluation/study/bases/s-*' ':!evaluation/study/bases/xs-*' \
+		':!evaluation/study/nll.parquet' ':!tests/study' \
+		':!evaluation/model_outputs' ':!model/trained' \
+		| tar -x -C out/gpu-tree
+	du -sh --apparent-size out/gpu-tree
 
 # Apart from $(VENV), so that no version there changes.
 $(ELSEWHERE)/installed: requirements.txt requirements-dev.txt requirements-elsewhere.txt
