@@ -1,14 +1,14 @@
-"""Measure speed and memory beside transformers' Trainer, PEFT and `generate`, on any device.
+"""Measure speed and memory beside MiniMind's own step and transformers' Trainer with PEFT.
 
     python evaluation/bench/bench.py                     # or: make bench
-    python evaluation/bench/bench.py --sizes xs --quick --output quick.json   # does it run?
+    python evaluation/bench/bench.py --sizes xs --turns 1 --output quick.json   # does it run?
 
-An arm is a process of one engine: "ours", a script of trainer/, compiled; "minimind", MiniMind's
-own step and loading; "trainer", Trainer with PEFT. The last two are not compiled, as their users
-run them. MiniMind's computes in float32 on every CPU. Arms take turns, so that a machine which
-slows down or speeds up does so for all. Numbers are medians without first steps, and tokens/s are
-those of real tokens, padding aside. MFU is "% of the peak", of a large product. "Batches" needs a
-GPU, and "Threads" a CPU.
+An arm is a process of one engine: "ours", a script of trainer/, compiled or not; "minimind",
+MiniMind's own step and loading; "trainer", Trainer with PEFT. The last two are not compiled, as
+their users run them. MiniMind's computes in float32 on every CPU. Arms take turns, so that a
+machine which slows down or speeds up does so for all. Numbers are medians without first steps, and
+tokens/s are those of real tokens, padding aside. MFU is "% of the peak", of a large product.
+"Batches" needs a GPU, and "Threads" a CPU.
 """
 
 import argparse
@@ -31,30 +31,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pandas as pd
 import torch
 from torch.utils.benchmark import Timer
-from transformers import LlamaForCausalLM
 
-from dataset.lm_dataset import load_dataset, read_jsonl, write_records
+from dataset.lm_dataset import read_jsonl, write_records
 from dataset.world.generate import ensure_world
 from evaluation.bench.engines import METHODS, Arm, run_turn
-from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
-from model.checkpoint import TOKENIZER_DIR, load_model, load_tokenizer, save_model
+from evaluation.study.settings import read_study
+from model.checkpoint import TOKENIZER_DIR, save_model
 from model.cli import make_parser, run_script
 from model.files import write_json
-from model.generation import Decoding, generate
 from model.machine import DEVICES, choose_device, choose_dtype, describe_machine, git_state
-from model.model_minimind import IGNORE_INDEX, MiniMindForCausalLM, minimind_config
-from trainer.arguments import MAX_SEQ_LEN
+from model.model_minimind import MiniMindForCausalLM, minimind_config
 
-# What each engine has by default. MiniMind's load some batches before the clock starts: a favor.
-TRAINING_WORKERS = {"ours": 0, "minimind": 8, "trainer": 0}
+# How each engine runs by default. MiniMind's loads some batches before the clock starts: a favor.
+# Its rows are padded to one length, so a single step tells its speed.
+ENGINE_SETTINGS = {
+    "ours": {},
+    "ours, not compiled": {"compiles": "off"},
+    "minimind": {"workers": 8, "steps": 1},
+    "trainer": {},
+}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-WORKERS = (0, 1, 2, 4, 8)
+WORKERS = (0, 2, 8)
 THREADS = (1, 2)
 SAMPLES = 1_024  # a multiple of each batch size
-PROMPTS = 100
-NEW_TOKENS = 64
-BASE = RESULTS_DIR / "bases" / f"m26-world-{MAIN_BASE}"
-PARTS = ("Training", "Start", "Generation", "Batches", "Loading", "Threads")
+PARTS = ("Training", "Start", "Batches", "Loading", "Threads")
 ARM_KEYS = ["size", "method", "batch", "workers", "engine"]  # what tells arms apart
 MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]  # for what is computed
 THREADS_KEYS = ["size", "threads", "beside"]
@@ -102,8 +102,9 @@ def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
 def measure_start(arm: Arm) -> pd.DataFrame:
     """Time a process from its start to its first step's end, with and without compiled code."""
     rows = []
-    for engine in ("ours", "trainer"):
-        started = replace(arm, engine=engine, compiled_code=engine)  # a folder of its own
+    for engine in ("ours", "ours, not compiled", "trainer"):
+        folder = f"{arm.size}-{engine}"  # of its own
+        started = replace(arm, engine=engine, compiled_code=folder, **ENGINE_SETTINGS[engine])
         for code in ("cold", "warm"):  # the second process finds what the first has compiled
             start = time.time()
             with start_process() as process:
@@ -162,39 +163,6 @@ def measure_threads(arm: Arm, turns: int) -> pd.DataFrame:
     return frame.groupby(THREADS_KEYS, sort=False).median().reset_index()
 
 
-def measure_generation(arm: Arm, base: Path, turns: int) -> pd.DataFrame:
-    """Time a model's greedy answers, ours and transformers', of at most 64 tokens each."""
-    tokenizer = load_tokenizer(base)
-    data = load_dataset("sft", [arm.pairs], tokenizer, MAX_SEQ_LEN)
-    prompts = []
-    for ids, labels in islice(iter(data), PROMPTS):
-        answer_start = (labels != IGNORE_INDEX).argmax()
-        prompts.append(ids[:answer_start].tolist())
-    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    padded = padded.to(arm.device)
-    ours = load_model(base).to(arm.device, getattr(torch, arm.dtype))
-    theirs = LlamaForCausalLM.from_pretrained(base, dtype=ours.dtype).to(arm.device)
-    end_ids = (tokenizer.eos_token_id,)
-    calls = {
-        "ours": partial(
-            generate, ours, prompts, Decoding("greedy"), 0, NEW_TOKENS, PROMPTS, end_ids
-        ),
-        "transformers": partial(theirs.generate, **padded, max_new_tokens=NEW_TOKENS),
-    }
-    arm_keys = {"size": base.name, "method": "greedy", "batch": PROMPTS, "workers": 0}
-    tokens = sum(len(answer) for answer in calls["ours"]())
-    rows = []
-    for turn in range(turns + 1):
-        for engine, call in calls.items():
-            start = time.perf_counter()
-            call()  # both wait for the device after each token
-            seconds = time.perf_counter() - start
-            measured = {"engine": engine, "turn": turn, "seconds": seconds, "tokens": tokens}
-            rows.append(arm_keys | measured)
-    frame = pd.DataFrame(rows)
-    return take_medians(frame[frame["turn"] > 0])  # first turns warm up
-
-
 def measure_peak(device: str, dtype: str) -> float:
     """Return the FLOPs a second of a large matrix product."""
     width = 8192 if device == "cuda" else 4096
@@ -214,37 +182,38 @@ def write_inputs(folder: Path, sizes: Iterable[str]) -> None:
         save_model(model, TOKENIZER_DIR, folder / size)
 
 
-def cross(arm: Arm, methods: Iterable[str], engines: Mapping[str, int]) -> list[Arm]:
-    """Return the arm with each method and engine, and the engine's workers.
+def cross(arm: Arm, methods: Iterable[str], engines: Mapping[str, dict]) -> list[Arm]:
+    """Return the arm with each method and engine, and the engine's settings.
 
     In a method our engine stands first.
     """
     arms = []
     for method in methods:
-        for engine, workers in engines.items():
-            arms.append(replace(arm, method=method, engine=engine, workers=workers))
+        for engine, settings in engines.items():
+            arms.append(replace(arm, method=method, engine=engine, **settings))
     return arms
 
 
 Part = tuple[str, Callable[[], pd.DataFrame]]
 
 
-def plan_parts(arm: Arm, sizes: list[str], base: Path, turns: int) -> list[Part]:
+def plan_parts(arm: Arm, sizes: list[str], turns: int) -> list[Part]:
     """Return what is measured, in order: the title of a table, and what makes rows of it."""
     parts = []
     for size in sizes:
-        arms = cross(replace(arm, size=size), METHODS, TRAINING_WORKERS)
+        arms = cross(replace(arm, size=size), METHODS, ENGINE_SETTINGS)
         parts.append(("Training", partial(run_in_turns, arms, turns)))
-    parts.append(("Start", partial(measure_start, arm)))
-    parts.append(("Generation", partial(measure_generation, arm, base, turns)))
+    for size in sizes:
+        parts.append(("Start", partial(measure_start, replace(arm, size=size))))
     # So many steps that batches loaded before the clock starts do not matter.
-    longer = replace(arm, steps=100) if arm.is_gpu else replace(arm, steps=20, size=sizes[0])
+    longer = replace(arm, steps=100) if arm.is_gpu else replace(arm, steps=10, size=sizes[0])
     if arm.is_gpu:
         for batch in BATCHES:
-            arms = cross(replace(longer, batch=batch), METHODS, {"ours": 0})
+            arms = cross(replace(longer, batch=batch), METHODS, {"ours": {}})
             parts.append(("Batches", partial(run_in_turns, arms, 1)))
     for workers in WORKERS:
-        arms = cross(longer, ["FFT"], dict.fromkeys(("ours", "minimind"), workers))
+        engines = {"ours": {"workers": workers}, "minimind": {"workers": workers}}
+        arms = cross(longer, ["FFT"], engines)
         parts.append(("Loading", partial(run_in_turns, arms, 1)))
     if not arm.is_gpu:
         for size in dict.fromkeys((sizes[0], sizes[-1])):  # once, if there is one
@@ -259,10 +228,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes, help="(all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables (all)")
-    parser.add_argument("--quick", action="store_true", help="one turn in place of 5")
+    parser.add_argument("--turns", type=int, default=3, help="timed turns of each engine (3)")
     parser.add_argument("--output", type=Path, default=output, help="(evaluation/bench/bench.json)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
-    parser.add_argument("--base", type=Path, default=BASE, help="model of Generation (m26)")
     return parser.parse_args(argv)
 
 
@@ -280,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         write_inputs(folder, args.sizes)
         steps = 50 if device == "cuda" else 4
         arm = Arm(folder, device, dtype, peak, args.sizes[-1], steps)
-        for title, measure in plan_parts(arm, args.sizes, args.base, 1 if args.quick else 5):
+        for title, measure in plan_parts(arm, args.sizes, args.turns):
             if title not in args.parts:
                 continue
             table = measure().dropna(axis="columns", how="all")

@@ -209,7 +209,12 @@ def train_trainer(arm: Arm, data: TokenDataset) -> dict[str, float]:
     return {"loss": output.training_loss}
 
 
-ENGINES = {"ours": train_ours, "minimind": train_minimind, "trainer": train_trainer}
+ENGINES = {
+    "ours": train_ours,
+    "ours, not compiled": train_ours,
+    "minimind": train_minimind,
+    "trainer": train_trainer,
+}
 
 
 class StepClock:
