@@ -64,7 +64,10 @@ start_process = partial(ProcessPoolExecutor, 1, SPAWN)
 
 
 def run_in_turns(arms: list[Arm], turns: int) -> pd.DataFrame:
-    """Train the arms, each in its process, in turns; return their medians, a row an arm."""
+    """Train the arms, each in its process, in turns; a row is a turn of an arm.
+
+    All processes live until the last turn, so pass only so many arms as fit into the memory.
+    """
     processes = [start_process() for _ in arms]
     pairs = list(zip(processes, arms, strict=True))
     for process, arm in pairs:  # not timed: they compile; one by one, for the memory
@@ -77,22 +80,45 @@ def run_in_turns(arms: list[Arm], turns: int) -> pd.DataFrame:
             rows.append({**asdict(arm), **report, "turn": turn})
     for process in processes:
         process.shutdown()
-    return take_medians(pd.DataFrame(rows))
+    return pd.DataFrame(rows)
+
+
+def compare_methods(arm: Arm, turns: int) -> pd.DataFrame:
+    """Return a row for each method and engine; the engines of a method take turns."""
+    rows = []
+    for method in METHODS:
+        arms = cross(arm, [method], ENGINE_SETTINGS)
+        rows.append(run_in_turns(arms, turns))
+    return take_medians(pd.concat(rows))
+
+
+def compare_loading(arm: Arm, workers: int) -> pd.DataFrame:
+    """Return a row for our loading and one for MiniMind's, both with so many workers."""
+    engines = {"ours": {"workers": workers}, "minimind": {"workers": workers}}
+    arms = cross(arm, ["FFT"], engines)
+    return take_medians(run_in_turns(arms, turns=1))
+
+
+def compare_batches(arm: Arm, batch: int) -> pd.DataFrame:
+    """Return a row for each method of ours, at one batch size."""
+    arms = cross(replace(arm, batch=batch), METHODS, {"ours": {}})
+    return take_medians(run_in_turns(arms, turns=1))
 
 
 def take_medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return medians over turns, a row an arm; `rows` has a row for each turn of an arm.
 
-    Our engine and FFT stand before the arms that are compared with them in the same turn.
+    Our engine and FFT stand before the arms that are compared with them in the same turn. Times
+    are compared for a token, since arms differ in their steps.
     """
     frame = rows.reindex(columns=[*ARM_KEYS, *MEASURED, *TABLE_COLUMNS])
-    seconds = frame["seconds"]
     turn = frame["turn"]
-    ours = seconds.groupby([turn, frame["method"]]).transform("first")
-    full = seconds.groupby([turn, frame["engine"]]).transform("first")
-    frame["tokens/s"] = frame["tokens"] / seconds
-    frame["time / ours"] = seconds / ours
-    frame["time / FFT"] = seconds / full
+    frame["tokens/s"] = frame["tokens"] / frame["seconds"]
+    token_time = 1 / frame["tokens/s"]
+    ours = token_time.groupby([turn, frame["method"]]).transform("first")
+    full = token_time.groupby([turn, frame["engine"]]).transform("first")
+    frame["time / ours"] = token_time / ours
+    frame["time / FFT"] = token_time / full
     frame["% of the peak"] = 100 * frame["tokens/s"] * frame["flops"] / frame["peak"]
     table = frame.groupby(ARM_KEYS, sort=False).median()
     table["% GPU busy"] = 100 * table["kernels"] / table["seconds"]
@@ -201,20 +227,16 @@ def plan_parts(arm: Arm, sizes: list[str], turns: int) -> list[Part]:
     """Return what is measured, in order: the title of a table, and what makes rows of it."""
     parts = []
     for size in sizes:
-        arms = cross(replace(arm, size=size), METHODS, ENGINE_SETTINGS)
-        parts.append(("Training", partial(run_in_turns, arms, turns)))
+        parts.append(("Training", partial(compare_methods, replace(arm, size=size), turns)))
     for size in sizes:
         parts.append(("Start", partial(measure_start, replace(arm, size=size))))
     # So many steps that batches loaded before the clock starts do not matter.
     longer = replace(arm, steps=100) if arm.is_gpu else replace(arm, steps=10, size=sizes[0])
     if arm.is_gpu:
         for batch in BATCHES:
-            arms = cross(replace(longer, batch=batch), METHODS, {"ours": {}})
-            parts.append(("Batches", partial(run_in_turns, arms, 1)))
+            parts.append(("Batches", partial(compare_batches, longer, batch)))
     for workers in WORKERS:
-        engines = {"ours": {"workers": workers}, "minimind": {"workers": workers}}
-        arms = cross(longer, ["FFT"], engines)
-        parts.append(("Loading", partial(run_in_turns, arms, 1)))
+        parts.append(("Loading", partial(compare_loading, longer, workers)))
     if not arm.is_gpu:
         for size in dict.fromkeys((sizes[0], sizes[-1])):  # once, if there is one
             parts.append(("Threads", partial(measure_threads, replace(arm, size=size), turns)))
