@@ -171,14 +171,18 @@ def write_verdict(
     # One of the two is the best of all, so the gap of the other one is between them.
     is_best = first[facts.key] <= second[facts.key]
     parts = [describe_gap(gaps[rival if is_best else taken], facts.key, second.title)]
-    if first.bytes != second.bytes:
-        parts.append(f"{format_size(first.bytes)} MB in place of {format_size(second.bytes)}")
+    size = format_size(first.bytes)
+    other_size = format_size(second.bytes)
+    if size != other_size:
+        parts.append(f"takes {size} MB in place of {other_size}")
     has_text = facts.text is not None
     if forgetting.high < 0:
         parts.append("forgets less" if has_text else "stays nearer to the base")
     elif forgetting.low > 0:
         parts.append("forgets more" if has_text else "moves further from the base")
-    return f"Take {place}: {', '.join(parts)}."
+    *earlier, last = parts
+    claim = f"{', '.join(earlier)}, and {last}" if earlier else last
+    return f"Take {place}: it is {claim}."
 
 
 def describe_gap(gap: Gap, key: str, title: str) -> str:

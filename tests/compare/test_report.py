@@ -56,12 +56,12 @@ def test_a_small_method_as_good_as_the_best_is_taken() -> None:
             "small": (1.2, Gap(0.2, 0.15, 0.25)),
         }
     )
-    sentence = "Take rank-64 LoRA at 2e-3: as good as full fine-tuning within 0.01 nats,"
-    assert say(table) == f"{sentence} 6.1 MB in place of 49."
+    sentence = "Take rank-64 LoRA at 2e-3: it is as good as full fine-tuning within 0.01 nats"
+    assert say(table) == f"{sentence}, and takes 6.1 MB in place of 49."
     less = say(table, Gap(-0.3, -0.4, -0.2))
-    assert less == f"{sentence} 6.1 MB in place of 49, forgets less."
-    assert say(table, Gap(0.3, 0.2, 0.4)).endswith(", forgets more.")
-    assert say(table, Gap(-0.3, -0.4, -0.2), text=None).endswith(", stays nearer to the base.")
+    assert less == f"{sentence}, takes 6.1 MB in place of 49, and forgets less."
+    assert say(table, Gap(0.3, 0.2, 0.4)).endswith(", and forgets more.")
+    assert say(table, Gap(-0.3, -0.4, -0.2), text=None).endswith(", and stays nearer to the base.")
 
 
 def test_the_best_is_taken_if_all_others_are_worse() -> None:
@@ -73,8 +73,8 @@ def test_the_best_is_taken_if_all_others_are_worse() -> None:
         }
     )
     assert say(table) == (
-        "Take full fine-tuning at 1e-3: 0.1 nats (0.05 to 0.15) better than "
-        "rank-64 LoRA, 49 MB in place of 6.1."
+        "Take full fine-tuning at 1e-3: it is 0.1 nats (0.05 to 0.15) better than "
+        "rank-64 LoRA, and takes 49 MB in place of 6.1."
     )
 
 
@@ -86,7 +86,8 @@ def test_the_best_that_is_also_the_cheapest_of_its_equals() -> None:
             "small": (1.2, Gap(0.2, 0.15, 0.25)),
         }
     )
-    assert "as good as full fine-tuning within 0.03 nats, 6.1 MB in place of 49." in say(table)
+    assert "it is as good as full fine-tuning within 0.03 nats" in say(table)
+    assert say(table).endswith(", and takes 6.1 MB in place of 49.")
 
 
 def test_methods_that_do_not_differ_are_not_ordered() -> None:
