@@ -1,12 +1,13 @@
 """Chat with a checkpoint in the terminal: `python eval_llm.py --model DIR --interactive`."""
 
-import torch
+import secrets
+
 from transformers import TextStreamer
 
 from dataset.lm_dataset import encode_conversations
 from model.checkpoint import Checkpoint
 from model.cli import escape_control
-from model.generation import Decoding, answer_batch
+from model.generation import Decoding, answer_batch, draw_numbers
 
 HELP = """\
 /reset          forget the conversation; a system message stays
@@ -43,7 +44,7 @@ def chat(checkpoint: Checkpoint, decoding: Decoding, max_new_tokens: int) -> Non
             turns.append({"role": "user", "content": line})
             encoded = encode_conversations(tokenizer, [[*system, *turns]], True)
             ids, _ = encoded[0]
-            draws = torch.rand(1, max_new_tokens)  # one prompt; a number decides each token
+            draws = draw_numbers(1, max_new_tokens, seed=secrets.randbits(32))
             (answer,) = answer_batch(model, [ids], decoding, draws, ends, streamer)
             text = tokenizer.decode(answer, skip_special_tokens=True).strip()
             turns.append({"role": "assistant", "content": text})
