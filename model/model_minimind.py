@@ -193,6 +193,16 @@ class MiniMindModel(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for batches padded on the left."""
+        return self.norm(self.run_layers(input_ids, attention_mask, position_ids, cache))
+
+    def run_layers(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Do as `forward`, all but the final norm."""
         device = input_ids.device
         new = input_ids.shape[1]
         cached = cache.get_seq_length() if cache is not None else 0
@@ -210,7 +220,7 @@ class MiniMindModel(nn.Module):
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
             x = layer(x, rope, mask, cache)
-        return self.norm(x)
+        return x
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
@@ -272,8 +282,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Sum the loss over labels, one graph without a wait for the device; see `forward`."""
-        states = self.model(input_ids, attention_mask, position_ids).flatten(0, 1)
+        """Sum the loss over labels, without a wait for the device; see `forward`."""
+        states = self.model.run_layers(input_ids, attention_mask, position_ids).flatten(0, 1)
         # Each position predicts the next token; a row's last one predicts nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         if label_positions is not None:
@@ -282,9 +292,9 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         return self.sum_target_nats(states, targets)
 
     def sum_target_nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Sum the loss of the head: (N, D) states and (N,) int64 tokens that follow -> scalar."""
+        """Sum the loss of (N, D) states behind the layers and (N,) int64 tokens that follow."""
         # Exponentials of half precision would lose digits; autocast knows, other callers do not.
-        logits = self.lm_head(states).float()
+        logits = self.lm_head(self.model.norm(states)).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 

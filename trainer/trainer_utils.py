@@ -270,6 +270,8 @@ def compile_parts(model: MiniMindForCausalLM, backend: str | Callable = "inducto
     no longer in a deep model. If the embedding is frozen there are two, because the first layer
     then needs no gradient of its input. A method's own loss passes through the layers, too.
     """
+    # All models share the code of a layer, and Dynamo allows it 8 graphs in a process.
+    torch.compiler.reset()
     options = {"fullgraph": True, "dynamic": True, "backend": backend}
     for layer in model.model.layers:
         layer.compile(**options)

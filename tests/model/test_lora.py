@@ -187,6 +187,16 @@ def test_one_compiled_graph_serves_all_layers_and_shapes(name: str) -> None:
             assert torch.allclose(model.get_parameter(name).grad, parameter.grad, atol=1e-5), name
 
 
+def test_many_adapters_compile_in_one_process() -> None:
+    """All share the code of a layer, of which Dynamo keeps 8 graphs; each adapter needs its own."""
+    batch = {"input_ids": IDS, "labels": IDS, "label_positions": torch.arange(4)}
+    for rank in range(1, 10):
+        model = make_model()
+        apply_lora(model, LoraSettings(rank=rank))
+        compile_parts(model, backend="eager")
+        model(**batch).loss.backward()
+
+
 def test_parameters_have_roles() -> None:
     """What trains, and nothing else, by the part that the optimizer treats alike."""
     model = make_model()
