@@ -57,7 +57,7 @@ def add_run_flags(parser: ArgumentParser, stage: Stage) -> None:
     dtype = "of matrix products, not of weights (auto: bfloat16 where it is fast)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
     modes = {"nargs": "?", "choices": ("auto", "on", "off"), "const": "on"}
-    add("--use_compile", **modes, default="auto", help="compile the model (auto: long runs)")
+    add("--use_compile", **modes, default="auto", help="compile layers and loss (auto: long runs)")
     add("--num_workers", type=COUNT, default=0, help="data loading processes (0)")
 
 
