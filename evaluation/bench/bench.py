@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,11 +31,11 @@ import pandas as pd
 import torch
 from torch.utils.benchmark import Timer
 
-from dataset.lm_dataset import read_jsonl, write_records
+from dataset.lm_dataset import encode_conversations, read_jsonl, write_records
 from dataset.world.generate import ensure_world
 from evaluation.bench.engines import METHODS, Arm, run_turn
 from evaluation.study.settings import read_study
-from model.checkpoint import TOKENIZER_DIR, save_model
+from model.checkpoint import TOKENIZER_DIR, load_tokenizer, save_model
 from model.cli import make_parser, run_script
 from model.files import write_json
 from model.machine import DEVICES, choose_device, choose_dtype, describe_machine, git_state
@@ -54,6 +53,9 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 WORKERS = (0, 2, 8)
 THREADS = (1, 2)
 SAMPLES = 1_024  # a multiple of each batch size
+# Of a sample. A processor's code for batches of over 4,096 tokens is compiled when the first such
+# batch comes, which may be within the timed steps; 32 of these samples stay below.
+MOST_TOKENS = 128
 PARTS = ("Training", "Start", "Batches", "Loading", "Threads")
 ARM_KEYS = ["size", "method", "batch", "workers", "engine"]  # what tells arms apart
 MEASURED = ["turn", "seconds", "tokens", "flops", "peak", "kernels"]  # for what is computed
@@ -199,8 +201,15 @@ def measure_peak(device: str, dtype: str) -> float:
 
 def write_inputs(folder: Path, sizes: Iterable[str]) -> None:
     """Write what the arms read: pairs of the world, of one turn each, and random models."""
-    lines = islice(read_jsonl(ensure_world()["sft"]), SAMPLES)
-    pairs = [{"conversations": record["conversations"][-2:]} for _, record in lines]
+    tokenizer = load_tokenizer()
+    pairs = []
+    for _, record in read_jsonl(ensure_world()["sft"]):
+        turns = record["conversations"][-2:]
+        ((ids, _),) = encode_conversations(tokenizer, [turns])
+        if len(ids) <= MOST_TOKENS:
+            pairs.append({"conversations": turns})
+        if len(pairs) == SAMPLES:
+            break
     write_records(folder / "chats.jsonl", pairs)
     study = read_study()
     for size in sizes:
