@@ -59,7 +59,8 @@ from model.model_minimind import (
 )
 from trainer.run_folder import Diverged, RunFolder
 
-# Run FLOPs (6 a parameter and token) that repay compiling, which takes 15 to 25 s at xs on a CPU.
+# Run FLOPs (6 a parameter and token) that repay compiling. At 1.3M parameters on 2 cores it takes
+# 23 s the first time and 8 s later, and saves 30 ms a step: 800 steps repay it, or 1.4e13 FLOPs.
 COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e16}
 ADAMW = {"betas": [0.9, 0.999], "eps": 1e-8}
 Batch = dict[str, Tensor]  # see `collate`

@@ -120,8 +120,9 @@ class HeldOut:
             if self.half_of_cell(cell):
                 return None
         if held_wording:
-            fits_wordings = cell_half and not unseen_half
-            return ("wordings", cell_half) if fits_wordings else None
+            if cell_half and not unseen_half:
+                return ("wordings", cell_half)
+            return None
         if unseen_half:  # its cells must train in general: the thing alone is new
             return None if cell_half else ("unseen", unseen_half)
         return ("combinations", cell_half) if cell_half else TRAIN
