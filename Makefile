@@ -9,7 +9,7 @@
 # make study       all runs of evaluation/study/study.toml without a result, then the report
 # make report      tables and figures of README, REPORT and TABLES, from committed results
 # make page        all saved answers side by side: evaluation/model_outputs/index.html
-# make bench       speed and memory beside transformers and PEFT
+# make bench       speed and memory beside MiniMind's step, transformers and PEFT
 # BENCH="--sizes xs --turns 1 --output quick.json" make bench   flags of evaluation/bench/bench.py
 # STUDY="--jobs 2 --only 'xs-*'" make study  flags of evaluation/study/run.py
 # PYTHON=python3.12 make ...   another interpreter than python3 for the virtual environment

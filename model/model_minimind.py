@@ -176,7 +176,7 @@ class Block(nn.Module):
 
 
 class MiniMindModel(nn.Module):
-    """Embedding, blocks and final norm: token ids to hidden states."""
+    """Embedding and blocks, token ids to hidden states, and the weights of the final norm."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -192,17 +192,10 @@ class MiniMindModel(nn.Module):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for batches padded on the left."""
-        return self.norm(self.run_layers(input_ids, attention_mask, position_ids, cache))
+        """(B, T) int64 -> (B, T, D); `attention_mask` is (B, S), for batches padded on the left.
 
-    def run_layers(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Do as `forward`, all but the final norm."""
+        The final norm is left to `compute_logits`, which needs few of the positions.
+        """
         device = input_ids.device
         new = input_ids.shape[1]
         cached = cache.get_seq_length() if cache is not None else 0
@@ -271,7 +264,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden = self.model(input_ids, attention_mask, position_ids, cache)
-        logits = self.lm_head(hidden[:, -logits_to_keep:])  # -0 is 0: all of them
+        logits = self.compute_logits(hidden[:, -logits_to_keep:])  # -0 is 0: all of them
         return CausalLMOutputWithPast(logits=logits, cache=cache)
 
     def sum_nats(
@@ -283,7 +276,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Sum the loss over labels, without a wait for the device; see `forward`."""
-        states = self.model.run_layers(input_ids, attention_mask, position_ids).flatten(0, 1)
+        states = self.model(input_ids, attention_mask, position_ids).flatten(0, 1)
         # Each position predicts the next token; a row's last one predicts nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         if label_positions is not None:
@@ -291,10 +284,14 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             targets = targets.index_select(0, label_positions)
         return self.sum_target_nats(states, targets)
 
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """(..., D) states of the last block -> (..., V) logits of the next tokens."""
+        return self.lm_head(self.model.norm(states))
+
     def sum_target_nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Sum the loss of (N, D) states behind the layers and (N,) int64 tokens that follow."""
+        """Sum the loss of (N, D) states of the last block and (N,) int64 tokens that follow."""
         # Exponentials of half precision would lose digits; autocast knows, other callers do not.
-        logits = self.lm_head(self.model.norm(states)).float()
+        logits = self.compute_logits(states).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 

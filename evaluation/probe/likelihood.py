@@ -47,7 +47,7 @@ def sum_nats(
             is_labeled = ids != IGNORE_INDEX
             ids = ids[is_labeled]
             # Logits of labeled tokens alone: those of a whole batch are large.
-            logits = model.lm_head(states[is_labeled]).float()
+            logits = model.compute_logits(states[is_labeled]).float()
             losses = F.cross_entropy(logits, ids, reduction="none")
             nats[index, 0] = losses.sum().item()
             nats[index, 1] = losses[ids == end_id].sum().item()

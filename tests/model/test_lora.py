@@ -188,9 +188,9 @@ def test_one_compiled_graph_serves_all_layers_and_shapes(name: str) -> None:
 
 
 def test_many_adapters_compile_in_one_process() -> None:
-    """All share the code of a layer, of which Dynamo keeps 8 graphs; each adapter needs its own."""
+    """All share the code of a layer, of which Dynamo keeps 8 graphs; each adapter needs 2."""
     batch = {"input_ids": IDS, "labels": IDS, "label_positions": torch.arange(4)}
-    for rank in range(1, 10):
+    for rank in range(1, 6):
         model = make_model()
         apply_lora(model, LoraSettings(rank=rank))
         compile_parts(model, backend="eager")
