@@ -51,7 +51,8 @@ the root of the repository. Of these models `model/trained/` has all that are sm
 Most of the [prompts](../qualitative_prompts.md) are harder than the 1,200 that the study counts, \
 whose numbers stand in [its tables](../study/TABLES.md). `make page` puts all answers on one page \
 that can be searched, `index.html` in this folder. `names.csv` tells which run of the study a \
-folder shows.
+folder shows. The sampled answers here were drawn \
+in an older way: asked again, a model samples other ones, while its greedy answers stay.
 
 ## Folders
 
