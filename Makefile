@@ -31,11 +31,12 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 
 install: $(VENV)/installed
 
+# One process a core, each with one thread; a file's tests stay together, they share fixtures.
 test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	DEVICE=cpu $(MAKE) gpu
-	$(RUN) -m pytest -m "not gpu and not elsewhere"
+	OMP_NUM_THREADS=1 DEVICE=cpu $(RUN) -m pytest -m "not elsewhere" \
+		--numprocesses logical --maxprocesses 8 --dist loadfile
 
 # On CUDA only deterministic kernels make runs bitwise equal; cuBLAS needs CUBLAS_WORKSPACE_CONFIG.
 gpu: install

@@ -161,11 +161,11 @@ class PairBuilder:
         self.asked: set[tuple] = set()  # purpose, skill and cell of each held-out prompt
         self.references: set[str] = set()  # of held-out prompts
         self.times = {}  # how many times as many training pairs a skill has
-        self.games = set()  # skills about lists and scenes alone, which need no fact
+        self.fact_free_skills = set()  # about lists and scenes alone
         for skill, spec in world.wordings["skill"].items():
             self.times[skill] = spec.get("times", 1)
             if NOUN_DRAWS.keys() >= set(spec["uses"]):
-                self.games.add(skill)
+                self.fact_free_skills.add(skill)
         self.rng = random.Random(held_out.seed)
         seen = [thing for thing in world.things if thing.name not in held_out.half_of_thing]
         self.writers = {}  # by whether they take the held-out question forms
@@ -178,10 +178,10 @@ class PairBuilder:
         """Draw one new pair for a purpose; None if none turns up."""
         held_wording = wanted[0] == "wordings"
         writer = self.writers[held_wording]
-        may_fill = wanted == TRAIN and skill in self.games
+        takes_fillers = wanted == TRAIN and skill in self.fact_free_skills
         for _ in range(TRIES):
-            is_filled = may_fill and self.rng.random() < FILLED
-            thing = self.rng.choice(self.fillers if is_filled else things)
+            is_filler = takes_fillers and self.rng.random() < FILLED
+            thing = self.rng.choice(self.fillers if is_filler else things)
             draft = self.makers[skill](writer, thing)
             if draft is None or self.held_out.find_purpose(draft.cells, held_wording) != wanted:
                 continue

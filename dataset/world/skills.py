@@ -275,12 +275,12 @@ def draw_list(draw: Draw) -> None:
     rng = draw.writer.rng
     words = draw.writer.words
     companions = draw.writer.draw_companions(draw.thing, rng.randint(2, 3))
-    place = rng.randint(0, len(companions))
-    items = [*companions[:place], draw.thing, *companions[place:]]
-    last = len(items) - 1
-    is_ordinal = rng.random() < 0.5 or place < last  # the last may be called so, or "third"
+    index = rng.randint(0, len(companions))
+    items = [*companions[:index], draw.thing, *companions[index:]]
+    last_index = len(items) - 1
+    is_ordinal = rng.random() < 0.5 or index < last_index  # the last may be called so, or "third"
     draw.slots.update(
-        place=words["order"][place] if is_ordinal else "last",
+        place=words["order"][index] if is_ordinal else "last",
         count=words["numbers"][len(items)],
         list=join_names(items),
         rest=join_names(companions),
@@ -290,9 +290,9 @@ def draw_list(draw: Draw) -> None:
         first=items[0].name,
         last=items[-1].name,
     )
-    if 0 < place < last:
-        draw.slots["before"] = items[place - 1].name
-        draw.slots["after"] = items[place + 1].name
+    if 0 < index < last_index:
+        draw.slots["before"] = items[index - 1].name
+        draw.slots["after"] = items[index + 1].name
     draw.add_cells(draw.key, draw.thing, *companions)
 
 

@@ -298,13 +298,13 @@ def resample_shares(prompt_shares: np.ndarray, prompts: pd.DataFrame, size: str)
     The same seeds and clusters are drawn for all runs of a size, so differences are paired.
     """
     codes, clusters = pd.factorize(prompts.cluster)
-    members = np.eye(len(clusters))[codes]  # (prompts, clusters)
-    sums = prompt_shares @ members
-    cluster_sizes = members.sum(axis=0)
-    counts = np.tile(cluster_sizes, (len(prompt_shares), 1))
+    is_in_cluster = np.eye(len(clusters))[codes]  # (prompts, clusters)
+    sums = prompt_shares @ is_in_cluster
+    sizes = np.tile(is_in_cluster.sum(axis=0), (len(prompt_shares), 1))  # prompts in each cluster
+    # Each stream of random numbers is named by a number.
     seed_stream = hash_text(f"seeds {size}")
     prompt_stream = hash_text(prompts["set"].iloc[0])
-    return resample_means(sums, counts, (seed_stream, prompt_stream))
+    return resample_means(sums, sizes, (seed_stream, prompt_stream))
 
 
 def hash_text(text: str) -> int:

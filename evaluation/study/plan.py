@@ -128,16 +128,12 @@ def tune_rate(study: Study, size: str, arm: str, done: pd.DataFrame) -> Sweep:
     table = table.astype(float).sort_index()
     shares = table["tune_correct"].to_dict()
     best = choose_rate(table, study.tie)
-    missing = [rate for rate in grid if rate not in table.index]
-    if not missing:
-        # A best rate at an end of what ran may have a better one beyond.
-        beyond = []
-        if best == table.index[-1]:
-            beyond = above
-        elif best == table.index[0]:
-            beyond = below
-        missing = [rate for rate in beyond if rate not in table.index][:1]
     is_at_edge = best is not None and best in (table.index[0], table.index[-1])
+    missing = [rate for rate in grid if rate not in table.index]
+    if not missing and is_at_edge:
+        # A best rate at an end of what ran may have a better one beyond.
+        beyond = above if best == table.index[-1] else below
+        missing = [rate for rate in beyond if rate not in table.index][:1]
     if missing:
         return Sweep([], missing, shares, leading=best, is_at_edge=is_at_edge)
     return Sweep([best], [], shares, is_at_edge=is_at_edge)
