@@ -328,7 +328,8 @@ def prepare(args: argparse.Namespace) -> Prepared:
 
     has_checks = bool(yardstick.choosing)
     is_too_few = not has_checks and len(pairs.judge) < LEAST_PAIRS
-    run_length = f"{steps:,} steps of {args.batch_size} pairs, or {epochs:.2g} epochs"
+    unit = "epoch" if epochs == 1 else "epochs"
+    run_length = f"{steps:,} steps of {args.batch_size} pairs, or {epochs:.2g} {unit}"
     end_bound = reachable_probability(model, tokenizer.eos_token_id)
     return Prepared(
         comparison=Comparison(folder, base, methods, list_common_flags(args), steps, args.jobs),
