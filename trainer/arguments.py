@@ -53,7 +53,8 @@ def add_run_flags(parser: ArgumentParser, stage: Stage) -> None:
     add("--from_resume", action="store_true", help="continue this run from its resume.pt")
     add("--overwrite", action="store_true", help="delete the run folder first if it exists")
     add("--seed", type=limit(int, 0, 2**32 - 1), default=42, help="data, weights, dropout (42)")
-    add("--device", choices=DEVICES, default="auto", help="(auto)")
+    device = "(auto); on a busy CPU set OMP_NUM_THREADS to the cores that are free"
+    add("--device", choices=DEVICES, default="auto", help=device)
     dtype = "of matrix products, not of weights (auto: bfloat16 where it is fast)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
     modes = {"nargs": "?", "choices": ("auto", "on", "off"), "const": "on"}

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from evaluation.study.analysis import Evidence
+from evaluation.study.analysis import Evidence, were_asked
 from evaluation.study.blocks import Tables, block, percent
 from evaluation.study.names import SIZES
 from evaluation.study.round3 import (
@@ -31,6 +31,17 @@ def get_round3(evidence: Evidence) -> Round3:
     return Round3(evidence.round3, evidence.fresh_prompts)
 
 
+def select_asked(found: Round3) -> pd.DataFrame:
+    """Select the runs of the main base that were asked in several ways, at the usual epochs.
+
+    Runs of one arm at other learning rates were asked in one way alone.
+    """
+    runs = found.runs[were_asked(found.runs, "fresh_combinations/no_template")]
+    is_usual = (runs.epochs == runs["size"].map(EPOCHS)) | (runs.arm == "base")
+    is_usual &= runs.base.str.endswith(f"-{MAIN_BASE}") & runs.data.isin(["sft", "pretrain"])
+    return runs[is_usual]
+
+
 def share_asked(
     found: Round3, runs: pd.DataFrame, way: str, kind: str, decoding: str = "greedy"
 ) -> float:
@@ -51,11 +62,8 @@ def tabulate_asking(evidence: Evidence) -> Tables:
     if evidence.round3.empty:
         return [pd.DataFrame()]
     found = get_round3(evidence)
-    runs = found.runs
-    is_usual = (runs.epochs == runs["size"].map(EPOCHS)) | (runs.arm == "base")
-    is_usual &= runs.base.str.endswith(f"-{MAIN_BASE}") & runs.data.isin(["sft", "pretrain"])
     rows = []
-    for (size, arm), group in runs[is_usual].groupby(["size", "arm"], sort=False):
+    for (size, arm), group in select_asked(found).groupby(["size", "arm"], sort=False):
         for way, title in WAY_TITLES.items():
             shares = [share_asked(found, group, way, kind) for kind in KINDS_SHOWN]
             if pd.isna(shares[0]):

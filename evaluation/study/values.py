@@ -29,7 +29,7 @@ from evaluation.study.analysis import Estimate, Evidence, estimate_gap, estimate
 from evaluation.study.blocks import points
 from evaluation.study.figures import list_losses
 from evaluation.study.names import BLACK, DECODINGS, GAP_LORAS, METHODS, ORANGE, SIZES
-from evaluation.study.round3_tables import get_round3, share_asked
+from evaluation.study.round3_tables import get_round3, select_asked, share_asked
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.short_tables import KNOWN
 from model.cli import UserError
@@ -116,12 +116,11 @@ def t_interval(evidence: Evidence, *place: str) -> str:
 @value
 def asked(evidence: Evidence, arm: str, way: str, size: str, kind: str = "correct") -> str:
     """Write the percent of answers of a kind, asked in one way, of an arm's usual runs."""
-    code = find_size(size)
-    runs = evidence.round3
-    is_wanted = (runs["size"] == code) & (runs.arm == arm) & (runs.data == "sft")
-    is_wanted &= runs.epochs == evidence.study.sizes[code].epochs
+    found = get_round3(evidence)
+    runs = select_asked(found)
+    is_wanted = (runs["size"] == find_size(size)) & (runs.arm == arm)
     code_way = "" if way == "template" else way
-    return points(share_asked(get_round3(evidence), runs[is_wanted], code_way, kind))
+    return points(share_asked(found, runs[is_wanted], code_way, kind))
 
 
 @value
