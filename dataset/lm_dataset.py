@@ -68,6 +68,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
+                if record is None and line.lstrip().startswith(b"["):
+                    raise ValueError("an array; write one object a line")
                 record = json.loads(line)
                 if b"\\u" in line:  # such an escape may be half of a character
                     json.dumps(record, ensure_ascii=False).encode()

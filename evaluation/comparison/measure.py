@@ -80,7 +80,7 @@ def split_pairs(data_paths: list[Path], eval_paths: list[Path]) -> Pairs:
     halves = [held_out[digest] for digest in sorted(held_out)]
     if len(halves) < 2 or not train:
         count = f"{len(train)} to train on and {len(halves)} held out"
-        remedy = "give at least 20 pairs, or 1 and --eval_data_path with 2 or more others"
+        remedy = "give at least 20 different pairs, or 1 and --eval_data_path with 2 or more others"
         raise UserError(f"{data_paths[0]}: too few examples ({count}); {remedy}")
     if eval_paths:
         note = "The held-out pairs are those of --eval_data_path."

@@ -123,7 +123,7 @@ def parse_record(where: str, record: dict, path: Path) -> Prompt:
 def parse_markdown(path: Path) -> Iterator[Prompt]:
     """Yield the prompts of a Markdown file; errors name the prompt."""
     try:
-        _, *pieces = HEADING.split(path.read_text(encoding="utf-8"))
+        _, *pieces = HEADING.split(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     section = path.stem

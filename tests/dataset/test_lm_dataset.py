@@ -72,6 +72,7 @@ GOOD = b'{"text": "fine"}\n'
         ("d.jsonl", GOOD * 2 + b'\n{"text": "fi', "d.jsonl:4: no JSON object (Unterminated string"),
         ("d.jsonl", GOOD + b'{"a": "\\ud83d"}', "d.jsonl:2: no JSON object ('utf-8' codec"),
         ("d.jsonl", GOOD + b"[1]", "d.jsonl:2: no JSON object (found: list)"),
+        ("d.jsonl", b'[\n{"text": "fish"}\n]', "d.jsonl:1: no JSON object (an array;"),
         ("d.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "d.jsonl.gz: cannot be read after line 9"),
     ],
 )

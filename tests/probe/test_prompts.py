@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,12 @@ Prose, which is not read.
     assert (one.reference, one.check) == ("A fox.\nA second line.", {"exact": True})
     assert two.messages[1] == {"role": "assistant", "content": "Hello."}
     assert two.text == "user: Hi\nassistant: Hello.\nuser: And now?" and two.check is None
+
+
+def test_a_byte_order_mark_hides_no_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.md"
+    path.write_text("### one\n> Hi\n\n### two\n> Ho\n", encoding="utf-8-sig")
+    assert [prompt.id for prompt in read_prompts(path)] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
