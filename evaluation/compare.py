@@ -94,10 +94,14 @@ def make_compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def list_files(args: argparse.Namespace) -> list[Path]:
-    """List the files that the flags name."""
-    files = [*args.data_path, *args.eval_data_path, args.prompts, args.text_data]
-    return [path for path in files if path is not None]
+def list_files(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """List the files that the flags name, by flag."""
+    return {
+        "--data_path": args.data_path,
+        "--eval_data_path": args.eval_data_path,
+        "--prompts": [args.prompts] if args.prompts else [],
+        "--text_data": [args.text_data] if args.text_data else [],
+    }
 
 
 def check_compare_args(args: argparse.Namespace) -> None:
@@ -106,9 +110,14 @@ def check_compare_args(args: argparse.Namespace) -> None:
         raise UserError("--epochs and --max_steps: contradict each other; give one")
     if args.wrap_documents and not args.text_data:
         raise UserError("--wrap_documents: is of --text_data; drop it")
-    for path in list_files(args):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; mend the path")
+    if not args.from_weight:
+        raise UserError("--from_weight: is empty; name a folder or a hub id")
+    for flag, paths in list_files(args).items():
+        for path in paths:
+            if path.is_dir():
+                raise UserError(f"{flag} {path}: is a folder; name a file in it")
+            if not path.is_file():
+                raise UserError(f"{flag} {path}: no such file; mend the path")
     stem = args.data_path[0].name.split(".")[0]
     args.name = args.name or f"{Path(args.from_weight).name}-{stem}"
     if Path(args.name).name != args.name or args.name == ".." or not args.name.isprintable():
@@ -146,7 +155,7 @@ def open_folder(folder: Path, settings: dict, from_resume: bool) -> dict:
     if plan["settings"] == settings:
         return plan
     if has_runs:
-        changed = [key for key in settings if plan["settings"].get(key) != settings[key]]
+        changed = [flag for flag in settings if plan["settings"].get(flag) != settings[flag]]
         what = f"{', '.join(changed)} changed"
         raise UserError(f"--from_resume: {what}; restore it, or give another --name")
     if is_planned:
@@ -159,16 +168,17 @@ def open_folder(folder: Path, settings: dict, from_resume: bool) -> dict:
 
 
 def list_settings(args: argparse.Namespace, fingerprint: str, steps: int) -> dict:
-    """List what must be the same in every call for one folder; files by their hashes."""
-    files = [file_sha256(path) for path in list_files(args)]
-    settings = {"from_weight": fingerprint, "steps": steps, "files": files}
+    """List what must be the same in every call for one folder, by flag; files by their hashes."""
+    settings = {"--from_weight": fingerprint, "--epochs or --max_steps": steps}
+    for flag, paths in list_files(args).items():
+        settings[flag] = [file_sha256(path) for path in paths]
     for name in ("seed", "batch_size", "max_seq_len", "wrap_documents"):
-        settings[name] = getattr(args, name)
+        settings[f"--{name}"] = vars(args)[name]
     return settings
 
 
 def describe_comparison(
-    pairs: Pairs, run_length: str, has_checks: bool, is_too_few: bool, end_bound: float
+    pairs: Pairs, run_length: str, yardstick: Yardstick, is_too_few: bool, end_bound: float
 ) -> list[str]:
     """Say in sentences what trains, what judges, and how long a run is."""
     sentences = [
@@ -177,9 +187,13 @@ def describe_comparison(
         pairs.note,
         f"Each run takes {run_length}.",
     ]
-    if has_checks:
+    if yardstick.choosing:
         sentences.append("Correct answers to the checked prompts choose and judge, not NLL.")
-    elif is_too_few:
+    elif count := sum(prompt.check is not None for prompt in yardstick.asked):
+        sentences.append(
+            f"The {count} checked prompts are shown and decide nothing; {2 * LEAST_PAIRS} would."
+        )
+    if is_too_few:
         sentences.append(
             f"Fewer than {LEAST_PAIRS} pairs a half are too few to order the methods, so the "
             "numbers are a first look; --eval_data_path can hold out more."
@@ -213,6 +227,8 @@ def time_all(
                 write_json(path, plan)
     if not comparison.list_remaining():
         raise UserError("no method is left; the lines above say why")
+    if not comparison.failures:  # a failure names a log in there
+        shutil.rmtree(comparison.folder / "timing", ignore_errors=True)
 
 
 def print_commands(comparison: Comparison, rates: dict[str, list[float]]) -> None:
@@ -239,7 +255,9 @@ def print_plan(
         listed = ", ".join(format_rate(rate) for rate in todo) or "the first rates have run"
         cost = f"{1000 * step_seconds:.0f} ms a step, {minutes:.1f} minutes a run"
         print(f"  {comparison.methods[name].title}: {listed} ({cost})")
-    print(f"about {total:.0f} minutes, {total + extension:.0f} if all rates are extended twice")
+    unit = "minute" if round(total) == 1 else "minutes"
+    most = f"{total + extension:.0f} if all rates are extended twice"
+    print(f"about {total:.0f} {unit}, {most}")
 
 
 # ---------------------------------------------------------------- results
@@ -293,7 +311,8 @@ class Prepared:
 
     comparison: Comparison
     yardstick: Yardstick
-    plan: dict
+    pairs: Pairs
+    settings: dict  # that must be the same in every call for one folder
     rates: dict[str, list[float]]  # the first ones of each method
     epochs: float  # of a run
     has_checks: bool  # correct answers choose and judge, in place of likelihood
@@ -307,7 +326,7 @@ def resolve_base(name: str) -> str:
 
 
 def prepare(args: argparse.Namespace) -> Prepared:
-    """Read the base, the pairs and the prompts, and open the comparison's folder."""
+    """Read the base, the pairs and the prompts; write nothing."""
     base = resolve_base(args.from_weight)
     model = load_model(base)  # which refuses an adapter
     tokenizer = load_tokenizer(base, model.config.vocab_size)
@@ -322,10 +341,6 @@ def prepare(args: argparse.Namespace) -> Prepared:
 
     folder = args.save_dir.resolve() / args.name
     yardstick = make_yardstick(args, folder, (model, tokenizer), pairs.judge, prompts)
-    settings = list_settings(args, weights_fingerprint(model), steps)
-    plan = open_folder(folder, settings, args.from_resume)
-    write_pairs(pairs, folder / "data")
-
     has_checks = bool(yardstick.choosing)
     is_too_few = not has_checks and len(pairs.judge) < LEAST_PAIRS
     unit = "epoch" if epochs == 1 else "epochs"
@@ -334,12 +349,13 @@ def prepare(args: argparse.Namespace) -> Prepared:
     return Prepared(
         comparison=Comparison(folder, base, methods, list_common_flags(args), steps, args.jobs),
         yardstick=yardstick,
-        plan=plan,
+        pairs=pairs,
+        settings=list_settings(args, weights_fingerprint(model), steps),
         rates=rates,
         epochs=epochs,
         has_checks=has_checks,
         is_too_few=is_too_few,
-        sentences=describe_comparison(pairs, run_length, has_checks, is_too_few, end_bound),
+        sentences=describe_comparison(pairs, run_length, yardstick, is_too_few, end_bound),
     )
 
 
@@ -347,8 +363,9 @@ def main(argv: list[str] | None = None) -> None:
     """Compare by the flags on the command line, unless another process does so under this name."""
     args = make_compare_parser().parse_args(argv)
     check_compare_args(args)
+    prepared = prepare(args)
     with lock_comparison(args.save_dir, args.name):
-        compare(args)
+        compare(args, prepared)
 
 
 def lock_comparison(save_dir: Path, name: str) -> AbstractContextManager:
@@ -362,17 +379,18 @@ def lock_comparison(save_dir: Path, name: str) -> AbstractContextManager:
         raise UserError(f"{save_dir / name}: another compare.py works there; {remedy}") from error
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace, prepared: Prepared) -> None:
     """Plan, train, measure and report."""
-    prepared = prepare(args)
     comparison, yardstick = prepared.comparison, prepared.yardstick
+    plan = open_folder(comparison.folder, prepared.settings, args.from_resume)
+    write_pairs(prepared.pairs, comparison.folder / "data")
     print(escape_control("\n".join(prepared.sentences)))
 
     # A stop from outside saves the state as Ctrl-C does.
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        time_all(comparison, yardstick, prepared.plan, prepared.rates)
-        print_plan(comparison, prepared.plan["seconds"], prepared.rates)
+        time_all(comparison, yardstick, plan, prepared.rates)
+        print_plan(comparison, plan["seconds"], prepared.rates)
         if args.dry_run:
             print_commands(comparison, prepared.rates)
             return

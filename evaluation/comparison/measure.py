@@ -9,6 +9,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -61,33 +62,53 @@ def read_pairs(paths: list[Path]) -> list[tuple[str, list[dict]]]:
     return pairs
 
 
-def choose_held_out(digests: list[str]) -> set[str]:
-    """Choose a tenth of the different conversations, at most 500: those with the lowest hashes."""
-    unique = sorted(set(digests))
-    return set(unique[: min(MOST_HELD_OUT, len(unique) // 10)])
+def find_prompt(messages: list[dict]) -> str:
+    """Return all that comes before the last answer, as text that can be compared."""
+    return json.dumps(messages[:-1])
+
+
+def choose_held_out(pairs: list[tuple[str, list[dict]]]) -> dict[str, list[dict]]:
+    """Choose a tenth of the different prompts, at most 500: those with the lowest hashes.
+
+    Of several conversations with one prompt the lowest hash stands for all.
+    """
+    by_prompt = {}
+    for digest, messages in sorted(pairs, key=itemgetter(0)):
+        by_prompt.setdefault(find_prompt(messages), (digest, messages))
+    candidates = list(by_prompt.values())
+    return dict(candidates[: min(MOST_HELD_OUT, len(candidates) // 10)])
 
 
 def split_pairs(data_paths: list[Path], eval_paths: list[Path]) -> Pairs:
-    """Part the pairs; the same conversation never stands on both sides."""
+    """Part the pairs; the same conversation never stands on both sides.
+
+    Neither does the same prompt, unless a held-out file of the user's own has it.
+    """
     pairs = read_pairs(data_paths)
+    held_out = dict(read_pairs(eval_paths)) if eval_paths else choose_held_out(pairs)
+    prompts = {find_prompt(messages) for messages in held_out.values()}
+    others = [messages for digest, messages in pairs if digest not in held_out]
+    repeated = [messages for messages in others if find_prompt(messages) in prompts]
     if eval_paths:
-        held_out = dict(read_pairs(eval_paths))
+        train = others
+        note = "The held-out pairs are those of --eval_data_path."
+        if len(others) < len(pairs):
+            note += f" {len(pairs) - len(others)} pairs stand in both files and do not train."
+        if repeated:
+            note += f" {len(repeated)} training pairs have the prompt of a held-out one."
     else:
-        chosen = choose_held_out([digest for digest, _ in pairs])
-        held_out = {digest: messages for digest, messages in pairs if digest in chosen}
-    train = [messages for digest, messages in pairs if digest not in held_out]
+        train = [messages for messages in others if find_prompt(messages) not in prompts]
+        note = "The held-out pairs were split off the data by a hash of the conversation."
+        if repeated:
+            note += f" {len(repeated)} others have the prompt of one of them and do not train."
     # Sorted by hash, so that neither half depends on the order in the file.
     halves = [held_out[digest] for digest in sorted(held_out)]
     if len(halves) < 2 or not train:
         count = f"{len(train)} to train on and {len(halves)} held out"
-        remedy = "give at least 20 different pairs, or 1 and --eval_data_path with 2 or more others"
+        remedy = (
+            "give at least 20 different prompts, or --eval_data_path with 2 or more other pairs"
+        )
         raise UserError(f"{data_paths[0]}: too few examples ({count}); {remedy}")
-    if eval_paths:
-        note = "The held-out pairs are those of --eval_data_path."
-        if len(train) < len(pairs):
-            note += f" {len(pairs) - len(train)} pairs stand in both files and do not train."
-    else:
-        note = "The held-out pairs were split off the data by a hash of the conversation."
     return Pairs(train, halves[::2], halves[1::2], note)
 
 

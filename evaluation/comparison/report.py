@@ -160,7 +160,8 @@ def write_verdict(
     second = table.loc[rival]
     place = f"{first.title} at {format_rate(first.rate)}"
     if taken == rival:
-        return f"Only {place} ran to its end, so there is nothing to compare it with."
+        others = "the others were left out" if facts.failures else "no other method was asked for"
+        return f"There is nothing to compare {place} with, because {others}."
     if facts.is_too_few:
         few = "Your held-out pairs are too few to order the methods"
         return f"{few}; {place} has the lowest NLL so far."

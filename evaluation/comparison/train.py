@@ -206,10 +206,10 @@ class Comparison:
 
     def time_method(self, name: str, rate: float) -> tuple[float, float]:
         """Return the seconds of a step and those around the steps, by a short run."""
-        print_progress(f"timing {TIMED_STEPS} steps of {name}")
+        steps = min(TIMED_STEPS, self.steps)
+        print_progress(f"timing {steps} steps of {name}")
         run = self.folder / "timing" / name
         shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
-        steps = min(TIMED_STEPS, self.steps)
         start = time.perf_counter()
         asyncio.run(self.call(name, rate, run, steps))
         seconds = time.perf_counter() - start

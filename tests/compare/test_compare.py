@@ -31,11 +31,21 @@ from tests.trainer.runs import call, exit_code, write_jsonl
 DIVERGED = (math.inf, math.inf)
 
 
+def make_pairs(count: int, prompts: int) -> list[tuple[str, list[dict]]]:
+    """Make different conversations with rising hashes; they take turns with the prompts."""
+    pairs = []
+    for i in range(count):
+        user = {"role": "user", "content": f"Say {i % prompts}."}
+        pairs.append((f"{i:04}", [user, {"role": "assistant", "content": str(i)}]))
+    return pairs
+
+
 def test_the_lowest_hashes_are_held_out() -> None:
-    digests = [f"{i:02}" for i in range(25)]
-    assert choose_held_out(digests[::-1]) == {"00", "01"}  # a tenth of 25, rounded down
-    assert choose_held_out(digests[:19] * 3) == {"00"}  # repeated ones count once
-    assert len(choose_held_out([f"{i:04}" for i in range(6000)])) == 500
+    pairs = make_pairs(25, prompts=25)
+    assert list(choose_held_out(pairs[::-1])) == ["0000", "0001"]  # a tenth of 25, rounded down
+    assert list(choose_held_out(pairs[:19] * 3)) == ["0000"]  # repeated ones count once
+    assert list(choose_held_out(make_pairs(60, prompts=20)[::-1])) == ["0000", "0001"]
+    assert len(choose_held_out(make_pairs(6000, prompts=6000))) == 500
 
 
 def count_parts(pairs: Pairs) -> tuple[int, int, int]:
@@ -60,6 +70,22 @@ def test_the_same_conversation_never_stands_on_both_sides(tmp_path: Path) -> Non
     given = split_pairs([path], [held])
     assert count_parts(given) == (52, 2, 2)
     assert "8 pairs stand in both files" in given.note
+
+
+def test_a_held_out_prompt_trains_only_where_the_user_says_so(tmp_path: Path) -> None:
+    data = [{"instruction": f"Say {i % 30}.", "output": str(i)} for i in range(60)]
+    path = write_jsonl(tmp_path / "mine.jsonl", data)
+    pairs = split_pairs([path], [])
+    assert count_parts(pairs) == (54, 2, 1)
+    held_out = {messages[0]["content"] for messages in pairs.choose + pairs.judge}
+    trained = {messages[0]["content"] for messages in pairs.train}
+    assert not held_out & trained
+    assert "3 others have the prompt" in pairs.note
+
+    held = write_jsonl(tmp_path / "held.jsonl", [data[0], data[1]])
+    given = split_pairs([path], [held])
+    assert count_parts(given) == (58, 1, 1)
+    assert "2 training pairs have the prompt" in given.note
 
 
 def test_rates_are_extended_at_an_edge_twice_at_most() -> None:
@@ -217,7 +243,7 @@ def test_a_whole_comparison(user: User, capsys: pytest.CaptureFixture) -> None:
 
     with pytest.raises(UserError, match="exists: give another --name, or --from_resume"):
         user.compare("--methods full")
-    with pytest.raises(UserError, match="seed changed; restore it"):
+    with pytest.raises(UserError, match="--seed changed; restore it"):
         user.compare("--methods full --from_resume --seed 1")
     user.compare("--methods lora-all-r8 full --from_resume")
     assert len(user.trained) == count  # nothing ran again
@@ -269,7 +295,7 @@ def test_a_method_that_fails_or_diverges_is_left_out(
     report = (folder / "report.md").read_text()
     assert "full was left out" in report
     assert "diverged at every learning rate" in report
-    assert "Only rank-8 LoRA on all layers at" in report
+    assert "nothing to compare rank-8 LoRA on all layers at" in report
     assert "Count to 3, please." in report
     assert "by how much the NLL of other.jsonl rose" in report
     assert "diverged" in (folder / "figures" / "rates.svg").read_text()
@@ -330,7 +356,8 @@ def test_what_cannot_work_is_refused_in_one_line(
         "adapter: is an adapter; merge it": {"flags": "", "base": "adapter"},
         "no held-out prompt has 4 tokens": {"flags": "--max_seq_len 4"},
         "contradict each other": {"flags": "--epochs 2"},
-        "no such file": {"flags": "--prompts nowhere.md"},
+        "--prompts nowhere.md: no such file": {"flags": "--prompts nowhere.md"},
+        "is a folder; name a file in it": {"flags": "", "data": "base"},
         "no_text.jsonl:2: pretraining reads": {"flags": f"--text_data {home}/no_text.jsonl"},
         "empty.jsonl: holds no record": {"flags": f"--text_data {home}/empty.jsonl"},
         "is of --text_data": {"flags": "--wrap_documents"},
@@ -342,7 +369,7 @@ def test_what_cannot_work_is_refused_in_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    assert not (user.save_dir / "here").exists()
+    assert {path.name for path in user.save_dir.iterdir()} <= {".here.lock"}
 
 
 @pytest.mark.parametrize("flag", ["--eval_data_path", "--prompts", "--text_data"])
