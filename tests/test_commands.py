@@ -13,7 +13,9 @@ import pytest
 from torch.distributed.run import get_args_parser as make_torchrun_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("evaluation/*.md"), *ROOT.glob("evaluation/study/*.md")]
+FOLDERS = (".", "evaluation", "evaluation/study", "evaluation/examples/*")
+FOLDERS += ("evaluation/model_outputs/*", "model/trained/*")
+PAGES = [page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md")]
 PAGES.remove(ROOT / "evaluation/study/minimind_issue.md")  # commands of another repository
 SCRIPTS = [p for f in ("dataset", "trainer", "evaluation") for p in ROOT.glob(f"{f}/**/*.py")]
 COMMAND = re.compile(r"(?<![\w/])(?:\.venv/bin/)?(?:python|torchrun) [^`\n]*?\w\.py\b[^`\n]*")
@@ -109,7 +111,7 @@ def test_commands_are_found() -> None:
     assert not [command for command in COMMANDS if "$" in command]  # each variable has a value
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)

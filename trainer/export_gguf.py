@@ -1,7 +1,7 @@
 r"""Write a model as one GGUF file: weights, shape, tokenizer and chat template.
 
     python trainer/export_gguf.py --model out/lora --output out/lora.gguf \
-        --check_text dataset/data/world/probe_combinations_tune.jsonl
+        --check_text dataset/data/world/probe_combinations_tune.jsonl --allow_differences 0.02
 
 An adapter is merged into its base first. llama.cpp runs the file, and transformers reads its
 weights by `from_pretrained(folder, gguf_file="lora.gguf")`. Transformers' own reading of the
@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", required=True, help="folder of a model or an adapter, or a model's hub id")
     add("--output", type=Path, required=True, help="file to make")
     add("--check_text", type=Path, required=True, help="JSONL of texts or pairs like your prompts")
-    share = "share of these texts that may become other tokens (0.02)"
-    add("--allow_differences", type=SHARE, default=0.02, help=share)
+    share = "share of these texts that may become other tokens (0)"
+    add("--allow_differences", type=SHARE, default=0.0, help=share)
     args = parser.parse_args(argv)
     if args.output.exists():
         raise UserError(f"--output {args.output}: exists; name another file")

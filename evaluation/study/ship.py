@@ -42,6 +42,10 @@ CARD = """\
 - **Data**: {{ data }}.
 - **Training**: learning rate {{ rate }}, {{ steps }} steps with batches of {{ batch }} \
 ({{ epochs }} epochs), seed {{ seed }}. {{ trained }} weights trained.
+{% if is_adapter -%}
+- **PEFT**: finds the base under this path from the repository's root alone; run from elsewhere, \
+write the base's whole path into `adapter_config.json`. `eval_llm.py` finds it from anywhere.
+{% endif -%}
 - **Weights**: bfloat16, and the shares below were measured on these rounded weights.
 - **License**: Apache-2.0, like the repository. All its data is our own.
 
@@ -107,6 +111,7 @@ def write_card(folder: Path, found: Round3) -> None:
         size=size,
         description=model["description"],
         base=BASES[size],
+        is_adapter=is_adapter,
         data=f"{files}, {record['train_data']['records']:,} records (dataset/world/generate.py)",
         rate=f"{settings['learning_rate']:g}",
         steps=f"{record['steps']:,}",

@@ -10,11 +10,10 @@ from evaluation.probe import console, outputs
 from evaluation.probe.answers import make_sample, probe
 from evaluation.probe.markdown import FLAGS, is_earlier, name_size, render_samples
 from evaluation.probe.measures import summarize
-from evaluation.probe.names import list_named_folders
+from evaluation.probe.names import SHIPPED_DIR, list_named_folders
 from evaluation.probe.outputs import OUTPUT_DIR, describe_training
 from evaluation.probe.prompts import PROMPTS_FILE, Prompt, read_prompts
 from model.checkpoint import load_checkpoint, load_tokenizer
-from model.files import REPO_DIR
 
 HOSTILE = "</pre>\n````\n# Heading\n<script>alert(1)</script>\x1b[31m\x9b\u202e|[x](javascript:0)"
 SETTINGS = {"from_weight": "out/base", "data_path": ["a.jsonl", "b.jsonl"], "learning_rate": 1e-4}
@@ -49,18 +48,22 @@ def test_what_was_trained(tmp_path):
     assert describe({})[:2] == ["mine", "not known"]
 
 
-def test_committed_answers_can_be_made_again():
-    """Greedy ones of the base to the first 2 prompts; sampled ones had other random numbers."""
-    saved = [line for _, line in read_jsonl(OUTPUT_DIR / "1.3M-base" / "samples.jsonl")]
+def test_committed_answers_of_a_shipped_model_can_be_made_again():
+    """Greedy ones to the first 12 prompts; ties may flip between processors, in at most one."""
+    name = "1.3M-lora-all-layers-r8"
+    lines = [line for _, line in read_jsonl(OUTPUT_DIR / name / "samples.jsonl")]
+    saved = [line for line in lines if line["decoding"] == "greedy"][:12]
     prompts = []
-    for line in saved[:2]:  # as they were asked: the file may have changed since
+    for line in saved:  # as they were asked: the file may have changed since
         messages = [{"role": "user", "content": line["prompt"]}]
         prompts.append(
             Prompt(line["id"], line["section"], messages, None, line["check"], line["reference"])
         )
-    again = probe(load_checkpoint(REPO_DIR / "model/base_xs"), prompts, decodings=["greedy"])
-    place = itemgetter("id", "decoding", "seed", "output", "outcome")
-    assert {*map(place, again)} <= {*map(place, saved)}
+    again = probe(load_checkpoint(SHIPPED_DIR / name), prompts, decodings=["greedy"])
+    place = itemgetter("id", "output", "outcome")
+    equal = [place(line) == place(other) for line, other in zip(again, saved, strict=True)]
+    assert len(equal) == 12
+    assert sum(equal) >= 11
 
 
 @pytest.mark.parametrize(
