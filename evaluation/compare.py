@@ -119,7 +119,7 @@ def check_compare_args(args: argparse.Namespace) -> None:
             if not path.is_file():
                 raise UserError(f"{flag} {path}: no such file; mend the path")
     stem = args.data_path[0].name.split(".")[0]
-    args.name = args.name or f"{Path(args.from_weight).name}-{stem}"
+    args.name = args.name or f"{Path(resolve_base(args.from_weight)).name}-{stem}"
     if Path(args.name).name != args.name or args.name == ".." or not args.name.isprintable():
         raise UserError(f"--name {args.name!r}: must be a plain folder name")
     args.methods = list(dict.fromkeys(args.methods))
@@ -191,7 +191,8 @@ def describe_comparison(
         sentences.append("Correct answers to the checked prompts choose and judge, not NLL.")
     elif count := sum(prompt.check is not None for prompt in yardstick.asked):
         sentences.append(
-            f"The {count} checked prompts are shown and decide nothing; {2 * LEAST_PAIRS} would."
+            f"The prompts with checks, {count}, are shown and decide nothing; "
+            f"{2 * LEAST_PAIRS} would."
         )
     if is_too_few:
         sentences.append(
@@ -326,7 +327,7 @@ def resolve_base(name: str) -> str:
 
 
 def prepare(args: argparse.Namespace) -> Prepared:
-    """Read the base, the pairs and the prompts; write nothing."""
+    """Read the base, the pairs and the prompts; write nothing into the comparison's folder."""
     base = resolve_base(args.from_weight)
     model = load_model(base)  # which refuses an adapter
     tokenizer = load_tokenizer(base, model.config.vocab_size)

@@ -1,11 +1,11 @@
 """Run the commands of README.md's blocks, in their order, in a clone of this repository.
 
     make stress                               # all blocks, after stress_resume.py
-    python tests/run_readme.py --blocks 1 3   # some of them, counted from 1
+    python tests/run_readme.py --blocks 2   # one of them, counted from 1
 
 The clone has what is committed, and the environment that this script runs in as its `.venv`. Each
 command is printed with the seconds since its block began. The first one that fails ends the block,
-and the script then ends with 1. A chat reads an empty input, so it ends at once.
+and the script then ends with 1.
 """
 
 import argparse

@@ -12,10 +12,13 @@ from string import Template
 import pytest
 from torch.distributed.run import get_args_parser as make_torchrun_parser
 
+from evaluation.probe.names import list_named_folders
+from evaluation.probe.outputs import OUTPUT_DIR
+
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".", "evaluation", "evaluation/study", "evaluation/examples/*")
-FOLDERS += ("evaluation/model_outputs/*", "model/trained/*")
+FOLDERS = (".", "evaluation", "evaluation/study", "evaluation/examples/*", "model/trained/*")
 PAGES = [page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md")]
+PAGES += [folder / "samples.md" for folder, _ in list_named_folders(OUTPUT_DIR)]
 PAGES.remove(ROOT / "evaluation/study/minimind_issue.md")  # commands of another repository
 SCRIPTS = [p for f in ("dataset", "trainer", "evaluation") for p in ROOT.glob(f"{f}/**/*.py")]
 COMMAND = re.compile(r"(?<![\w/])(?:\.venv/bin/)?(?:python|torchrun) [^`\n]*?\w\.py\b[^`\n]*")

@@ -63,8 +63,12 @@ def read_pairs(paths: list[Path]) -> list[tuple[str, list[dict]]]:
 
 
 def find_prompt(messages: list[dict]) -> str:
-    """Return all that comes before the last answer, as text that can be compared."""
-    return json.dumps(messages[:-1])
+    """Return all that comes before the first answer, as text that can be compared.
+
+    Each answer of a conversation trains, so all that begin alike stay on one side.
+    """
+    roles = [message["role"] for message in messages]
+    return json.dumps(messages[: roles.index("assistant")])
 
 
 def choose_held_out(pairs: list[tuple[str, list[dict]]]) -> dict[str, list[dict]]:

@@ -8,6 +8,7 @@ from the folder's run.json, and its shares from runs.jsonl.
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ Answers are greedy. `evaluation/REPORT.md` says what counts as correct, and how 
 share says about instructions in general.
 
     python eval_llm.py --model model/trained/{{ name }}   # ask it
-    python evaluation/study/run.py --only '{{ run }}'     # train it again and measure it
+    {{ train }}   # train it again
 
 """
 
@@ -121,9 +122,22 @@ def write_card(folder: Path, found: Round3) -> None:
         trained=f"{record['trainable_parameters']:,}",
         prompts=f"{count_one_turn(found):,}",
         shares=list_shares(found, run),
-        run=run,
+        train=write_training(record, BASES[size], folder.name),
     )
     card.save(folder / "README.md")
+
+
+def write_training(record: dict, base: str, name: str) -> str:
+    """Write the command that trains a run again, from the base that ships."""
+    settings = record["settings"]
+    is_lora = record["stage"] == "lora"
+    words = ["python", f"trainer/train_{record['stage']}.py"]
+    words += ["--lora_name" if is_lora else "--run_name", name, "--from_weight", base]
+    flags = ["learning_rate", "epochs", "seed", "dtype"]
+    flags += ["lora_targets", "lora_rank", "lora_alpha", "lora_init"] if is_lora else ["trainable"]
+    for flag in flags:
+        words += [f"--{flag}", str(settings[flag])]
+    return shlex.join(words)
 
 
 def list_shares(found: Round3, run: str) -> dict[str, str]:

@@ -88,6 +88,16 @@ def test_a_held_out_prompt_trains_only_where_the_user_says_so(tmp_path: Path) ->
     assert "2 training pairs have the prompt" in given.note
 
 
+def test_conversations_that_begin_alike_stay_on_one_side(tmp_path: Path) -> None:
+    data = []
+    for _, messages in make_pairs(40, prompts=40):
+        more = [{"role": "user", "content": "More."}, {"role": "assistant", "content": "No."}]
+        data += [{"conversations": messages}, {"conversations": messages + more}]
+    pairs = split_pairs([write_jsonl(tmp_path / "mine.jsonl", data)], [])
+    assert count_parts(pairs) == (72, 2, 2)  # 4 of 40 beginnings, each of them twice
+    assert "4 others have the prompt" in pairs.note
+
+
 def test_rates_are_extended_at_an_edge_twice_at_most() -> None:
     losses = {0.5: (0, 1.2), 1.0: (0, 1.1), 2.0: (0, 1.3)}
     assert find_next_rate(losses) is None

@@ -91,6 +91,11 @@ def test_texts_that_would_change_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         export(TUNED, path, "chinese_test")
     assert not path.exists()
+    texts = ensure_world()["combinations_tune"]
+    words = ["--model", TUNED, "--output", path, "--check_text", texts]
+    with pytest.raises(UserError, match="1.0% of 880 texts"):  # none may change, by default
+        export_gguf.main([str(word) for word in words])
+    assert not path.exists()
     export(TUNED, path)
     with pytest.raises(UserError, match="exists; name another file"):
         export(TUNED, path)
