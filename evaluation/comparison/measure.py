@@ -27,7 +27,7 @@ from model.machine import choose_device
 MOST_HELD_OUT = 500  # pairs that are split off where no held-out file is given
 LEAST_PAIRS = 100  # of each held-out half, and of checked prompts; fewer order nothing
 MOST_PROMPTS = 200  # of the held-out ones that are asked
-HELD_OUT = "judge"  # the section of held-out prompts
+HELD_OUT = "held-out pairs"  # the section of these prompts
 SHORTEST_LIMIT = 32  # tokens of an answer
 DIVERGED = (math.inf, math.inf)
 Loss = tuple[float, float]  # share of wrong answers (0 without checks), then NLL

@@ -94,10 +94,14 @@ def find_problem(prompt: Prompt) -> str | None:
     """Tell why a prompt's reference fails its check; None if it passes."""
     if prompt.check is None:
         return None
+    if not isinstance(prompt.check, dict):
+        return 'it must be an object, such as {"exact": true}'
     unknown_keys = prompt.check.keys() - CHECK_KEYS
     if unknown_keys:
         return f"it has no key {min(unknown_keys)!r}"
     about = prompt.check.get("about", [])
+    if not isinstance(about, list | dict):
+        return "its key 'about' must be a list of names, or an object of lists"
     if not isinstance(about, dict):  # names of the world's lists; a dict gives its own
         unknown = [name for name in about if name not in world_vocabulary().values]
         if unknown:

@@ -100,6 +100,7 @@ def test_a_byte_order_mark_hides_no_prompt(tmp_path: Path) -> None:
         ("> Hi\n- reference: x\n- check: upper = true", "a: the reference fails its check: wrong"),
         ("> Hi\n- reference: x\n- check: about = ['no.such']", "the world has no list 'no.such'"),
         ("> Hi\n- reference: x\n- check: uper = true", "it has no key 'uper'"),
+        ("> Hi\n- reference: x\n- check: about = 5", "'about' must be a list of names"),
         ("> Hi\n### a\n> Ho", "two prompts have the id 'a'"),
         ("> Hi\n> ***\n> Ho", "the last turn is the assistant's"),
         (None, "holds no prompt"),
@@ -109,6 +110,14 @@ def test_a_broken_prompt_is_named(tmp_path, body, message):
     path = tmp_path / "p.md"
     path.write_text(f"## S\n### a\n{body}\n" if body else "# Prose\n")
     with pytest.raises(UserError, match=f"p.md: .*{message}"):
+        read_prompts(path)
+
+
+def test_a_check_that_is_no_object_is_named(tmp_path):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"conversations": talk, "check": "yes"}))
+    with pytest.raises(UserError, match="p-1: .*must be an object"):
         read_prompts(path)
 
 
