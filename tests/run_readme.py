@@ -1,8 +1,9 @@
-"""Run the commands of README.md's blocks, in their order, in a clone of this repository.
+"""Run the commands of README.md, in their order, in a clone of this repository.
 
     make stress                               # all blocks, after stress_resume.py
-    python tests/run_readme.py --blocks 2   # one of them, counted from 1
+    python tests/run_readme.py --blocks 2     # one of them, counted from 1
 
+The commands in its tables are one more block, the last one, in which nothing trains for long.
 The clone has what is committed, and the environment that this script runs in as its `.venv`. Each
 command is printed with the seconds since its block began. The first one that fails ends the block,
 and the script then ends with 1.
@@ -24,16 +25,31 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OPENING = """set -e -o pipefail
 trap 'echo "[$SECONDS s] $BASH_COMMAND"' DEBUG
 """
+CELL = re.compile(r"`(python [^`]+)`")
+# What README's table of checks asks the reader to have: the environment and an adapter.
+TABLE_OPENING = """. .venv/bin/activate
+python trainer/train_lora.py --lora_name lora --max_steps 20
+"""
 
 
 def read_blocks(page: Path) -> list[str]:
-    """Return the page's blocks of bash; the lines that clone are left out."""
+    """Return the page's blocks of bash without the lines that clone, then that of its tables."""
     blocks = []
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
         lines = block.splitlines(keepends=True)
         kept = [line for line in lines if not line.startswith("git clone ")]
         blocks.append("".join(kept))
-    return blocks
+    return [*blocks, read_table_block(page)]
+
+
+def read_table_block(page: Path) -> str:
+    """Return the commands in the cells of the page's tables as a block; trainings are short."""
+    lines = []
+    for row in page.read_text(encoding="utf-8").splitlines():
+        for command in CELL.findall(row) if row.startswith("|") else []:
+            is_training = command.startswith("python trainer/train_")
+            lines.append(command.replace("\\|", "|") + " --max_steps 20" * is_training)
+    return TABLE_OPENING + "\n".join(lines) + "\n"
 
 
 def make_clone(folder: Path) -> None:
@@ -57,7 +73,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="readme") as home:
         folder = Path(home) / "lora-study"
         make_clone(folder)
-        for number, block in enumerate(read_blocks(folder / "README.md"), start=1):
+        blocks = read_blocks(folder / "README.md")
+        numbers = range(1, len(blocks) + 1)
+        if unknown := set(args.blocks or []).difference(numbers):
+            parser.error(f"--blocks: README.md has {len(blocks)}, but no {min(unknown)}")
+        for number, block in zip(numbers, blocks, strict=True):
             if args.blocks and number not in args.blocks:
                 continue
             start = time.monotonic()

@@ -51,8 +51,11 @@ the root of the repository. Of these models `model/trained/` has all that are sm
 Most of the [prompts](../qualitative_prompts.md) are harder than the 1,200 that the study counts, \
 whose numbers stand in [its tables](../study/TABLES.md). `make page` puts all answers on one page \
 that can be searched, `index.html` in this folder. `names.csv` tells which run of the study a \
-folder shows. The sampled answers here were drawn \
-in an older way: asked again, a model samples other ones, while its greedy answers stay.
+folder shows.
+
+The command at the head of a `samples.md` makes its answers again. If it names a model in \
+`out/study/`, that model's weights are not in this repository and must be trained first, and its \
+sampled answers were drawn in an older way, so only its greedy ones can be compared.
 
 ## Folders
 
