@@ -161,9 +161,10 @@ def load(path: Path, args: argparse.Namespace, base: Path | None = None) -> Chec
 
 def warn_of_bare_prompts(path: Path) -> None:
     """Warn that a model that learned from conversations is asked without the chat template."""
-    is_adapter = (path / ADAPTER_CONFIG).is_file()
-    if is_adapter or outputs.describe_training(path)["stage"] == "full_sft":
-        problem = "was trained with the chat template; asked without it, its answers say little"
+    is_ours = outputs.describe_training(path)["stage"] in ("lora", "full_sft")
+    if is_ours or (path / ADAPTER_CONFIG).is_file():
+        verb = "was" if is_ours else "may have been"
+        problem = f"{verb} trained with the chat template; asked without it, its answers say little"
         print(escape_control(f"warning: --no_template: {path} {problem}"), file=sys.stderr)
 
 
@@ -291,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
             (path,) = args.model or [BEST]
             checkpoint = load(path, args, args.on_weights)
+            print(escape_control(f"chat with {name_folder(path)}"))
             chat(checkpoint, Decoding.parse(args.decoding[-1]), args.max_new_tokens)
     elif args.model:
         run_probes(args)

@@ -78,7 +78,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                 yield f"{path}:{number}", record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read after line {number} ({error})") from error
-    except ValueError as error:  # of JSON or of UTF-8
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+        raise UserError(f"{path}:{number}: no JSON object ({reason}); mend the line") from error
+    except ValueError as error:  # of UTF-8, or another JSON value
         raise UserError(f"{path}:{number}: no JSON object ({error}); mend the line") from error
     if record is None:
         raise UserError(f"{path}: holds no record; expected one JSON object a line")
@@ -116,14 +119,23 @@ def find_messages(record: dict, where: str) -> object:
         return join_completion(record, where)
     if "output" not in record:
         return None
-    parts = [record.get("instruction"), record.get("input") or ""]
-    question = None
-    if all(isinstance(part, str) for part in parts):
-        question = "\n".join(part for part in parts if part.strip())
+    parts = {"instruction": record.get("instruction"), "input": record.get("input") or ""}
+    for name, part in parts.items():
+        if not isinstance(part, str):
+            raise UserError(f'{where}: "{name}" must be a string; mend the record')
+    question = "\n".join(part for part in parts.values() if part.strip())
+    check_text(question, "instruction", where)
+    check_text(record["output"], "output", where)
     return [
         {"role": "user", "content": question},
         {"role": "assistant", "content": record["output"]},
     ]
+
+
+def check_text(text: object, field: str, where: str) -> None:
+    """Refuse a record whose field is no text or an empty one."""
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{where}: needs a non-empty string "{field}"')
 
 
 def join_completion(record: dict, where: str) -> list | None:
@@ -131,8 +143,10 @@ def join_completion(record: dict, where: str) -> list | None:
     prompt = record.get("prompt")
     completion = record["completion"]
     if isinstance(prompt, str):
+        check_text(prompt, "prompt", where)
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
+        check_text(completion, "completion", where)
         completion = [{"role": "assistant", "content": completion}]
     if not isinstance(prompt, list) or not isinstance(completion, list):
         return None

@@ -89,7 +89,7 @@ def make_compare_parser() -> argparse.ArgumentParser:
     add("--max_seq_len", type=limit(int, 2), default=MAX_SEQ_LEN, help="tokens a pair (340)")
     add("--seed", type=limit(int, 0, 2**32 - 1), default=42, help="(42)")
     add("--jobs", type=SIZE, default=1, help="runs at once (1)")
-    add("--dry_run", action="store_true", help="print the plan and the commands alone")
+    add("--dry_run", action="store_true", help="print the commands and the plan alone")
     add("--from_resume", action="store_true", help="continue; more --methods may join")
     return parser
 
@@ -391,9 +391,10 @@ def compare(args: argparse.Namespace, prepared: Prepared) -> None:
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         time_all(comparison, yardstick, plan, prepared.rates)
+        if args.dry_run:  # first the commands, because they are long
+            print_commands(comparison, prepared.rates)
         print_plan(comparison, plan["seconds"], prepared.rates)
         if args.dry_run:
-            print_commands(comparison, prepared.rates)
             return
         losses = comparison.tune(prepared.rates, yardstick.score)
         results = collect_results(comparison, yardstick, losses)

@@ -134,11 +134,12 @@ def load_tokenizer(source: str | Path | None = None, vocab_size: int | None = No
     tokenizer = Tokenizer.from_pretrained(source, padding_side="right")
     tokenizer.backend_tokenizer.no_truncation()  # long texts would lose their ends in silence
     tokenizer.backend_tokenizer.no_padding()
-    parts = {
-        "chat_template": tokenizer.chat_template,
-        "eos_token": tokenizer.eos_token,
-        "pad_token": tokenizer.pad_token,
-    }
+    if tokenizer.chat_template is None:
+        remedy = f"write one into {source}/chat_template.jinja"
+        if is_hub_id(source):
+            remedy = "download it and write one into its folder, as chat_template.jinja"
+        raise UserError(f"{source}: the tokenizer has no chat_template; {remedy}")
+    parts = {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
     for name, part in parts.items():
         if part is None:
             raise UserError(f"{source}: the tokenizer has no {name}; add it to its config")

@@ -22,6 +22,7 @@ from model.files import write_text
 
 SHOWN_PROMPTS = 5
 BASE_TITLE = "the base, before training"
+ACTIVATE = ". .venv/bin/activate\n"
 
 
 class Gap(NamedTuple):
@@ -164,7 +165,7 @@ def write_verdict(
         return f"There is nothing to compare {place} with, because {others}."
     if facts.is_too_few:
         few = "Your held-out pairs are too few to order the methods"
-        return f"{few}; {place} has the lowest NLL so far."
+        return f"{few}; {place} has the lowest NLL, which may be chance."
     gaps = table[f"{facts.key}_gap"]
     if all(gap.low <= 0 for gap in gaps):
         size = f"{format_size(first.bytes)} MB"
@@ -188,7 +189,7 @@ def write_verdict(
 
 def describe_gap(gap: Gap, key: str, title: str) -> str:
     """Say that a method is as good as the one with this title, or by how much it is better."""
-    unit = "points" if key == "wrong" else "nats"
+    unit = "points" if key == "wrong" else "nats a token"
 
     def show(value: float) -> str:
         """Write a difference in its unit."""
@@ -373,7 +374,8 @@ def write_report(
     forgetting = subtract_losses(results[taken].measured, results[rival].measured, "text")
     verdict = write_verdict(table, facts, taken, rival, forgetting)
     shown = format_table(table, results, base)
-    command = write_command(taken)
+    purpose = f"This trains {results[taken].title} on all of the data:"
+    command = ACTIVATE + write_command(taken)
     figures = draw_figures(results, table, facts)
 
     failures = [f"{name} was left out: {reason}." for name, reason in facts.failures.items()]
@@ -382,7 +384,7 @@ def write_report(
         ("verdict", verdict),
         ("text", " ".join(facts.sentences)),
         *(("text", sentence) for sentence in failures),
-        ("text", f"This trains {results[taken].title} on all of the data:"),
+        ("text", purpose),
         ("code", command),
         *(("figure", figure) for figure in figures.items()),
         ("heading", "All numbers"),
@@ -399,4 +401,5 @@ def write_report(
     write_text(folder / "report.md", render_markdown(blocks))
     write_text(folder / "index.html", render_html(blocks))
     print(shown.to_markdown(index=False, disable_numparse=True))
-    print(escape_control(f"\n{verdict}\n\n{command}\n\nreport: {folder / 'index.html'}"))
+    place = f"report: {folder / 'index.html'}"
+    print(escape_control(f"\n{verdict}\n\n{purpose}\n{command}\n\n{place}"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.lm_dataset import read_jsonl
-from evaluation.comparison.measure import Loss, print_progress
+from evaluation.comparison.measure import DIVERGED, Loss, print_progress
 from evaluation.comparison.report import format_rate
 from evaluation.runs import ENDED, call_script, choose_start_flags, read_status
 from evaluation.study.names import BLACK, BLUE, GREEN, GREY
@@ -239,7 +239,8 @@ class Comparison:
             record = read_json(run / "run.json")
             result = f"diverged, {record['reason']}"
             if status == "completed":
-                result = f"NLL {record['eval_loss']:.4f} after {record['train_seconds']:.0f} s"
+                loss = f"NLL {record['eval_loss']:.4f} of the pairs that choose"
+                result = f"{loss}, after {record['train_seconds']:.0f} s"
             print_progress(f"{name} at {format_rate(rate)}: {result}")
 
     async def train_all(self, todo: list[tuple[str, float]]) -> None:
@@ -263,4 +264,9 @@ class Comparison:
                 rate = find_next_rate(losses[name])
                 if rate is not None:
                     todo.append((name, rate))
+            for name, rate in todo:
+                if not self.has_ended(name, rate):
+                    has_diverged = min(losses[name].values()) == DIVERGED
+                    why = "every rate diverged" if has_diverged else "the best rate is at an edge"
+                    print_progress(f"{name}: {why}, so {format_rate(rate)} runs as well")
         return {name: losses[name] for name in self.list_remaining()}

@@ -34,8 +34,8 @@ INTRODUCTION = """\
 # What the models say
 
 This folder holds what small language models answered to the same prompts, word for word, before \
-and after they were fine-tuned in several ways. Each folder is one model, named by its size and by \
-what was trained: open its `samples.md` to read, or `samples.jsonl` to count. The models know a \
+and after they were fine-tuned in several ways. Each folder is one model, asked in one \
+way, and its name gives size, training and way: open its `samples.md` to read, or `samples.jsonl` to count. The models know a \
 [small world](../../dataset/world) of true facts, so a program decides whether an answer is \
 correct, and nobody chose which answers are shown.
 

@@ -21,7 +21,7 @@ ONE_RUN = "*"
 TUNED_SHORTER = "†"
 AT_EDGE = "‡"
 FOOTNOTES = {
-    ONE_RUN: r"\* One run: nothing is known of other runs.",
+    ONE_RUN: r"\* One run on these prompts.",
     TUNED_SHORTER: "† The learning rate was chosen after fewer epochs than these.",
     AT_EDGE: "‡ The best learning rate of those that ran lies at the edge of its grid.",
 }

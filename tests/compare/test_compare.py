@@ -361,7 +361,7 @@ def test_what_cannot_work_is_refused_in_one_line(
     cases = {
         "no JSON object": {"flags": "", "data": "broken.jsonl"},
         "too few examples (1 to train on": {"flags": "", "data": "one.jsonl"},
-        "plain: the tokenizer has no chat_template; add it": {"flags": "", "base": "plain"},
+        "plain: the tokenizer has no chat_template; write one": {"flags": "", "base": "plain"},
         "nowhere/config.json: missing": {"flags": "", "base": "nowhere"},
         "adapter: is an adapter; merge it": {"flags": "", "base": "adapter"},
         "no held-out prompt has 4 tokens": {"flags": "--max_seq_len 4"},

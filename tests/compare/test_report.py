@@ -56,7 +56,9 @@ def test_a_small_method_as_good_as_the_best_is_taken() -> None:
             "small": (1.2, Gap(0.2, 0.15, 0.25)),
         }
     )
-    sentence = "Take rank-64 LoRA at 2e-3: it is as good as full fine-tuning within 0.01 nats"
+    sentence = (
+        "Take rank-64 LoRA at 2e-3: it is as good as full fine-tuning within 0.01 nats a token"
+    )
     assert say(table) == f"{sentence}, and takes 6.1 MB in place of 49."
     less = say(table, Gap(-0.3, -0.4, -0.2))
     assert less == f"{sentence}, takes 6.1 MB in place of 49, and forgets less."
@@ -73,7 +75,7 @@ def test_the_best_is_taken_if_all_others_are_worse() -> None:
         }
     )
     assert say(table) == (
-        "Take full fine-tuning at 1e-3: it is 0.1 nats (0.05 to 0.15) better than "
+        "Take full fine-tuning at 1e-3: it is 0.1 nats a token (0.05 to 0.15) better than "
         "rank-64 LoRA, and takes 49 MB in place of 6.1."
     )
 
@@ -86,7 +88,7 @@ def test_the_best_that_is_also_the_cheapest_of_its_equals() -> None:
             "small": (1.2, Gap(0.2, 0.15, 0.25)),
         }
     )
-    assert "it is as good as full fine-tuning within 0.03 nats" in say(table)
+    assert "it is as good as full fine-tuning within 0.03 nats a token" in say(table)
     assert say(table).endswith(", and takes 6.1 MB in place of 49.")
 
 
@@ -101,7 +103,7 @@ def test_too_few_pairs_order_nothing() -> None:
     table = make_table({"small": (1.5, Gap(0.5, -0.1, 1.1)), "full": (1.0, BEST)})
     assert say(table, is_too_few=True) == (
         "Your held-out pairs are too few to order the methods; "
-        "full fine-tuning at 1e-3 has the lowest NLL so far."
+        "full fine-tuning at 1e-3 has the lowest NLL, which may be chance."
     )
     alone = say(table.loc[["full"]])
     assert "full fine-tuning at 1e-3" in alone

@@ -152,7 +152,7 @@ def test_tokenizers_load_as_transformers_loads_them_or_are_refused(folder: Path)
     checkpoint.save_tokenizer(folder, copy := folder.parent)
     assert checkpoint.load_tokenizer(copy).eos_token_id == 2
     edit_json(folder / "tokenizer_config.json", chat_template=None)
-    with pytest.raises(UserError, match="the tokenizer has no chat_template; add it"):
+    with pytest.raises(UserError, match="the tokenizer has no chat_template; write one"):
         checkpoint.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json: broken JSON"):
