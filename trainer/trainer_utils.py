@@ -59,8 +59,9 @@ from model.model_minimind import (
 )
 from trainer.run_folder import Diverged, RunFolder
 
-# Run FLOPs (6 a parameter and token) that repay compiling. At 1.3M parameters on 2 cores it takes
-# 23 s the first time and 8 s later, and saves 30 ms a step: 800 steps repay it, or 1.4e13 FLOPs.
+# Run FLOPs (6 a parameter and token) that repay compiling. At 1.3M parameters on 2 cores of a Xeon
+# it takes 23 s the first time and 8 s later, and saves 30 ms a step: 800 steps repay it, or 1.4e13
+# FLOPs. On an EPYC it takes 34 s and 9 s and saves some 12 ms, so there only saved code pays soon.
 COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e16}
 ADAMW = {"betas": [0.9, 0.999], "eps": 1e-8}
 Batch = dict[str, Tensor]  # see `collate`

@@ -34,10 +34,10 @@ INTRODUCTION = """\
 # What the models say
 
 This folder holds what small language models answered to the same prompts, word for word, before \
-and after they were fine-tuned in several ways. Each folder is one model, asked in one \
-way, and its name gives size, training and way: open its `samples.md` to read, or `samples.jsonl` to count. The models know a \
-[small world](../../dataset/world) of true facts, so a program decides whether an answer is \
-correct, and nobody chose which answers are shown.
+and after they were fine-tuned in several ways. Each folder is one model, asked in one way, and \
+its name gives size, training and way: open its `samples.md` to read, or `samples.jsonl` to \
+count. The models know a [small world](../../dataset/world) of true facts, so a program decides \
+whether an answer is correct, and nobody chose which answers are shown.
 
 In short, LoRA on all layers and full fine-tuning answer most prompts in trained forms, and the \
 original LoRA, as MiniMind's scripts have it, answers none. Asked without the chat template of \
