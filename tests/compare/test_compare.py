@@ -223,6 +223,7 @@ def user(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> User:
 def test_a_dry_run_trains_nothing(user: User, capsys: pytest.CaptureFixture) -> None:
     user.compare("--methods lora-all-r8 --dry_run")
     printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("about ")  # below the commands
     assert not user.trained
     assert "a step" in printed
     assert printed.count("python trainer/train_lora.py") == 3
@@ -302,6 +303,9 @@ def test_a_method_that_fails_or_diverges_is_left_out(
     assert printed.count(failure) == 1
     assert "full-lr0.001" not in user.trained
     assert printed.count("diverged, loss nan") == 6  # frozen full fine-tuning tried lower rates
+    why = "full-frozen-embedding: every rate diverged, so"
+    assert f"{why} 2.5e-4 runs as well" in printed
+    assert f"{why} 1.25e-4 runs as well" in printed
     report = (folder / "report.md").read_text()
     assert "full was left out" in report
     assert "diverged at every learning rate" in report

@@ -211,7 +211,7 @@ def test_list_shows_runs(tmp_path, capsys):
 def test_ctrl_d_ends_a_chat_which_names_its_model(home, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     main(["--model", str(home / "one"), "--interactive", "--device", "cpu"])
-    assert "one" in capsys.readouterr().out.splitlines()[0]
+    assert capsys.readouterr().out.splitlines()[0] == "chat with one"
 
 
 @pytest.mark.parametrize(
