@@ -18,29 +18,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from evaluation.study.analysis import (
-    Estimate,
     Evidence,
-    choose_prompts,
-    estimate_gap,
     estimate_share,
-    read_letters,
     select_usual,
     were_asked,
 )
-from evaluation.study.blocks import percent, points
+from evaluation.study.blocks import percent
 from evaluation.study.endings import list_endings
 from evaluation.study.names import (
     BLACK,
     BLUE,
-    GAP_LORAS,
     GREEN,
     GREY,
     METHODS,
     ORANGE,
     SIZES,
 )
-from evaluation.study.results import LETTERS
-from evaluation.study.settings import MAIN_BASE, RESULTS_DIR
+from evaluation.study.round3 import tabulate_predictions
+from evaluation.study.round3_tables import get_round3
+from evaluation.study.settings import RESULTS_DIR
 
 WIDTH = 7.9  # inches; at 96 px an inch 758 px
 TITLE_LETTERS = 78  # in a line of a title
@@ -179,77 +175,6 @@ def draw_rungs(ax: Axes, bars: pd.DataFrame) -> None:
     ax.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
     show_percent(ax.xaxis)
     ax.set_xlabel("correct answers, composition")
-
-
-# ---------------------------------------------------------------------------------------------- gap
-
-
-@figure("gap")
-def draw_gap(evidence: Evidence) -> tuple[str, str] | None:
-    """Draw the gap of full fine-tuning to all-layer LoRA by size, with intervals."""
-    title = "Low-rank LoRA is furthest behind full fine-tuning in the smallest model"
-    prompts = evidence.choose_prompts("composition")
-    lines = {}
-    for name in ("r8", "width16"):
-        gaps = {}
-        for size, arm in GAP_LORAS[name].items():
-            above = evidence.find_cell("fft", size)
-            gaps[size] = estimate_gap(above, evidence.find_cell(arm, size), prompts, "greedy")
-        lines[name] = gaps
-    if any(gap is None for gaps in lines.values() for gap in gaps.values()):
-        return None
-    looks = {
-        "r8": {"color": BLUE, "marker": "o", "linestyle": "-", "label": "rank 8"},
-        "width16": {
-            "color": BLUE,
-            "marker": "s",
-            "linestyle": "--",
-            "label": "rank = width/16 (8, 16, 32)",
-            "markerfacecolor": "white",
-        },
-    }
-    with mpl.rc_context(STYLE):
-        fig, axes = start_figure(title, 3.4)
-        for shift, (name, gaps) in zip((-0.05, 0.05), lines.items(), strict=True):
-            draw_gap_line(axes[0], list(gaps.values()), shift, looks[name])
-        finish_gap_axes(axes[0], lines["r8"])
-        return title, write_svg(fig)
-
-
-def draw_gap_line(ax: Axes, gaps: list[Estimate], shift: float, look: dict) -> None:
-    """Draw the gaps of one LoRA by size, each with its interval and its value."""
-    places = np.arange(len(gaps)) + shift
-    values = np.array([gap.value for gap in gaps])
-    lows = values - [gap.low for gap in gaps]
-    highs = [gap.high for gap in gaps] - values
-    ax.errorbar(places, values, yerr=[lows, highs], capsize=3, **look)
-    side = np.sign(shift)
-    for place, value in zip(places, values, strict=True):
-        ax.annotate(
-            points(value),
-            (place, value),
-            xytext=(8 * side, 0),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            va="center",
-        )
-
-
-def finish_gap_axes(ax: Axes, gaps: dict[str, Estimate]) -> None:
-    """Name the sizes and the axes of the gap's figure."""
-    ax.axhline(0, color=BLACK, linewidth=0.8)
-    ax.text(2.45, 0.003, "full fine-tuning", ha="right", va="bottom", fontsize=9.5)
-    labels = []
-    for size, gap in gaps.items():
-        count = len(gap.by_seed)
-        labels.append(
-            f"{SIZES[size]}\n({count} runs each)" if count > 1 else f"{SIZES[size]}\n(one run each)"
-        )
-    ax.set_xticks(range(len(labels)), labels)
-    ax.set_xlim(-0.5, 2.5)
-    ax.set_ylabel("points behind in composition")
-    ax.yaxis.set_major_formatter(lambda value, _: points(value))
-    ax.legend(loc="upper right", title="all-layer LoRA", alignment="left")
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -508,6 +433,8 @@ def draw_forecasts(evidence: Evidence) -> tuple[str, str] | None:
             markersize=6,
             label=f"{len(first)} fixed with the rules",
         )
+        third = list_third_forecasts(evidence)
+        ax.plot(third.told, third.found, "s", color=BLUE, label=f"{len(third)} of the third round")
         ax.set_aspect("equal")
         ax.set_xlabel("predicted, percent or points")
         ax.set_ylabel("found")
@@ -515,126 +442,9 @@ def draw_forecasts(evidence: Evidence) -> tuple[str, str] | None:
         return title, write_svg(fig)
 
 
-# ------------------------------------------------------------------------------------------- asking
-
-WAYS = {  # way of asking -> label
-    "": "with the chat template, as trained",
-    "no_template": "without the template",
-    "on_fft": "the LoRA on the weights of full fine-tuning",
-}
-ASKED_ARMS = {
-    "xs": ["base", "study", "all_r8", "all_r64", "fft", "fft_frozen"],
-    "m26": ["base", "study", "all_r8", "all_r32", "fft", "fft_frozen"],
-}
-ASKED_TITLES = {
-    "base": "before fine-tuning",
-    "study": "the original LoRA",
-    "all_r8": "all-layer LoRA, rank 8",
-    "all_r32": "all-layer LoRA, rank 32",
-    "all_r64": "all-layer LoRA, rank 64",
-    "fft": "full fine-tuning",
-    "fft_frozen": "the same, embedding frozen",
-}
-ASKED_COLORS = {"base": ORANGE, "study": GREY, "fft": BLACK, "fft_frozen": GREEN}  # else all-layer
-FAILS = 0.03  # a share that is called a failure
-
-
-@figure("asking")
-def draw_asking(evidence: Evidence) -> tuple[str, str] | None:
-    """Draw composition by way of asking, round 3's fresh prompts; nothing before its runs."""
-    tables = {size: list_asked(evidence, size) for size in ASKED_ARMS}
-    panels = {size: table for size, table in tables.items() if not table.empty}
-    if not panels:
-        return None
-    every = pd.concat(panels.values())
-    is_lora = every.arm.isin(["study", "all_r8", "all_r32", "all_r64"])
-    bare = every.share[is_lora & (every.way == "no_template")]
-    title = "How a model is asked decides what it answers"
-    if len(bare) and (bare <= FAILS).all():
-        title = "Asked without the template that it was trained with, every LoRA fails"
-    with mpl.rc_context(STYLE):
-        most = max(table.arm.nunique() for table in panels.values())
-        fig, axes = start_figure(title, 1.5 + 0.65 * most, ncols=len(panels))
-        for ax, (size, table) in zip(axes, panels.items(), strict=True):
-            draw_asked(ax, table)
-            ax.set_title(f"{SIZES[size]} parameters", loc="left", fontsize=10)
-        handles = [ASKED_LOOKS[way] | {"label": label} for way, label in WAYS.items()]
-        patches = [mpl.patches.Patch(edgecolor="#444444", **look) for look in handles]
-        fig.legend(handles=patches, loc="outside lower left", ncols=2)
-        return title, write_svg(fig)
-
-
-ASKED_LOOKS = {
-    "": {"facecolor": "#444444"},
-    "no_template": {"facecolor": "white"},
-    "on_fft": {"facecolor": "white", "hatch": "////"},
-}
-
-
-def list_asked(evidence: Evidence, size: str) -> pd.DataFrame:
-    """Return composition of round 3's models of a size. A row is a model and a way of asking.
-
-    Only prompts that can be asked in each way count: those of one turn.
-    """
-    columns = ["arm", "way", "share", "runs"]
-    if evidence.round3.empty or evidence.fresh_prompts.empty:
-        return pd.DataFrame(columns=columns)
-    prompts = choose_prompts(evidence.fresh_prompts, "fresh_composition")
-    shape = evidence.study.sizes[size]
-    rows = []
-    for arm in ASKED_ARMS[size]:
-        runs = evidence.round3
-        is_usual = (runs["size"] == size) & (runs.arm == arm)
-        is_usual &= runs.base.str.endswith(f"-{MAIN_BASE}") & (runs.data == "sft")
-        is_usual &= (runs.epochs == shape.epochs) | (arm == "base")
-        is_asked = were_asked(runs, "fresh_combinations/no_template")
-        rows += list_ways(arm, runs[is_usual & is_asked], prompts)
-    return pd.DataFrame(rows, columns=columns)
-
-
-def list_ways(arm: str, runs: pd.DataFrame, prompts: pd.DataFrame) -> list[dict]:
-    """Return a model's share correct in each way that it was asked, means over its runs."""
-    rows = []
-    for way in WAYS:
-        shares = []
-        for outcomes in runs.outcomes:
-            if way and f"fresh_combinations/{way}" not in outcomes:
-                continue
-            bare = read_letters(outcomes, prompts, "greedy", "no_template")[0]
-            letters = read_letters(outcomes, prompts, "greedy", way)[0]
-            shares.append((letters[bare != NOT_ASKED] == LETTERS["correct"]).mean())
-        if shares:
-            row = {"arm": arm, "way": way, "share": np.mean(shares)}
-            rows.append(row | {"runs": len(shares)})
-    return rows
-
-
-NOT_ASKED = "-"
-
-
-def draw_asked(ax: Axes, table: pd.DataFrame) -> None:
-    """Draw a bar for each model and way of asking, with its value."""
-    arms = list(dict.fromkeys(table.arm))
-    height = 0.26
-    for bar in table.itertuples():
-        place = arms.index(bar.arm) + height * (list(WAYS).index(bar.way) - 1)
-        color = ASKED_COLORS.get(bar.arm, BLUE)
-        look = ASKED_LOOKS[bar.way]
-        is_full = bar.way == ""
-        face = color if is_full else look["facecolor"]
-        ax.barh(
-            place,
-            bar.share,
-            height=height,
-            facecolor=face,
-            edgecolor=color,
-            hatch=look.get("hatch"),
-        )
-        write_beside(ax, bar.share, place, percent(bar.share))
-    ax.set_yticks(range(len(arms)), [ASKED_TITLES[arm] for arm in arms])
-    ax.tick_params(axis="y", length=0)
-    ax.invert_yaxis()
-    ax.set_xlim(0, 1.25)
-    ax.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
-    show_percent(ax.xaxis)
-    ax.set_xlabel("correct, composition")
+def list_third_forecasts(evidence: Evidence) -> pd.DataFrame:
+    """Return round 3's predictions of a number, in percent or points, whose runs are there."""
+    if evidence.round3.empty:
+        return pd.DataFrame(columns=["told", "found"])
+    table = tabulate_predictions(get_round3(evidence))
+    return table[table.told.notna() & table.found.notna()]

@@ -3,9 +3,10 @@
     python evaluation/study/report.py      # or: make report
 
 They come from the committed results. A block stands between `<!-- study:NAME -->` and
-`<!-- /study:NAME -->`: the figure of this name, if there is one (figures.py), then its tables
-(short_tables.py, long_tables.py), then what their marks mean. A number inside a sentence stands
-between `<!-- =NAME -->` and `<!-- /= -->` (values.py). A second call changes nothing.
+`<!-- /study:NAME -->`: the figure of this name, if there is one (figures.py, round3_figures.py),
+then its tables (short_tables.py, long_tables.py, round3_tables.py), then what their marks mean. A
+number inside a sentence stands between `<!-- =NAME -->` and `<!-- /= -->` (values.py). A second
+call changes nothing.
 """
 
 import os
@@ -19,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pandas as pd
 
 from evaluation.study import (  # noqa: F401  they register their blocks
+    causes,
     long_tables,
+    round3_figures,
     round3_tables,
     short_tables,
 )

@@ -12,6 +12,7 @@ from evaluation.study.round3 import (
     tabulate_conclusions,
     tabulate_predictions,
 )
+from evaluation.study.settings import RESULTS_DIR
 
 WAY_TITLES = {
     "": "as it was trained",
@@ -86,6 +87,7 @@ def tabulate_outcomes(evidence: Evidence) -> Tables:
     if evidence.round3.empty:
         return [pd.DataFrame()]
     found = get_round3(evidence)
+    ended = pd.read_csv(RESULTS_DIR / "ended_3.csv", index_col="id").ended  # written by hand
     keys = ["size", "arm", "learning_rate", "epochs", "data"]
     rows = []
     for (size, arm, rate, epochs, _), group in found.runs.groupby(keys, sort=False):
@@ -98,6 +100,7 @@ def tabulate_outcomes(evidence: Evidence) -> Tables:
             interval = f"({percent(estimate.low)} to {percent(estimate.high)})"
             row[title] = f"{percent(estimate.value)} {interval}"
         row["runs"] = len(group)
+        row["ended"] = ended[group.id].max()
         rows.append(row)
     return [pd.DataFrame(rows)]
 

@@ -159,9 +159,33 @@ def tabulate_capacity_gap(evidence: Evidence) -> Tables:
 
     A row is a LoRA at a size, those with the fewest weights first.
     """
+    gaps = list_capacity_gaps(evidence)
+    if gaps.empty:
+        return [pd.DataFrame()]
+    rows = []
+    for place in gaps.sort_values("ratio", kind="stable").itertuples():
+        rows.append(
+            {
+                "size": SIZES[place.size],
+                "method": evidence.study.arms[place.arm].title,
+                "rate": describe_rate(evidence, place.size, place.arm),
+                "adapter weights": f"{place.weights:,.0f}",
+                "weights for each labeled token": f"{place.ratio:.2f}",
+                "behind full fine-tuning, composition, points": write_gap(place.gap),
+                "runs": len(place.gap.by_seed),
+            }
+        )
+    return [pd.DataFrame(rows)]
+
+
+def list_capacity_gaps(evidence: Evidence) -> pd.DataFrame:
+    """Return the gap of each LoRA in composition, `gap`, with its weights for each labeled token.
+
+    A row is an arm at a size. The labeled tokens are those of one pass over the training pairs.
+    """
     prompts = evidence.choose_prompts("composition")
     rows = []
-    for size, title in SIZES.items():
+    for size in SIZES:
         above = evidence.find_cell("fft", size)
         for arm in CAPACITY_ARMS:
             runs = evidence.find_cell(arm, size)
@@ -169,23 +193,10 @@ def tabulate_capacity_gap(evidence: Evidence) -> Tables:
             if gap is None:
                 continue
             first = runs.iloc[0]
-            tokens = first.labeled_tokens / first.epochs
-            rows.append(
-                {
-                    "size": title,
-                    "method": evidence.study.arms[arm].title,
-                    "rate": describe_rate(evidence, size, arm),
-                    "adapter weights": f"{first.trainable_parameters:,.0f}",
-                    "weights for each labeled token": first.trainable_parameters / tokens,
-                    "behind full fine-tuning, composition, points": write_gap(gap),
-                    "runs": len(gap.by_seed),
-                }
-            )
-    if not rows:
-        return [pd.DataFrame()]
-    table = pd.DataFrame(rows).sort_values("weights for each labeled token", kind="stable")
-    ratios = table["weights for each labeled token"].map("{:.2f}".format)
-    return [table.assign(**{"weights for each labeled token": ratios})]
+            ratio = first.trainable_parameters * first.epochs / first.labeled_tokens
+            row = {"size": size, "arm": arm, "weights": first.trainable_parameters}
+            rows.append(row | {"ratio": ratio, "gap": gap})
+    return pd.DataFrame(rows)
 
 
 # ------------------------------------------------------------------------------------- rate x steps

@@ -13,15 +13,20 @@ parts of a name are those of a function here, after its own name:
     asked/ARM/WAY/SIZE              round 3: percent correct of the composed prompts of one turn, by
                                     the way of asking (template, no_template, on_fft); a last part,
                                     such as `blank`, names another kind of answer
+    cell/OUTCOME/SIZE/CELL          percent correct of a cell (analysis.py), such as `study/10`
+    fresh/OUTCOME/SIZE/ARM/RATE     round 3: percent correct on the fresh prompts; a last part names
+                                    the epochs if they are not the usual ones
     forecasts/WHICH                 how many: `all`; points off in the median: `first`, `later`
 
 OUTCOME is `composition`, `plain`, `unseen`, or `all` for the 1,200 prompts of both kinds. METHOD is
 a key of `METHODS`, LORA `r8`, `width16` or `r64`, SIZE `1.3M`, `5.5M` or `25M`. A last part
-`sampled` takes sampled answers in place of greedy ones.
+`sampled` takes sampled answers in place of greedy ones. A value of `asked`, `cell` or `fresh` whose
+runs are not there yet is "not run".
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -34,6 +39,7 @@ from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.short_tables import KNOWN
 from model.cli import UserError
 
+NOT_RUN = "not run"
 VALUES: dict[str, Callable[..., str]] = {}
 
 
@@ -120,7 +126,32 @@ def asked(evidence: Evidence, arm: str, way: str, size: str, kind: str = "correc
     runs = select_asked(found)
     is_wanted = (runs["size"] == find_size(size)) & (runs.arm == arm)
     code_way = "" if way == "template" else way
-    return points(share_asked(found, runs[is_wanted], code_way, kind))
+    share = share_asked(found, runs[is_wanted], code_way, kind)
+    return NOT_RUN if np.isnan(share) else points(share)
+
+
+@value
+def cell(evidence: Evidence, outcome: str, size: str, *parts: str) -> str:
+    """Write the percent correct of a cell, whose name may contain a slash."""
+    decoding = "greedy"
+    if parts[-1] == "sampled":
+        *parts, decoding = parts
+    runs = evidence.find_cell("/".join(parts), find_size(size))
+    prompts = find_prompts(evidence, outcome)
+    estimate = estimate_share(runs, prompts, find_decoding(decoding))
+    return points(estimate.value) if estimate else NOT_RUN
+
+
+@value
+def fresh(
+    evidence: Evidence, outcome: str, size: str, arm: str, rate: str, epochs: str = ""
+) -> str:
+    """Write the percent correct on round 3's fresh prompts, of an arm at a rate."""
+    found = get_round3(evidence)
+    settings = {"epochs": float(epochs)} if epochs else {}
+    runs = found.find(find_size(size), arm, float(rate), **settings)
+    share = found.share(runs, outcome=outcome)
+    return NOT_RUN if np.isnan(share) else points(share)
 
 
 @value
