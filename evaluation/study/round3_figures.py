@@ -137,7 +137,7 @@ CAPACITY_TITLES = ("earlier runs, the 1,087 old prompts", "third round, the 1,08
 @figure("behind")
 def draw_behind(evidence: Evidence) -> tuple[str, str] | None:
     """Draw how far all-layer LoRA is behind full fine-tuning, against its weights a token."""
-    title = "Only the smallest adapter of the smallest model is far behind full fine-tuning"
+    title = "LoRA is far behind only in the smallest model, and less so with a higher rank"
     early = list_capacity_gaps(evidence)
     if early.empty or evidence.round3.empty:
         return None

@@ -2,9 +2,11 @@
 
     python evaluation/study/ship.py 1.3M-lora-original   # a name of model_outputs/names.csv
     python evaluation/study/ship.py                      # write the cards of all folders again
+    python evaluation/study/ship.py xs-world-wrapped42-all_r16-e4-lr0.003-s4  # any other adapter
 
 run.py keeps the weights of round 3 in out/study/kept/, rounded to bfloat16. A card's facts come
-from the folder's run.json, and its shares from runs.jsonl.
+from the folder's run.json, and its shares from runs.jsonl. Adapters that have no name in names.csv
+go to evaluation/study/adapters/, where `eval_llm.py --model` finds them under the run's id.
 """
 
 import argparse
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from evaluation.probe.names import SHIPPED_DIR, list_shipped, read_names
 from evaluation.probe.outputs import OUTPUT_DIR
 from evaluation.study.analysis import read_prompt_table
+from evaluation.study.names import SIZES
 from evaluation.study.results import read_runs
 from evaluation.study.round3 import Round3
 from evaluation.study.round3_tables import WAY_TITLES, share_asked
@@ -29,7 +32,12 @@ from model.cli import UserError, make_parser, run_script
 from model.files import REPO_DIR, read_json, write_json
 from model.model_lora import ADAPTER_CONFIG
 
-BASES = {"1.3M": "model/base_xs", "25M": "evaluation/study/bases/m26-world-wrapped42"}
+ADAPTER_DIR = RESULTS_DIR / "adapters"
+BASES = {
+    "1.3M": "model/base_xs",
+    "5.5M": "evaluation/study/bases/s-world-wrapped42",
+    "25M": "evaluation/study/bases/m26-world-wrapped42",
+}
 CARD = """\
 ---
 {{ card_data }}
@@ -65,27 +73,35 @@ share says about instructions in general.
 
 
 def ship(name: str, save_dir: Path) -> None:
-    """Copy the kept weights of a run, by its name in words, into model/trained/.
+    """Copy kept weights: those with a name in words into model/trained/, others into adapters/.
 
-    Raise a UserError if the name is not known, or the weights are not there.
+    Raise a UserError if neither a name nor a run's adapter is meant, or weights are not there.
     """
     names = read_names(OUTPUT_DIR)
     known = names[names["name"] == name]
-    if known.empty:
-        raise UserError(f"{name}: is no name of {OUTPUT_DIR / 'names.csv'}")
-    run = known.index[0]
+    if not known.empty:
+        run = known.index[0]
+        folder = SHIPPED_DIR / name
+        size = name.partition("-")[0]
+    elif name.partition("-")[0] in SIZES:
+        run = name
+        folder = ADAPTER_DIR / name
+        size = SIZES[name.partition("-")[0]]
+    else:
+        raise UserError(f"{name}: is no name of {OUTPUT_DIR / 'names.csv'} and no run's id")
     source = save_dir / "kept" / run
     if not source.is_dir():
         raise UserError(f"{source}: not there; python evaluation/study/run.py --only '{run}'")
-    folder = SHIPPED_DIR / name
     is_adapter = (source / ADAPTER_CONFIG).is_file()
+    if folder.parent == ADAPTER_DIR and not is_adapter:
+        raise UserError(f"{source}: is a whole model, and {ADAPTER_DIR} has adapters alone")
     unwanted = shutil.ignore_patterns("tokenizer*") if is_adapter else None
     shutil.copytree(source, folder, ignore=unwanted, dirs_exist_ok=True)
     shutil.copy(save_dir / run / "run.json", folder / "run.json")
     if is_adapter:
         # A path from the repository's root fits every clone.
         config = read_json(folder / ADAPTER_CONFIG)
-        config["base_model_name_or_path"] = BASES[name.partition("-")[0]]
+        config["base_model_name_or_path"] = BASES[size]
         write_json(folder / ADAPTER_CONFIG, config)
 
 
@@ -159,7 +175,7 @@ def count_one_turn(found: Round3) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Ship the runs that are named, and write all cards."""
     parser: argparse.ArgumentParser = make_parser(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of model_outputs/names.csv")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of names.csv, or a run")
     parser.add_argument("--save_dir", type=Path, default=REPO_DIR / "out/study", help="out/study")
     args = parser.parse_args(argv)
     for name in args.names:

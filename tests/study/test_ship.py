@@ -33,6 +33,20 @@ def test_an_adapter_ships_without_tokenizer_and_names_its_base_from_the_root(tmp
     load_checkpoint(folder)  # finds its base
 
 
+def test_an_adapter_without_a_name_stands_under_its_run(tmp_path, monkeypatch):
+    run = "xs-world-wrapped42-all_r16-e4-lr0.003-s4"
+    adapter, model = SHIPPED_DIR / "1.3M-lora-all-layers-r8", SHIPPED_DIR / "1.3M-full-fine-tuning"
+    shutil.copytree(adapter, tmp_path / "kept" / run)
+    shutil.copytree(adapter, tmp_path / run)
+    monkeypatch.setattr(ship, "ADAPTER_DIR", tmp_path / "adapters")
+    ship.ship(run, tmp_path)
+    assert read_json(tmp_path / "adapters" / run / "run.json") == read_json(adapter / "run.json")
+    load_checkpoint(tmp_path / "adapters" / run)
+    shutil.copytree(model, tmp_path / "kept" / "xs-model")
+    with pytest.raises(UserError, match="adapters alone"):
+        ship.ship("xs-model", tmp_path)
+
+
 @pytest.mark.parametrize(
     "name, message", [("1.3M-lora-other", "is no name"), ("1.3M-lora-original", "run.py --only")]
 )
