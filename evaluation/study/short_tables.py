@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from evaluation.probe.outputs import OUTPUT_DIR, escape_markdown
+from evaluation.probe.names import WITHOUT_TEMPLATE
+from evaluation.probe.outputs import escape_markdown
 from evaluation.study.analysis import (
     Evidence,
     estimate_gap,
@@ -32,8 +33,13 @@ from evaluation.study.names import (
 )
 from evaluation.study.settings import RESULTS_DIR
 
-# Names of names.csv whose answers to the tuning half stand side by side, the weakest first.
-ANSWERED = ["25M-lora-original", "25M-lora-all-layers-r8", "25M-full-fine-tuning"]
+# Models whose answers to the tuning half stand side by side, with the titles of their columns.
+ANSWERED = {
+    "25M-lora-original": "the original LoRA",
+    "25M-lora-all-layers-r8": "LoRA on all layers, rank 8",
+    "25M-lora-all-layers-r8" + WITHOUT_TEMPLATE: "the same LoRA, asked without the template",
+    "25M-full-fine-tuning": "full fine-tuning",
+}
 KNOWN = {"plain": "facts_combinations", "unseen": "facts_unseen"}  # what the base ranks first
 
 
@@ -375,9 +381,8 @@ def collect_answers(evidence: Evidence) -> pd.DataFrame:
 
     A row is a prompt, a column a model of `ANSWERED`.
     """
-    names = pd.read_csv(OUTPUT_DIR / "names.csv", index_col="name")
     columns = {}
-    for name, model in names.loc[ANSWERED].iterrows():
+    for name, title in ANSWERED.items():
         samples = read_samples(RESULTS_DIR / "answers" / f"{name}-probe_combinations_tune")
         if samples is None:
             continue
@@ -385,6 +390,5 @@ def collect_answers(evidence: Evidence) -> pd.DataFrame:
         is_wrong = greedy.outcome != "correct"
         kinds = " *(" + greedy.outcome + ")*"
         columns["prompt"] = greedy.prompt.map(escape_markdown)
-        answers = greedy.output.map(escape_markdown) + kinds.where(is_wrong, "")
-        columns[model["title"]] = answers
+        columns[title] = greedy.output.map(escape_markdown) + kinds.where(is_wrong, "")
     return pd.DataFrame(columns)
