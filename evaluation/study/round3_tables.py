@@ -1,4 +1,4 @@
-"""The tables of round 3: ways of asking, predictions with their results, conclusions."""
+"""The tables of round 3: ways of asking, outcomes, predictions with results and conclusions."""
 
 import pandas as pd
 
@@ -90,8 +90,9 @@ def tabulate_outcomes(evidence: Evidence) -> Tables:
     ended = pd.read_csv(RESULTS_DIR / "ended_3.csv", index_col="id").ended  # written by hand
     keys = ["size", "arm", "learning_rate", "epochs", "data"]
     rows = []
-    for (size, arm, rate, epochs, _), group in found.runs.groupby(keys, sort=False):
+    for (size, arm, rate, epochs, data), group in found.runs.groupby(keys, sort=False):
         name = "base" if arm == "base" else evidence.study.arms[arm].title
+        name += ", on medical pairs" if data == "medical" else ""
         row = {"size": SIZES[size], "trained": name, "rate": f"{rate:g}", "epochs": f"{epochs:g}"}
         if arm == "base":
             row["rate"] = "-"  # pretraining's is another matter
@@ -105,25 +106,38 @@ def tabulate_outcomes(evidence: Evidence) -> Tables:
     return [pd.DataFrame(rows)]
 
 
-@block("predictions_3")
-def tabulate_told(evidence: Evidence) -> Tables:
-    """Return a row a prediction of PROTOCOL_3.md whose run is there, in percent or points."""
+@block("round3")
+def tabulate_round3(evidence: Evidence) -> Tables:
+    """Return the questions of PROTOCOL_3.md: the conclusion of its rule, then its predictions."""
     if evidence.round3.empty:
         return [pd.DataFrame()]
-    table = tabulate_predictions(get_round3(evidence))
-    ran = table[table.met != "not run"]
-    sizes = ran["size"].map(SIZES)
-    texts = ran[["told", "from", "to", "found", "low", "high"]].map(
-        "{:.0f}".format, na_action="ignore"
-    )
-    shown = ran.assign(size=sizes, **texts)
-    shown["told"] = shown.told.where(ran.told.notna(), "-")
-    return [shown]
+    found = get_round3(evidence)
+    conclusions = tabulate_conclusions(found)
+    numbers = conclusions.question.str[:2]
+    rows = []
+    for question, group in tabulate_predictions(found).groupby("question", sort=False):
+        has_begun = (group.met != "not run").any()
+        for _, rule in conclusions[numbers == question].iterrows():
+            is_open = has_begun and rule.conclusion == "not run"
+            verdict = "open, runs are missing" if is_open else rule.conclusion
+            rows.append({"question": f"**{rule.question}**", "verdict": f"**{verdict}**"})
+        for _, prediction in group.iterrows():
+            rows.append(write_prediction(prediction))
+    columns = ["question", "predicted", "found", "95% interval", "runs", "verdict"]
+    return [pd.DataFrame(rows, columns=columns).fillna("")]
 
 
-@block("conclusions_3")
-def tabulate_concluded(evidence: Evidence) -> Tables:
-    """Return a row a question of PROTOCOL_3.md: the conclusion of its rule."""
-    if evidence.round3.empty:
-        return [pd.DataFrame()]
-    return [tabulate_conclusions(get_round3(evidence))]
+def write_prediction(prediction: pd.Series) -> dict[str, object]:
+    """Write a prediction and what was found, in percent of correct answers or in points."""
+    where = f"{prediction.question}, {SIZES[prediction['size']]}: {prediction.what}"
+    predicted = f"{prediction['from']:.0f} to {prediction.to:.0f}"
+    if pd.notna(prediction.told):
+        predicted = f"{prediction.told:.0f} ({predicted})"
+    row: dict[str, object] = {"question": where, "predicted": predicted}
+    if prediction.met == "not run":
+        return row | {"found": "-", "95% interval": "-", "runs": 0, "verdict": "not run"}
+    row["found"] = f"{prediction.found:.0f}"
+    row["95% interval"] = f"{prediction.low:.0f} to {prediction.high:.0f}"
+    row["runs"] = int(prediction.runs)
+    row["verdict"] = "as predicted" if prediction.met == "yes" else "not as predicted"
+    return row
