@@ -11,7 +11,7 @@ what is kept from pretraining, as the prompts on unseen things do.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from scipy import stats
 from dataset.world.checks import KINDS
 from evaluation.probe.intervals import CONFIDENCE, resample_means
 from evaluation.study.names import AT_EDGE, TUNED_SHORTER
-from evaluation.study.plan import Sweep, tune_rates
+from evaluation.study.plan import Sweep, choose_rate, tune_rates
 from evaluation.study.results import LETTERS, read_runs
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, Study, read_study
 from model.cli import UserError
@@ -57,8 +57,9 @@ CELL_COLUMNS = [  # that all runs of a cell share
 class Evidence:
     """The study, its runs with their cells, titles and marks, its prompts, its learning rates.
 
-    `runs` are ends and kept checkpoints, `final` completed ends alone. Runs of round 3, and the
-    fresh prompts that they answer, stand apart.
+    `runs` are ends and kept checkpoints, `final` completed ends alone. Both have the trainings of
+    round 3 as further seeds, since these answered the old prompts, too. `round3` has the completed
+    runs of that round again, its bases included, for the fresh prompts.
     """
 
     study: Study
@@ -138,12 +139,14 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     lines = read_runs(folder, study.edition)
     # Lines of round 2 were written without a round, and a study may have no others.
     is_round3 = lines.get("round", pd.Series(2, lines.index)).fillna(2) == 3
-    runs = sort_runs(study, lines[~is_round3])
+    is_same_base = is_round3 & (lines.arm == "base")  # round 2 asked these weights already
+    runs = sort_runs(study, lines[~is_same_base])
     sweeps = tune_rates(study, runs)
     # After an @ stands a part of the update, a word, or the step of a kept checkpoint.
     runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)
     names = [name_cell(study, sweeps, run) for run in runs.itertuples()]
     runs[["cell", "title"]] = pd.DataFrame(names, runs.index, ["cell", "title"])
+    sweeps = settle_edges(study, sweeps, runs)
     runs["mark"] = [find_rate_marks(study, sweeps, run) for run in runs.itertuples()]
     runs["usual"] = runs.cell.str.replace(r"\*[^/~@^#+]*", "", regex=True)  # without the rate
     # The fewest are the base's own: a model with an adapter has more.
@@ -161,6 +164,28 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
         round3=lines[is_round3 & (lines.status == "completed")],
         fresh_prompts=read_prompt_table(folder / "prompts_3.csv"),
     )
+
+
+def settle_edges(study: Study, sweeps: dict, runs: pd.DataFrame) -> dict:
+    """Return sweeps in which a best rate is no edge if a run of another seed lies beyond it.
+
+    The plan counts the runs of the first seed, but round 3 tried some rates with a later one.
+    """
+    is_end = ~runs.id.str.contains("@")
+    ends = runs[is_end & is_usual(runs) & (runs.status == "completed")]
+    settled = dict(sweeps)
+    for (size, arm), sweep in sweeps.items():
+        if not sweep.is_at_edge:
+            continue
+        is_same = (ends["size"] == size) & (ends.arm == arm)
+        is_same &= ends.epochs == find_tuning_epochs(study, size, arm)
+        by_rate = ends[is_same].groupby("learning_rate")  # the first seed stands for a rate
+        table = by_rate[["tune_correct", "tune_nll"]].first().astype(float)
+        best = choose_rate(table, study.tie)
+        is_inside = best not in (table.index[0], table.index[-1])
+        if is_inside and best in find_rates(sweep):
+            settled[size, arm] = replace(sweep, is_at_edge=False)
+    return settled
 
 
 def sort_runs(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
@@ -343,24 +368,26 @@ def estimate_gap(
 
 
 def select_reported(evidence: Evidence) -> pd.DataFrame:
-    """Return the runs that tables report: all sets were asked, at the arm's rate."""
-    sets = set(evidence.prompts["set"])
+    """Return the runs that tables report: at the arm's rate, and asked about unseen things too."""
     is_reported = []
     for run in evidence.final.itertuples():
         sweep = evidence.sweeps.get((run.size, run.arm))  # a base has none
         is_at_rate = sweep is None or run.learning_rate in find_rates(sweep)
-        is_whole = set(run.outcomes) == sets
-        is_reported.append(is_at_rate and is_whole)
+        is_reported.append(is_at_rate and "unseen" in run.outcomes)
     return evidence.final[np.array(is_reported, dtype=bool)]
 
 
 def select_usual(evidence: Evidence) -> pd.DataFrame:
     """Return the runs on all training examples from the main base. A row is a run."""
-    final = evidence.final
-    is_main = final.base.astype(str).str.endswith(f"-{MAIN_BASE}")
-    is_arm = (final.arm != "base") & (final.start == "base")
-    is_whole = (final.data == "sft") & final.samples.isna()
-    return final[is_main & is_arm & is_whole]
+    return evidence.final[is_usual(evidence.final)]
+
+
+def is_usual(runs: pd.DataFrame) -> pd.Series:
+    """Say which runs trained on all examples from the main base."""
+    is_main = runs.base.astype(str).str.endswith(f"-{MAIN_BASE}")
+    is_arm = (runs.arm != "base") & (runs.start == "base")
+    is_whole = (runs.data == "sft") & runs.samples.isna()
+    return is_main & is_arm & is_whole
 
 
 def were_asked(runs: pd.DataFrame, name: str) -> pd.Series:

@@ -69,9 +69,8 @@ def label_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 @lru_cache(maxsize=2)
 def tabulate_reported(evidence: Evidence) -> pd.DataFrame:
-    """Return the cells of all reported runs. A row is a cell, set or outcome, and decoding."""
-    sets = [*OUTCOMES, *OTHER_SETS]
-    return tabulate_cells(evidence, select_reported(evidence), sets)
+    """Return the cells of all reported runs. A row is a cell, outcome and decoding."""
+    return tabulate_cells(evidence, select_reported(evidence), list(OUTCOMES))
 
 
 def spread_shares(cells: pd.DataFrame) -> pd.DataFrame:
@@ -98,20 +97,16 @@ def spread_shares(cells: pd.DataFrame) -> pd.DataFrame:
 @block("shares")
 def tabulate_shares(evidence: Evidence) -> Tables:
     """Return composition, plain questions and unseen things. A row is a cell."""
-    cells = tabulate_reported(evidence)
-    return [spread_shares(keep_sets(cells, list(OUTCOMES)))]
+    return [spread_shares(tabulate_reported(evidence))]
 
 
 @block("other_sets")
 def tabulate_other_sets(evidence: Evidence) -> Tables:
     """Return the shares of the other sets. A row is a cell."""
-    cells = tabulate_reported(evidence)
-    return [spread_shares(keep_sets(cells, OTHER_SETS))]
-
-
-def keep_sets(cells: pd.DataFrame, sets: list[str]) -> pd.DataFrame:
-    """Return the cells of some sets or outcomes."""
-    return cells if cells.empty else cells[cells["set"].isin(sets)]
+    reported = select_reported(evidence)
+    were_all_asked = reported.outcomes.map(lambda outcomes: set(OTHER_SETS) <= set(outcomes))
+    cells = tabulate_cells(evidence, reported[were_all_asked.astype(bool)], OTHER_SETS)
+    return [spread_shares(cells)]
 
 
 @block("parts")
@@ -136,7 +131,7 @@ def tabulate_other_rates(evidence: Evidence) -> Tables:
 @block("kinds")
 def tabulate_kinds(evidence: Evidence) -> Tables:
     """Return shares of each kind of answer, greedy / sampled. A row is a cell and an outcome."""
-    cells = keep_sets(tabulate_reported(evidence), list(OUTCOMES))
+    cells = tabulate_reported(evidence)
     if cells.empty:
         return [cells]
     labeled = label_rows(cells).assign(outcome=cells["set"].map(OUTCOMES))

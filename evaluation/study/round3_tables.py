@@ -124,7 +124,7 @@ def tabulate_round3(evidence: Evidence) -> Tables:
         for _, prediction in group.iterrows():
             rows.append(write_prediction(prediction))
     columns = ["question", "predicted", "found", "95% interval", "runs", "verdict"]
-    return [pd.DataFrame(rows, columns=columns).fillna("")]
+    return [pd.DataFrame(rows, columns=columns, dtype=object).fillna("")]
 
 
 def write_prediction(prediction: pd.Series) -> dict[str, object]:

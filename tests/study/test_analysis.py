@@ -17,6 +17,7 @@ from evaluation.study.analysis import (
     tabulate_cells,
 )
 from evaluation.study.frontiers import find_frontier, find_paths, list_points
+from evaluation.study.plan import Run
 from model.cli import UserError
 from tests.study.synthetic import (
     list_outcomes,
@@ -168,14 +169,36 @@ def test_a_rate_stays_marked_once_its_grid_may_grow_no_more(tmp_path: Path) -> N
     assert marks["fft*0.008"] == ""
 
 
-def test_round_3_stands_apart(tmp_path: Path) -> None:
-    """Its lines are neither runs nor rates of the second edition."""
-    fresh = make_line(make_run("xs", "fft", 1e-3, 4), {}, round=3)
-    write_lines(tmp_path, [*make_study(), fresh])
+def test_round_3_adds_seeds(tmp_path: Path) -> None:
+    """Its trainings join their cells, with the old prompts; its base is asked anew, not added."""
+    right = list_outcomes(4, 12)
+    seed_4 = make_line(make_run("xs", "fft", 1e-3, 4), right, round=3)
+    base = make_line(Run("xs", "wrapped42", round=3), right, round=3)
+    write_lines(tmp_path, [*make_study(), base, seed_4])
     evidence = load_evidence(tmp_path)
-    assert evidence.round3.id.tolist() == [fresh["id"]]
-    assert fresh["id"] not in set(evidence.runs.id)
+    assert evidence.round3.id.tolist() == [base["id"], seed_4["id"]]
+    cell = evidence.find_cell("fft", "xs")
+    assert cell.seed.tolist() == [1, 2, 3, 4]
+    share = estimate_share(cell, evidence.choose_prompts("composition"), "greedy")
+    assert share.by_seed == pytest.approx((9 / 12, 10 / 12, 11 / 12, 1))
+    assert base["id"] not in set(evidence.runs.id)
     assert len(evidence.fresh_prompts) == 8
+
+
+@pytest.mark.parametrize(("tune", "mark"), [(3, ""), (4, "‡")])
+def test_a_later_seed_beyond_an_edge_settles_it(tmp_path: Path, tune: int, mark: str) -> None:
+    """A worse rate of another seed beyond the best takes its mark; one as good does not.
+
+    As good means the same share and, as all made-up runs have, the same loss: then the lower rate
+    would be chosen, so the best still lies at an edge.
+    """
+    lines = []
+    for rate, seed, right in ((5e-5, 3, tune), (1e-4, 1, 4), (2e-4, 1, 3)):
+        run = make_run("m26", "fft", rate, seed, epochs=2)
+        lines.append(make_line(run, list_outcomes(right, 8)))
+    write_lines(tmp_path, lines)
+    marks = load_evidence(tmp_path).runs.set_index("cell")["mark"]
+    assert marks["fft"] == mark
 
 
 def test_arms_must_start_alike(tmp_path: Path) -> None:

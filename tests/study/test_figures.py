@@ -13,15 +13,23 @@ from evaluation.study.round3_figures import list_asked, list_fresh_gaps, list_fr
 from evaluation.study.round3_tables import get_round3
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.values import find_value
-from tests.study.synthetic import list_prompts, make_line, make_run, make_study, write_lines
+from tests.study.synthetic import (
+    list_outcomes,
+    list_prompts,
+    make_line,
+    make_run,
+    make_study,
+    write_lines,
+)
 
 COMMITTED = sorted((RESULTS_DIR / "figures").glob("*.svg"))
 PIXELS = 96 / 72  # of a point
 
 
 def make_asked(arm: str, rate: float, outcomes: dict[str, str]) -> dict:
-    """Return a line of round 3 at 1.3M."""
+    """Return a line of round 3 at 1.3M, whose old prompts were answered as by others."""
     run = make_run("xs", arm, rate, 4)
+    outcomes = list_outcomes(4, 6) | outcomes
     return make_line(run, outcomes, id=f"{run.id}-round3", round=3)
 
 
@@ -69,7 +77,7 @@ def test_gaps_on_fresh_prompts_by_hand(tmp_path: Path) -> None:
     """Full fine-tuning has 5 of 6 compositions, rank 8 has 2: 3 of 6 behind, 100 weights of 100."""
     full = make_asked("fft", 1e-3, {"fresh_combinations": "cccccfff"})
     lora = make_asked("all_r8", 3e-3, {"fresh_combinations": "ccffffcc"})
-    other = make_asked("all_r8", 6e-3, {"fresh_combinations": "cccccccc"})
+    other = make_asked("all_r8", 1.2e-2, {"fresh_combinations": "cccccccc"})
     rows = make_asked("all_r8_rows", 3e-3, {"fresh_combinations": "cccccccc"})
     write_lines(tmp_path, [*make_study(), full, lora, other, rows])
     evidence = load_evidence(tmp_path)
