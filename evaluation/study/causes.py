@@ -91,7 +91,7 @@ CAUSES = [
     Cause(
         "too low a rank",
         "the original LoRA at rank 16; all-layer LoRA at rank 64 (1.3M) and 32 (25M)",
-        "yes on all layers; on query and output rank 16 helped neither there nor here",
+        "yes on all layers; on query and output it tried rank 16",
         alone=(("cell/composition/1.3M/study", "cell/composition/1.3M/study_r16"), None),
         last=(
             ("cell/composition/1.3M/all_r8", "cell/composition/1.3M/all_r64"),

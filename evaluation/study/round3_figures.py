@@ -137,12 +137,17 @@ CAPACITY_TITLES = ("earlier runs, the 1,087 old prompts", "third round, the 1,08
 @figure("behind")
 def draw_behind(evidence: Evidence) -> tuple[str, str] | None:
     """Draw how far all-layer LoRA is behind full fine-tuning, against its weights a token."""
-    title = "LoRA is far behind only in the smallest model, and less so with a higher rank"
     early = list_capacity_gaps(evidence)
     if early.empty or evidence.round3.empty:
         return None
     is_all_layers = early.arm.str.startswith("all_r")
     panels = [early[is_all_layers], list_fresh_gaps(get_round3(evidence))]
+    title = "How far all-layer LoRA is behind full fine-tuning"
+    every = pd.concat(panels)
+    gaps = every.gap.map(lambda gap: gap.value)
+    is_farthest = (every["size"] == "xs") & (every.arm == "all_r8")
+    if gaps[is_farthest].min() > gaps[~is_farthest].max():
+        title = "LoRA of rank 8 in the smallest model is farthest behind full fine-tuning"
     with mpl.rc_context(STYLE):
         fig, axes = start_figure(title, 3.9, ncols=2, sharey=True)
         for ax, gaps, panel_title in zip(axes, panels, CAPACITY_TITLES, strict=True):
@@ -228,12 +233,15 @@ FEWEST_POINTS = 3  # that are joined
 @figure("frontier")
 def draw_frontier(evidence: Evidence) -> tuple[str, str] | None:
     """Draw what is kept against composition at 25M, a mark a method and learning rate."""
-    title = "At 25M the learning rate decides how much full fine-tuning keeps"
     if evidence.round3.empty:
         return None
     marks = list_frontier(get_round3(evidence))
     if marks.empty:
         return None
+    title = "What 25M models compose, and what they keep"
+    least = marks.loc[marks.unseen.idxmin()]
+    if (least.arm, least.rate) == ("fft", FULL_RATES[FRONTIER_SIZE]):
+        title = "At 25M full fine-tuning keeps fewest unseen things at the rate that is best for the task"
     with mpl.rc_context(STYLE):
         fig, axes = start_figure(title, 4.2, ncols=2, sharey=True)
         for ax, (outcome, outcome_title) in zip(axes, FRONTIER_OUTCOMES.items(), strict=True):
@@ -263,8 +271,9 @@ def list_frontier(found: Round3) -> pd.DataFrame:
     """Return all outcomes of round 3's methods at 25M. A row is an arm and a learning rate."""
     runs = found.runs[found.runs["size"] == FRONTIER_SIZE]
     is_long = (runs.epochs == EPOCHS[FRONTIER_SIZE]) | (runs.arm == "fft_batch8")
+    is_drawn = is_long & runs.arm.isin(FRONTIER_LOOKS)
     rows = []
-    for (arm, rate), group in runs[is_long].groupby(["arm", "learning_rate"]):
+    for (arm, rate), group in runs[is_drawn].groupby(["arm", "learning_rate"]):
         row = {"arm": arm, "rate": rate, "composition": found.share(group)}
         for outcome in FRONTIER_OUTCOMES:
             row[outcome] = found.share(group, outcome=outcome)

@@ -3,12 +3,13 @@
 import pandas as pd
 
 from evaluation.study.analysis import Evidence, were_asked
-from evaluation.study.blocks import Tables, block, percent
+from evaluation.study.blocks import Tables, block, percent, write_interval, write_rate
 from evaluation.study.names import SIZES
 from evaluation.study.round3 import (
     EPOCHS,
     MAIN_BASE,
     Round3,
+    list_predictions,
     tabulate_conclusions,
     tabulate_predictions,
 )
@@ -76,6 +77,8 @@ def tabulate_asking(evidence: Evidence) -> Tables:
             row |= dict(zip(KINDS_SHOWN, map(percent, shares), strict=True))
             row["correct, sampled"] = percent(sampled)
             row["end token first"] = f"{group[first].mean():.2f}"
+            plain = found.mark(group, "plain", way)
+            row["plain questions"] = percent(float(plain.to_numpy().mean()))
             row["runs"] = len(group)
             rows.append(row)
     return [pd.DataFrame(rows)]
@@ -83,27 +86,39 @@ def tabulate_asking(evidence: Evidence) -> Tables:
 
 @block("outcomes_3")
 def tabulate_outcomes(evidence: Evidence) -> Tables:
-    """Return a row a method: its outcomes on the fresh prompts, in percent with 95% intervals."""
+    """Return a row a run: its outcomes on the fresh prompts, in percent with 95% intervals."""
     if evidence.round3.empty:
         return [pd.DataFrame()]
     found = get_round3(evidence)
+    predicted = {}  # by the run's id
+    for told in list_predictions():
+        if (told.outcome, told.way, told.kind, told.behind) == ("composition", "", "correct", None):
+            for run in found.find(told.size, told.arm, told.rate, **dict(told.settings)).id:
+                predicted[run] = write_told(told.middle, told.low, told.high)
     ended = pd.read_csv(RESULTS_DIR / "ended_3.csv", index_col="id").ended  # written by hand
-    keys = ["size", "arm", "learning_rate", "epochs", "data"]
     rows = []
-    for (size, arm, rate, epochs, data), group in found.runs.groupby(keys, sort=False):
-        name = "base" if arm == "base" else evidence.study.arms[arm].title
-        name += ", on medical pairs" if data == "medical" else ""
-        row = {"size": SIZES[size], "trained": name, "rate": f"{rate:g}", "epochs": f"{epochs:g}"}
-        if arm == "base":
-            row["rate"] = "-"  # pretraining's is another matter
+    for run_id, run in found.runs.groupby("id", sort=False):
+        first = run.iloc[0]
+        is_base = first.arm == "base"
+        name = "base" if is_base else evidence.study.arms[first.arm].title
+        name += ", on medical pairs" if first.data == "medical" else ""
+        row = {"ended": ended.get(run_id, "-"), "size": SIZES[first["size"]], "trained": name}
+        row["rate"] = "-" if is_base else write_rate(first.learning_rate)
+        row |= {"epochs": f"{first.epochs:g}", "seed": "-" if is_base else first.seed}
+        row["predicted"] = predicted.get(run_id, "-")
         for outcome, title in OUTCOME_TITLES.items():
-            estimate = found.estimate(found.mark(group, outcome))
-            interval = f"({percent(estimate.low)} to {percent(estimate.high)})"
-            row[title] = f"{percent(estimate.value)} {interval}"
-        row["runs"] = len(group)
-        row["ended"] = ended[group.id].max()
+            estimate = found.estimate(found.mark(run, outcome))
+            row[title] = f"{percent(estimate.value)} {write_interval(estimate.low, estimate.high)}"
+        sampled = found.share(run, decoding="t0.85p0.85")
+        row["composition, sampled"] = percent(sampled)
         rows.append(row)
     return [pd.DataFrame(rows)]
+
+
+def write_told(middle: float | None, low: float, high: float) -> str:
+    """Write what was predicted: a value and its range, or a range alone."""
+    told = f"{low:.0f} to {high:.0f}"
+    return told if pd.isna(middle) else f"{middle:.0f} ({told})"
 
 
 @block("round3")
@@ -130,9 +145,7 @@ def tabulate_round3(evidence: Evidence) -> Tables:
 def write_prediction(prediction: pd.Series) -> dict[str, object]:
     """Write a prediction and what was found, in percent of correct answers or in points."""
     where = f"{prediction.question}, {SIZES[prediction['size']]}: {prediction.what}"
-    predicted = f"{prediction['from']:.0f} to {prediction.to:.0f}"
-    if pd.notna(prediction.told):
-        predicted = f"{prediction.told:.0f} ({predicted})"
+    predicted = write_told(prediction.told, prediction["from"], prediction.to)
     row: dict[str, object] = {"question": where, "predicted": predicted}
     if prediction.met == "not run":
         return row | {"found": "-", "95% interval": "-", "runs": 0, "verdict": "not run"}

@@ -24,7 +24,9 @@ from model.cli import UserError, make_parser, run_script
 def read_outcomes(folder: Path = RESULTS_DIR) -> pd.Series:
     """Return the outcome that each test prompt belongs to, by the prompt's id."""
     tables = [read_prompt_table(folder / name) for name in ("prompts.csv", "prompts_3.csv")]
-    prompts = pd.concat(tables).set_index("id")
+    every = pd.concat(tables).set_index("id")
+    kinds = every["set"].str.removeprefix("fresh_")
+    prompts = every[kinds.isin(["combinations", "unseen"]) & (every.half == "test")]
     is_unseen = prompts["set"].str.endswith("unseen")
     is_plain = prompts.skill.isin(PLAIN_SKILLS)
     outcomes = pd.Series("composition", prompts.index)
@@ -42,7 +44,7 @@ def count_outcomes(folder: Path) -> pd.DataFrame:
     outcomes = samples.id.map(read_outcomes())
     if outcomes.isna().any():
         first = samples.id[outcomes.isna()].iloc[0]
-        raise UserError(f"{folder}: {first} is no test prompt of the study")
+        raise UserError(f"{folder}: {first} is no test prompt on new combinations or unseen things")
     is_correct = samples.outcome == "correct"
     groups = is_correct.groupby([samples.decoding, outcomes.rename("outcome")])
     counts = groups.agg(correct="sum", answers="size").reset_index()

@@ -27,7 +27,7 @@ from evaluation.study.names import SIZES
 from evaluation.study.results import read_runs
 from evaluation.study.round3 import Round3
 from evaluation.study.round3_tables import WAY_TITLES, share_asked
-from evaluation.study.settings import RESULTS_DIR, read_study
+from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 from model.cli import UserError, make_parser, run_script
 from model.files import REPO_DIR, read_json, write_json
 from model.model_lora import ADAPTER_CONFIG
@@ -93,6 +93,8 @@ def ship(name: str, save_dir: Path) -> None:
     if not source.is_dir():
         raise UserError(f"{source}: not there; python evaluation/study/run.py --only '{run}'")
     is_adapter = (source / ADAPTER_CONFIG).is_file()
+    if is_adapter and f"-{MAIN_BASE}-" not in run:
+        raise UserError(f"{run}: its base does not ship, so its adapter could not be opened")
     if folder.parent == ADAPTER_DIR and not is_adapter:
         raise UserError(f"{source}: is a whole model, and {ADAPTER_DIR} has adapters alone")
     unwanted = shutil.ignore_patterns("tokenizer*") if is_adapter else None

@@ -16,12 +16,14 @@ parts of a name are those of a function here, after its own name:
     cell/OUTCOME/SIZE/CELL          percent correct of a cell (analysis.py), such as `study/10`
     fresh/OUTCOME/SIZE/ARM/RATE     round 3: percent correct on the fresh prompts; a last part names
                                     the epochs if they are not the usual ones
+    medical/WAY                     round 3: percent correct of the medical test prompts, by the way
+                                    of asking, after medical pairs alone at 1.3M
     forecasts/WHICH                 how many: `all`; points off in the median: `first`, `later`
 
 OUTCOME is `composition`, `plain`, `unseen`, or `all` for the 1,200 prompts of both kinds. METHOD is
 a key of `METHODS`, LORA `r8`, `width16` or `r64`, SIZE `1.3M`, `5.5M` or `25M`. A last part
-`sampled` takes sampled answers in place of greedy ones. A value of `asked`, `cell` or `fresh` whose
-runs are not there yet is "not run".
+`sampled` takes sampled answers in place of greedy ones. A value of round 3, or of a
+cell, whose runs are not there yet is "not run".
 """
 
 from collections.abc import Callable
@@ -34,6 +36,8 @@ from evaluation.study.analysis import Estimate, Evidence, estimate_gap, estimate
 from evaluation.study.blocks import points
 from evaluation.study.figures import list_losses
 from evaluation.study.names import BLACK, DECODINGS, GAP_LORAS, METHODS, ORANGE, SIZES
+from evaluation.study.results import LETTERS
+from evaluation.study.round3 import NOT_ASKED
 from evaluation.study.round3_tables import get_round3, select_asked, share_asked
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.short_tables import KNOWN
@@ -128,6 +132,20 @@ def asked(evidence: Evidence, arm: str, way: str, size: str, kind: str = "correc
     code_way = "" if way == "template" else way
     share = share_asked(found, runs[is_wanted], code_way, kind)
     return NOT_RUN if np.isnan(share) else points(share)
+
+
+@value
+def medical(evidence: Evidence, way: str) -> str:
+    """Write the percent correct of medical test prompts, after medical pairs alone, at 1.3M."""
+    name = "medical" if way == "template" else f"medical/{way}"
+    runs = evidence.round3[evidence.round3.data == "medical"]
+    if runs.empty:
+        return NOT_RUN
+    (outcomes,) = runs.outcomes
+    count = len(evidence.choose_prompts("medical"))
+    letters = outcomes[name]["greedy"][-count:]  # the test half stands last
+    asked = letters.replace(NOT_ASKED, "")
+    return points(asked.count(LETTERS["correct"]) / len(asked))
 
 
 @value
