@@ -241,7 +241,7 @@ def draw_frontier(evidence: Evidence) -> tuple[str, str] | None:
     title = "What 25M models compose, and what they keep"
     least = marks.loc[marks.unseen.idxmin()]
     if (least.arm, least.rate) == ("fft", FULL_RATES[FRONTIER_SIZE]):
-        title = "At 25M full fine-tuning keeps fewest unseen things at the rate that is best for the task"
+        title = "At 25M full fine-tuning keeps fewest unseen things at its best rate"
     with mpl.rc_context(STYLE):
         fig, axes = start_figure(title, 4.2, ncols=2, sharey=True)
         for ax, (outcome, outcome_title) in zip(axes, FRONTIER_OUTCOMES.items(), strict=True):

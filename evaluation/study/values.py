@@ -5,6 +5,8 @@ parts of a name are those of a function here, after its own name:
 
     share/OUTCOME/METHOD/SIZE       percent correct, means over runs
     gap/OUTCOME/LORA/SIZE           points that all-layer LoRA is behind full fine-tuning
+    frozen_gap/OUTCOME/LORA/SIZE    the same, if the embedding is frozen in full fine-tuning
+    fresh_gap/ARM/SIZE              round 3: the gap in composition on the fresh prompts
     interval/OUTCOME/LORA/SIZE      the bootstrap's interval of that gap, such as `22 to 27`
     t_interval/OUTCOME/LORA/SIZE    the t interval over three runs
     known/OUTCOME/SIZE              percent of the facts that the base ranks first
@@ -38,6 +40,7 @@ from evaluation.study.figures import list_losses
 from evaluation.study.names import BLACK, DECODINGS, GAP_LORAS, METHODS, ORANGE, SIZES
 from evaluation.study.results import LETTERS
 from evaluation.study.round3 import NOT_ASKED
+from evaluation.study.round3_figures import list_fresh_gaps
 from evaluation.study.round3_tables import get_round3, select_asked, share_asked
 from evaluation.study.settings import RESULTS_DIR
 from evaluation.study.short_tables import KNOWN
@@ -94,11 +97,16 @@ def share(
 
 
 def find_gap(
-    evidence: Evidence, outcome: str, lora: str, size: str, decoding: str = "greedy"
+    evidence: Evidence,
+    outcome: str,
+    lora: str,
+    size: str,
+    decoding: str = "greedy",
+    full: str = "fft",
 ) -> Estimate:
     """Return the gap of full fine-tuning to an all-layer LoRA."""
     code = find_size(size)
-    above = evidence.find_cell("fft", code)
+    above = evidence.find_cell(full, code)
     below = evidence.find_cell(GAP_LORAS[lora][code], code)
     return estimate_gap(above, below, find_prompts(evidence, outcome), find_decoding(decoding))
 
@@ -107,6 +115,20 @@ def find_gap(
 def gap(evidence: Evidence, *place: str) -> str:
     """Write a gap in points."""
     return points(find_gap(evidence, *place).value)
+
+
+@value
+def frozen_gap(evidence: Evidence, outcome: str, lora: str, size: str) -> str:
+    """Write a gap in points, against full fine-tuning with a frozen embedding."""
+    return points(find_gap(evidence, outcome, lora, size, full="fft_frozen").value)
+
+
+@value
+def fresh_gap(evidence: Evidence, arm: str, size: str) -> str:
+    """Write a gap in composition in points, on round 3's fresh prompts."""
+    gaps = list_fresh_gaps(get_round3(evidence))
+    found = gaps.gap[(gaps["size"] == find_size(size)) & (gaps.arm == arm)]
+    return points(found.iloc[0].value) if len(found) else NOT_RUN
 
 
 @value
