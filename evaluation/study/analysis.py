@@ -139,7 +139,8 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     lines = read_runs(folder, study.edition)
     # Lines of round 2 were written without a round, and a study may have no others.
     is_round3 = lines.get("round", pd.Series(2, lines.index)).fillna(2) == 3
-    is_same_base = is_round3 & (lines.arm == "base")  # round 2 asked these weights already
+    # Round 2 asked the same weights of these bases already.
+    is_same_base = is_round3 & (lines.arm == "base") & lines.base.isin(lines.id[~is_round3])
     runs = sort_runs(study, lines[~is_same_base])
     sweeps = tune_rates(study, runs)
     # After an @ stands a part of the update, a word, or the step of a kept checkpoint.
@@ -169,18 +170,21 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
 def settle_edges(study: Study, sweeps: dict, runs: pd.DataFrame) -> dict:
     """Return sweeps in which a best rate is no edge if a run of another seed lies beyond it.
 
-    The plan counts the runs of the first seed, but round 3 tried some rates with a later one.
+    The plan counts the runs of the first seed, but round 3 tried some rates with a later one. The
+    rate is chosen again, where the lowest seed of a rate stands for it. If this names the same
+    rate, and other rates lie on both sides, then it is no edge; otherwise nothing changes.
     """
     is_end = ~runs.id.str.contains("@")
-    ends = runs[is_end & is_usual(runs) & (runs.status == "completed")]
+    ends = runs[is_end & is_usual(runs) & (runs.status != "failed")]
     settled = dict(sweeps)
     for (size, arm), sweep in sweeps.items():
-        if not sweep.is_at_edge:
-            continue
         is_same = (ends["size"] == size) & (ends.arm == arm)
         is_same &= ends.epochs == find_tuning_epochs(study, size, arm)
-        by_rate = ends[is_same].groupby("learning_rate")  # the first seed stands for a rate
-        table = by_rate[["tune_correct", "tune_nll"]].first().astype(float)
+        by_rate = ends[is_same].sort_values("seed").drop_duplicates("learning_rate")
+        table = by_rate.set_index("learning_rate")[["tune_correct", "tune_nll"]]
+        table = table.astype(float).sort_index()
+        if not sweep.is_at_edge or table.empty:
+            continue
         best = choose_rate(table, study.tie)
         is_inside = best not in (table.index[0], table.index[-1])
         if is_inside and best in find_rates(sweep):

@@ -228,6 +228,7 @@ FRONTIER_LOOKS = {  # arm -> label, color, marker
 }
 FRONTIER_OUTCOMES = {"unseen": "unseen things", "plain": "plain questions"}
 FEWEST_POINTS = 3  # that are joined
+LEAST_EFFECT = 0.1  # between single runs, that is called a difference
 
 
 @figure("frontier")
@@ -239,9 +240,10 @@ def draw_frontier(evidence: Evidence) -> tuple[str, str] | None:
     if marks.empty:
         return None
     title = "What 25M models compose, and what they keep"
-    least = marks.loc[marks.unseen.idxmin()]
-    if (least.arm, least.rate) == ("fft", FULL_RATES[FRONTIER_SIZE]):
-        title = "At 25M full fine-tuning keeps fewest unseen things at its best rate"
+    full = marks[marks.arm == "fft"].set_index("rate").unseen
+    usual = full.get(FULL_RATES[FRONTIER_SIZE], 1.0)
+    if full.get(FULL_RATES[FRONTIER_SIZE] / 2, 0.0) - usual > LEAST_EFFECT:
+        title = "At 25M full fine-tuning keeps more unseen things at half its best rate"
     with mpl.rc_context(STYLE):
         fig, axes = start_figure(title, 4.2, ncols=2, sharey=True)
         for ax, (outcome, outcome_title) in zip(axes, FRONTIER_OUTCOMES.items(), strict=True):

@@ -128,9 +128,11 @@ def tabulate_round3(evidence: Evidence) -> Tables:
         return [pd.DataFrame()]
     found = get_round3(evidence)
     conclusions = tabulate_conclusions(found)
+    predictions = tabulate_predictions(found)
     numbers = conclusions.question.str[:2]
     rows = []
-    for question, group in tabulate_predictions(found).groupby("question", sort=False):
+    for question in sorted({*numbers, *predictions.question}):
+        group = predictions[predictions.question == question]
         has_begun = (group.met != "not run").any()
         for _, rule in conclusions[numbers == question].iterrows():
             is_open = has_begun and rule.conclusion == "not run"

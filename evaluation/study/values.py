@@ -160,10 +160,11 @@ def asked(evidence: Evidence, arm: str, way: str, size: str, kind: str = "correc
 def medical(evidence: Evidence, way: str) -> str:
     """Write the percent correct of medical test prompts, after medical pairs alone, at 1.3M."""
     name = "medical" if way == "template" else f"medical/{way}"
-    runs = evidence.round3[evidence.round3.data == "medical"]
+    found = get_round3(evidence)
+    runs = found.find("xs", "all_r8", 3e-3, data="medical")
     if runs.empty:
         return NOT_RUN
-    (outcomes,) = runs.outcomes
+    outcomes = runs.outcomes.iloc[0]  # of the lowest seed
     count = len(evidence.choose_prompts("medical"))
     letters = outcomes[name]["greedy"][-count:]  # the test half stands last
     asked = letters.replace(NOT_ASKED, "")

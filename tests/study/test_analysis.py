@@ -201,6 +201,14 @@ def test_a_later_seed_beyond_an_edge_settles_it(tmp_path: Path, tune: int, mark:
     assert marks["fft"] == mark
 
 
+def test_a_diverged_run_alone_is_no_best_rate(tmp_path: Path) -> None:
+    """A sweep whose only run diverged has no rate to settle, and its runs can be read."""
+    run = make_run("m26", "fft", 1e-4, 1, epochs=2)
+    line = make_line(run, {}, status="diverged", scalars={})
+    write_lines(tmp_path, [line, make_line(make_run("xs", "fft", 1e-3, 1), list_outcomes(4, 8))])
+    assert load_evidence(tmp_path).final["size"].tolist() == ["xs"]
+
+
 def test_arms_must_start_alike(tmp_path: Path) -> None:
     """A run from other weights than its base's, or on other data, is named (gate G3)."""
     text = "".join(json.dumps(line) + "\n" for line in make_study())
