@@ -236,7 +236,6 @@ STEP_ROWS = [  # size, arm, learning rate, epochs
     ("m26", "study_tuned", 5e-3, 3),
     ("s", "study", 1e-4, 3),
     ("s", "study_tuned", 5e-3, 3),
-    ("s", "study", 5e-3, 3),
     ("s", "study", 1e-3, 13),
     ("xs", "study", 1e-4, 4),
     ("xs", "study", 1e-4, 10),
