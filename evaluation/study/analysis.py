@@ -141,7 +141,7 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
     is_round3 = lines.get("round", pd.Series(2, lines.index)).fillna(2) == 3
     # Round 2 asked the same weights of these bases already.
     is_same_base = is_round3 & (lines.arm == "base") & lines.base.isin(lines.id[~is_round3])
-    runs = sort_runs(study, lines[~is_same_base])
+    runs = sort_runs(study, name_tuned(study, lines[~is_same_base]))
     sweeps = tune_rates(study, runs)
     # After an @ stands a part of the update, a word, or the step of a kept checkpoint.
     runs["part"] = runs.id.str.extract("@([a-z].*)", expand=False)
@@ -165,6 +165,20 @@ def load_evidence(folder: Path = RESULTS_DIR) -> Evidence:
         round3=lines[is_round3 & (lines.status == "completed")],
         fresh_prompts=read_prompt_table(folder / "prompts_3.csv"),
     )
+
+
+def name_tuned(study: Study, lines: pd.DataFrame) -> pd.DataFrame:
+    """Return lines in which a run at another rate than its arm's own names the tuned arm.
+
+    Round 3 trained `study` and `study_all` at several rates. Round 2 calls the same training
+    `study_tuned` and `study_all_tuned`.
+    """
+    arms = lines.arm
+    for name, arm in study.arms.items():
+        tuned = f"{name}_tuned"
+        if tuned in study.arms:
+            arms = arms.mask((lines.arm == name) & ~lines.learning_rate.isin(arm.fixed), tuned)
+    return lines.assign(arm=arms)
 
 
 def settle_edges(study: Study, sweeps: dict, runs: pd.DataFrame) -> dict:

@@ -185,6 +185,18 @@ def test_round_3_adds_seeds(tmp_path: Path) -> None:
     assert len(evidence.fresh_prompts) == 8
 
 
+def test_both_rounds_names_of_a_training_are_one_cell(tmp_path: Path) -> None:
+    """Round 3 calls the original LoRA `study` at all rates, round 2 only at its own."""
+    right = list_outcomes(3, 6)
+    tuned = make_line(make_run("s", "study_tuned", 5e-3, 1), right)
+    same = make_line(make_run("s", "study", 5e-3, 4), right, round=3)
+    slow = make_line(make_run("s", "study", 1e-4, 4), right, round=3)
+    write_lines(tmp_path, [tuned, same, slow])
+    runs = load_evidence(tmp_path).runs.set_index("id")
+    assert runs.cell[same["id"]] == runs.cell[tuned["id"]]
+    assert runs.arm[slow["id"]] == "study"
+
+
 @pytest.mark.parametrize(("tune", "mark"), [(3, ""), (4, "‡")])
 def test_a_later_seed_beyond_an_edge_settles_it(tmp_path: Path, tune: int, mark: str) -> None:
     """A worse rate of another seed beyond the best takes its mark; one as good does not.
