@@ -49,13 +49,18 @@ def share_asked(
 ) -> float:
     """Return the share of answers of a kind, over the prompts that are asked in every way.
 
-    These are the prompts of composition that have one turn. NaN if this way was not asked.
+    NaN if this way was not asked.
     """
     marks = found.mark(runs, way=way, kind=kind, decoding=decoding)
-    one_turn = found.mark(runs, way="no_template").columns
     if marks.empty:
         return float("nan")
-    return float(marks[one_turn].to_numpy().mean())
+    return float(marks[list_one_turn(found)].to_numpy().mean())
+
+
+def list_one_turn(found: Round3) -> pd.Index:
+    """List the fresh prompts of composition that have one turn, so that every way can ask them."""
+    is_asked = were_asked(found.runs, "fresh_combinations/no_template")
+    return found.mark(found.runs[is_asked][:1], way="no_template").columns
 
 
 @block("asking_table")

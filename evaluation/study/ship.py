@@ -26,7 +26,7 @@ from evaluation.study.analysis import read_prompt_table
 from evaluation.study.names import SIZES
 from evaluation.study.results import read_runs
 from evaluation.study.round3 import Round3
-from evaluation.study.round3_tables import WAY_TITLES, share_asked
+from evaluation.study.round3_tables import WAY_TITLES, list_one_turn, share_asked
 from evaluation.study.settings import MAIN_BASE, RESULTS_DIR, read_study
 from model.cli import UserError, make_parser, run_script
 from model.files import REPO_DIR, read_json, write_json
@@ -138,7 +138,7 @@ def write_card(folder: Path, found: Round3) -> None:
         epochs=f"{settings['epochs']:g}",
         seed=settings["seed"],
         trained=f"{record['trainable_parameters']:,}",
-        prompts=f"{count_one_turn(found):,}",
+        prompts=f"{len(list_one_turn(found)):,}",
         shares=list_shares(found, run),
         train=write_training(record, BASES[size], folder.name),
     )
@@ -167,11 +167,6 @@ def list_shares(found: Round3, run: str) -> dict[str, str]:
         if not pd.isna(share):
             shares[title] = f"{share:.0%}"
     return shares
-
-
-def count_one_turn(found: Round3) -> int:
-    """Count the fresh prompts of composition that can be asked in every way."""
-    return found.mark(found.runs[:1], way="no_template").shape[1]
 
 
 def main(argv: list[str] | None = None) -> None:

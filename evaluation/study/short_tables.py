@@ -36,6 +36,7 @@ from evaluation.study.settings import RESULTS_DIR
 # Models whose answers to the tuning half stand side by side, with the titles of their columns.
 ANSWERED = {
     "25M-lora-original": "the original LoRA",
+    "25M-lora-original-long": "the original LoRA, ten times its rate and 13 epochs",
     "25M-lora-all-layers-r8": "LoRA on all layers, rank 8",
     "25M-lora-all-layers-r8" + WITHOUT_TEMPLATE: "the same LoRA, asked without the template",
     "25M-full-fine-tuning": "full fine-tuning",
