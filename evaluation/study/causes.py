@@ -63,10 +63,7 @@ CAUSES = [
         ),
         last=(
             ("cell/composition/1.3M/study_all", "cell/composition/1.3M/study_all_tuned"),
-            (
-                "fresh/composition/25M/study_all/1e-4",
-                "fresh/composition/25M/study_all/2.5e-3",
-            ),
+            ("cell/composition/25M/study_all", "cell/composition/25M/study_all_tuned*0.0025"),
         ),
     ),
     Cause(
@@ -75,9 +72,12 @@ CAUSES = [
         "yes",
         alone=(
             ("cell/composition/1.3M/study", "cell/composition/1.3M/study_all"),
-            ("fresh/composition/25M/study/1e-4", "fresh/composition/25M/study_all/1e-4"),
+            ("cell/composition/25M/study", "cell/composition/25M/study_all"),
         ),
-        last=(("cell/composition/1.3M/study_tuned", "cell/composition/1.3M/study_all_tuned"), None),
+        last=(
+            ("cell/composition/1.3M/study_tuned", "cell/composition/1.3M/study_all_tuned"),
+            ("cell/composition/25M/study_tuned", "cell/composition/25M/study_all_tuned*0.0025"),
+        ),
     ),
     Cause(
         "too small a product of rate and steps",

@@ -118,7 +118,9 @@ LADDERS = {
     ],
     "m26": [
         Rung("the original LoRA", "study", GREY),
+        Rung("... on all layers", "study_all", BLUE),
         Rung("... at a higher rate", "study_tuned", GREY),
+        Rung("... with both", "study_all_tuned*0.0025", BLUE),
         Rung("all-layer LoRA, rank 8", "all_r8", BLUE),
         Rung("all-layer LoRA, rank 32", "all_r32", BLUE),
         Rung("full fine-tuning", "fft", BLACK),
