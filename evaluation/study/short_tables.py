@@ -240,6 +240,7 @@ STEP_ROWS = [  # size, arm, learning rate, epochs
     ("s", "study_tuned", 1e-3, 13),
     ("xs", "study", 1e-4, 4),
     ("xs", "study", 1e-4, 10),
+    ("xs", "study_tuned", 1e-2, 4),
     ("m26", "fft", 1e-5, 2),
     ("m26", "fft_batch8", 1e-5, 3.25),
     ("m26", "fft", 1e-4, 2),

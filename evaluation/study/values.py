@@ -15,7 +15,8 @@ parts of a name are those of a function here, after its own name:
     asked/ARM/WAY/SIZE              round 3: percent correct of the composed prompts of one turn, by
                                     the way of asking (template, no_template, on_fft); a last part,
                                     such as `blank`, names another kind of answer
-    cell/OUTCOME/SIZE/CELL          percent correct of a cell (analysis.py), such as `study/10`
+    cell/OUTCOME/SIZE/CELL          percent correct of a cell (analysis.py), such as `study/10`, or
+                                    `study_tuned*0.005`: the original LoRA at a rate not its own
     fresh/OUTCOME/SIZE/ARM/RATE     round 3: percent correct on the fresh prompts; a last part names
                                     the epochs if they are not the usual ones
     medical/WAY                     round 3: percent correct of the medical test prompts, by the way
@@ -63,7 +64,7 @@ def find_value(evidence: Evidence, name: str) -> str:
         raise UserError(f"no value {name!r}; there are {', '.join(VALUES)} (values.py)")
     try:
         return VALUES[kind](evidence, *parts)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"no value {name!r}: {error!r}; values.py says what its parts are"
         ) from error
