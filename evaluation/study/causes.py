@@ -82,8 +82,8 @@ CAUSES = [
     ),
     Cause(
         "too small a product of rate and steps",
-        "at 25M the original's product, at ten times its rate; at 1.3M three times this product",
-        "no, this is a cause in our runs alone",
+        "about the original's product (25M), or three times it, by the rate alone (1.3M)",
+        "no, by our estimate of its steps",
         alone=(
             ("cell/composition/1.3M/study", "cell/composition/1.3M/study_tuned"),
             ("cell/composition/25M/study", "cell/composition/25M/study_tuned*0.001/13"),

@@ -132,7 +132,7 @@ LADDERS = {
 @figure("ladder")
 def draw_ladder(evidence: Evidence) -> tuple[str, str] | None:
     """Draw composition, one setting changed at a time: 1.3M, and 25M as far as it ran."""
-    title = "Neither a higher rate nor more layers is enough at 1.3M; both together are"
+    title = "At 1.3M a higher rate or more layers alone do little; both together do much"
     panels = {size: list_rungs(evidence, size) for size in LADDERS}
     if any(bars.empty for bars in panels.values()):
         return None

@@ -271,7 +271,7 @@ def tabulate_steps(evidence: Evidence) -> Tables:
 
 @block("equal_products")
 def tabulate_equal_products(evidence: Evidence) -> Tables:
-    """Return all pairs of our runs with an equal product of rate and steps. A row is a pair."""
+    """Return pairs of our runs with an equal product of rate and steps. A row is a pair."""
     return [pair_equal_products(evidence, select_usual(evidence))]
 
 
@@ -301,7 +301,7 @@ def name_method(evidence: Evidence, arm: str) -> str:
 
 
 def pair_equal_products(evidence: Evidence, usual: pd.DataFrame) -> pd.DataFrame:
-    """Return pairs of one method, size and batch whose rate x steps are equal. A row is a pair."""
+    """Return pairs of the first seed of one method, size and batch with equal rate x steps."""
     firsts = usual[usual.seed == 1]
     products = (firsts.learning_rate * firsts.step).map("{:.3g}".format)
     places = firsts.assign(product=products).groupby(["size", "arm", "product"], sort=False)
