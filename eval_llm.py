@@ -45,9 +45,9 @@ from trainer.arguments import BASE_DIR, MAX_SEQ_LEN
 
 BEST = SHIPPED_DIR / "1.3M-full-fine-tuning-frozen-embedding"  # of all methods at 1.3M
 SHOWN_PROMPTS = 3  # that the models of this repository answer, if --limit does not say how many
-WHAT_NEXT = """
-Next: --no_template asks them as MiniMind's script asks a pretrained model, --limit 12 asks more,
---prompts FILE asks yours, --interactive chats. Models that you train are asked with --model."""
+ASK_BARE = "--no_template asks them as MiniMind's script asks a pretrained model."
+WHAT_NEXT = """Next: --limit 12 asks more, --prompts FILE asks yours, --interactive chats.
+Models that you train are asked with --model."""
 # Flags that do not decide what a model answers, and are not told in a command.
 NOT_IN_COMMAND = {"model", "output_dir", "device", "show_answers"}
 
@@ -225,7 +225,20 @@ def show_shipped(args: argparse.Namespace) -> None:
             has_template=not args.no_template,
         )
     console.print_answers(answers, len(prompts))
+    print()
     print(WHAT_NEXT)
+    if not args.no_template:
+        print(ASK_BARE)
+
+
+def refuse_to_shorten(folder: Path, args: argparse.Namespace) -> None:
+    """Refuse to replace saved answers to all prompts by answers to the first of them."""
+    path = folder / "results.json"
+    if args.limit and path.is_file() and read_json(path)["provenance"].get("limit") is None:
+        raise UserError(
+            f"--limit {args.limit}: {folder} holds answers to all prompts, which fewer would "
+            "replace; name another folder with --output_dir"
+        )
 
 
 def run_probes(args: argparse.Namespace) -> None:
@@ -235,10 +248,13 @@ def run_probes(args: argparse.Namespace) -> None:
     translator = make_translator(args)
     is_ours = args.prompts.resolve() == PROMPTS_FILE
     suffix = "" if is_ours else f"-{args.prompts.name.split('.')[0]}"
-    nll, answers, summaries = {}, {}, {}  # by name
+    folders = {}  # by name, like the next ones
     for path in args.model:
         name = choose_name(path, args)
-        folder = args.output_dir / (name + suffix)
+        folders[name] = args.output_dir / (name + suffix)
+        refuse_to_shorten(folders[name], args)
+    nll, answers, summaries = {}, {}, {}
+    for path, (name, folder) in zip(args.model, folders.items(), strict=True):
         if args.no_template:
             warn_of_bare_prompts(path)
         checkpoint = load(path, args, args.on_weights)
@@ -278,7 +294,7 @@ def run_probes(args: argparse.Namespace) -> None:
         tables = [compare(answers[first], answers[name])] if prompts else []
         if nll[first]:
             tables.append(compare_nll(nll[first], nll[name]))
-        console.write_differences(args.output_dir / (name + suffix), first, tables)
+        console.write_differences(folders[name], first, tables)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ def print_answer(name: str, sample: dict) -> None:
 
 
 def print_models(summaries: dict[str, pd.DataFrame], nll: dict[str, dict[str, dict]]) -> None:
-    """Print a row a model: correct by section, never ends, NLL; slashes part the decodings."""
+    """Print a row a model: correct by section, blank, endless, NLL; slashes part the decodings."""
     if summaries:
         first = next(iter(summaries.values()))
         print("\n" + " / ".join(first["decoding"].unique()) + ":")
@@ -65,7 +65,7 @@ def print_models(summaries: dict[str, pd.DataFrame], nll: dict[str, dict[str, di
 
 
 def list_shares(summary: pd.DataFrame) -> dict[str, str]:
-    """List a model's correct answers by section, and its answers that never end, in percent."""
+    """List a model's correct answers by section, its blank and its endless ones, in percent."""
     shares = {}
     for section in summary["section"].unique():
         if section == "all":
@@ -73,8 +73,10 @@ def list_shares(summary: pd.DataFrame) -> dict[str, str]:
         rows = summary.query("measure == 'correct' and section == @section")
         if not rows.empty:
             shares[escape_control(f"correct, {section}")] = join_percent(rows["value"])
-    rows = summary.query("measure == 'endless' and section == 'all'")
-    shares["never ends"] = join_percent(rows["value"])
+    of_all = summary[summary["section"] == "all"]
+    for measure, title in {"blank": "blank", "endless": "never ends"}.items():
+        rows = of_all[of_all["measure"] == measure]
+        shares[title] = join_percent(rows["value"])
     return shares
 
 

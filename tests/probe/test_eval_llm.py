@@ -111,8 +111,21 @@ def test_outputs_are_complete_and_the_same_bytes_when_made_again(home, tmp_path,
     *said, decodings, head, _, row = capsys.readouterr().out.splitlines()
     assert "prompt: What is the capital of France?" in said
     assert decodings == "greedy / t0.85p0.85:"
-    assert re.fullmatch(r"\| trained +\| correct, Facts +\| never ends +\|", head)
+    assert re.fullmatch(r"\| trained +\| correct, Facts +\| blank +\| never ends +\|", head)
     assert row.startswith("| one ") and "0% / 0%" in row
+
+
+def test_fewer_answers_do_not_replace_all(home, tmp_path):
+    folder = run_script(home, tmp_path / "whole", "--decoding", "greedy")
+    saved = (folder / "samples.jsonl").read_bytes()
+    flags = ["--decoding", "greedy", "--limit", "1"]
+    with pytest.raises(UserError, match="one-prompts holds answers to all prompts"):
+        run_script(home, tmp_path / "whole", *flags)
+    assert (folder / "samples.jsonl").read_bytes() == saved
+    part = run_script(home, tmp_path / "part", *flags)
+    assert len(list(read_jsonl(part / "samples.jsonl"))) == 1
+    run_script(home, tmp_path / "part", "--decoding", "greedy")
+    assert len(list(read_jsonl(part / "samples.jsonl"))) == 3
 
 
 def test_another_way_of_asking_has_a_folder_of_its_own(home, tmp_path, capsys):
