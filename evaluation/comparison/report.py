@@ -105,7 +105,7 @@ def subtract_losses(after: dict, before: dict, key: str) -> Gap:
 def tabulate_results(results: dict[str, Result], base: dict) -> pd.DataFrame:
     """Return a frame with a row a method.
 
-    `nll_gap`, and `wrong_gap` where answers are checked, are against the best method, `forgot`
+    `nll_gap`, and `wrong_gap` where answers are checked, are against the lowest loss, `forgot`
     against the base.
     """
     has_checks = any(sample["outcome"] is not None for sample in base["samples"])
@@ -243,9 +243,9 @@ def draw_points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
 
 
 def format_gap(gap: Gap, scale: float, digits: int) -> str:
-    """Write a difference with its interval; the best method has none to itself."""
+    """Write a difference with its interval; the method with the lowest loss has none to itself."""
     if gap == (0, 0, 0):
-        return "the best"
+        return "the lowest"
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in gap)
     return f"{mean} [{low}, {high}]"
 
@@ -270,11 +270,11 @@ def format_table(table: pd.DataFrame, results: dict[str, Result], base: dict) ->
             "method": row.title,
             "rate": format_rate(row.rate),
             "NLL": f"{row.nll:.3f}",
-            "NLL - best [95%]": format_gap(row.nll_gap, scale=1, digits=3),
+            "NLL - lowest [95%]": format_gap(row.nll_gap, scale=1, digits=3),
         }
         shown |= count_answers(results[name].measured["samples"])
         if "wrong_gap" in table:
-            shown["% wrong - best [95%]"] = format_gap(row.wrong_gap, scale=100, digits=0)
+            shown["% wrong - lowest [95%]"] = format_gap(row.wrong_gap, scale=100, digits=0)
         shown |= {
             "forgotten [95%]": format_gap(row.forgot, scale=1, digits=3),
             "trained weights": f"{row.weights:,}",
