@@ -128,7 +128,8 @@ def draw_asked(ax: Axes, table: pd.DataFrame) -> None:
 # ----------------------------------------------------------------------------------------- capacity
 
 MARKERS = {"xs": "o", "s": "s", "m26": "^"}
-RANK_PLACES = {"xs": ((7, 4), "left"), "s": ((-5, -9), "right"), "m26": ((-6, -5), "right")}
+LEFT_OF_ITS_MARK = ((-6, -7), "right")  # shift in points, and the side of the label that is there
+RIGHT_OF_ITS_MARK = ((7, 4), "left")
 FULL_RATES = {"xs": 1e-3, "s": 1.25e-4, "m26": 1e-4}  # of full fine-tuning in round 3
 LORA_RATES = {"xs": 3e-3, "s": 1.5e-3, "m26": 1e-3}  # of all-layer LoRA of every rank
 CAPACITY_TITLES = ("earlier runs, the 1,087 old prompts", "third round, the 1,087 fresh prompts")
@@ -193,7 +194,7 @@ def draw_gap(ax: Axes, place: tuple) -> None:
         marker=MARKERS[place.size],
         capsize=3,
     )
-    shift, side = RANK_PLACES[place.size]
+    shift, side = RIGHT_OF_ITS_MARK if place.arm == "all_r64" else LEFT_OF_ITS_MARK
     ax.annotate(
         f"r={place.arm.removeprefix('all_r')}",
         (place.ratio, value),

@@ -156,8 +156,8 @@ def write_prediction(prediction: pd.Series) -> dict[str, object]:
     row: dict[str, object] = {"question": where, "predicted": predicted}
     if prediction.met == "not run":
         return row | {"found": "-", "95% interval": "-", "runs": 0, "verdict": "not run"}
-    row["found"] = f"{prediction.found:.0f}"
-    row["95% interval"] = f"{prediction.low:.0f} to {prediction.high:.0f}"
+    row["found"] = f"{prediction.found:z.0f}"
+    row["95% interval"] = f"{prediction.low:z.0f} to {prediction.high:z.0f}"
     row["runs"] = int(prediction.runs)
     row["verdict"] = "as predicted" if prediction.met == "yes" else "not as predicted"
     return row
