@@ -128,8 +128,9 @@ def draw_asked(ax: Axes, table: pd.DataFrame) -> None:
 # ----------------------------------------------------------------------------------------- capacity
 
 MARKERS = {"xs": "o", "s": "s", "m26": "^"}
-LEFT_OF_ITS_MARK = ((-6, -7), "right")  # shift in points, and the side of the label that is there
-RIGHT_OF_ITS_MARK = ((7, 4), "left")
+LEFT_OF_ITS_MARK = ((-5, -7), "right")  # shift in points, and the side of the label that is there
+RIGHT_OF_ITS_MARK = ((5, -8), "left")
+LEFT_RANKS = ["all_r8", "all_r16"]
 FULL_RATES = {"xs": 1e-3, "s": 1.25e-4, "m26": 1e-4}  # of full fine-tuning in round 3
 LORA_RATES = {"xs": 3e-3, "s": 1.5e-3, "m26": 1e-3}  # of all-layer LoRA of every rank
 CAPACITY_TITLES = ("earlier runs, the 1,087 old prompts", "third round, the 1,087 fresh prompts")
@@ -194,7 +195,7 @@ def draw_gap(ax: Axes, place: tuple) -> None:
         marker=MARKERS[place.size],
         capsize=3,
     )
-    shift, side = RIGHT_OF_ITS_MARK if place.arm == "all_r64" else LEFT_OF_ITS_MARK
+    shift, side = LEFT_OF_ITS_MARK if place.arm in LEFT_RANKS else RIGHT_OF_ITS_MARK
     ax.annotate(
         f"r={place.arm.removeprefix('all_r')}",
         (place.ratio, value),
@@ -202,6 +203,7 @@ def draw_gap(ax: Axes, place: tuple) -> None:
         textcoords="offset points",
         ha=side,
         va="center",
+        fontsize=9,
     )
 
 
@@ -209,7 +211,7 @@ def finish_gaps(ax: Axes) -> None:
     """Name the axes of one panel of gaps."""
     ax.axhline(0, color=BLACK, linewidth=0.8)
     ax.set_xscale("log")
-    ax.set_xlim(0.04, 9)
+    ax.set_xlim(0.03, 9)
     ax.xaxis.set_major_locator(FixedLocator([0.1, 0.3, 1, 3]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:g}")
