@@ -133,7 +133,7 @@ RIGHT_OF_ITS_MARK = ((5, -8), "left")
 LEFT_RANKS = ["all_r8", "all_r16"]
 FULL_RATES = {"xs": 1e-3, "s": 1.25e-4, "m26": 1e-4}  # of full fine-tuning in round 3
 LORA_RATES = {"xs": 3e-3, "s": 1.5e-3, "m26": 1e-3}  # of all-layer LoRA of every rank
-CAPACITY_TITLES = ("earlier runs, the 1,087 old prompts", "third round, the 1,087 fresh prompts")
+CAPACITY_TITLES = ("all runs, the 1,087 old prompts", "third round, the 1,087 fresh prompts")
 
 
 @figure("behind")
